@@ -1,0 +1,1 @@
+"""From imatrix statistics to importances and scales. Imports formats only."""

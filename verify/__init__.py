@@ -1,0 +1,1 @@
+"""Judging a built file: structure, decode parity, fidelity, forward. Imports kernels, awq and formats."""
