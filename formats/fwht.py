@@ -1,0 +1,72 @@
+"""The rotation of the MQ formats: y = S2 · H256 · S1 · x / 16 on each group of 256, and its inverse.
+
+H256 is the Walsh-Hadamard matrix in Sylvester order; S1 and S2 are fixed ±1 diagonals. The rotation R is orthonormal and
+every R_ij² is 1/256. Arithmetic is f32, butterflies of stride 1, 2, … 128, so results are the same bits everywhere.
+Depends on numpy and numba.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+GROUP = 256
+
+
+def _signs(seed: int) -> NDArray[np.float32]:
+    state, out = seed, np.empty(GROUP, np.float32)
+    for i in range(GROUP):
+        state = (state * 1103515245 + 12345) % 2**31
+        out[i] = 1.0 if (state >> 16) & 1 else -1.0
+    return out
+
+
+SIGNS1: NDArray[np.float32] = _signs(42)
+SIGNS2: NDArray[np.float32] = _signs(1042)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def _transform(groups, before, after):  # type: ignore[no-untyped-def]
+    for g in range(groups.shape[0]):
+        row = groups[g]
+        for i in range(256):
+            row[i] *= before[i]
+        stride = 1
+        while stride < 256:
+            for base in range(0, 256, 2 * stride):
+                for i in range(base, base + stride):
+                    a = row[i]
+                    b = row[i + stride]
+                    row[i] = a + b
+                    row[i + stride] = a - b
+            stride *= 2
+        for i in range(256):
+            row[i] *= after[i]
+
+
+def _apply(
+    x: NDArray[np.float32], before: NDArray[np.float32], after: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    out = np.array(x, np.float32, order="C")
+    _transform(out.reshape(-1, GROUP), before, after)
+    return out
+
+
+def rotate(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rotate each run of 256 along the last axis of f32 [..., 256·k]; a new array of the same shape."""
+    return _apply(x, SIGNS1, SIGNS2 / np.float32(16))
+
+
+def unrotate(y: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Undo `rotate` up to f32 rounding."""
+    return _apply(y, SIGNS2, SIGNS1 / np.float32(16))
+
+
+def matrix() -> NDArray[np.float64]:
+    """R as f64 [256, 256]: rotate(x) = R @ x."""
+    h = np.ones((1, 1))
+    while len(h) < GROUP:
+        h = np.block([[h, h], [h, -h]])
+    out: NDArray[np.float64] = SIGNS2[:, None] * h * SIGNS1[None, :] / 16.0
+    return out
