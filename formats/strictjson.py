@@ -1,0 +1,119 @@
+"""JSON from files that nobody vouches for: one object, read strictly, with bounded depth and size.
+
+Two readers must never see two different things in one file, so repeated keys, NaN and lone surrogates are
+refused. Standard library only; raises JsonError, which callers turn into their own error with the file named.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+DEPTH_LIMIT = 127
+"""Nested objects and arrays; deeper ones are refused by the engine's JSON reader too."""
+
+_STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_STRUCTURE = re.compile(rb'["{}\[\]]')
+_STEP = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
+_BRACE = {ord("{"): 1, ord("}"): -1}
+
+
+class JsonError(ValueError):
+    """The text is not one strict JSON object."""
+
+
+class ObjectScanner:
+    """Finds the end of the JSON object at the head of a byte stream, which need not end there.
+
+    Counts braces outside strings, as the engine's readers do; what is inside is not checked beyond its depth.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self._at = 0
+        self._depth = 0
+        self._braces = 0
+        self._in_string = False
+
+    def feed(self, chunk: bytes) -> int | None:
+        """Take the stream's next bytes; return the object's length once its last brace was seen, else None.
+
+        Raises JsonError where the stream does not begin with a brace or nests deeper than DEPTH_LIMIT.
+        """
+        self.buffer += chunk
+        buffer = self.buffer
+        if buffer and buffer[0] != ord("{"):
+            raise JsonError("does not begin with '{'")
+        while self._at < len(buffer):
+            if self._in_string:
+                self._at = self._string_end(self._at)
+                if self._at == len(buffer) or buffer[self._at] != ord('"'):
+                    return None  # the string goes on, perhaps in the middle of an escape
+                self._in_string = False
+                self._at += 1
+                continue
+            match = _STRUCTURE.search(buffer, self._at)
+            if match is None:
+                self._at = len(buffer)
+                return None
+            byte, self._at = buffer[match.start()], match.end()
+            self._in_string = byte == ord('"')
+            self._depth += _STEP.get(byte, 0)
+            self._braces += _BRACE.get(byte, 0)
+            if self._depth > DEPTH_LIMIT or self._braces > DEPTH_LIMIT:
+                raise JsonError(f"nests deeper than {DEPTH_LIMIT} levels")
+            if self._braces == 0:
+                return self._at
+        return None
+
+    def _string_end(self, start: int) -> int:
+        match = _STRING_BODY.match(self.buffer, start)
+        return match.end() if match else start
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse bytes that are exactly one JSON object (white space around it allowed); JsonError otherwise."""
+    raw = raw.strip(b" \t\r\n")
+    if ObjectScanner().feed(raw) != len(raw) or not raw:
+        raise JsonError("is not one whole JSON object")
+    try:
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+        )
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise JsonError("holds a lone surrogate, which is not a character") from None
+    except UnicodeDecodeError as e:
+        raise JsonError(f"is not UTF-8 at byte {e.start}") from None
+    except JsonError:
+        raise
+    except (ValueError, RecursionError) as e:
+        raise JsonError(f"is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise JsonError("is not a JSON object")
+    return value
+
+
+def dump_object(value: Mapping[str, Any]) -> bytes:
+    """Serialise an object compactly, keys in the given order; JsonError for what strict JSON cannot hold."""
+    try:
+        raw = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as e:
+        raise JsonError(f"cannot be written as JSON: {e}") from None
+    parse_object(raw)
+    return raw
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise JsonError(f"repeats the key {repeated!r}")
+    return out
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise JsonError(f"holds {name}, which is not JSON")
