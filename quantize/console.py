@@ -1,0 +1,40 @@
+"""What commands print: results on stdout, as text or as exactly one JSON object; everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+
+def emit(result: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], str]) -> None:
+    """Print a command's result, with `render` turning it into text for people."""
+    print(json.dumps(result, ensure_ascii=False) if as_json else render(result), flush=True)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in plain text: columns that hold only numbers are aligned to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
+    numeric = [all(row[i][:1].isdigit() for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        parts = (
+            c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True)
+        )
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(list(header)), *map(line, cells)])
+
+
+def gigabytes(n: int) -> str:
+    """Bytes as GB (10⁹) with one digit, or in smaller units where that would say nothing."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} B"

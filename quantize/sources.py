@@ -1,0 +1,144 @@
+"""From `--source`, `--tier` and `--recipe` to the recipe and the model's files: folder, hub repository or `tiny`.
+
+Depends on formats (checkpoint, hub), recipe, metadata and tiny; heavy readers are imported only where they are needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..formats.errors import CheckpointError, ConfigError, RecipeError
+from ..formats.minimax import normalize_config
+from ..formats.strictjson import JsonError, parse_object
+from .metadata import SideFiles
+from .recipe import DEFAULT_MODEL, Model, Recipe, Source, load_recipe, load_tier
+
+TINY = "tiny"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"[^\w.-]+")
+
+
+def choose_recipe(tier: str | None, path: Path | None, source: str | None) -> Recipe:
+    """The recipe of `--tier` or `--recipe`; with a source of another name it is retargeted to that source.
+
+    Raises RecipeError where neither or both are given.
+    """
+    if (tier is None) == (path is None):
+        raise RecipeError("give either --tier or --recipe", hint="mq-quant tiers lists the tiers")
+    if path is not None:
+        recipe = load_recipe(path)
+    else:
+        assert tier is not None
+        recipe = load_tier(tier, TINY if source == TINY else DEFAULT_MODEL)
+    return recipe if source is None else _retarget(recipe, source)
+
+
+def _retarget(recipe: Recipe, source: str) -> Recipe:
+    if source == recipe.model.source.repository:
+        return recipe
+    local = Path(source)
+    name = (
+        (local.parent if local.is_file() else local).resolve().name
+        if local.exists()
+        else source.split("/")[-1]
+    )
+    model = Model(
+        name=_NAME.sub("-", name) or "model", source=Source(repository=source), imatrix=None, config=None
+    )
+    return recipe.model_copy(update={"model": model, "quantization_hash": None})
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a plan needs to know of a model: its config.json and the texts that go into the file.
+
+    `complete` is false where the texts are not at hand, so that metadata sizes are a little too small.
+    """
+
+    config: Mapping[str, Any]
+    side: SideFiles
+    complete: bool
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint; ConfigError where it is unreadable or not an object."""
+    try:
+        return parse_object(path.read_bytes())
+    except OSError as e:
+        raise ConfigError(f"cannot be read: {e.strerror}", file=path) from None
+    except JsonError as e:
+        raise ConfigError(str(e), file=path) from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot be read as UTF-8 text: {e}", file=path) from None
+
+
+def side_files(folder: Path) -> SideFiles:
+    """The texts beside the weights; tokenizer.json is kept as text, byte for byte."""
+    found = {path.name: path for path in folder.iterdir()}
+
+    def text(name: str) -> str | None:
+        return read_text(found[name]) if name in found else None
+
+    def document(name: str) -> dict[str, Any] | None:
+        return read_json(found[name]) if name in found else None
+
+    tokenizer = text("tokenizer.json")
+    if tokenizer is not None:
+        try:
+            json.loads(tokenizer)
+        except ValueError as e:
+            raise CheckpointError(f"is not JSON: {e}", file=found["tokenizer.json"]) from None
+    return SideFiles(
+        tokenizer,
+        document("tokenizer_config.json"),
+        document("generation_config.json"),
+        text("chat_template.jinja"),
+    )
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder that a source names on this machine (the tiny one is made on first use), or None for the hub.
+
+    Raises CheckpointError where it is neither a folder nor a repository's name.
+    """
+    if source == TINY:
+        from .tiny import ensure_tiny
+
+        return ensure_tiny()
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file() and path.name == "config.json":
+        return path.parent
+    if _REPOSITORY.fullmatch(source) and not source.startswith((".", "/")):
+        return None
+    near = difflib.get_close_matches(source, [TINY], n=1)
+    raise CheckpointError(
+        f"no such folder: {source}",
+        hint=f"--source takes a folder, a hub repository (owner/name) or {TINY!r}"
+        + (f"; did you mean {near[0]!r}?" if near else ""),
+    )
+
+
+def model_files(model: Model) -> ModelFiles:
+    """Config and texts for planning: the recipe's own config where it has one, so that no network is needed."""
+    if model.config is not None:
+        return ModelFiles(normalize_config(model.config), SideFiles(), False)
+    folder = local_folder(model.source.repository)
+    if folder is None:
+        from ..formats.hub import fetch_side_files
+
+        folder = fetch_side_files(model.source.repository, model.source.revision)
+    raw = read_json(folder / "config.json")
+    return ModelFiles(raw, side_files(folder), (folder / "tokenizer.json").exists())
