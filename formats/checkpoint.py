@@ -258,7 +258,9 @@ def _scale_problems(scale: TensorInfo | None, name: str, shape: tuple[int, ...])
         yield name, f"is {scale.dtype} {list(scale.shape)}, but its weight needs F32 {list(shape)}"
 
 
-def read_weight(name: str, tensors: Mapping[str, TensorInfo], config: ModelConfig, locate: Callable[[str], Path]) -> F32:
+def read_weight(
+    name: str, tensors: Mapping[str, TensorInfo], config: ModelConfig, locate: Callable[[str], Path]
+) -> F32:
     """Read one tensor and dequantise it to f32; `locate` gives the path of a shard.
 
     Raises CheckpointError where it or its scale is missing, WeightError for NaN codes and non-finite values.
