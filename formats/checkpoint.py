@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +74,9 @@ class Source(Protocol):
     def weight(self, name: str) -> F32:
         """One tensor, dequantised to f32; raises WeightError for NaN codes and non-finite values."""
 
+    def rows(self, name: str, low: int, high: int) -> F32:
+        """Rows low to high of a tensor that is not FP8, as `weight`: a large one is never held whole."""
+
     def release(self, name: str) -> None:
         """Say that a weight of the schedule is not needed again."""
 
@@ -137,6 +141,10 @@ class Checkpoint:
     def weight(self, name: str) -> F32:
         """One tensor, dequantised to f32; CheckpointError if there is none, WeightError if it is not finite."""
         return read_weight(name, self.tensors, self.config, lambda shard: self.path / shard)
+
+    def rows(self, name: str, low: int, high: int) -> F32:
+        """Rows low to high of a tensor that is not FP8, as `weight`."""
+        return read_rows(name, low, high, self.tensors, lambda shard: self.path / shard)
 
     def release(self, name: str) -> None:
         """Nothing to give back: no tensor is kept."""
@@ -279,7 +287,30 @@ def read_weight(
             return dequantize(stored.reshape(info.shape), scales, config.block_shape, name=name)
         except WeightError as e:
             raise WeightError(e.problem, file=path, tensor=name, hint=e.hint) from None
-    values = _plain(stored, info)
+    return _finite(_plain(stored, info), path, name)
+
+
+def read_rows(
+    name: str, low: int, high: int, tensors: Mapping[str, TensorInfo], locate: Callable[[str], Path]
+) -> F32:
+    """Rows low to high of a tensor stored as plain floats, f32 [high - low, ...]; errors as read_weight."""
+    if name not in tensors:
+        raise CheckpointError("no such tensor in the checkpoint", tensor=name)
+    info = tensors[name]
+    if not (info.shape and 0 <= low <= high <= info.shape[0]):
+        raise ValueError(f"rows {low}:{high} are not inside shape {info.shape} of {name}")
+    each = (info.stop - info.start) // info.shape[0]
+    part = replace(
+        info,
+        shape=(high - low, *info.shape[1:]),
+        start=info.start + low * each,
+        stop=info.start + high * each,
+    )
+    path = locate(info.shard)
+    return _finite(_plain(read_tensor(path, part), part), path, name)
+
+
+def _finite(values: F32, path: Path, name: str) -> F32:
     bad = values.size - int(np.isfinite(values).sum())
     if bad:
         raise WeightError(
