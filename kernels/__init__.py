@@ -1,1 +1,1 @@
-"""The HIP kernels and the host that compiles and launches them. Imports formats only."""
+"""HIP kernels that decode and run HFQ files, and the host that compiles and launches them. Imports formats only."""

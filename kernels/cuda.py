@@ -1,0 +1,107 @@
+"""The NVIDIA back end: nvrtc compiles the kernels for the device, the driver runs them.
+
+Depends on libcuda (the driver) and libnvrtc (the `nvidia-cuda-nvrtc` wheel, or a CUDA toolkit).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+from ..formats.errors import BackendError
+from .cache import cached, key
+from .gpu import Compiler, Driver, GpuBackend, compile_program, load_library
+from .sources import FOLDER, Module, Sources
+
+DRIVER = Driver(
+    vendor="NVIDIA",
+    libraries=("libcuda.so.1", "libcuda.so"),
+    init="cuInit",
+    count="cuDeviceGetCount",
+    alloc="cuMemAlloc_v2",
+    free="cuMemFree_v2",
+    copy_in="cuMemcpyHtoD_v2",
+    copy_out="cuMemcpyDtoH_v2",
+    load="cuModuleLoadData",
+    function="cuModuleGetFunction",
+    launch="cuLaunchKernel",
+    synchronize="cuCtxSynchronize",
+    error="cuGetErrorString",
+)
+NVRTC = Compiler(
+    name="nvrtc",
+    libraries=("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"),
+    prefix="nvrtc",
+    code_size="GetCUBINSize",
+    code="GetCUBIN",
+)
+_HEADER = FOLDER / "include" / "cuda" / "hip" / "hip_runtime.h"
+_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+
+
+@cache
+def nvrtc() -> ctypes.CDLL | None:
+    """nvrtc from the wheel, the system or a toolkit; None where there is none."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    wheels = [
+        p for r in roots for p in sorted(r.glob("*/lib/libnvrtc.so.*"), reverse=True) if ".alt." not in p.name
+    ]
+    toolkits = sorted(Path("/usr/local").glob("cuda*/lib64/libnvrtc.so"), reverse=True)
+    return load_library([*wheels, *NVRTC.libraries, *toolkits])
+
+
+def compile_module(sources: Sources, module: Module, arch: str, *extra: str) -> tuple[bytes, str]:
+    """(cubin, log) of a module for an architecture such as "sm_90"; BackendError where nvrtc is missing or refuses."""
+    library = nvrtc()
+    if library is None:
+        raise BackendError(
+            "the cuda back end finds no nvrtc", hint="pip install mq-quant[cuda], or install a CUDA toolkit"
+        )
+    headers = {"hip/hip_runtime.h": _HEADER.read_text(encoding="utf-8")}
+    options = (f"--gpu-architecture={arch}", "--std=c++17", "--fmad=false", *extra)
+    defines = tuple(f"-D{d}" for d in module.defines)
+    return compile_program(
+        NVRTC, library, module.label, sources.text(module.file), headers, (*options, *defines)
+    )
+
+
+def nvrtc_version() -> str:
+    """major.minor of the nvrtc that is found, "none" without one."""
+    library, major, minor = nvrtc(), ctypes.c_int(), ctypes.c_int()
+    if library is None or library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)):
+        return "none"
+    return f"{major.value}.{minor.value}"
+
+
+class CudaBackend(GpuBackend):
+    """Runs kernels on the first NVIDIA GPU."""
+
+    name = "cuda"
+    driver = DRIVER
+
+    def _select(self) -> None:
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self.call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(0))
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self.call("cuCtxSetCurrent", context)
+        name = ctypes.create_string_buffer(256)
+        self.call("cuDeviceGetName", name, ctypes.c_int(len(name)), device)
+        numbers = []
+        for attribute in _CAPABILITY:
+            value = ctypes.c_int()
+            self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), device)
+            numbers.append(str(value.value))
+        self.arch = "sm_" + "".join(numbers)
+        self.device = f"{name.value.decode()} ({self.arch})"
+
+    def _compile(self, module: Module) -> bytes:
+        text, header = self.sources.text(module.file), _HEADER.read_text(encoding="utf-8")
+        parts = (text, header, *module.defines, self.arch, nvrtc_version())
+
+        def build(made: Path) -> None:
+            made.write_bytes(compile_module(self.sources, module, self.arch)[0])
+
+        return cached(f"cuda-{key(parts)}.cubin", build).read_bytes()

@@ -1,0 +1,58 @@
+// What every kernel may use beside the HIP surface: wave and block reductions in a fixed order, and loads of weights that
+// are only 2-byte aligned. No multiply is contracted with an add unless fmaf is written, so that a kernel gives the same
+// bits on every back end wherever expf and division do. Waves have 32 lanes; blocks are whole waves.
+#pragma once
+#include <hip/hip_runtime.h>
+
+#define DEVICE static __device__ __forceinline__
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#ifndef LDS
+#define LDS(type, name, count) __shared__ type name[count]
+#endif
+
+constexpr int WAVE = 32;
+constexpr int GROUP = 256;       // weights of one group of a matrix row, of every format
+constexpr int PER_LANE = 8;      // lane t of a wave holds elements 8t .. 8t+7 of a group
+
+DEVICE int lane() { return threadIdx.x % WAVE; }
+DEVICE int wave() { return threadIdx.x / WAVE; }
+
+DEVICE float not_a_number() { return __int_as_float(0x7fc00000); }
+
+DEVICE float wave_sum(float v) {
+  for (int mask = WAVE / 2; mask > 0; mask /= 2) v += __shfl_xor(v, mask);
+  return v;
+}
+
+DEVICE float wave_max(float v) {
+  for (int mask = WAVE / 2; mask > 0; mask /= 2) v = fmaxf(v, __shfl_xor(v, mask));
+  return v;
+}
+
+// The sum over a block, to every thread; `scratch` holds one float per wave and may be in use until the call.
+DEVICE float block_sum(float v, float* scratch) {
+  v = wave_sum(v);
+  __syncthreads();
+  if (lane() == 0) scratch[wave()] = v;
+  __syncthreads();
+  float total = 0.0f;
+  for (int w = 0; w < (int)blockDim.x / WAVE; w++) total += scratch[w];
+  return total;
+}
+
+DEVICE float block_max(float v, float* scratch) {
+  v = wave_max(v);
+  __syncthreads();
+  if (lane() == 0) scratch[wave()] = v;
+  __syncthreads();
+  float most = scratch[0];
+  for (int w = 1; w < (int)blockDim.x / WAVE; w++) most = fmaxf(most, scratch[w]);
+  return most;
+}
+
+DEVICE uint32_t load_u16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
+DEVICE uint32_t load_u32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
+DEVICE float load_f32(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
+DEVICE float load_f16(const uint8_t* p) {
+  return __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t*>(p)));
+}

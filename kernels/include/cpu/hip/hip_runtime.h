@@ -1,0 +1,64 @@
+// The HIP surface that the kernels use, for the host: see fiber.h and runtime.cpp. Shuffles and barriers need every lane,
+// as on the GPU, and the runtime reports a kernel that breaks this. `__shared__` is refused: LDS (device.h) comes from an
+// arena that is filled with NaN before every block and guarded behind every array.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include "../fiber.h"
+
+namespace mq {
+static thread_local Block* self = nullptr;
+
+template <class To, class From>
+static inline To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From), "a reinterpretation keeps the size");
+  To to;
+  std::memcpy(&to, &value, sizeof(To));
+  return to;
+}
+
+template <class T>
+static inline T shuffle(T value, unsigned source) {
+  return bits_as<T>(self->shuffle(self, bits_as<uint32_t>(value), source));
+}
+
+static inline unsigned lane() { return self->fiber->number % 32; }
+}  // namespace mq
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define LDS(type, name, count) type* const name = static_cast<type*>(mq::self->lds(mq::self, sizeof(type) * (count)))
+#define HIP_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(mq::self->dynamic_lds);
+
+#define threadIdx (mq::self->fiber->thread)
+#define blockIdx (mq::self->block)
+#define blockDim (mq::self->block_dim)
+#define gridDim (mq::self->grid_dim)
+
+static inline void __syncthreads() { mq::self->barrier(mq::self); }
+
+template <class T>
+static inline T __shfl(T value, int source) {
+  return mq::shuffle(value, source & 31);
+}
+template <class T>
+static inline T __shfl_xor(T value, int mask) {
+  return mq::shuffle(value, (mq::lane() ^ mask) & 31);
+}
+template <class T>
+static inline T __shfl_down(T value, unsigned delta) {
+  return mq::shuffle(value, mq::lane() + delta > 31 ? mq::lane() : mq::lane() + delta);
+}
+
+using std::min;
+struct __half {
+  uint16_t bits;
+};
+static inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
+static inline float __half2float(__half h) { return static_cast<float>(mq::bits_as<_Float16>(h.bits)); }
+static inline float __int_as_float(int v) { return mq::bits_as<float>(v); }

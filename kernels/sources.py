@@ -1,0 +1,145 @@
+"""The kernels as text: their modules, sources with our includes put in place, and every kernel's signature.
+
+The source is the one truth about a kernel's arguments: signatures are read from its KERNEL lines, launches are checked
+against them, and the CPU build asserts that the compiler reads them the same way. Depends on errors and formats.blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..formats.blocks import BY_NAME
+from ..formats.errors import BackendError
+
+FOLDER = Path(__file__).parent
+SCALARS = {"int": "int32", "int64_t": "int64", "float": "float32"}
+POINTERS = {
+    "float*": "float32",
+    "uint8_t*": "uint8",
+    "int32_t*": "int32",
+    "int64_t*": "int64",
+    "uint32_t*": "uint32",
+}
+_KERNEL = re.compile(r"^KERNEL\((\d+)\)\s*(\w+)\(([^)]*)\)", re.MULTILINE)
+_PARAMETER = re.compile(r"(const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)")
+_INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument: its name, its C type, the dtype of the scalar or buffer, and whether the kernel writes it."""
+
+    name: str
+    ctype: str
+    dtype: str
+    pointer: bool
+    written: bool
+
+
+@dataclass(frozen=True)
+class Module:
+    """One compiled unit: a .hip file, built for one format where its kernels are templates over it."""
+
+    file: str
+    format: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.file}:{self.format}" if self.format else self.file
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        return (f"FORMAT={self.format.replace('-', '_')}",) if self.format else ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of one module; `threads` is the block size it is written for."""
+
+    module: Module
+    name: str
+    threads: int
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}[{self.module.format}]" if self.module.format else self.name
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A folder of .hip files and the headers they share; `per_format` names the files built once per block format."""
+
+    folder: Path = FOLDER
+    per_format: tuple[str, ...] = ("matrix.hip",)
+
+    def text(self, file: str) -> str:
+        """The source of a module with our own headers in place, each once."""
+        seen: set[str] = set()
+
+        def insert(match: re.Match[str]) -> str:
+            if match[1] in seen:
+                return ""
+            seen.add(match[1])
+            return _INCLUDE.sub(insert, self._read(match[1]).replace("#pragma once\n", ""))
+
+        return _INCLUDE.sub(insert, self._read(file))
+
+    def _read(self, file: str) -> str:
+        path = self.folder / file
+        if not path.is_file():
+            path = FOLDER / file
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as e:
+            raise BackendError(f"a kernel source cannot be read: {e.strerror}", file=path) from None
+
+    @cached_property
+    def kernels(self) -> dict[tuple[str, str | None], Kernel]:
+        """Every kernel by (name, format name or None)."""
+        found: dict[tuple[str, str | None], Kernel] = {}
+        for path in sorted(self.folder.glob("*.hip")):
+            formats = tuple(BY_NAME) if path.name in self.per_format else (None,)
+            for name, threads, parameters in signatures(self._read(path.name), path):
+                for fmt in formats:
+                    if (name, fmt) in found:
+                        raise BackendError(f"kernel {name} is defined twice", file=path)
+                    found[name, fmt] = Kernel(Module(path.name, fmt), name, threads, parameters)
+        return found
+
+    def kernel(self, name: str, fmt: str | None = None) -> Kernel:
+        """The kernel of that name, for a block format where it is built per format; else BackendError."""
+        try:
+            return self.kernels[name, fmt]
+        except KeyError:
+            wanted = f"{name} for format {fmt}" if fmt else name
+            raise BackendError(f"there is no kernel {wanted}", file=self.folder) from None
+
+    def modules(self) -> dict[Module, tuple[Kernel, ...]]:
+        """Every module with its kernels, in a fixed order."""
+        out: dict[Module, tuple[Kernel, ...]] = {}
+        for kernel in self.kernels.values():
+            out[kernel.module] = (*out.get(kernel.module, ()), kernel)
+        return out
+
+
+def signatures(text: str, file: Path) -> list[tuple[str, int, tuple[Parameter, ...]]]:
+    """(name, block size, parameters) of every KERNEL in a source; BackendError for a type outside the tables."""
+    return [
+        (m[2], int(m[1]), tuple(_parameter(p, file) for p in m[3].split(","))) for m in _KERNEL.finditer(text)
+    ]
+
+
+def _parameter(text: str, file: Path) -> Parameter:
+    match = _PARAMETER.fullmatch(text.strip())
+    base = match[2] + match[3] if match else ""
+    dtype = (POINTERS if base.endswith("*") else SCALARS).get(base)
+    if match is None or dtype is None:
+        raise BackendError(
+            f"kernel argument {text.strip()!r} has a type that launches cannot check", file=file
+        )
+    const, pointer = bool(match[1]), base.endswith("*")
+    return Parameter(match[4], f"const {base}" if const else base, dtype, pointer, pointer and not const)
