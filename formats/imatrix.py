@@ -1,7 +1,7 @@
 """Importance matrices of the llama.cpp family: GGUF and the legacy .dat, told apart by content, never by suffix.
 
-What counts is E[x²] per input channel. Values are handed on as the file has them, inf and NaN included: what to do about
-those is policy. Entries are read when asked for, so that a file of half a gigabyte stays on disk.
+What counts is E[x²] per input channel. Values are handed on as the file has them, inf and NaN included: what to do
+about those is policy. Entries are read when asked for, so that a file of half a gigabyte stays on disk.
 Depends on numpy and gguf (imported when needed), and on ggufcheck, minimax and errors.
 """
 
