@@ -1,10 +1,10 @@
 """The reference forward pass of MiniMax-M2 in torch, on the CPU, straight from a checkpoint's weights.
 
-Every built file is judged against it. All tokens pass through one layer before the next is read, only routed experts are
-read, and one expert is held at a time, so the 229B model runs in the memory of its activations. Weights come from
-anything with `weight(name)`: the FP8 checkpoint, or a decoded HFQ file (`decoded.py`). The arithmetic is done in the dtype
-of `hidden` (f32 unless asked otherwise). An Observer sees every matrix's inputs, which is how importances and second
-moments are gathered. Depends on torch, numpy and formats.minimax.
+Every built file is judged against it. All tokens pass through one layer before the next is read, only routed experts
+are read, and one expert is held at a time, so the 229B model runs in the memory of its activations. Weights come from
+anything with `weight(name)`: the FP8 checkpoint, or a decoded HFQ file (`decoded.py`). The arithmetic is done in the
+dtype of `hidden` (f32 unless asked otherwise). An Observer sees every matrix's inputs, which is how importances and
+second moments are gathered. Depends on torch, numpy and formats.minimax.
 """
 
 from __future__ import annotations
@@ -111,12 +111,13 @@ def attention(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q [heads, len, d] over k, v [kv_heads, len, d]; head h reads kv head h · kv_heads // heads."""
+    """Softmax attention of q [heads, len, d] over k, v [kv, len, d]; query heads share kv heads in order."""
     share = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
     scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
     future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    return scores.masked_fill_(future, -torch.inf).softmax(-1) @ v
+    out: Tensor = scores.masked_fill_(future, -torch.inf).softmax(-1) @ v
+    return out
 
 
 def route(weights: Weights, cfg: ModelConfig, layer: int, inputs: Tensor) -> Routing:
@@ -130,7 +131,12 @@ def route(weights: Weights, cfg: ModelConfig, layer: int, inputs: Tensor) -> Rou
 
 
 def experts(
-    weights: Weights, cfg: ModelConfig, layer: int, inputs: Tensor, routing: Routing, observer: Observer = _SILENT
+    weights: Weights,
+    cfg: ModelConfig,
+    layer: int,
+    inputs: Tensor,
+    routing: Routing,
+    observer: Observer = _SILENT,
 ) -> Tensor:
     """The weighted sum of the routed experts' outputs [n, H] for normed inputs [n, H]."""
     out = torch.zeros_like(inputs)
