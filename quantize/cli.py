@@ -14,11 +14,10 @@ from typing import Annotated
 import typer
 
 from ..formats.errors import MqError
-from . import cli_build
-from .console import note
+from . import cli_build, cli_inspect
+from .console import INTERRUPTED, note
 
 DEBUG = "--debug"
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="mq-quant",
@@ -29,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (cli_build,):
+for module in (cli_build, cli_inspect):
     for name, command in module.COMMANDS.items():
         app.command(name)(command)
 

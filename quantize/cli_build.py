@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .console import emit, gigabytes, table
+from .console import INTERRUPTED, emit, gigabytes, note, table
+
+if TYPE_CHECKING:
+    from .recipe import Fit
+
+FITS = ("reference", "exact", "hessian")
 
 Tier = Annotated[str | None, typer.Option(help="A tier's name; `mq-quant tiers` lists them.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe of your own (YAML).")]
@@ -18,6 +23,91 @@ SourceName = Annotated[
 ]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one per core.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def build(
+    tier: Tier = None,
+    recipe: RecipeFile = None,
+    source: SourceName = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: <model>.<tier> in the current folder.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Importance matrix (GGUF or .dat) instead of the recipe's.")
+    ] = None,
+    no_imatrix: Annotated[
+        bool, typer.Option("--no-imatrix", help="Plain build: no importance, no AWQ; the file says so.")
+    ] = False,
+    fit: Annotated[
+        str | None, typer.Option(help="reference, exact or hessian, instead of the recipe's.")
+    ] = None,
+    no_gain: Annotated[
+        bool, typer.Option("--no-gain", help="Leave the levels as fitted, without the unbiased gain.")
+    ] = False,
+    awq_alpha: Annotated[
+        float | None, typer.Option(min=0, max=2, help="Pin the AWQ exponent instead of searching it.")
+    ] = None,
+    jobs: Jobs = None,
+    shard_cache: Annotated[
+        int, typer.Option(min=1, help="Shards of a hub source that may be on the disk at once.")
+    ] = 2,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished build.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no result.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build a tier. An interrupted build continues when the same command is run again.
+
+    \b
+    Examples:
+      mq-quant build --tier mq2-lloyd --source tiny
+      mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf -o /data/m27.mq3
+      mq-quant build --recipe mine.yaml --jobs 8 --json
+    """
+    from .build import Options
+    from .build import build as run
+    from .job import Changes, open_job
+    from .offline import cores
+    from .sources import choose_recipe
+
+    changes = Changes(_fit(fit), False if no_gain else None, awq_alpha, imatrix, no_imatrix)
+    options = Options(output, jobs or cores(), force, restart, quiet or as_json)
+    try:
+        chosen = choose_recipe(tier, recipe, source)
+        with open_job(chosen, changes, options.check, shard_cache) as job:
+            result = run(job, options)
+    except KeyboardInterrupt:
+        note("interrupted; the same command continues the build, with --restart it begins anew")
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json or not quiet:
+        emit(result, as_json, _render_build)
+
+
+def _fit(name: str | None) -> Fit | None:
+    if name is None or name in FITS:
+        return cast("Fit | None", name)
+    raise typer.BadParameter(f"{name!r} is not one of {', '.join(FITS)}", param_hint="--fit")
+
+
+def _render_build(result: Mapping[str, Any]) -> str:
+    return "\n".join(
+        (
+            f"{result['path']}: {gigabytes(result['total_bytes'])} in {result['tensor_count']} tensors",
+            f"quantization hash  {result['quantization_hash']}",
+            f"time               {result['seconds']:.1f} s, {result['weights_per_second'] / 1e6:.1f} M weights/s",
+            f"peak memory        {gigabytes(result['peak_rss_bytes'])}",
+            f"imatrix coverage   {_percent(result['coverage'])}",
+            f"fallbacks          {_counts(result['fallbacks'])}",
+        )
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "no imatrix" if share is None else f"{share:.1%} of the experts"
+
+
+def _counts(fallbacks: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in fallbacks.items()) or "none"
 
 
 def plan(
@@ -73,4 +163,4 @@ def _render_tiers(result: Mapping[str, Any]) -> str:
     return table(("tier", "size", "fits in", "what"), rows) + f"\n\n{result['memory_note']}"
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"plan": plan, "tiers": tiers}
+COMMANDS: dict[str, Callable[..., None]] = {"build": build, "plan": plan, "tiers": tiers}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..formats.blocks import BY_NAME, Format
 from ..formats.errors import RecipeError
@@ -46,10 +46,21 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """Where the weights come from: a hub repository, or the built-in tiny checkpoint."""
+    """Where the weights come from: a hub repository, the built-in checkpoint `tiny`, or a folder on this machine."""
 
-    repository: str
+    repository: str | None = None
     revision: str | None = None
+    folder: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.repository is None) == (self.folder is None):
+            raise ValueError("needs either repository or folder")
+        return self
+
+    @property
+    def place(self) -> str:
+        return self.repository or self.folder or ""
 
 
 class ImatrixRef(_Strict):
@@ -119,10 +130,15 @@ class Recipe(_Strict):
         )
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe as plain JSON values, without what has no influence on the bytes (bars, the known hash)."""
-        return self.model_dump(mode="json", by_alias=True, exclude={"verify", "quantization_hash"})
+        """The recipe as plain JSON values, without what does not decide the bytes, and without local paths."""
+        return self.model_dump(mode="json", by_alias=True, exclude=_NOT_RESOLVED)
 
 
+_NOT_RESOLVED: Any = {
+    "verify": True,
+    "quantization_hash": True,
+    "model": {"config": True, "source": {"folder"}},
+}
 _compiled = lru_cache(maxsize=256)(re.compile)
 
 
@@ -195,6 +211,11 @@ def tiers(model: str = DEFAULT_MODEL) -> list[str]:
     return sorted(
         name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name != MODEL_FILE
     )
+
+
+def load_model(name: str) -> Model:
+    """A bundled model."""
+    return Model.model_validate(_read(_root() / name / MODEL_FILE))
 
 
 def load_tier(tier: str, model: str = DEFAULT_MODEL) -> Recipe:

@@ -6,9 +6,8 @@ Depends on formats (checkpoint, hub), recipe, metadata and tiny; heavy readers a
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..formats.errors import CheckpointError, ConfigError, RecipeError
 from ..formats.minimax import normalize_config
 from ..formats.strictjson import JsonError, parse_object
 from .metadata import SideFiles
-from .recipe import DEFAULT_MODEL, Model, Recipe, Source, load_recipe, load_tier
+from .recipe import DEFAULT_MODEL, Model, Recipe, Source, load_model, load_recipe, load_tier
 
 TINY = "tiny"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -40,17 +39,14 @@ def choose_recipe(tier: str | None, path: Path | None, source: str | None) -> Re
 
 
 def _retarget(recipe: Recipe, source: str) -> Recipe:
-    if source == recipe.model.source.repository:
+    if source == recipe.model.source.place:
         return recipe
-    local = Path(source)
-    name = (
-        (local.parent if local.is_file() else local).resolve().name
-        if local.exists()
-        else source.split("/")[-1]
-    )
-    model = Model(
-        name=_NAME.sub("-", name) or "model", source=Source(repository=source), imatrix=None, config=None
-    )
+    if source == TINY:
+        return recipe.model_copy(update={"model": load_model(TINY), "quantization_hash": None})
+    local = local_folder(source)
+    name = local.resolve().name if local else source.split("/")[-1]
+    where = Source(folder=str(local)) if local else Source(repository=source)
+    model = Model(name=_NAME.sub("-", name) or "model", source=where)
     return recipe.model_copy(update={"model": model, "quantization_hash": None})
 
 
@@ -83,22 +79,20 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"cannot be read as UTF-8 text: {e}", file=path) from None
 
 
-def side_files(folder: Path) -> SideFiles:
-    """The texts beside the weights; tokenizer.json is kept as text, byte for byte."""
-    found = {path.name: path for path in folder.iterdir()}
+def side_files(find: Callable[[str], Path | None]) -> SideFiles:
+    """The texts beside the weights, `find` giving their paths; tokenizer.json is kept as text, byte for byte."""
 
     def text(name: str) -> str | None:
-        return read_text(found[name]) if name in found else None
+        path = find(name)
+        return read_text(path) if path else None
 
     def document(name: str) -> dict[str, Any] | None:
-        return read_json(found[name]) if name in found else None
+        path = find(name)
+        return read_json(path) if path else None
 
     tokenizer = text("tokenizer.json")
     if tokenizer is not None:
-        try:
-            json.loads(tokenizer)
-        except ValueError as e:
-            raise CheckpointError(f"is not JSON: {e}", file=found["tokenizer.json"]) from None
+        document("tokenizer.json")
     return SideFiles(
         tokenizer,
         document("tokenizer_config.json"),
@@ -135,10 +129,16 @@ def model_files(model: Model) -> ModelFiles:
     """Config and texts for planning: the recipe's own config where it has one, so that no network is needed."""
     if model.config is not None:
         return ModelFiles(normalize_config(model.config), SideFiles(), False)
-    folder = local_folder(model.source.repository)
+    folder = local_folder(model.source.place)
     if folder is None:
+        assert model.source.repository is not None
         from ..formats.hub import fetch_side_files
 
         folder = fetch_side_files(model.source.repository, model.source.revision)
     raw = read_json(folder / "config.json")
-    return ModelFiles(raw, side_files(folder), (folder / "tokenizer.json").exists())
+
+    def find(name: str) -> Path | None:
+        return folder / name if (folder / name).is_file() else None
+
+    side = side_files(find)
+    return ModelFiles(raw, side, side.tokenizer is not None)

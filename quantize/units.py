@@ -34,6 +34,11 @@ class Unit:
         return spec.expert if spec else None
 
     @property
+    def is_last(self) -> bool:
+        """Whether its tensors are complete with it."""
+        return self.start + self.nbytes == self.tensors[-1].start + self.tensors[-1].nbytes
+
+    @property
     def is_sidecar(self) -> bool:
         return self.tensors[0].spec is None
 

@@ -1,0 +1,47 @@
+# `make demo` and `make test` do all the set-up on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_OPTIONS ?=
+OUT ?= out
+ROOMS := formats awq lloyd kernels verify quantize recipes
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test lint hashes kills clean
+
+demo: $(VENV)/.installed
+	mkdir -p $(OUT)
+	$(BIN)/mq-quant build --tier mq2-lloyd --source tiny --output $(OUT)/tiny.mq2-lloyd --force
+	$(BIN)/mq-quant inspect $(OUT)/tiny.mq2-lloyd --filter 'layers\.0\.(self_attn|.*experts\.0\.)'
+	$(BIN)/mq-quant verify $(OUT)/tiny.mq2-lloyd --source tiny
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .build && ln -sfn .. .build/mq_quant
+	MYPYPATH=.build $(BIN)/mypy $(ROOMS:%=-p mq_quant.%)
+
+# Writes the quantization hashes of all tiers of the tiny source into its recipes, after a change that is meant to alter bytes.
+hashes: $(VENV)/.installed
+	$(BIN)/python -m mq_quant.quantize.hashes
+
+# Kills a build at 50 random points and resumes it each time; CI runs a short version of the same harness.
+kills: $(VENV)/.ready
+	$(BIN)/python tests/kill_harness.py --kills 50
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("mq-quant needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_OPTIONS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .build build dist $(OUT) *.egg-info

@@ -1,0 +1,182 @@
+"""A job: a recipe with its source, imatrix and plan, all checked on metadata alone, ready to be built.
+
+Depends on formats, awq, plan, metadata and sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..awq.importance import Importance, load_importance
+from ..formats.checkpoint import Source, open_checkpoint
+from ..formats.errors import CheckpointError, ImatrixError, RecipeError
+from ..formats.imatrix import Imatrix, read_imatrix
+from ..formats.minimax import normalize_config
+from .encode import FitSettings
+from .metadata import template
+from .plan import Plan, make_plan, plan_tensors
+from .provenance import flatten, program
+from .recipe import Fit, Recipe
+from .sources import local_folder, side_files
+
+CheckOutput = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the command line changes in a recipe; None keeps the recipe's own."""
+
+    fit: Fit | None = None
+    gain: bool | None = None
+    alpha: float | None = None
+    imatrix: Path | None = None
+    no_imatrix: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides a file's bytes. `signature` names each part, so that two jobs can be told apart."""
+
+    recipe: Recipe
+    source: Source
+    importance: Importance | None
+    settings: FitSettings
+    plan: Plan
+    metadata: Mapping[str, Any]
+    signature: Mapping[str, Any]
+
+    @property
+    def output_name(self) -> str:
+        return output_name(self.recipe)
+
+
+def output_name(recipe: Recipe) -> str:
+    """The name of the file that a recipe makes, where the user gives none."""
+    return f"{recipe.model.name}.{recipe.tier}"
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe as it will be built; without an imatrix there is no AWQ, and `hessian` becomes `exact`.
+
+    Raises RecipeError where the changes contradict each other.
+    """
+    if changes.no_imatrix and (changes.imatrix or changes.fit == "hessian" or changes.alpha):
+        raise RecipeError(
+            "--no-imatrix leaves nothing for --imatrix, --fit hessian or --awq-alpha to work with"
+        )
+    fit = changes.fit or recipe.fit
+    alpha = changes.alpha if changes.alpha is not None else recipe.awq.alpha
+    if changes.no_imatrix:
+        fit, alpha = "exact" if fit == "hessian" else fit, 0.0
+    awq = recipe.awq.model_copy(
+        update={"alpha": alpha, "fold_down": recipe.awq.fold_down and not changes.no_imatrix}
+    )
+    gain = recipe.gain if changes.gain is None else changes.gain
+    return recipe.model_copy(update={"fit": fit, "gain": gain, "awq": awq})
+
+
+def open_source(recipe: Recipe, shard_cache: int) -> Source:
+    """The weights that a recipe names, their whole inventory checked on metadata alone."""
+    where = recipe.model.source
+    folder = local_folder(where.place)
+    if folder is None:
+        assert where.repository is not None
+        from ..formats.hub import open_hub
+
+        source: Source = open_hub(where.repository, where.revision, shard_cache)
+    else:
+        source = open_checkpoint(folder)
+    source.validate()
+    return source
+
+
+def _imatrix_file(recipe: Recipe, changes: Changes) -> Path | None:
+    if changes.no_imatrix:
+        return None
+    if changes.imatrix is not None:
+        return changes.imatrix
+    ref = recipe.model.imatrix
+    if ref is None:
+        raise ImatrixError(
+            "no imatrix was given, and there is none of its own for this source",
+            hint="give --imatrix FILE (llama.cpp's GGUF or .dat), or --no-imatrix for a plain build",
+        )
+    if ref.repository is not None:
+        from ..formats.hub import fetch_file
+
+        return fetch_file(ref.repository, ref.file, ref.revision)
+    folder = local_folder(recipe.model.source.place)
+    assert folder is not None
+    return folder / ref.file
+
+
+def _imatrix_record(imatrix: Imatrix | None, importance: Importance | None) -> dict[str, Any] | None:
+    if imatrix is None or importance is None:
+        return None
+    return {
+        "sha256": imatrix.sha256,
+        "kind": imatrix.kind,
+        "datasets": list(imatrix.datasets),
+        "chunk_count": imatrix.chunk_count,
+        "coverage": importance.coverage,
+        "fallbacks": importance.fallbacks,
+    }
+
+
+@contextmanager
+def open_job(
+    recipe: Recipe, changes: Changes, check: CheckOutput | None = None, shard_cache: int = 2
+) -> Iterator[Job]:
+    """Resolve and check everything before any work; raises the error of whatever does not fit.
+
+    `check` is called with the output's default name and the file's size as soon as that is known.
+    """
+    recipe = changed(recipe, changes)
+    source = open_source(recipe, shard_cache)
+    try:
+        yield _job(recipe, changes, source, check)
+    finally:
+        source.close()
+
+
+def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | None) -> Job:
+    config = source.config
+    tensors = plan_tensors(recipe, config)
+    if check is not None:
+        check(output_name(recipe), sum(t.nbytes for t in tensors))
+    path = _imatrix_file(recipe, changes)
+    imatrix = read_imatrix(path) if path else None
+    importance = load_importance(imatrix, config) if imatrix else None
+    side = side_files(source.side_file)
+    if side.tokenizer is None:
+        raise CheckpointError(
+            "has no tokenizer.json, which the engine reads from the file", file=recipe.model.source.place
+        )
+    skipped = sum(math.prod(source.tensors[name].shape) for name in source.skipped_mtp)
+    made_from = {
+        "recipe": recipe.resolved(),
+        "source": {"origin": source.origin, "files": source.fingerprint()},
+        "imatrix": _imatrix_record(imatrix, importance),
+    }
+    provenance = {"program": program(), **made_from, "skipped_tensors": len(source.skipped_mtp)}
+    metadata = template(source.raw_config, side, config, tensors, provenance, skipped)
+    plan = make_plan(recipe, config, tensors, metadata)
+    awq = recipe.awq
+    settings = FitSettings(
+        fit=recipe.fit,
+        gain=recipe.gain,
+        awq_alpha=None if awq.alpha == "search" else awq.alpha,
+        fold_down=awq.fold_down,
+    )
+    signature = {
+        "program": program()["version"],
+        "plan": plan.digest(),
+        "config": normalize_config(source.raw_config),
+        **made_from,
+    }
+    return Job(recipe, source, importance, settings, plan, metadata, dict(flatten(signature)))
