@@ -242,7 +242,7 @@ def _problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Iterato
             yield spec.name, f"is {info.dtype}, not {' or '.join(_DTYPES[spec.stored])}"
         if info.shape != spec.shape:
             yield spec.name, f"has shape {list(info.shape)}, the config calls for {list(spec.shape)}"
-        elif info.dtype == "F8_E4M3":
+        elif spec.stored == "fp8" and info.dtype == "F8_E4M3":
             scale = scale_inv_name(spec.name)
             known.add(scale)
             yield from _scale_problems(tensors.get(scale), scale, scale_shape(info.shape, config.block_shape))
