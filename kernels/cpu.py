@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -151,6 +152,15 @@ class CpuBackend(Backend):
         start = -memory.ctypes.data % _ALIGN
         memory[start : start + nbytes] = _POISON
         return memory, memory.ctypes.data + start
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds_between(self, first: float, last: float) -> float:
+        return last - first
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        ctypes.memmove(target, source, nbytes)
 
     def _copy_in(self, address: int, array: NDArray[Any]) -> None:
         ctypes.memmove(address, array.ctypes.data, array.nbytes)

@@ -37,6 +37,11 @@ class Driver:
     free: str
     copy_in: str
     copy_out: str
+    copy: str
+    event: str
+    record: str
+    wait: str
+    elapsed: str
     load: str
     function: str
     launch: str
@@ -207,6 +212,22 @@ class GpuBackend(Backend):
         else:
             del self._held[address]
             self.call(self.driver.free, ctypes.c_void_p(address))
+
+    def mark(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        self.call(self.driver.event, ctypes.byref(event), ctypes.c_uint(0))
+        self.call(self.driver.record, event, ctypes.c_void_p(None))
+        return event
+
+    def seconds_between(self, first: ctypes.c_void_p, last: ctypes.c_void_p) -> float:
+        milliseconds = ctypes.c_float()
+        self.call(self.driver.wait, last)
+        self.call(self.driver.elapsed, ctypes.byref(milliseconds), first, last)
+        return milliseconds.value / 1000
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        size = ctypes.c_size_t(nbytes)
+        self.call(self.driver.copy, ctypes.c_void_p(target), ctypes.c_void_p(source), size)
 
     def _copy_in(self, address: int, array: NDArray[Any]) -> None:
         size = ctypes.c_size_t(array.nbytes)

@@ -130,6 +130,16 @@ class Backend(ABC):
             self._copy_out(out, buffer.address)
         return out
 
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """Copy a buffer's content into another of its size and dtype."""
+        self._own(target)
+        self._own(source)
+        if target.dtype != source.dtype or target.size != source.size:
+            raise BackendError(
+                f"{source.dtype}[{source.size}] cannot be copied to {target.dtype}[{target.size}]"
+            )
+        self._copy(target.address, source.address, source.nbytes)
+
     def launch(
         self,
         kernel: Kernel,
@@ -193,6 +203,17 @@ class Backend(ABC):
     @abstractmethod
     def _alloc(self, nbytes: int) -> tuple[Any, int]:
         """(owner of the memory, its address)."""
+
+    @abstractmethod
+    def mark(self) -> Any:
+        """A point in the sequence of launches, for `seconds_between`."""
+
+    @abstractmethod
+    def seconds_between(self, first: Any, last: Any) -> float:
+        """Device time between two marks, once the last is reached."""
+
+    @abstractmethod
+    def _copy(self, target: int, source: int, nbytes: int) -> None: ...
 
     @abstractmethod
     def _copy_in(self, address: int, array: NDArray[Any]) -> None: ...

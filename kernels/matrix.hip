@@ -4,6 +4,7 @@
 #include "formats.h"
 
 constexpr int ROWS = 4;      // rows that share one read of x
+constexpr int LANES = WAVE / ROWS;    // lanes that end up with the same row's sum
 constexpr int WAVES = 4;     // waves of a block
 constexpr int CHUNK = 16;    // groups whose codebooks are in LDS at a time
 constexpr int BOOK = FORMAT::LEVELS * ROWS * CHUNK;    // floats of LDS per wave
@@ -27,9 +28,21 @@ DEVICE void stage_codebooks(const uint8_t* const (&row)[N], int first, int count
   }
 }
 
-// The products of ROWS rows with x, to every lane. Sums run over groups in order within a lane's eight elements, then over
+// Sums each of four values over the wave; lane t receives that of row t / 8. Halves of the wave swap the rows that they
+// do not keep, so that six shuffles do the work of twenty.
+DEVICE float wave_sum_rows(const float (&v)[4]) {
+  const bool high = lane() & 16, odd = lane() & 8;
+  float pair[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) pair[r] = (high ? v[r + 2] : v[r]) + __shfl_xor(high ? v[r] : v[r + 2], 16);
+  float sum = (odd ? pair[1] : pair[0]) + __shfl_xor(odd ? pair[0] : pair[1], 8);
+  for (int mask = 4; mask > 0; mask /= 2) sum += __shfl_xor(sum, mask);
+  return sum;
+}
+
+// The product of row t / LANES with x, for lane t. Sums run over groups in order within a lane's eight elements, then over
 // the eight, then over lanes: the same order for any grid and back end.
-DEVICE void dot_rows(const uint8_t* const (&row)[ROWS], const float* x, int groups, float* books, float (&out)[ROWS]) {
+DEVICE float dot_rows(const uint8_t* const (&row)[ROWS], const float* x, int groups, float* books) {
   float sum[ROWS][PER_LANE] = {};
   const int t = lane();
   float* book = books + wave() * BOOK;
@@ -50,11 +63,13 @@ DEVICE void dot_rows(const uint8_t* const (&row)[ROWS], const float* x, int grou
       }
     }
   }
+  float of_row[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const float* s = sum[r];
-    out[r] = wave_sum(((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7])));
+    of_row[r] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
   }
+  return wave_sum_rows(of_row);
 }
 
 DEVICE const uint8_t* row_of(const uint8_t* matrix, int row, int rows, int groups) {
@@ -118,12 +133,9 @@ KERNEL(128) matvec(float* __restrict__ out, const uint8_t* __restrict__ matrix, 
   const uint8_t* row[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) row[r] = row_of(matrix, first + r, rows, groups);
-  float dot[ROWS];
-  dot_rows(row, x + (int64_t)blockIdx.y * groups * GROUP, groups, books, dot);
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    if (lane() == 0 && first + r < rows) out[(int64_t)blockIdx.y * rows + first + r] = dot[r];
-  }
+  const float dot = dot_rows(row, x + (int64_t)blockIdx.y * groups * GROUP, groups, books);
+  const int mine = first + lane() / LANES;
+  if (lane() % LANES == 0 && mine < rows) out[(int64_t)blockIdx.y * rows + mine] = dot;
 }
 
 // gate, up f32 [tokens, slots, rows] = W1, W3 of expert ids[t, slot] · x f32 [tokens, cols]. Expert e's matrices [rows, cols]
@@ -139,7 +151,7 @@ KERNEL(128) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, con
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
   const int64_t at[2] = {expert_offset(gate_at, ids[slot], experts), expert_offset(up_at, ids[slot], experts)};
   const bool loaded = at[0] >= 0 && at[1] >= 0;
-  float dot[ROWS];
+  float dot = not_a_number();
   if (loaded) {    // the same for the whole block, so that barriers stay whole
     const uint8_t* row[ROWS];
 #pragma unroll
@@ -147,15 +159,10 @@ KERNEL(128) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, con
       row[r] = row_of(gate_matrices + at[0], first + r, rows, groups);
       row[PAIR + r] = row_of(up_matrices + at[1], first + r, rows, groups);
     }
-    dot_rows(row, x + (int64_t)blockIdx.z * groups * GROUP, groups, books, dot);
+    dot = dot_rows(row, x + (int64_t)blockIdx.z * groups * GROUP, groups, books);
   }
-#pragma unroll
-  for (int r = 0; r < PAIR; r++) {
-    if (lane() == 0 && first + r < rows) {
-      gate[slot * rows + first + r] = loaded ? dot[r] : not_a_number();
-      up[slot * rows + first + r] = loaded ? dot[PAIR + r] : not_a_number();
-    }
-  }
+  const int kept = lane() / LANES, mine = first + kept % PAIR;
+  if (lane() % LANES == 0 && mine < rows) (kept < PAIR ? gate : up)[slot * rows + mine] = dot;
 }
 
 // out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid (rows / 16, slots, tokens).
@@ -165,15 +172,13 @@ KERNEL(128) expert_down(float* __restrict__ out, const uint8_t* __restrict__ mat
   const int first = (blockIdx.x * WAVES + wave()) * ROWS;
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
   const int64_t offset = expert_offset(at, ids[slot], experts);
-  float dot[ROWS];
+  float dot = not_a_number();
   if (offset >= 0) {
     const uint8_t* row[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) row[r] = row_of(matrices + offset, first + r, rows, groups);
-    dot_rows(row, x + slot * groups * GROUP, groups, books, dot);
+    dot = dot_rows(row, x + slot * groups * GROUP, groups, books);
   }
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    if (lane() == 0 && first + r < rows) out[slot * rows + first + r] = offset >= 0 ? dot[r] : not_a_number();
-  }
+  const int mine = first + lane() / LANES;
+  if (lane() % LANES == 0 && mine < rows) out[slot * rows + mine] = dot;
 }

@@ -1,0 +1,178 @@
+"""Time of each kernel at the full width of MiniMax-M2.7, and the weight bytes it reads, beside a plain copy on the device.
+
+    python benchmarks/kernels.py [--backend auto|hip|cuda|cpu] [--json]
+
+One token, 8 routed experts of 256, matrices 3072 × 1536. A GPU holds all 256 experts and every launch routes to others, so
+that no weight is found in a cache; the CPU holds 8. Times are the median of repeated launches by the device's clock; on a
+GPU launches are queued behind a long one, so that the host's own time is not counted. `share` is the bytes of weights per
+second over the bytes that a copy reads and writes per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from mq_quant.formats.blocks import BY_NAME
+from mq_quant.kernels import ops
+from mq_quant.kernels.host import Backend, open_backend
+
+HIDDEN, INTER, EXPERTS, SLOTS, HEADS, KV_HEADS, HEAD_DIM = 3072, 1536, 256, 8, 48, 8, 128
+VOCAB, CONTEXT = 200064, 4096
+EXPERT_FORMATS = ("MQ4", "MQ6", "MQ3-Lloyd", "MQ2-Lloyd", "Q8F16")
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str
+    nbytes: int
+    seconds: float
+    share: float | None
+
+
+class Bench:
+    """A back end, how often to repeat, and a long launch to queue behind."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.gpu = backend.name != "cpu"
+        self.repeats = 30 if self.gpu else 3
+        size = 1 << 31 if self.gpu else 1 << 27
+        self.long = [backend.alloc((size,), np.uint8) for _ in range(2)]
+        self.rows: list[Row] = []
+        self.copy_rate = 0.0
+        seconds = self.time(lambda _: backend.copy(*self.long), stall=False)
+        self.copy_rate = 2 * size / seconds
+        self.rows.append(Row("copy (read + write)", 2 * size, seconds, 1.0))
+
+    def time(self, work: Callable[[int], object], stall: bool = True) -> float:
+        work(0)
+        self.backend.synchronize()
+        if self.gpu and stall:
+            for _ in range(4):
+                self.backend.copy(*self.long)
+        marks = [self.backend.mark()]
+        for i in range(self.repeats):
+            work(i)
+            marks.append(self.backend.mark())
+        return statistics.median(
+            self.backend.seconds_between(a, b) for a, b in zip(marks, marks[1:], strict=False)
+        )
+
+    def add(self, kernel: str, nbytes: int, work: Callable[[int], object]) -> None:
+        seconds = self.time(work)
+        self.rows.append(Row(kernel, nbytes, seconds, nbytes / seconds / self.copy_rate if nbytes else None))
+
+
+def noise(fmt: str, weights: int, rng: np.random.Generator) -> np.ndarray:
+    """A payload of random codes with scales and levels of 0.01 to 1, by the byte: time does not depend on the values."""
+    kind = BY_NAME[fmt]
+    groups = rng.integers(0, 256, (weights // kind.group, kind.group_bytes), np.uint8)
+    if fmt == "Q8F16":
+        groups[:, :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    elif fmt.endswith("Lloyd"):
+        levels = np.linspace(-1, 1, kind.levels).astype(np.float16)
+        groups[:, : 2 * kind.levels] = np.frombuffer(levels.tobytes(), np.uint8)
+    else:
+        groups[:, :8] = np.frombuffer(np.array([0.01, -0.1], np.float32).tobytes(), np.uint8)
+    return groups.reshape(-1)
+
+
+def dense(bench: Bench, rng: np.random.Generator) -> None:
+    b = bench.backend
+    for name, rows, cols in (
+        ("q_proj", HEADS * HEAD_DIM, HIDDEN),
+        ("o_proj", HIDDEN, HEADS * HEAD_DIM),
+        ("lm_head", VOCAB, HIDDEN),
+    ):
+        if name == "lm_head" and not bench.gpu:
+            continue
+        part = noise("Q8F16", 64 * cols, rng)
+        w = ops.matrix(b, np.tile(part, rows // 64), "Q8F16", rows, cols)
+        x = b.upload(rng.standard_normal((1, cols)).astype(np.float32))
+        out = b.alloc((1, rows), np.float32)
+        bench.add(f"matvec[Q8F16] {name}", w.data.nbytes, lambda _, w=w, x=x, out=out: ops.matvec(b, w, x, out))
+
+
+def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
+    b = bench.backend
+    held = EXPERTS if bench.gpu else SLOTS
+    size = BY_NAME[fmt].nbytes(HIDDEN * INTER)
+    payload = noise(fmt, HIDDEN * INTER, rng)
+    data = b.alloc((2 * held * size,), np.uint8)
+    for i in range(2 * held):
+        b.write(data, payload, i * size)
+    at = np.arange(held, dtype=np.int64) * size
+    w1 = ops.experts(b, data, at, fmt, INTER, HIDDEN)
+    w3 = ops.experts(b, data, at + held * size, fmt, INTER, HIDDEN)
+    w2 = ops.experts(b, data, at, fmt, HIDDEN, INTER)
+    order = [rng.permutation(held)[:SLOTS].astype(np.int32)[None] for _ in range(bench.repeats)]
+    ids = [b.upload(o) for o in order]
+    x = b.upload(rng.standard_normal((1, HIDDEN)).astype(np.float32))
+    r = b.upload(rng.standard_normal((1, SLOTS, INTER)).astype(np.float32))
+    out = b.alloc((1, SLOTS, HIDDEN), np.float32)
+    bench.add(
+        f"expert_gate_up[{fmt}]", 2 * SLOTS * size, lambda i: ops.expert_gate_up(b, w1, w3, ids[i], x)
+    )
+    bench.add(f"expert_down[{fmt}]", SLOTS * size, lambda i: ops.expert_down(b, w2, ids[i], r, out))
+
+
+def small(bench: Bench, rng: np.random.Generator) -> None:
+    """The kernels between the matrices; they read activations, and attention its cache."""
+    b = bench.backend
+
+    def normal(*shape: int) -> ops.Buffer:
+        return b.upload(rng.standard_normal(shape).astype(np.float32))
+
+    x, weight, signs = normal(1, HIDDEN), normal(HIDDEN), ops.signs(b)
+    scale = b.upload(np.ones(HIDDEN, np.float32))
+    gate, up = normal(1, SLOTS, INTER), normal(1, SLOTS, INTER)
+    logits, bias = normal(1, EXPERTS), normal(EXPERTS)
+    down, weights, h = normal(1, SLOTS, HIDDEN), normal(1, SLOTS), normal(1, HIDDEN)
+    q, position = normal(1, HEADS * HEAD_DIM), b.upload(np.array([CONTEXT - 1], np.int32))
+    k, v = normal(CONTEXT, KV_HEADS * HEAD_DIM), normal(CONTEXT, KV_HEADS * HEAD_DIM)
+    cos, sin = (b.upload(t) for t in ops.rope_tables(CONTEXT, 64, 5e6))
+    cases: tuple[tuple[str, Callable[[int], object]], ...] = (
+        ("rmsnorm", lambda _: ops.rmsnorm(b, x, weight, 1e-6)),
+        ("rope", lambda _: ops.rope(b, q, cos, sin, position, HEAD_DIM)),
+        (f"attention, {CONTEXT} keys", lambda _: ops.attention(b, q, k, v, position, HEAD_DIM)),
+        ("router_top_k", lambda _: ops.router_top_k(b, logits, bias, SLOTS)),
+        ("scale_rotate", lambda _: ops.scale_rotate(b, x, scale, signs)),
+        ("silu_mul_rotate", lambda _: ops.silu_mul_rotate(b, gate, up, signs)),
+        ("combine", lambda _: ops.combine(b, h, down, weights)),
+        ("add", lambda _: ops.add(b, h, x)),
+    )
+    for name, work in cases:
+        bench.add(name, 0, work)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    with open_backend(options.backend) as backend:
+        bench = Bench(backend)
+        dense(bench, rng)
+        for fmt in EXPERT_FORMATS:
+            experts(bench, fmt, rng)
+        small(bench, rng)
+        if options.json:
+            print(json.dumps({"device": backend.device, "rows": [asdict(r) for r in bench.rows]}))
+            return
+        print(backend.device)
+        print(f"{'kernel':<28}{'MB':>9}{'ms':>10}{'GB/s':>9}{'share':>7}")
+        for r in bench.rows:
+            rate = f"{r.nbytes / r.seconds / 1e9:9.1f}" if r.nbytes else f"{'':>9}"
+            share = f"{r.share:7.0%}" if r.share is not None else ""
+            print(f"{r.kernel:<28}{r.nbytes / 1e6:>9.1f}{r.seconds * 1e3:>10.4f}{rate}{share}")
+
+
+if __name__ == "__main__":
+    main()
