@@ -1,0 +1,133 @@
+"""From rotated rows to the bytes of one block format, by one of three fits.
+
+`reference` is the engine's own quantiser; `exact` takes the best levels in plain squared error and rounds to nearest; `hessian` rounds and
+refits under each group's Hessian, then makes the levels unbiased. Everything here is single-threaded and releases the interpreter lock, so
+callers run matrices in parallel and get the same bytes. Depends on formats and the other modules of this room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats.blocks import AffineFormat, FloatFormat, Format, LloydFormat, Q8Format
+from ..formats.fwht import SIGNS2
+from . import reference
+from .affine import SHRINK, affine_rows
+from .hessian import GroupHessian
+from .kmeans import kmeans_rows
+from .rows import fit_rows, nearest_rows, settle_rows
+
+Fit = Literal["reference", "exact", "hessian"]
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+GROUP = 256
+ROUNDS = 1
+"""Rounds of coordinate descent and refit between the first refit and the final assignment."""
+_F16_MAX = 65504.0
+
+
+def encode_plain(values: F32, fmt: Format, fit: Fit) -> U8:
+    """Payload u8 [bytes] of f32 values of any shape in an unrotated format: F16, F32 or Q8F16."""
+    if isinstance(fmt, FloatFormat):
+        return fmt.pack(values).reshape(-1)
+    if not isinstance(fmt, Q8Format):
+        raise TypeError(f"{fmt.name} is not a plain format")
+    groups = np.ascontiguousarray(values, np.float32).reshape(-1, fmt.group)
+    scale, codes = reference.q8(groups) if fit == "reference" else _q8(groups)
+    return fmt.pack(scale, codes).reshape(-1)
+
+
+def _q8(groups: F32) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
+    """Q8F16 with the scale rounded to f16 before it divides; a scale that would underflow becomes the smallest f16."""
+    amax = np.abs(groups).max(axis=1)
+    scale = np.minimum(amax / np.float32(127), np.float32(_F16_MAX)).astype(np.float16)
+    scale = np.where((scale == 0) & (amax > 0), np.float16(2.0**-24), scale)
+    divisor = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)
+    codes = np.clip(np.rint(groups / divisor[:, None]), -127, 127)
+    return scale, codes.astype(np.int8)
+
+
+def encode_rotated(
+    rows: F32, fmt: Format, fit: Fit, hessians: Sequence[GroupHessian] | None = None, gain: bool = True
+) -> U8:
+    """Payload u8 [bytes] of rotated rows f32 [R, K], K a multiple of 256, group by group along each row.
+
+    `hessians` holds one per group of 256 columns and serves the `hessian` fit only; `gain` switches its last step.
+    """
+    if not isinstance(fmt, LloydFormat | AffineFormat):
+        raise TypeError(f"{fmt.name} is not a rotated format")
+    count, groups = len(rows), rows.shape[1] // GROUP
+    out = np.empty((count, groups, fmt.group_bytes), np.uint8)
+    codes = np.zeros((count, GROUP), np.uint8)
+    for g in range(groups):
+        if fit == "hessian":
+            assert hessians is not None
+            out[:, g] = _hessian_group(rows, g * GROUP, fmt, hessians[g], codes, gain)
+        else:
+            out[:, g] = _plain_group(rows, g * GROUP, fmt, fit, codes)
+    return out.reshape(-1)
+
+
+def _plain_group(rows: F32, column: int, fmt: LloydFormat | AffineFormat, fit: Fit, codes: U8) -> U8:
+    if fit == "reference":
+        if isinstance(fmt, AffineFormat):
+            return fmt.pack(*reference.affine(rows[:, column : column + GROUP], fmt.levels))
+        levels = np.empty((len(rows), fmt.levels), np.float32)
+        reference.lloyd_rows(rows, column, levels, codes)
+        return fmt.pack(levels.astype(np.float16), codes)
+    stored = _stored(fmt, _initial_levels(rows, column, fmt, exact=True))
+    nearest_rows(rows, column, _expand(fmt, stored), codes)
+    return _pack(fmt, stored, codes)
+
+
+def _hessian_group(
+    rows: F32, column: int, fmt: LloydFormat | AffineFormat, h: GroupHessian, codes: U8, gain: bool
+) -> U8:
+    grid = isinstance(fmt, AffineFormat)
+    levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=False))
+    fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, grid, ROUNDS, levels, codes)
+    if grid:
+        step = (levels[:, -1].astype(np.float64) - levels[:, 0]) / (fmt.levels - 1)
+        levels = np.stack([levels[:, 0], step.astype(np.float32)], axis=1)
+    stored = _stored(fmt, levels)
+    gains = np.empty(len(rows), np.float32)
+    settle_rows(rows, column, h.matrix, h.diagonal, SIGNS2, _expand(fmt, stored), codes, gains)
+    if gain:
+        stored = _stored(fmt, stored * gains[:, None])
+    return _pack(fmt, stored, codes)
+
+
+def _initial_levels(rows: F32, column: int, fmt: LloydFormat | AffineFormat, exact: bool) -> F32:
+    """Centroids f32 [R, K], or (zero, scale) f32 [R, 2], best in plain squared error."""
+    if isinstance(fmt, AffineFormat):
+        params = np.empty((len(rows), 2), np.float32)
+        affine_rows(rows, column, fmt.levels, SHRINK, 3, params)
+        return params
+    levels = np.empty((len(rows), fmt.levels), np.float32)
+    kmeans_rows(rows, column, exact, levels)
+    return levels
+
+
+def _stored(fmt: LloydFormat | AffineFormat, levels: F32) -> F32:
+    """Levels, or (zero, scale), rounded to the precision in which the format stores them, as f32."""
+    if isinstance(fmt, AffineFormat):
+        return levels.astype(np.float32)
+    return np.clip(levels, -_F16_MAX, _F16_MAX).astype(np.float16).astype(np.float32)
+
+
+def _expand(fmt: LloydFormat | AffineFormat, stored: F32) -> F32:
+    """All levels f32 [R, K], computed as the decoder computes them."""
+    if isinstance(fmt, AffineFormat):
+        return stored[:, :1] + stored[:, 1:] * np.arange(fmt.levels, dtype=np.float32)
+    return np.ascontiguousarray(stored)
+
+
+def _pack(fmt: LloydFormat | AffineFormat, stored: F32, codes: U8) -> U8:
+    if isinstance(fmt, AffineFormat):
+        return fmt.pack(np.ascontiguousarray(stored[:, 1]), np.ascontiguousarray(stored[:, 0]), codes)
+    return fmt.pack(stored.astype(np.float16), codes)

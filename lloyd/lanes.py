@@ -1,0 +1,102 @@
+"""Primitives on lanes: a block f32 [256, 16] holds one group of 16 rows, row index last; codes are f32 whole numbers.
+
+All functions are compiled and work in place. Depends on vec and numba.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .vec import LANES, load, splat, store, where_gt
+
+GROUP = 256
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def gather(rows, first, column, block):  # type: ignore[no-untyped-def]
+    """Copy rows[first:first+16, column:column+256] (f32) into block; lanes beyond the last row become 0."""
+    count = min(LANES, rows.shape[0] - first)
+    for r in range(count):
+        for i in range(block.shape[0]):
+            block[i, r] = rows[first + r, column + i]
+    for r in range(count, LANES):
+        for i in range(block.shape[0]):
+            block[i, r] = 0.0
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def scatter(block, rows, first):  # type: ignore[no-untyped-def]
+    """Copy block into rows [R, 256] of any type, leaving out lanes beyond the last row."""
+    for r in range(min(LANES, rows.shape[0] - first)):
+        for i in range(block.shape[0]):
+            rows[first + r, i] = rows.dtype.type(block[i, r])
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def hadamard(block):  # type: ignore[no-untyped-def]
+    """The unnormalised Walsh-Hadamard transform of every lane, two stages at a time, in place."""
+    stride = 1
+    while stride < GROUP:
+        for base in range(0, GROUP, 4 * stride):
+            for i in range(base, base + stride):
+                a = load(block, i)
+                b = load(block, i + stride)
+                c = load(block, i + 2 * stride)
+                d = load(block, i + 3 * stride)
+                ab = a + b
+                a_b = a - b
+                cd = c + d
+                c_d = c - d
+                store(block, i, ab + cd)
+                store(block, i + stride, a_b + c_d)
+                store(block, i + 2 * stride, ab - cd)
+                store(block, i + 3 * stride, a_b - c_d)
+        stride *= 4
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def midpoints(levels, mids):  # type: ignore[no-untyped-def]
+    """mids [K-1, 16] halfway between neighbouring levels [K, 16]."""
+    half = splat(np.float32(0.5))
+    for k in range(levels.shape[0] - 1):
+        store(mids, k, half * (load(levels, k) + load(levels, k + 1)))
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def assign(target, levels, mids, codes, i):  # type: ignore[no-untyped-def]
+    """The level nearest to `target` (16 lanes); its index goes to codes[i]."""
+    value = load(levels, 0)
+    code = splat(np.float32(0))
+    for k in range(mids.shape[0]):
+        mid = load(mids, k)
+        value = where_gt(target, mid, load(levels, k + 1), value)
+        code = where_gt(target, mid, splat(np.float32(k + 1)), code)
+    store(codes, i, code)
+    return value
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def sort_levels(levels, codes):  # type: ignore[no-untyped-def]
+    """Make every lane's levels [K, 16] ascending, and let codes [256, 16] follow."""
+    count = levels.shape[0]
+    rank = np.empty(count, np.float32)
+    order = np.empty(count, np.float32)
+    for r in range(LANES):
+        ascending = True
+        for k in range(count - 1):
+            ascending = ascending and levels[k, r] <= levels[k + 1, r]
+        if ascending:
+            continue
+        for k in range(count):
+            before = 0
+            for other in range(count):
+                smaller = levels[other, r] < levels[k, r]
+                tied = levels[other, r] == levels[k, r] and other < k
+                before += 1 if smaller or tied else 0
+            rank[k] = before
+            order[before] = levels[k, r]
+        for k in range(count):
+            levels[k, r] = order[k]
+        for i in range(GROUP):
+            codes[i, r] = rank[int(codes[i, r])]

@@ -1,0 +1,87 @@
+"""Choosing codes under a group's Hessian: error feedback, then coordinate descent, on lanes.
+
+Both walk the 256 columns in panels of 8: inside a panel column by column, between panels as one small matrix product. Levels are given; refit.py moves them. Depends on lanes, vec and numba.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .lanes import GROUP, assign
+from .vec import fma, load, splat, store, where_eq
+
+PANEL = 8
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def product(out, at, factors, row, errors, first, last):  # type: ignore[no-untyped-def]
+    """out[at + n] -= Σ_b factors[row + n, b] · errors[b] for first ≤ b < last and n in 0..3, in 16 lanes.
+
+    Four sums at a time stay in registers, and each loaded row of errors serves all four.
+    """
+    s0 = load(out, at)
+    s1 = load(out, at + 1)
+    s2 = load(out, at + 2)
+    s3 = load(out, at + 3)
+    for b in range(first, last):
+        e = load(errors, b)
+        s0 = fma(splat(-factors[row, b]), e, s0)
+        s1 = fma(splat(-factors[row + 1, b]), e, s1)
+        s2 = fma(splat(-factors[row + 2, b]), e, s2)
+        s3 = fma(splat(-factors[row + 3, b]), e, s3)
+    store(out, at, s0)
+    store(out, at + 1, s1)
+    store(out, at + 2, s2)
+    store(out, at + 3, s3)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def feedback(y, factor, levels, mids, codes, work, errors):  # type: ignore[no-untyped-def]
+    """Round y [256, 16] to levels [K, 16], each column's error moving the targets of the later ones.
+
+    Writes codes [256, 16]; `work` and `errors` f32 [256, 16] are scratch.
+    """
+    work[:] = y
+    for first in range(0, GROUP, PANEL):
+        for j in range(first, first + PANEL):
+            target = load(work, j)
+            error = target - assign(target, levels, mids, codes, j)
+            store(errors, j, error)
+            for i in range(j + 1, first + PANEL):
+                store(work, i, fma(splat(-factor[i, j]), error, load(work, i)))
+        for i in range(first + PANEL, GROUP, 4):
+            product(work, i, factor, i, errors, first, first + PANEL)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def residual(y, levels, codes, errors):  # type: ignore[no-untyped-def]
+    """errors [256, 16] = y - levels[codes]."""
+    for i in range(GROUP):
+        code = load(codes, i)
+        value = load(levels, 0)
+        for k in range(1, levels.shape[0]):
+            value = where_eq(code, splat(np.float32(k)), load(levels, k), value)
+        store(errors, i, load(y, i) - value)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def descend(y, matrix, levels, mids, codes, errors, pull):  # type: ignore[no-untyped-def]
+    """One sweep of coordinate descent on (y-q)ᵀ H (y-q): each column takes the level that is best given all others.
+
+    `errors` must hold y - levels[codes] and is kept so; `pull` f32 [8, 16] is scratch and holds -H·errors of the panel.
+    """
+    for first in range(0, GROUP, PANEL):
+        pull[:] = 0.0
+        for j in range(0, PANEL, 4):
+            product(pull, j, matrix, first + j, errors, 0, GROUP)
+        for j in range(PANEL):
+            column = first + j
+            old = load(errors, column)
+            inverse = splat(np.float32(1) / matrix[column, column])
+            target = load(y, column) - old - load(pull, j) * inverse
+            new = load(y, column) - assign(target, levels, mids, codes, column)
+            moved = new - old
+            store(errors, column, new)
+            for i in range(j + 1, PANEL):
+                store(pull, i, fma(splat(-matrix[first + i, column]), moved, load(pull, i)))

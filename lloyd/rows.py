@@ -1,0 +1,170 @@
+"""Whole-matrix drivers over lanes: one group column of all rows, from rotated weights to codes and levels under H.
+
+The order of work: initial levels are given; error feedback, refit under H, then rounds of coordinate descent and refit; the caller rounds the
+levels to their stored precision, and `settle_rows` assigns the codes once more with exactly those. Depends on lanes, rounding, refit, vec, numba.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .lanes import GROUP, assign, gather, hadamard, midpoints, scatter, sort_levels
+from .refit import dense_equations, indicator, multiply, normal_equations, signed, solve, solve_grid, weighted_dot
+from .rounding import descend, feedback, residual
+from .vec import LANES, load, splat, store
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels):  # type: ignore[no-untyped-def]
+    """Move levels [K, 16] to their best places for these codes; ys is H·y for a dense H, else the signed transform of y."""
+    if weights.shape[0] > 0:
+        if grid:
+            for i in range(GROUP):
+                sign = splat(signs[i])
+                store(basis[0], i, sign)
+                store(basis[1], i, sign * load(codes, i))
+            hadamard(basis[0])
+            hadamard(basis[1])
+        else:
+            for k in range(levels.shape[0]):
+                indicator(codes, k, signs, basis[k])
+                hadamard(basis[k])
+        normal_equations(ys, basis, weights, gram, rhs)
+    elif grid:
+        ones = np.ones(GROUP, np.float32)
+        for i in range(GROUP):
+            store(basis[0], i, splat(np.float32(1)))
+        store(rhs, 0, weighted_dot(ones, ys, basis[0]))
+        store(rhs, 1, weighted_dot(ones, ys, codes))
+        multiply(matrix, codes, basis[1])
+        store(gram[1], 1, splat(np.float32(-1)) * weighted_dot(ones, basis[1], codes))
+        store(gram[1], 0, splat(np.float32(-1)) * weighted_dot(ones, basis[1], basis[0]))
+        total = np.float32(0)
+        for i in range(GROUP):
+            for j in range(GROUP):
+                total += matrix[i, j]
+        store(gram[0], 0, splat(total))
+    else:
+        dense_equations(ys, codes, matrix, sums, gram, rhs)
+    if grid:
+        solve_grid(gram, rhs, levels)
+    else:
+        solve(gram, rhs, levels)
+        sort_levels(levels, codes)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def pulled(y, matrix, weights, signs, out):  # type: ignore[no-untyped-def]
+    """out = H·y for a dense H, else the signed transform of y."""
+    if weights.shape[0] > 0:
+        signed(y, signs, out)
+        hadamard(out)
+    else:
+        multiply(matrix, y, out)
+        minus = splat(np.float32(-1))
+        for i in range(GROUP):
+            store(out, i, minus * load(out, i))
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def fit_rows(rows, column, matrix, factor, weights, signs, grid, rounds, levels_io, codes_out):  # type: ignore[no-untyped-def]
+    """Codes u8 [R, 256] and levels f32 [R, K] of the group that starts at `column` of rows f32 [R, K_in].
+
+    levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded; `weights` is the diagonal
+    form of H, or empty for a dense one; `grid` keeps the levels evenly spaced.
+    """
+    count = levels_io.shape[1]
+    unknowns = 2 if grid else count
+    y = np.empty((GROUP, LANES), np.float32)
+    ys = np.empty((GROUP, LANES), np.float32)
+    work = np.empty((GROUP, LANES), np.float32)
+    errors = np.empty((GROUP, LANES), np.float32)
+    codes = np.zeros((GROUP, LANES), np.float32)
+    levels = np.zeros((count, LANES), np.float32)
+    mids = np.empty((count - 1, LANES), np.float32)
+    basis = np.empty((unknowns, GROUP, LANES), np.float32)
+    sums = np.empty((unknowns, GROUP), np.float32)
+    gram = np.zeros((unknowns, unknowns, LANES), np.float32)
+    rhs = np.empty((unknowns, LANES), np.float32)
+    pull = np.empty((8, LANES), np.float32)
+    for first in range(0, rows.shape[0], LANES):
+        gather(rows, first, column, y)
+        live = min(LANES, rows.shape[0] - first)
+        for k in range(count):
+            for r in range(live):
+                levels[k, r] = levels_io[first + r, k]
+        pulled(y, matrix, weights, signs, ys)
+        midpoints(levels, mids)
+        feedback(y, factor, levels, mids, codes, work, errors)
+        refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels)
+        for _ in range(rounds):
+            midpoints(levels, mids)
+            residual(y, levels, codes, errors)
+            descend(y, matrix, levels, mids, codes, errors, pull)
+            refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels)
+        for k in range(count):
+            for r in range(live):
+                levels_io[first + r, k] = levels[k, r]
+        scatter(codes, codes_out, first)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def settle_rows(rows, column, matrix, weights, signs, stored, codes_io, gains):  # type: ignore[no-untyped-def]
+    """Assign codes once more, given the stored levels f32 [R, K], and measure each row's gain (yᵀH y)/(yᵀH ŷ) into gains f32 [R].
+
+    A gain beyond 2, or not positive, means that the group carries no signal worth keeping: it becomes 1.
+    """
+    count = stored.shape[1]
+    y = np.empty((GROUP, LANES), np.float32)
+    ys = np.empty((GROUP, LANES), np.float32)
+    errors = np.empty((GROUP, LANES), np.float32)
+    codes = np.zeros((GROUP, LANES), np.float32)
+    levels = np.zeros((count, LANES), np.float32)
+    mids = np.empty((count - 1, LANES), np.float32)
+    pull = np.empty((8, LANES), np.float32)
+    totals = np.empty((2, LANES), np.float32)
+    ones = np.ones(GROUP, np.float32)
+    for first in range(0, rows.shape[0], LANES):
+        live = min(LANES, rows.shape[0] - first)
+        gather(rows, first, column, y)
+        gather(codes_io, first, 0, codes)
+        for r in range(live):
+            for k in range(count):
+                levels[k, r] = stored[first + r, k]
+        midpoints(levels, mids)
+        residual(y, levels, codes, errors)
+        descend(y, matrix, levels, mids, codes, errors, pull)
+        scatter(codes, codes_io, first)
+        pulled(y, matrix, weights, signs, ys)
+        if weights.shape[0] > 0:
+            signed(errors, signs, errors)
+            hadamard(errors)
+            store(totals, 0, weighted_dot(weights, ys, ys))
+            store(totals, 1, weighted_dot(weights, ys, errors))
+        else:
+            store(totals, 0, weighted_dot(ones, ys, y))
+            store(totals, 1, weighted_dot(ones, ys, errors))
+        for r in range(live):
+            whole = totals[0, r]
+            kept = whole - totals[1, r]
+            gains[first + r] = whole / kept if kept > np.float32(0.5) * whole else np.float32(1)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[misc]
+def nearest_rows(rows, column, stored, codes_out):  # type: ignore[no-untyped-def]
+    """Codes u8 [R, 256] of the nearest of the stored levels f32 [R, K], ascending; a tie takes the lower code."""
+    count = stored.shape[1]
+    y = np.empty((GROUP, LANES), np.float32)
+    codes = np.empty((GROUP, LANES), np.float32)
+    levels = np.zeros((count, LANES), np.float32)
+    mids = np.empty((count - 1, LANES), np.float32)
+    for first in range(0, rows.shape[0], LANES):
+        gather(rows, first, column, y)
+        for r in range(min(LANES, rows.shape[0] - first)):
+            for k in range(count):
+                levels[k, r] = stored[first + r, k]
+        midpoints(levels, mids)
+        for i in range(GROUP):
+            assign(load(y, i), levels, mids, codes, i)
+        scatter(codes, codes_out, first)

@@ -1,0 +1,177 @@
+"""One layer's experts from f32 weights to payloads: scale, fold, rotate, round, pack.
+
+A `LayerEncoder` fixes the layer's AWQ scale from a sample and is read-only from then on, so experts can be encoded on any number of threads with the
+same bytes. Depends on awq, lloyd and formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..awq.importance import Importance, LayerImportance
+from ..awq.scale import REFERENCE_ALPHA, down_fold, gate_up_scale
+from ..formats.blocks import F16_FORMAT, Format
+from ..formats.errors import WeightError
+from ..formats.fwht import GROUP, rotate, unrotate
+from ..formats.minimax import ModelConfig, expert_name
+from ..lloyd.encode import Fit, encode_plain, encode_rotated
+from ..lloyd.hessian import GroupHessian, from_diagonal
+
+__all__ = ["FitSettings", "LayerEncoder", "encode_plain"]
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+ALPHA_GRID = (0.0, 0.15, 0.3, 0.5)
+SAMPLE_EXPERTS = 4
+SAMPLE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a build encodes: the fit, the unbiased gain, the AWQ exponent (None: searched per layer), the folded down scale's exponent."""
+
+    fit: Fit = "hessian"
+    gain: bool = True
+    awq_alpha: float | None = None
+    fold_down: float = 0.0
+
+
+def encode_matrix(
+    weights: F32, fmt: Format, fit: Fit, scale: F32 | None, hessians: Sequence[GroupHessian] | None, gain: bool
+) -> U8:
+    """Payload u8 [bytes] of one expert matrix f32 [R, K]: multiplied by scale f32 [K] along K, rotated, encoded."""
+    scaled = weights if scale is None else weights * scale[None, :]
+    return encode_rotated(rotate(scaled), fmt, fit, hessians, gain)
+
+
+def group_hessians(
+    importance: Importance, scale: F32 | None
+) -> tuple[list[GroupHessian], list[str]]:
+    """The Hessian of each group of 256 channels under the AWQ scale, and what had to fall back."""
+    weights = importance.channel_weights(scale)
+    out = [from_diagonal(weights[i : i + GROUP]) for i in range(0, len(weights), GROUP)]
+    return out, [f"group {i}: {h.note}" for i, h in enumerate(out) if h.note]
+
+
+class LayerEncoder:
+    """Encodes the experts of one layer; `prepare` first, with the weights that `needs_samples` names.
+
+    Without an importance the fit `hessian` becomes `exact` and the AWQ scale is 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        importance: LayerImportance | None,
+        formats: Mapping[str, Format],
+        settings: FitSettings,
+    ) -> None:
+        self.config = config
+        self.layer = layer
+        self.importance = importance
+        self.formats = dict(formats)
+        self.settings = settings
+        self.fit: Fit = "exact" if importance is None and settings.fit == "hessian" else settings.fit
+        self._alpha = self._fixed_alpha()
+        self._objective: dict[str, float] = {}
+        self._scale: NDArray[np.float16] | None = None
+
+    def _fixed_alpha(self) -> float | None:
+        if self.importance is None:
+            return 0.0
+        if self.settings.awq_alpha is None and self.fit != "hessian":
+            return REFERENCE_ALPHA
+        return self.settings.awq_alpha
+
+    def needs_samples(self) -> list[str]:
+        """Names of the matrices from which the AWQ exponent is searched; none where it is fixed."""
+        if self._alpha is not None:
+            return []
+        return [expert_name(self.layer, e, p) for e in self._sampled_experts() for p in ("w1", "w3")]
+
+    def _sampled_experts(self) -> list[int]:
+        count = min(SAMPLE_EXPERTS, self.config.num_local_experts)
+        return [i * self.config.num_local_experts // count for i in range(count)]
+
+    def prepare(self, samples: Mapping[str, F32]) -> None:
+        """Fix the AWQ scale; `samples` holds f32 weights for every name in `needs_samples`."""
+        if self._alpha is None:
+            losses = {a: self._sample_loss(a, samples) for a in ALPHA_GRID}
+            self._objective = {f"{a:g}": float(f"{loss:.6g}") for a, loss in losses.items()}
+            self._alpha = min(losses, key=lambda a: (losses[a], a))
+        self._scale = self._scale_at(self._alpha)
+
+    def _scale_at(self, alpha: float) -> NDArray[np.float16]:
+        if self.importance is None or alpha == 0:
+            return np.ones(self.config.hidden_size, np.float16)
+        return gate_up_scale(self.importance.gate_up_energy(), alpha)
+
+    def _sample_loss(self, alpha: float, samples: Mapping[str, F32]) -> float:
+        """Share of the output energy lost on the sampled rows of gate and up under this exponent, f64."""
+        assert self.importance is not None
+        scale = self._scale_at(alpha).astype(np.float32)
+        lost = kept = 0.0
+        for e in self._sampled_experts():
+            hessians, _ = group_hessians(self.importance.of(e, "w1"), scale)
+            weights_of = self.importance.of(e, "w1").diagonal
+            for p in ("w1", "w3"):
+                full = samples[expert_name(self.layer, e, p)]
+                step = max(1, len(full) // SAMPLE_ROWS)
+                rows = rotate(full[::step][:SAMPLE_ROWS] * scale[None, :])
+                fmt = self.formats[p]
+                coded = fmt.decode(encode_rotated(rows, fmt, self.fit, hessians, gain=False))
+                error = unrotate(coded.reshape(rows.shape) - rows) / scale[None, :]
+                lost += float((np.square(error, dtype=np.float64) * weights_of).sum())
+                kept += float((np.square(full[::step][:SAMPLE_ROWS], dtype=np.float64) * weights_of).sum())
+        return lost / kept if kept > 0 else 0.0
+
+    @property
+    def scale(self) -> NDArray[np.float16]:
+        """The layer's AWQ scale f16 [hidden], as the runtime reads it."""
+        if self._scale is None:
+            raise RuntimeError("LayerEncoder.prepare comes first")
+        return self._scale
+
+    def sidecar(self) -> U8:
+        """The payload of the layer's AWQ scale tensor."""
+        return F16_FORMAT.pack(self.scale.astype(np.float32)).reshape(-1)
+
+    def encode_expert(self, expert: int, w1: F32, w3: F32, w2: F32) -> dict[str, U8]:
+        """Payloads u8 [bytes] of one expert's matrices f32, by projection; thread-safe, a pure function of its inputs."""
+        for projection, w in (("w1", w1), ("w3", w3), ("w2", w2)):
+            if w.shape[1] % GROUP:
+                raise WeightError(
+                    f"has {w.shape[1]} columns, which is not a multiple of {GROUP}",
+                    tensor=expert_name(self.layer, expert, projection),
+                )
+        scale = self.scale.astype(np.float32)
+        fold: F32 | None = None
+        gate_up = down = None
+        if self.importance is not None:
+            of_down = self.importance.of(expert, "w2")
+            if self.settings.fold_down and self.fit == "hessian":
+                fold = down_fold(of_down.diagonal, self.settings.fold_down)
+                w3 = w3 / fold[:, None]
+            if self.fit == "hessian":
+                gate_up, _ = group_hessians(self.importance.of(expert, "w1"), scale)
+                down, _ = group_hessians(of_down, fold)
+        gain = self.settings.gain and self.fit == "hessian"
+        plan = (("w1", w1, scale, gate_up), ("w3", w3, scale, gate_up), ("w2", w2, fold, down))
+        return {p: encode_matrix(w, self.formats[p], self.fit, s, h, gain) for p, w, s, h in plan}
+
+    def report(self) -> dict[str, Any]:
+        """What was decided for this layer: the fit, the AWQ exponent, its candidates' losses, the fallbacks."""
+        return {
+            "layer": self.layer,
+            "fit": self.fit,
+            "alpha": self._alpha,
+            "alpha_losses": self._objective,
+            "fallbacks": list(self.importance.fallbacks) if self.importance else [],
+        }
