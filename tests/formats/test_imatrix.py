@@ -313,4 +313,8 @@ def test_both_kinds_of_the_trained_model_agree(trained: tuple[Imatrix, Imatrix])
             assert x is not None and y is not None
             assert np.allclose(x.sum2_mean, y.sum2_mean, rtol=1e-6)
             assert np.array_equal(x.counts > 0, y.counts > 0)
-    assert np.allclose(a.entries["output.weight"].sum2_mean, b.entries["output.weight"].sum2_mean, rtol=1e-6)
+    assert np.allclose(
+        a.entries["blk.0.attn_output.weight"].sum2_mean,
+        b.entries["blk.0.attn_output.weight"].sum2_mean,
+        rtol=1e-6,
+    )
