@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -13,6 +13,7 @@ from .console import INTERRUPTED, emit, gigabytes, note, table
 if TYPE_CHECKING:
     from .recipe import Fit
 
+SHOWN = 8
 FITS = ("reference", "exact", "hessian")
 
 Tier = Annotated[str | None, typer.Option(help="A tier's name; `mq-quant tiers` lists them.")]
@@ -97,7 +98,7 @@ def _render_build(result: Mapping[str, Any]) -> str:
             f"time               {result['seconds']:.1f} s, {result['weights_per_second'] / 1e6:.1f} M weights/s",
             f"peak memory        {gigabytes(result['peak_rss_bytes'])}",
             f"imatrix coverage   {_percent(result['coverage'])}",
-            f"fallbacks          {_counts(result['fallbacks'])}",
+            f"fallbacks          {_some(result['fallbacks'])}",
         )
     )
 
@@ -106,8 +107,11 @@ def _percent(share: float | None) -> str:
     return "no imatrix" if share is None else f"{share:.1%} of the experts"
 
 
-def _counts(fallbacks: Mapping[str, int]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in fallbacks.items()) or "none"
+def _some(notes: Sequence[str]) -> str:
+    if not notes:
+        return "none"
+    more = [f"and {len(notes) - SHOWN} more (inspect --provenance shows them)"] if len(notes) > SHOWN else []
+    return "\n".join([str(len(notes)), *(f"  {note}" for note in notes[:SHOWN]), *more])
 
 
 def plan(

@@ -102,4 +102,104 @@ def _render_tensor(tensor: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"inspect": inspect}
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="An HFQ file.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The file to compare with it.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Compare two files: metadata, formats, and each tensor's bytes and values. Exit code 1 where they differ.
+
+    \b
+    Examples:
+      mq-quant diff tiny.mq2-lloyd tiny.mq3-lloyd
+      mq-quant diff before.mq3 after.mq3 --json
+    """
+    from .compare import diff_files
+
+    result = diff_files(a, b)
+    emit(result, as_json, _render_diff)
+    if not result["identical"]:
+        raise typer.Exit(1)
+
+
+def _render_diff(result: Mapping[str, Any]) -> str:
+    if result["identical"]:
+        return f"identical: {result['equal_tensors']} tensors and all metadata"
+    parts = [f"{d['key']}: {d['a']!r} / {d['b']!r}" for d in result["metadata"]]
+    parts += [f"only in {result[side]}: {name}" for side in ("a", "b") for name in result[f"only_{side}"]]
+    if result["different_tensors"]:
+        rows = [
+            (t["name"], t["format_a"], t["format_b"], "-" if t["snr_db"] is None else f"{t['snr_db']:.2f}")
+            for t in result["different_tensors"]
+        ]
+        parts.append(table(("tensor", "in A", "in B", "SNR of B, dB"), rows))
+    parts.append(f"{result['equal_tensors']} tensors equal, {len(result['different_tensors'])} different")
+    return "\n".join(parts)
+
+
+def reproduce(
+    file: File,
+    source: Annotated[
+        str | None, typer.Option(help="The checkpoint, where the file names no repository.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="The imatrix, where the file names no repository.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one per core.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode again what a file was made from, and compare. Writes nothing; exit code 1 where bytes differ.
+
+    \b
+    Examples:
+      mq-quant reproduce tiny.mq2-lloyd
+      mq-quant reproduce mine.mq3 --source ./MyMiniMax --imatrix imatrix.gguf
+    """
+    from .offline import cores
+    from .reproduce import reproduce as run
+
+    result = run(file, source, imatrix, jobs or cores(), quiet or as_json)
+    emit(result, as_json, _render_reproduced)
+    if not result["identical"]:
+        raise typer.Exit(1)
+
+
+def _render_reproduced(result: Mapping[str, Any]) -> str:
+    if result["identical"]:
+        return f"{result['path']}: all {result['tensor_count']} tensors come out the same"
+    names = result["different_tensors"]
+    lines = [f"{result['path']}: {len(names)} of {result['tensor_count']} tensors differ", *names[:SHOWN]]
+    if len(names) > SHOWN:
+        lines.append(f"and {len(names) - SHOWN} more (--json lists them)")
+    lines.append(f"made by {result['made_by']}, this is {result['this_program']}")
+    return "\n".join(lines)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has and what it means. Exit code 1 where something is missing.
+
+    \b
+    Examples:
+      mq-quant doctor
+      mq-quant doctor --json
+    """
+    from .doctor import examine
+
+    result = examine()
+    emit(result, as_json, _render_doctor)
+    if not result["healthy"]:
+        raise typer.Exit(1)
+
+
+def _render_doctor(result: Mapping[str, Any]) -> str:
+    rows = [(f["what"], f["state"], f["found"], f["meaning"]) for f in result["findings"]]
+    return f"mq-quant {result['version']}\n" + table(("what", "state", "found", "what it means"), rows)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": inspect,
+    "diff": diff,
+    "reproduce": reproduce,
+    "doctor": doctor,
+}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..awq.importance import Importance, load_importance
+from ..awq.importance import ModelImportance, load_importance
 from ..formats.checkpoint import Source, open_checkpoint
 from ..formats.errors import CheckpointError, ImatrixError, RecipeError
 from ..formats.imatrix import Imatrix, read_imatrix
@@ -44,7 +44,7 @@ class Job:
 
     recipe: Recipe
     source: Source
-    importance: Importance | None
+    importance: ModelImportance | None
     settings: FitSettings
     plan: Plan
     metadata: Mapping[str, Any]
@@ -73,9 +73,8 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     alpha = changes.alpha if changes.alpha is not None else recipe.awq.alpha
     if changes.no_imatrix:
         fit, alpha = "exact" if fit == "hessian" else fit, 0.0
-    awq = recipe.awq.model_copy(
-        update={"alpha": alpha, "fold_down": recipe.awq.fold_down and not changes.no_imatrix}
-    )
+    fold = 0.0 if changes.no_imatrix else recipe.awq.fold_down
+    awq = recipe.awq.model_copy(update={"alpha": alpha, "fold_down": fold})
     gain = recipe.gain if changes.gain is None else changes.gain
     return recipe.model_copy(update={"fit": fit, "gain": gain, "awq": awq})
 
@@ -115,7 +114,7 @@ def _imatrix_file(recipe: Recipe, changes: Changes) -> Path | None:
     return folder / ref.file
 
 
-def _imatrix_record(imatrix: Imatrix | None, importance: Importance | None) -> dict[str, Any] | None:
+def _imatrix_record(imatrix: Imatrix | None, importance: ModelImportance | None) -> dict[str, Any] | None:
     if imatrix is None or importance is None:
         return None
     return {
@@ -124,7 +123,6 @@ def _imatrix_record(imatrix: Imatrix | None, importance: Importance | None) -> d
         "datasets": list(imatrix.datasets),
         "chunk_count": imatrix.chunk_count,
         "coverage": importance.coverage,
-        "fallbacks": importance.fallbacks,
     }
 
 

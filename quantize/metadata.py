@@ -22,7 +22,7 @@ PROVENANCE = "mq_quant"
 SCHEMA = 1
 PRODUCER = "mq-quant"
 CHECKSUM = "xxh64"
-LAYER_ROOM = 768
+LAYER_ROOM = 2048
 """Bytes kept free per layer for what the encoder reports about it, besides one such share for the file."""
 
 

@@ -88,10 +88,10 @@ class Rule(_Strict):
 
 
 class Awq(_Strict):
-    """The gate/up scale: its exponent (`search` picks one per layer), and whether down's scale folds into up."""
+    """Exponents of the gate/up scale (`search`: one per layer) and of down's scale folded into up (0: none)."""
 
     alpha: float | Literal["search"] = "search"
-    fold_down: bool = False
+    fold_down: float = Field(default=0.0, ge=0, le=1)
 
 
 class Thresholds(_Strict):

@@ -35,10 +35,11 @@ def choose_recipe(tier: str | None, path: Path | None, source: str | None) -> Re
     else:
         assert tier is not None
         recipe = load_tier(tier, TINY if source == TINY else DEFAULT_MODEL)
-    return recipe if source is None else _retarget(recipe, source)
+    return recipe if source is None else retarget(recipe, source)
 
 
-def _retarget(recipe: Recipe, source: str) -> Recipe:
+def retarget(recipe: Recipe, source: str) -> Recipe:
+    """The recipe for another source: its own model's place is left as it is, anything else replaces the model."""
     if source == recipe.model.source.place:
         return recipe
     if source == TINY:

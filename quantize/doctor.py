@@ -1,0 +1,152 @@
+"""`mq-quant doctor`: what this machine has, each with its version and what it means for mq-quant.
+
+Every probe is a plain function that returns a finding; none fails the others. Depends on nothing of ours but errors.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+COMPILERS = ("c++", "g++", "clang++")
+HIP_COMPILER = "hipcc"
+HUB_SECONDS = 5.0
+ENOUGH_MEMORY = 4 << 30
+ENOUGH_DISK = 100 * 10**9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; `state` is ok, limited (something works less well) or missing (a command cannot run)."""
+
+    what: str
+    state: Literal["ok", "limited", "missing"]
+    found: str
+    meaning: str
+
+
+def _package(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _python() -> Finding:
+    fine = sys.version_info >= (3, 11)
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Finding("python", "ok" if fine else "missing", found, "3.11 or newer runs mq-quant")
+
+
+def _torch() -> Finding:
+    found = _package("torch")
+    if found is None:
+        return Finding("torch", "missing", "not installed", "verify and calibrate need it")
+    return Finding("torch", "ok", found, "runs the reference forward of verify and calibrate")
+
+
+def _numba() -> Finding:
+    found = _package("numba")
+    if found is None:
+        return Finding("numba", "missing", "not installed", "the encoder's loops are compiled with it")
+    return Finding("numba", "ok", found, "compiles the encoder's loops, once per machine")
+
+
+def _device() -> Finding:
+    if _package("torch") is None:
+        return Finding("device", "limited", "unknown without torch", "kernels run on the CPU")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("device", "limited", "no GPU", "everything runs on the CPU")
+    return Finding("device", "ok", torch.cuda.get_device_name(), "calibrate can use it with --device cuda")
+
+
+def _first_line(command: str) -> str:
+    try:
+        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError) as e:
+        return f"does not run: {e}"
+    return (done.stdout or done.stderr).strip().partition("\n")[0]
+
+
+def _compiler() -> Finding:
+    found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if found:
+        return Finding(
+            "c++ compiler", "ok", _first_line(found), "verify compiles its kernels for the CPU with it"
+        )
+    if zig := _package("ziglang"):
+        return Finding(
+            "c++ compiler", "ok", f"ziglang {zig}", "verify compiles its kernels for the CPU with it"
+        )
+    return Finding(
+        "c++ compiler", "missing", "none", "verify needs g++ or clang++, or `pip install mq-quant[zig]`"
+    )
+
+
+def _hip() -> Finding:
+    found = shutil.which(HIP_COMPILER)
+    if found is None:
+        return Finding(
+            "hipcc", "limited", "not installed", "kernels run on an AMD GPU only with ROCm installed"
+        )
+    return Finding("hipcc", "ok", _first_line(found), "compiles the kernels for an AMD GPU")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free
+    enough = free >= ENOUGH_DISK
+    meaning = "room for a full-size tier" if enough else "a full-size tier needs 68 to 124 GB here"
+    return Finding("disk", "ok" if enough else "limited", f"{free / 1e9:.1f} GB free in this folder", meaning)
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    enough = total >= ENOUGH_MEMORY
+    meaning = "enough for a full-size build" if enough else "a full-size build needs 4 GiB"
+    return Finding(
+        "memory", "ok" if enough else "limited", f"{total / 2**30:.1f} GiB, {os.cpu_count()} cores", meaning
+    )
+
+
+def _hub() -> Finding:
+    import urllib.error
+    import urllib.request
+
+    where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "ON", "YES", "TRUE"):
+        return Finding("hub", "limited", "offline mode", "only local folders and what is cached can be built")
+    began = time.monotonic()
+    try:
+        urllib.request.urlopen(urllib.request.Request(where, method="HEAD"), timeout=HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # it answered, which is all that is asked here
+    except (OSError, ValueError) as e:
+        return Finding("hub", "limited", f"{where} cannot be reached: {e}", "only local folders can be built")
+    took = time.monotonic() - began
+    return Finding("hub", "ok", f"{where} answers in {took:.2f} s", "checkpoints can be streamed from it")
+
+
+PROBES: tuple[Callable[[], Finding], ...] = (
+    _python, _torch, _numba, _device, _compiler, _hip, _disk, _memory, _hub,
+)  # fmt: skip
+
+
+def examine() -> dict[str, Any]:
+    """What `mq-quant doctor --json` prints; `healthy` is false where something is missing."""
+    findings = [probe() for probe in PROBES]
+    return {
+        "version": version("mq-quant"),
+        "healthy": all(f.state != "missing" for f in findings),
+        "findings": [asdict(f) for f in findings],
+    }
