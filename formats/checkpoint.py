@@ -69,7 +69,10 @@ class Source(Protocol):
         """The path of one of SIDE_FILES, or None where the checkpoint has none."""
 
     def schedule(self, names: Sequence[str]) -> None:
-        """Say in which order weights will be asked for; each is asked for and released once."""
+        """Say which weights will be asked for, and about in which order; each is released once.
+
+        Between the two calls a weight may be asked for any number of times, out of order too.
+        """
 
     def weight(self, name: str) -> F32:
         """One tensor, dequantised to f32; raises WeightError for NaN codes and non-finite values."""
@@ -82,6 +85,9 @@ class Source(Protocol):
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """{file name: {bytes, sha256}} of config, side files and shards: equal exactly for equal checkpoints."""
+
+    def disk_bytes(self) -> int:
+        """The most disk that fetched shards will take at any time."""
 
     def close(self) -> None:
         """Stop what runs in the background and remove what was fetched."""
@@ -140,11 +146,14 @@ class Checkpoint:
 
     def weight(self, name: str) -> F32:
         """One tensor, dequantised to f32; CheckpointError if there is none, WeightError if it is not finite."""
-        return read_weight(name, self.tensors, self.config, lambda shard: self.path / shard)
+        return read_weight(name, self.tensors, self.config, self._read, self.path)
 
     def rows(self, name: str, low: int, high: int) -> F32:
         """Rows low to high of a tensor that is not FP8, as `weight`."""
-        return read_rows(name, low, high, self.tensors, lambda shard: self.path / shard)
+        return read_rows(name, low, high, self.tensors, self._read, self.path)
+
+    def _read(self, info: TensorInfo) -> NDArray[np.uint8]:
+        return read_tensor(self.path / info.shard, info)
 
     def release(self, name: str) -> None:
         """Nothing to give back: no tensor is kept."""
@@ -153,6 +162,10 @@ class Checkpoint:
         """{file name: {bytes, sha256}} of config, side files and shards; reads every byte of them."""
         sides = [n for n in SIDE_FILES if (self.path / n).is_file()]
         return {n: file_record(self.path / n) for n in (CONFIG, *sides, *self.shards)}
+
+    def disk_bytes(self) -> int:
+        """Nothing is fetched."""
+        return 0
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -267,35 +280,44 @@ def _scale_problems(scale: TensorInfo | None, name: str, shape: tuple[int, ...])
 
 
 def read_weight(
-    name: str, tensors: Mapping[str, TensorInfo], config: ModelConfig, locate: Callable[[str], Path]
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+    config: ModelConfig,
+    read: Callable[[TensorInfo], NDArray[np.uint8]],
+    where: str | Path,
 ) -> F32:
-    """Read one tensor and dequantise it to f32; `locate` gives the path of a shard.
+    """Dequantise one tensor to f32; `read` gives the stored bytes of a tensor, `where` is named in errors.
 
     Raises CheckpointError where it or its scale is missing, WeightError for NaN codes and non-finite values.
     """
     if name not in tensors:
-        raise CheckpointError("no such tensor in the checkpoint", tensor=name)
+        raise CheckpointError("no such tensor in the checkpoint", file=where, tensor=name)
     info = tensors[name]
-    path = locate(info.shard)
-    stored = read_tensor(path, info)
-    if info.dtype == "F8_E4M3":
-        scale = tensors.get(scale_inv_name(name))
-        if scale is None or scale.dtype != "F32" or len(info.shape) != 2:
-            raise WeightError("is FP8 without an F32 block scale", file=path, tensor=name)
-        scales = _plain(read_tensor(locate(scale.shard), scale), scale)
-        try:
-            return dequantize(stored.reshape(info.shape), scales, config.block_shape, name=name)
-        except WeightError as e:
-            raise WeightError(e.problem, file=path, tensor=name, hint=e.hint) from None
-    return _finite(_plain(stored, info), path, name)
+    file = f"{where}/{info.shard}"
+    stored = read(info)
+    try:
+        if info.dtype == "F8_E4M3":
+            scale = tensors.get(scale_inv_name(name))
+            if scale is None or scale.dtype != "F32" or len(info.shape) != 2:
+                raise WeightError("is FP8 without an F32 block scale")
+            scales = _plain(read(scale), scale)
+            return dequantize(stored.reshape(info.shape), scales, config.block_shape)
+        return _finite(_plain(stored, info))
+    except WeightError as e:
+        raise WeightError(e.problem, file=file, tensor=name, hint=e.hint) from None
 
 
 def read_rows(
-    name: str, low: int, high: int, tensors: Mapping[str, TensorInfo], locate: Callable[[str], Path]
+    name: str,
+    low: int,
+    high: int,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[TensorInfo], NDArray[np.uint8]],
+    where: str | Path,
 ) -> F32:
     """Rows low to high of a tensor stored as plain floats, f32 [high - low, ...]; errors as read_weight."""
     if name not in tensors:
-        raise CheckpointError("no such tensor in the checkpoint", tensor=name)
+        raise CheckpointError("no such tensor in the checkpoint", file=where, tensor=name)
     info = tensors[name]
     if not (info.shape and 0 <= low <= high <= info.shape[0]):
         raise ValueError(f"rows {low}:{high} are not inside shape {info.shape} of {name}")
@@ -306,16 +328,16 @@ def read_rows(
         start=info.start + low * each,
         stop=info.start + high * each,
     )
-    path = locate(info.shard)
-    return _finite(_plain(read_tensor(path, part), part), path, name)
+    try:
+        return _finite(_plain(read(part), part))
+    except WeightError as e:
+        raise WeightError(e.problem, file=f"{where}/{info.shard}", tensor=name, hint=e.hint) from None
 
 
-def _finite(values: F32, path: Path, name: str) -> F32:
+def _finite(values: F32) -> F32:
     bad = values.size - int(np.isfinite(values).sum())
     if bad:
-        raise WeightError(
-            f"{bad} of {values.size} values are not finite", file=path, tensor=name, hint=_REFETCH
-        )
+        raise WeightError(f"{bad} of {values.size} values are not finite", hint=_REFETCH)
     return values
 
 
@@ -324,7 +346,7 @@ def _plain(stored: NDArray[np.uint8], info: TensorInfo) -> F32:
     if info.dtype == "BF16":
         return (stored.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(info.shape)
     if info.dtype not in ("F32", "F16"):
-        raise WeightError(f"is {info.dtype}, which is no weight", tensor=info.name)
+        raise WeightError(f"is {info.dtype}, which is no weight")
     return stored.view("<f4" if info.dtype == "F32" else "<f2").astype(np.float32).reshape(info.shape)
 
 
