@@ -96,7 +96,9 @@ def dense(bench: Bench, rng: np.random.Generator) -> None:
         w = ops.matrix(b, np.tile(part, rows // 64), "Q8F16", rows, cols)
         x = b.upload(rng.standard_normal((1, cols)).astype(np.float32))
         out = b.alloc((1, rows), np.float32)
-        bench.add(f"matvec[Q8F16] {name}", w.data.nbytes, lambda _, w=w, x=x, out=out: ops.matvec(b, w, x, out))
+        bench.add(
+            f"matvec[Q8F16] {name}", w.data.nbytes, lambda _, w=w, x=x, out=out: ops.matvec(b, w, x, out)
+        )
 
 
 def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
@@ -116,9 +118,7 @@ def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
     x = b.upload(rng.standard_normal((1, HIDDEN)).astype(np.float32))
     r = b.upload(rng.standard_normal((1, SLOTS, INTER)).astype(np.float32))
     out = b.alloc((1, SLOTS, HIDDEN), np.float32)
-    bench.add(
-        f"expert_gate_up[{fmt}]", 2 * SLOTS * size, lambda i: ops.expert_gate_up(b, w1, w3, ids[i], x)
-    )
+    bench.add(f"expert_gate_up[{fmt}]", 2 * SLOTS * size, lambda i: ops.expert_gate_up(b, w1, w3, ids[i], x))
     bench.add(f"expert_down[{fmt}]", SLOTS * size, lambda i: ops.expert_down(b, w2, ids[i], r, out))
 
 
@@ -152,7 +152,9 @@ def small(bench: Bench, rng: np.random.Generator) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args()

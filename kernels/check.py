@@ -30,7 +30,9 @@ _FLAGS = (
     *("-x", "hip", "--offload-device-only", "--no-gpu-bundle-output", "-nogpuinc", "-nogpulib", "-fdeclspec"),
     *("-std=c++17", "-O3", "-ffp-contract=off", "-mcumode", "-Rpass-analysis=kernel-resource-usage"),
 )
-_REMARK = re.compile(r"remark:.*?\s(Function Name|TotalSGPRs|SGPRs|VGPRs|ScratchSize|LDS Size)(?: \[[^]]*\])?: (\S+)")
+_REMARK = re.compile(
+    r"remark:.*?\s(Function Name|TotalSGPRs|SGPRs|VGPRs|ScratchSize|LDS Size)(?: \[[^]]*\])?: (\S+)"
+)
 _PTXAS = re.compile(
     r"Compiling entry function '(\w+)'.*?Used (\d+) registers(.*?)(?=\n\S*\s*ptxas info\s*: Comp|\Z)", re.S
 )

@@ -39,7 +39,7 @@ FLAGS = (
 )
 MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 _ALIGN = 256
-_POISON = 0xFF
+_POISON = {"ascending": 0xFF, "descending": 0x7E}
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -97,7 +97,8 @@ class CpuBackend(Backend):
     """Runs kernels on the CPU with `threads` OS threads (default: all cores).
 
     `order` is the order in which the threads of a block are resumed and blocks are started: results that differ between
-    "ascending" and "descending" betray a race. Fresh buffers are filled with NaN bytes.
+    "ascending" and "descending" betray a race. Fresh buffers and LDS hold other bytes in each order (NaN in the first),
+    so that a value that was never written betrays itself too.
     """
 
     name = "cpu"
@@ -150,7 +151,7 @@ class CpuBackend(Backend):
         except MemoryError:
             raise BackendError(f"there is no memory for a buffer of {nbytes} bytes") from None
         start = -memory.ctypes.data % _ALIGN
-        memory[start : start + nbytes] = _POISON
+        memory[start : start + nbytes] = _POISON[self.order]
         return memory, memory.ctypes.data + start
 
     def mark(self) -> float:

@@ -54,7 +54,9 @@ def random_payload(
         scale = rng.uniform(0.01, 1, groups).astype(np.float32) * np.float32(2.0**-140 if tiny else 1)
         zero = rng.standard_normal(groups).astype(np.float32) * np.float32(2.0**-140 if tiny else 1)
         scale *= case != "constant"
-        return kind.pack(scale, zero, rng.integers(0, kind.levels, (groups, 256)).astype(np.uint8)).reshape(-1)
+        return kind.pack(scale, zero, rng.integers(0, kind.levels, (groups, 256)).astype(np.uint8)).reshape(
+            -1
+        )
     scale = np.full(groups, half) if tiny else rng.uniform(0.001, 0.1, groups).astype(np.float16)
     codes = rng.integers(-128, 128, (groups, 32)).astype(np.int8)
     return kind.pack(scale, codes * 0 + np.int8(77) if case == "constant" else codes).reshape(-1)

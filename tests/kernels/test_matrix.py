@@ -93,9 +93,7 @@ def test_embed_reads_rows_and_marks_ids_out_of_range(backend, payload, rng, fmt)
 def test_matvec(backend, payload, rng, fmt, rows, cols, case):
     data = payload(fmt, rows * cols, rng, case)
     x = rng.standard_normal((2, cols)).astype(np.float32)
-    got = backend.download(
-        ops.matvec(backend, ops.matrix(backend, data, fmt, rows, cols), backend.upload(x))
-    )
+    got = backend.download(ops.matvec(backend, ops.matrix(backend, data, fmt, rows, cols), backend.upload(x)))
     w = values(fmt, data, rows, cols)
     assert close(got, x @ w.T, np.abs(x) @ np.abs(w).T)
     if case == "zero":

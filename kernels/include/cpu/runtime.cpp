@@ -88,7 +88,9 @@ namespace {
 constexpr size_t STACK = 64 << 10, LDS_BYTES = 64 << 10, GUARD = 16;
 constexpr unsigned MOST_THREADS = 1024, WARP = 32;
 constexpr uint64_t CANARY = 0x6d712d7175616e74;
-constexpr unsigned char POISON = 0xff;    // as float or half: NaN
+// What LDS holds before a block begins: NaN as float and half, and in descending order another value, so that a read of
+// what was never written shows as a difference between the orders even where both results are NaN.
+constexpr unsigned char POISON[2] = {0xff, 0x7e};
 
 struct Warp {
   uint32_t exchange[2][WARP];
@@ -220,15 +222,16 @@ void prepare(Worker& w, Fiber& f, unsigned number, Index dim) {
   f.done = false;
 }
 
-bool untouched(const unsigned char* p, size_t n) {
+bool untouched(const unsigned char* p, size_t n, unsigned char poison) {
   for (size_t i = 0; i < n; i++) {
-    if (p[i] != POISON) return false;
+    if (p[i] != poison) return false;
   }
   return true;
 }
 
 const char* run_block(Worker& w) {
-  std::memset(w.lds, POISON, w.lds_high);
+  const unsigned char poison = POISON[w.descending];
+  std::memset(w.lds, poison, w.lds_high);
   w.guards.clear();
   if (w.dynamic_bytes) w.guards.push_back(w.dynamic_bytes - GUARD);
   std::memset(w.warps, 0, sizeof(Warp) * (w.threads / WARP));
@@ -243,7 +246,7 @@ const char* run_block(Worker& w) {
     if (w.fibers[i].lds_used != w.fibers[0].lds_used) w.problem = "threads of a block took different LDS arrays";
   }
   for (size_t guard : w.guards) {
-    if (!w.problem && !untouched(w.lds + guard, GUARD)) w.problem = "a kernel wrote past the end of an LDS array";
+    if (!w.problem && !untouched(w.lds + guard, GUARD, poison)) w.problem = "a kernel wrote past the end of an LDS array";
   }
   w.lds_high = w.fibers[0].lds_used;
   return w.problem;

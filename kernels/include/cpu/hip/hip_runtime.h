@@ -1,6 +1,6 @@
 // The HIP surface that the kernels use, for the host: see fiber.h and runtime.cpp. Shuffles and barriers need every lane,
 // as on the GPU, and the runtime reports a kernel that breaks this. `__shared__` is refused: LDS (device.h) comes from an
-// arena that is filled with NaN before every block and guarded behind every array.
+// arena that is filled with poison before every block and guarded behind every array.
 #pragma once
 #include <algorithm>
 #include <cmath>
