@@ -1,11 +1,11 @@
-"""Time of each kernel at the full width of MiniMax-M2.7, and the weight bytes it reads, beside a plain copy on the device.
+"""Time of each kernel at the full width of MiniMax-M2.7 and the weight bytes it reads, beside a plain copy.
 
     python benchmarks/kernels.py [--backend auto|hip|cuda|cpu] [--json]
 
-One token, 8 routed experts of 256, matrices 3072 × 1536. A GPU holds all 256 experts and every launch routes to others, so
-that no weight is found in a cache; the CPU holds 8. Times are the median of repeated launches by the device's clock; on a
-GPU launches are queued behind a long one, so that the host's own time is not counted. `share` is the bytes of weights per
-second over the bytes that a copy reads and writes per second.
+One token, 8 routed experts of 256, matrices 3072 × 1536. A GPU holds all 256 experts and every launch routes to
+others, so that no weight is found in a cache; the CPU holds 8. Times are the median of repeated launches by the
+device's clock; on a GPU launches are queued behind a long one, so that the host's own time is not counted. `share` is
+the bytes of weights per second over the bytes that a copy on the same device reads and writes per second.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
-
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.kernels import ops
 from mq_quant.kernels.host import Backend, open_backend
@@ -60,9 +60,7 @@ class Bench:
         for i in range(self.repeats):
             work(i)
             marks.append(self.backend.mark())
-        return statistics.median(
-            self.backend.seconds_between(a, b) for a, b in zip(marks, marks[1:], strict=False)
-        )
+        return statistics.median(self.backend.seconds_between(a, b) for a, b in pairwise(marks))
 
     def add(self, kernel: str, nbytes: int, work: Callable[[int], object]) -> None:
         seconds = self.time(work)
@@ -70,7 +68,7 @@ class Bench:
 
 
 def noise(fmt: str, weights: int, rng: np.random.Generator) -> np.ndarray:
-    """A payload of random codes with scales and levels of 0.01 to 1, by the byte: time does not depend on the values."""
+    """A payload of random codes with plain scales and levels: time does not depend on the values."""
     kind = BY_NAME[fmt]
     groups = rng.integers(0, 256, (weights // kind.group, kind.group_bytes), np.uint8)
     if fmt == "Q8F16":

@@ -1,4 +1,4 @@
-"""What the kernel tests share: every back end that this machine has, payloads of every format, and the numpy decode."""
+"""What the kernel tests share: every back end that this machine has, and payloads of every format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from mq_quant.formats.blocks import BY_NAME, AffineFormat, FloatFormat, Format, LloydFormat
 from mq_quant.kernels.cuda import CudaBackend
 from mq_quant.kernels.hip import HipBackend

@@ -1,4 +1,4 @@
-"""The CPU back end means what HIP means, reports what a GPU would hang on or corrupt, and its order check finds races."""
+"""The CPU back end means what HIP means and refuses what a GPU would corrupt; its order check finds races."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.errors import BackendError
 from mq_quant.kernels import ops

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.errors import BackendError
 from mq_quant.kernels.host import open_backend

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from mq_quant.formats.errors import BackendError
 from mq_quant.formats.fwht import rotate
 from mq_quant.kernels import ops

@@ -1,0 +1,44 @@
+// A HIP runtime without a GPU, for the calling convention alone: memory is the host's, the one architecture is gfx1151, and
+// the only kernel it can run is add(float* h, const float* x, int64_t n), from the argument pointers that a launch passes.
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int devices(void) {
+  const char *n = getenv("FAKE_HIP_DEVICES");
+  return n ? atoi(n) : 1;
+}
+int hipInit(unsigned flags) { return flags == 0 ? 0 : 1; }
+int hipGetDeviceCount(int *count) { return (*count = devices()) ? 0 : 100; }
+int hipSetDevice(int device) { return device == 0 ? 0 : 101; }
+int hipGetDevicePropertiesR0600(char *properties, int device) {
+  memset(properties, 0, 1472);
+  strcpy(properties, "Fake Radeon");
+  strcpy(properties + 1160, "gfx1151");
+  return device;
+}
+int hipMalloc(void **address, size_t size) { return size > (1ull << 40) || !(*address = malloc(size)) ? 2 : 0; }
+int hipFree(void *address) { return free(address), 0; }
+int hipMemcpyHtoD(void *to, const void *from, size_t n) { return memcpy(to, from, n), 0; }
+int hipMemcpyDtoH(void *to, const void *from, size_t n) { return memcpy(to, from, n), 0; }
+int hipMemcpyDtoD(void *to, const void *from, size_t n) { return memcpy(to, from, n), 0; }
+int hipModuleLoadData(void **module, const char *image) { return *module = (void *)image, strncmp(image, "code", 4) ? 200 : 0; }
+int hipModuleGetFunction(void **function, void *module, const char *name) {
+  *function = "add";
+  return module && strcmp(name, "add") ? 500 : 0;
+}
+int hipModuleLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                          unsigned lds, void *stream, void **args, void **extra) {
+  if (strcmp(function, "add") || gy * gz * by * bz != 1 || lds || stream || extra) return 1;
+  float *h = *(float **)args[0];
+  const float *x = *(const float **)args[1];
+  const int64_t n = *(int64_t *)args[2];
+  for (int64_t i = 0; i < n && i < (int64_t)gx * bx; i++) h[i] += x[i];
+  return 0;
+}
+int hipDeviceSynchronize(void) { return 0; }
+int hipEventCreateWithFlags(void **event, unsigned flags) { return *event = malloc(8), (int)flags; }
+int hipEventRecord(void *event, void *stream) { return event && !stream ? 0 : 1; }
+int hipEventSynchronize(void *event) { return event ? 0 : 1; }
+int hipEventElapsedTime(float *milliseconds, void *a, void *b) { return *milliseconds = 2.0f, a && b ? 0 : 1; }
+const char *hipGetErrorString(int status) { return status == 2 ? "out of memory" : "some error"; }

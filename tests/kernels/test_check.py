@@ -1,0 +1,124 @@
+"""Every kernel compiles for the GPUs of the compile check, and the check refuses code objects that are not right."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mq_quant.formats.errors import CheckError
+from mq_quant.kernels import check, cuda
+from mq_quant.kernels.sources import FOLDER, Module, Sources
+
+needs_clang = pytest.mark.skipif(check.find_clang() is None, reason="needs clang-19 and lld-19")
+needs_nvrtc = pytest.mark.skipif(cuda.nvrtc() is None, reason="needs nvrtc (pip install nvidia-cuda-nvrtc)")
+MODULES = list(Sources().modules())
+
+
+@needs_clang
+@pytest.mark.parametrize("arch", check.AMD_ARCHES)
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.label)
+def test_kernels_compile_for_amd_without_scratch_memory(module, arch):
+    sources, clang = Sources(), check.find_clang()
+    kernels = sources.modules()[module]
+    usage = check.check_amd(sources, module, kernels, arch, clang)
+    assert [u.kernel for u in usage] == [k.label for k in kernels]
+    assert all(u.scratch == 0 and 0 < u.vector <= 256 and u.scalar > 0 and u.lds <= 65536 for u in usage)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.label)
+def test_kernels_compile_for_nvidia(module):
+    sources = Sources()
+    usage = check.check_nvidia(sources, module, sources.modules()[module], check.NVIDIA_ARCH)
+    assert all(0 < u.vector <= 255 and u.lds <= 49152 for u in usage)
+
+
+@pytest.fixture(scope="module")
+def built():
+    """(code object of vector.hip for gfx1151, its kernels)."""
+    if check.find_clang() is None:
+        pytest.skip("needs clang-19 and lld-19")
+    sources, module = Sources(), Module("vector.hip")
+    with tempfile.TemporaryDirectory() as scratch:
+        source, made = Path(scratch) / "k.hip", Path(scratch) / "k.hsaco"
+        source.write_text(sources.text(module.file))
+        include = str(FOLDER / "include" / "amdgpu")
+        command = [check.find_clang(), "--offload-arch=gfx1151", *check._FLAGS, "-I", include]
+        subprocess.run([*command, str(source), "-o", str(made)], check=True, capture_output=True)
+        return made.read_bytes(), sources.modules()[module]
+
+
+def test_a_right_code_object_passes(built):
+    data, kernels = built
+    check.judge(check.read_code_object(data), "gfx1151", kernels, "vector")
+
+
+def test_a_code_object_of_another_machine_or_architecture_is_refused(built):
+    data, kernels = built
+    wrong = bytearray(data)
+    struct.pack_into("<H", wrong, 18, 62)
+    with pytest.raises(CheckError, match="machine 0x3e, not 0xe0"):
+        check.judge(check.read_code_object(bytes(wrong)), "gfx1151", kernels, "vector")
+    with pytest.raises(CheckError, match=r"for gfx1100 has flags .*4a, not 0x41"):
+        check.judge(check.read_code_object(data), "gfx1100", kernels, "vector")
+
+
+def test_a_code_object_without_a_kernel_is_refused(built):
+    data, kernels = built
+    code = check.read_code_object(data)
+    with pytest.raises(CheckError, match="describes"):
+        rest = tuple(s for s in code.symbols if s.name != "add.kd")
+        check.judge(replace(code, symbols=rest), "gfx1151", kernels, "vector")
+    with pytest.raises(CheckError, match="describes"):
+        check.judge(code, "gfx1151", kernels[:-1], "vector")
+
+
+def test_what_is_no_elf_file_is_refused():
+    with pytest.raises(CheckError, match="not an ELF64 file"):
+        check.read_code_object(b"MZ" + b"\0" * 100)
+
+
+@needs_clang
+def test_a_function_that_nobody_defines_is_found(tmp_path):
+    (tmp_path / "k.hip").write_text(
+        '#include "device.h"\nextern __device__ float powf(float, float);\n'
+        "KERNEL(32) k(float* out) { out[0] = powf(out[0], out[1]); }\n"
+    )
+    sources, module = Sources(tmp_path), Module("k.hip")
+    with pytest.raises(CheckError, match=r"undefined|powf"):
+        check.check_amd(sources, module, sources.modules()[module], "gfx1151", check.find_clang())
+
+
+@needs_clang
+def test_a_source_that_does_not_compile_says_why(tmp_path):
+    (tmp_path / "k.hip").write_text('#include "device.h"\nKERNEL(32) k(int n) { nonsense; }\n')
+    sources, module = Sources(tmp_path), Module("k.hip")
+    with pytest.raises(CheckError, match=r"k\.hip does not compile for gfx1100(.|\n)*nonsense"):
+        check.check_amd(sources, module, sources.modules()[module], "gfx1100", check.find_clang())
+
+
+def test_without_clang_the_check_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(check.BackendError, match="apt-get install --no-install-recommends clang-19 lld-19"):
+        check.check_all(Sources())
+
+
+def test_a_check_that_saw_no_kernel_fails(tmp_path):
+    with pytest.raises(CheckError, match="saw no kernel"):
+        check.check_all(Sources(tmp_path), amd=False)
+
+
+@needs_nvrtc
+def test_the_command_prints_registers_of_every_kernel(monkeypatch, capsys, tmp_path):
+    shutil.copy(FOLDER / "attention.hip", tmp_path)
+    monkeypatch.setattr(check, "Sources", lambda: Sources(tmp_path))
+    monkeypatch.setattr("sys.argv", ["check", "--no-amd"])
+    assert check.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["kernel", "arch", "vector", "scalar", "scratch", "lds"]
+    assert sorted(line.split()[0] for line in lines[1:]) == ["attention", "kv_append"]
