@@ -2,7 +2,7 @@
 
 Append-only and synced line by line, so that after any crash a prefix of whole lines is left; each line carries a
 checksum of itself, and reading stops at the first one that does not hold. The first line is the job's signature.
-Depends on errors and xxhash.
+Depends on errors, output and xxhash.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 import xxhash
 
 from ..formats.errors import OutputError, ResumeError
+from .output import disk_errors
 
 Job = Mapping[str, Any]
 Record = dict[str, Any]
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+    text = json.dumps(record, separators=(",", ":")).encode()
     return b"%s %s\n" % (xxhash.xxh64_hexdigest(text).encode(), text)
 
 
@@ -95,8 +96,9 @@ class Journal:
         return {str(record["unit"]): record for record in records[1:]}
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        os.write(self._fd, _line(record))
-        os.fsync(self._fd)
+        with disk_errors(self.path):
+            os.write(self._fd, _line(record))
+            os.fsync(self._fd)
 
     def record(self, unit: str, digest: str, **extra: Any) -> None:
         """Note that a unit's bytes, with this checksum, stand in the file."""

@@ -45,7 +45,8 @@ def check_output(path: Path, total_bytes: int, force: bool, extra_bytes: int = 0
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about writing `path` into an OutputError."""
     try:
         yield
     except OSError as e:
@@ -64,7 +65,7 @@ class PartialOutput:
     def __init__(self, final: Path, total_bytes: int) -> None:
         """Open or create the partial file and reserve its space; OutputError where the disk is full."""
         self.final, self.path = final, beside(final, PARTIAL)
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 os.posix_fallocate(self._fd, 0, total_bytes)
@@ -75,7 +76,7 @@ class PartialOutput:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`."""
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             while data:
                 n = os.pwrite(self._fd, data, offset)
                 data, offset = data[n:], offset + n
@@ -92,7 +93,7 @@ class PartialOutput:
         return b"".join(parts)
 
     def sync(self) -> None:
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             os.fsync(self._fd)
 
     def commit(self) -> None:
