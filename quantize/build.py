@@ -41,9 +41,9 @@ class Options:
     def path(self, default_name: str) -> Path:
         return self.output or Path(default_name)
 
-    def check(self, default_name: str, total_bytes: int) -> None:
-        """Refuse an output that exists or does not fit; OutputError."""
-        check_output(self.path(default_name), total_bytes, self.force)
+    def check(self, default_name: str, total_bytes: int, source_bytes: int) -> None:
+        """Refuse an output that exists or does not fit beside what the source stores; OutputError."""
+        check_output(self.path(default_name), total_bytes, self.force, source_bytes)
 
 
 def build(job: Job, options: Options) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def build(job: Job, options: Options) -> dict[str, Any]:
     began = time.monotonic()
     final = options.path(job.output_name)
     partial, log = beside(final, PARTIAL), beside(final, JOURNAL)
-    options.check(job.output_name, job.plan.total_bytes)
+    options.check(job.output_name, job.plan.total_bytes, job.source.disk_bytes())
     if options.restart or not (partial.exists() and log.exists()):
         for stale in (partial, log):
             stale.unlink(missing_ok=True)

@@ -75,7 +75,8 @@ def build(
     options = Options(output, jobs or cores(), force, restart, quiet or as_json)
     try:
         chosen = choose_recipe(tier, recipe, source)
-        with open_job(chosen, changes, options.check, shard_cache) as job:
+        scratch = output.parent if output else Path()
+        with open_job(chosen, changes, options.check, shard_cache, scratch) as job:
             result = run(job, options)
     except KeyboardInterrupt:
         note("interrupted; the same command continues the build, with --restart it begins anew")

@@ -97,8 +97,8 @@ class LayerEncoder:
         return [expert_name(self.layer, e, p) for e in self._sampled_experts() for p in ("w1", "w3")]
 
     def _sampled_experts(self) -> list[int]:
-        count = min(SAMPLE_EXPERTS, self.config.num_local_experts)
-        return [i * self.config.num_local_experts // count for i in range(count)]
+        """The layer's first experts, so that a streamed layer needs only its first shard to begin."""
+        return list(range(min(SAMPLE_EXPERTS, self.config.num_local_experts)))
 
     def prepare(self, samples: Mapping[str, F32]) -> None:
         """Fix the AWQ scale; `samples` holds f32 weights for every name in `needs_samples`."""

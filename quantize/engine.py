@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from .units import Unit, units, work_order
 
 AHEAD = 2
 """Units in flight per worker: one that runs and one that waits."""
+PREPARE = 4
+"""A layer's encoder is prepared this many units per worker before its first unit."""
 
 U8 = NDArray[np.uint8]
 
@@ -43,7 +44,11 @@ class Layers:
     pool: ThreadPoolExecutor
     ready: dict[int, Future[LayerEncoder]] = field(default_factory=dict)
 
-    def get(self, layer: int) -> Future[LayerEncoder]:
+    def of(self, unit: Unit) -> Future[LayerEncoder] | None:
+        """The encoder that a unit needs, its preparation begun if it was not; None for tensors outside experts."""
+        layer = unit.layer
+        if layer is None or not needs_encoder(unit):
+            return None
         if layer not in self.ready:
             self.ready[layer] = self.pool.submit(prepare_layer, self.job, layer)
         return self.ready[layer]
@@ -88,7 +93,6 @@ def encode_unit(job: Job, unit: Unit, encoder: LayerEncoder | None) -> Encoded:
 def run_units(job: Job, jobs: int, todo: Sequence[Unit], deliver: Callable[[Unit, Encoded], None]) -> None:
     """Encode units on `jobs` threads and deliver each on the calling one, in the given order, with few in flight."""
     job.source.schedule([t.name for unit in todo for t in unit.tensors if t.spec and unit.is_last])
-    following = _following_layers(todo)
     with ThreadPoolExecutor(jobs, thread_name_prefix="encode") as pool:
         layers = Layers(job, pool)
         pending: deque[tuple[Unit, Future[Encoded]]] = deque()
@@ -99,19 +103,17 @@ def run_units(job: Job, jobs: int, todo: Sequence[Unit], deliver: Callable[[Unit
         def finish() -> None:
             unit, future = pending.popleft()
             deliver(unit, future.result())
+            if unit.layer is not None:
+                layers.drop_before(unit.layer)
             for tensor in unit.tensors:
                 if tensor.spec and unit.is_last:
                     job.source.release(tensor.name)
 
         try:
-            for unit in todo:
-                encoder = None
-                if needs_encoder(unit) and unit.layer is not None:
-                    # Queued before the units that wait for it, so the pool cannot fill up with waiting ones.
-                    encoder = layers.get(unit.layer)
-                    layers.drop_before(unit.layer)
-                    if (coming := following.get(unit.layer)) is not None:
-                        layers.get(coming)
+            for unit, coming in zip(todo, [*todo[PREPARE * jobs :], *todo[-PREPARE * jobs :]], strict=False):
+                # Encoders are queued before the units that wait for them, so the pool cannot fill up with waiting ones.
+                encoder = layers.of(unit)
+                layers.of(coming)
                 pending.append((unit, pool.submit(work, unit, encoder)))
                 if len(pending) > AHEAD * jobs:
                     finish()
@@ -120,11 +122,6 @@ def run_units(job: Job, jobs: int, todo: Sequence[Unit], deliver: Callable[[Unit
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def _following_layers(todo: Sequence[Unit]) -> dict[int, int]:
-    known = sorted({unit.layer for unit in todo if needs_encoder(unit) and unit.layer is not None})
-    return dict(pairwise(known))
 
 
 def schedule(job: Job) -> list[Unit]:

@@ -24,7 +24,7 @@ from .provenance import flatten, program
 from .recipe import Fit, Recipe
 from .sources import local_folder, side_files
 
-CheckOutput = Callable[[str, int], None]
+CheckOutput = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     return recipe.model_copy(update={"fit": fit, "gain": gain, "awq": awq})
 
 
-def open_source(recipe: Recipe, shard_cache: int) -> Source:
+def open_source(recipe: Recipe, shard_cache: int, scratch: Path | None) -> Source:
     """The weights that a recipe names, their whole inventory checked on metadata alone."""
     where = recipe.model.source
     folder = local_folder(where.place)
@@ -87,7 +87,7 @@ def open_source(recipe: Recipe, shard_cache: int) -> Source:
         assert where.repository is not None
         from ..formats.hub import open_hub
 
-        source: Source = open_hub(where.repository, where.revision, shard_cache)
+        source: Source = open_hub(where.repository, where.revision, shard_cache, scratch=scratch)
     else:
         source = open_checkpoint(folder)
     source.validate()
@@ -128,14 +128,19 @@ def _imatrix_record(imatrix: Imatrix | None, importance: ModelImportance | None)
 
 @contextmanager
 def open_job(
-    recipe: Recipe, changes: Changes, check: CheckOutput | None = None, shard_cache: int = 2
+    recipe: Recipe,
+    changes: Changes,
+    check: CheckOutput | None = None,
+    shard_cache: int = 2,
+    scratch: Path | None = None,
 ) -> Iterator[Job]:
     """Resolve and check everything before any work; raises the error of whatever does not fit.
 
-    `check` is called with the output's default name and the file's size as soon as that is known.
+    `check` is called, before anything large is read, with the output's default name, its size, and the disk that the
+    source takes; streamed shards are kept in `scratch`.
     """
     recipe = changed(recipe, changes)
-    source = open_source(recipe, shard_cache)
+    source = open_source(recipe, shard_cache, scratch)
     try:
         yield _job(recipe, changes, source, check)
     finally:
@@ -146,7 +151,7 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
     config = source.config
     tensors = plan_tensors(recipe, config)
     if check is not None:
-        check(output_name(recipe), sum(t.nbytes for t in tensors))
+        check(output_name(recipe), sum(t.nbytes for t in tensors), source.disk_bytes())
     path = _imatrix_file(recipe, changes)
     imatrix = read_imatrix(path) if path else None
     importance = load_importance(imatrix, config) if imatrix else None
