@@ -1,0 +1,224 @@
+"""A hub on loopback: HTTP as huggingface_hub speaks it, from files in memory, with faults that tests switch on.
+
+Large files are served like the real hub does it, by a redirect to another host; each request is recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+REPO = "acme/small-m2"
+MAIN = "1" * 40
+
+
+@dataclass
+class Fault:
+    """What happens to answers about files whose name contains `match`, the next `times` times.
+
+    kind: "status" answers `value`; "cut" closes the connection after `value` bytes of the body; "flip" changes the byte
+    at `value`; "long" appends bytes and says so; "short" leaves the last ones out and says so; "commit" claims another
+    revision; "hook" calls `call` before anything is sent.
+    """
+
+    kind: str
+    match: str
+    times: int = 1
+    value: int = 0
+    call: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+
+
+@dataclass
+class HubServer:
+    """Repositories as {name: {commit: {file name: bytes}}}; `faults` and `bytes_per_second` may change at any time."""
+
+    repositories: dict[str, dict[str, dict[str, bytes]]]
+    token: str | None = None
+    bytes_per_second: float | None = None
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    endpoint: str = ""
+    storage: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take_fault(self, name: str, *kinds: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.kind in kinds and fault.match in name and fault.times > 0:
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def sent(self, name: str) -> int:
+        """How many answers about the body of a large file were asked for."""
+        return sum(r.path.startswith("/storage/") and r.path.endswith(name) for r in self.requests)
+
+
+def is_large(name: str) -> bool:
+    return name.endswith((".safetensors", ".gguf", ".gguf_file"))
+
+
+def sibling(name: str, data: bytes) -> dict[str, Any]:
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    out: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": blob}
+    if is_large(name):
+        out["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return out
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    hub: HubServer
+
+    def log_message(self, *args: object) -> None:
+        """Keep the tests' output clean."""
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        token = self.headers.get("Authorization")
+        self.hub.requests.append(Request(self.command, path, self.headers.get("Range"), token))
+        routes = (
+            (r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>.+))?", self.info),
+            (r"/storage/(?P<repo>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<name>.+)", self.body),
+            (r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)", self.resolve),
+        )
+        found = [(m.groupdict(), route) for pattern, route in routes if (m := re.fullmatch(pattern, path))]
+        if not found:
+            self.empty(404)
+            return
+        parts, route = found[0]
+        if fault := self.hub.take_fault(path, "hook"):
+            fault.call()
+        if fault := self.hub.take_fault(path, "status"):
+            self.empty(fault.value, {"Retry-After": "0"})
+            return
+        if self.hub.token and not path.startswith("/storage/") and token != f"Bearer {self.hub.token}":
+            self.empty(401, {"X-Error-Code": "RepoNotFound"})
+            return
+        commits = self.hub.repositories.get(parts["repo"])
+        if commits is None:
+            self.empty(404, {"X-Error-Code": "RepoNotFound"})
+            return
+        commit = parts.get("revision") or "main"
+        commit = next(iter(commits)) if commit == "main" else commit
+        if commit not in commits:
+            self.empty(404, {"X-Error-Code": "RevisionNotFound"})
+            return
+        name = parts.get("name", "")
+        if name and name not in commits[commit]:
+            self.empty(404, {"X-Error-Code": "EntryNotFound"})
+            return
+        route(parts["repo"], commit, name, commits[commit])
+
+    def empty(self, status: int, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": "0"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+
+    def info(self, repo: str, commit: str, _: str, files: dict[str, bytes]) -> None:
+        siblings = [sibling(name, data) for name, data in files.items()]
+        content = {"id": repo, "sha": commit, "siblings": siblings, "tags": [], "private": False}
+        self.send(json.dumps(content).encode(), {"Content-Type": "application/json"}, repo)
+
+    def resolve(self, repo: str, commit: str, name: str, files: dict[str, bytes]) -> None:
+        entry = sibling(name, files[name])
+        headers = {
+            "X-Repo-Commit": "f" * 40 if self.hub.take_fault(name, "commit") else commit,
+            "ETag": f'"{entry["blobId"]}"',
+        }
+        if "lfs" in entry:
+            headers |= {
+                "X-Linked-Size": str(entry["size"]),
+                "X-Linked-ETag": f'"{entry["lfs"]["sha256"]}"',
+                "Location": f"{self.hub.storage}/storage/{repo}/{commit}/{name}",
+            }
+            self.empty(302, headers)
+        else:
+            self.send(files[name], headers, name)
+
+    def body(self, repo: str, commit: str, name: str, files: dict[str, bytes]) -> None:
+        self.send(files[name], {"ETag": '"storage"'}, name)
+
+    def send(self, data: bytes, headers: dict[str, str], name: str) -> None:
+        headers = {**headers, "Accept-Ranges": "bytes"}
+        whole, status = len(data), 200
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, stop = int(match[1]), min(int(match[2] or whole - 1) + 1, whole)
+            data, status = data[start:stop], 206
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{whole}"
+        cut = None
+        if self.command == "GET" and (fault := self.hub.take_fault(name, "cut", "flip", "long", "short")):
+            if fault.kind == "cut":
+                cut = fault.value
+            elif fault.kind == "flip":
+                data = data[: fault.value] + bytes([data[fault.value] ^ 1]) + data[fault.value + 1 :]
+            else:
+                data = data + b"more" if fault.kind == "long" else data[:-4]
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.write(data if cut is None else data[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+    def write(self, data: bytes) -> None:
+        rate = self.hub.bytes_per_second
+        step = len(data) if rate is None else max(int(rate / 100), 1)
+        try:
+            for at in range(0, len(data), max(step, 1)):
+                self.wfile.write(data[at : at + step])
+                if rate is not None:
+                    threading.Event().wait(step / rate)
+        except OSError:  # the client went away
+            self.close_connection = True
+
+
+@contextmanager
+def serve(repositories: dict[str, dict[str, dict[str, bytes]]], **options: Any) -> Iterator[HubServer]:
+    """Run a hub on a free port of the loopback interface for as long as the block lasts."""
+    hub = HubServer(repositories, **options)
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.storage = f"http://localhost:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def repository(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint folder, as a repository's content."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
