@@ -27,6 +27,7 @@ _REQUIRED = (
     "num_local_experts",
     "num_experts_per_tok",
 )
+_LARGEST = 1 << 31
 _MTP_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -86,30 +87,33 @@ def normalize_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         )
     out = dict(raw)
     for key in _REQUIRED:
-        value = raw.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ConfigError(f"config key {key!r} is {value!r}, not a positive integer")
+        _whole(key, raw.get(key))
     out.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+    _whole("head_dim", out["head_dim"])
     rope = raw.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ConfigError("config key 'rope_parameters' is not an object")
     if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
         raise ConfigError("the config scales its rotary embedding, which the engine does not run")
-    if "rope_theta" not in raw:
-        if "rope_theta" not in rope:
-            raise ConfigError("the config has neither 'rope_theta' nor 'rope_parameters.rope_theta'")
-        out["rope_theta"] = rope["rope_theta"]
-    if "rotary_dim" not in raw:
-        if "partial_rotary_factor" not in rope:
-            raise ConfigError(
-                "the config has neither 'rotary_dim' nor 'rope_parameters.partial_rotary_factor'"
-            )
-        out["rotary_dim"] = round(out["head_dim"] * float(rope["partial_rotary_factor"]))
+    nested = dict(rope)
+    if "partial_rotary_factor" in rope:
+        factor = _positive("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"])
+        nested["rotary_dim"] = round(out["head_dim"] * factor)
+    for key, newer in (("rope_theta", "rope_theta"), ("rotary_dim", "partial_rotary_factor")):
+        if key not in raw and key not in nested:
+            raise ConfigError(f"the config has neither {key!r} nor 'rope_parameters.{newer}'")
+        out.setdefault(key, nested.get(key))
+        if key in nested and nested[key] != out[key]:
+            raise ConfigError(f"config key {key!r} and 'rope_parameters.{newer}' contradict each other")
     out.setdefault("rms_norm_eps", 1e-6)
     out.setdefault("max_position_embeddings", 196608)
+    for key in ("rotary_dim", "max_position_embeddings"):
+        _whole(key, out[key])
+    for key in ("rope_theta", "rms_norm_eps"):
+        _positive(key, out[key])
     for key, needed in (("use_qk_norm", True), ("use_routing_bias", True), ("scoring_func", "sigmoid")):
         if out.get(key, needed) != needed:
-            raise ConfigError(f"config key {key!r} is {out[key]!r}; the engine runs only {needed!r}")
+            raise ConfigError(f"config key {key!r} is {_shown(out[key])}; the engine runs only {needed!r}")
         out[key] = needed
     if out.get("qk_norm_type", "per_layer") != "per_layer":
         raise ConfigError(f"config key 'qk_norm_type' is {out['qk_norm_type']!r}, not 'per_layer'")
@@ -123,31 +127,48 @@ def normalize_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Return the dimensions of a config.json, normalised first; raises ConfigError where they do not fit."""
     c = normalize_config(raw)
-    block = (c.get("quantization_config") or {}).get("weight_block_size", [128, 128])
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
+    quantization = c.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise ConfigError("config key 'quantization_config' is not an object")
+    block = quantization.get("weight_block_size", [128, 128])
+    if not (isinstance(block, list) and len(block) == 2):
         raise ConfigError(f"quantization_config.weight_block_size is {block!r}, not two positive integers")
-    try:
-        theta, eps = float(c["rope_theta"]), float(c["rms_norm_eps"])
-        head_dim, rotary = int(c["head_dim"]), int(c["rotary_dim"])
-        positions = int(c["max_position_embeddings"])
-    except (TypeError, ValueError) as e:
-        raise ConfigError(f"the config holds a value that is not a number: {e}") from None
+    rows, cols = (_whole("quantization_config.weight_block_size", b) for b in block)
     cfg = ModelConfig(
         **{key: c[key] for key in _REQUIRED},
-        head_dim=head_dim,
-        rotary_dim=rotary,
-        rope_theta=theta,
-        rms_norm_eps=eps,
-        max_position_embeddings=positions,
-        block_shape=(block[0], block[1]),
+        head_dim=c["head_dim"],
+        rotary_dim=c["rotary_dim"],
+        rope_theta=float(c["rope_theta"]),
+        rms_norm_eps=float(c["rms_norm_eps"]),
+        max_position_embeddings=c["max_position_embeddings"],
+        block_shape=(rows, cols),
     )
-    if not (0 < rotary <= head_dim and rotary % 2 == 0):
-        raise ConfigError(f"rotary_dim {rotary} does not fit head_dim {head_dim}")
+    if cfg.rotary_dim > cfg.head_dim or cfg.rotary_dim % 2:
+        raise ConfigError(f"rotary_dim {cfg.rotary_dim} does not fit head_dim {cfg.head_dim}")
     if cfg.num_attention_heads % cfg.num_key_value_heads:
         raise ConfigError("num_attention_heads is not a multiple of num_key_value_heads")
     if cfg.num_experts_per_tok > cfg.num_local_experts:
         raise ConfigError("num_experts_per_tok is larger than num_local_experts")
     return cfg
+
+
+def _whole(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
+        raise ConfigError(f"config key {key!r} is {_shown(value)}, not a positive integer below 2^31")
+    return value
+
+
+def _positive(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+        raise ConfigError(f"config key {key!r} is {_shown(value)}, not a positive number below 2^31")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    """A value from the file for a message, however long it is."""
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        return "out of range"
+    return repr(value)[:80]
 
 
 def layer_prefix(layer: int) -> str:
