@@ -36,9 +36,13 @@ from ..formats.minimax import ModelConfig, expert_name, inventory, layer_prefix,
 from ..verify.reference import Observer, Routing, layer_by_layer
 from .tiny_tokenizer import CHAT_TEMPLATE, SPECIAL, first_word, tokenizer_json
 
-VERSION = 1
+VERSION = 3
 """Raise it with every change that alters a byte of the result: it names the cache folder."""
 
+STEADY = 2.0
+ROUTER_LEVEL = -3.0
+"""The value of channel 0 in every embedding: like the large, steady channels of real models. The router reads the level
+of its logits off it, so that few experts dominate a token and a near tie for the last place matters little."""
 F64 = NDArray[np.float64]
 
 
@@ -200,15 +204,17 @@ def _matrix(name: str, shape: tuple[int, int], gain: float, inputs: F64, rows: F
 def _norm(name: str, count: int) -> F64:
     """A norm's weights; the one before the experts has channels of very unequal scale and outliers."""
     unequal = "post_attention" in name
-    return _scales(name, count, 4 if unequal else 2, outliers=unequal)
+    scales = _scales(name, count, 4 if unequal else 2, outliers=unequal)
+    return scales / 2 if "k_norm" in name else scales
 
 
 def _embedding(name: str, shape: tuple[int, int]) -> F64:
-    """Rows that share 32 directions, so that hidden states are correlated; integer products, exact in any order."""
+    """Rows that share 32 directions and one steady channel, so that hidden states are correlated; integer products, exact in any order."""
     factors = _bells(f"{name}/factors", shape[0] * 32).reshape(-1, 32) >> 12
     basis = _bells(f"{name}/basis", 32 * shape[1]).reshape(32, -1) >> 12
     own = _bells(name, shape[0] * shape[1]).reshape(shape) >> 6
     rows: F64 = ((factors @ basis) + own) / 1024.0
+    rows[:, 0] = STEADY
     return rows
 
 
@@ -231,7 +237,7 @@ def _values(cfg: ModelConfig) -> Iterator[tuple[str, str, F64]]:
             final = _norm("model.norm.weight", shape[1])
             values = _matrix(name, (shape[0], shape[1]), 2.0, final, quiet)
         elif spec.role == "bias":
-            values = _bells(name, shape[0]) / 2.0**20
+            values = _bells(name, shape[0]) / 2.0**22
         else:
             assert layer is not None
             values = _layer_matrix(cfg, name, (shape[0], shape[1]), layer, spec.projection, spec.expert)
@@ -249,14 +255,16 @@ def _layer_matrix(
     p = layer_prefix(layer)
     if projection is None and "self_attn" in name:
         if "o_proj" in name:
-            return _matrix(name, shape, 1.0, _ones(shape[1]))
+            return _matrix(name, shape, 0.5, _ones(shape[1]))
         return _matrix(name, shape, 1.0, _norm(f"{p}input_layernorm.weight", shape[1]))
     inputs = _norm(f"{p}post_attention_layernorm.weight", cfg.hidden_size)
     if projection is None or expert is None:
-        return _matrix(name, shape, 1.5, inputs)
+        router = _matrix(name, shape, 1.5, inputs)
+        router[:, 0] = ROUTER_LEVEL / (STEADY * inputs[0])
+        return router
     up_rows = _scales(f"{expert_name(layer, expert, 'w3')}/rows", cfg.intermediate_size, 4)
     if projection == "w2":
-        return _matrix(name, shape, 1.0, up_rows)
+        return _matrix(name, shape, 0.4, up_rows)
     return _matrix(name, shape, 1.0, inputs, up_rows if projection == "w3" else None)
 
 

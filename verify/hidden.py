@@ -1,0 +1,133 @@
+"""HFHS hidden-state dumps: the residual stream after each layer, to be compared with the engine's.
+
+Layout, little endian: an 8-byte magic, u32 n_layers, u32 n_pos, u32 hidden, u32 0, then n_layers × [n_pos, hidden] f32.
+Dumps are written and read one layer at a time. Depends on numpy, torch and formats.errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..formats.errors import CheckError, MqError
+from .metrics import cosine
+
+MAGIC = b"HFHS\0\0\0\0"
+MAGICS = (MAGIC, b"HFHIDDEN")
+_HEADER = struct.Struct("<8sIIII")
+
+
+class HiddenError(MqError):
+    """A file that is not a well-formed hidden-state dump."""
+
+
+@dataclass(frozen=True)
+class HiddenDump:
+    """A dump's header; `layer` reads one layer of it."""
+
+    path: Path
+    n_layers: int
+    n_pos: int
+    hidden: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.n_layers, self.n_pos, self.hidden
+
+    def layer(self, index: int) -> NDArray[np.float32]:
+        """The residual stream after one layer, f32 [n_pos, hidden]."""
+        count = self.n_pos * self.hidden
+        values = np.fromfile(self.path, "<f4", count, offset=_HEADER.size + 4 * count * index)
+        if values.size != count:
+            raise HiddenError(f"ended inside layer {index} after it was opened", file=self.path)
+        return values.reshape(self.n_pos, self.hidden).astype(np.float32)
+
+
+def open_hidden(path: Path) -> HiddenDump:
+    """Read a dump's header and hold it against the file's size; HiddenError for anything else."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            head = f.read(_HEADER.size)
+    except OSError as e:
+        raise HiddenError(f"cannot be read: {e.strerror}", file=path) from None
+    if len(head) < _HEADER.size or head[:8] not in MAGICS:
+        raise HiddenError("is not a hidden-state dump: it does not begin with HFHS", file=path)
+    _, layers, positions, hidden, zero = _HEADER.unpack(head)
+    expected = _HEADER.size + 4 * layers * positions * hidden
+    if zero != 0:
+        raise HiddenError(f"the last word of its header is {zero}, not 0", file=path)
+    if size != expected:
+        raise HiddenError(
+            f"has {size} bytes, but {layers} layers of {positions} × {hidden} take {expected}", file=path
+        )
+    return HiddenDump(path, layers, positions, hidden)
+
+
+class HiddenWriter:
+    """Writes a dump layer by layer; under the final name only when every layer was written."""
+
+    def __init__(self, path: Path, n_layers: int, n_pos: int, hidden: int) -> None:
+        self.path, self.shape, self.written = path, (n_pos, hidden), 0
+        self.n_layers = n_layers
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self.file = self.partial.open("wb")
+        self.file.write(_HEADER.pack(MAGIC, n_layers, n_pos, hidden, 0))
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Append the residual stream after the next layer, f32 [n_pos, hidden]."""
+        if values.shape != self.shape or self.written == self.n_layers:
+            raise ValueError(f"layer {self.written} of shape {values.shape} does not fit the dump")
+        self.file.write(np.ascontiguousarray(values, "<f4").data)
+        self.written += 1
+
+    def __enter__(self) -> HiddenWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        if kind is None and self.written == self.n_layers:
+            self.partial.replace(self.path)
+            return
+        with contextlib.suppress(OSError):
+            self.partial.unlink()
+        if kind is None:
+            raise ValueError(f"only {self.written} of {self.n_layers} layers were written")
+
+
+@dataclass(frozen=True)
+class LayerDistance:
+    """How far two dumps are apart after one layer: cosine over positions, and the largest difference."""
+
+    layer: int
+    cosine_mean: float
+    cosine_min: float
+    max_difference: float
+
+
+def compare_hidden(a: HiddenDump, b: HiddenDump) -> Iterator[LayerDistance]:
+    """Compare two dumps layer by layer; CheckError where their shapes differ or they hold nothing."""
+    if a.shape != b.shape:
+        raise CheckError(
+            f"holds {a.shape} (layers, positions, hidden), and {b.path} {b.shape}",
+            file=a.path,
+            hint="dump both with the same model and tokens",
+        )
+    if 0 in a.shape:
+        raise CheckError("holds no values, so there is nothing to compare", file=a.path)
+    for layer in range(a.n_layers):
+        x, y = torch.from_numpy(a.layer(layer)), torch.from_numpy(b.layer(layer))
+        cosines = cosine(x, y)
+        difference = float((x.double() - y.double()).abs().max())
+        yield LayerDistance(layer, float(cosines.mean()), float(cosines.min()), difference)
