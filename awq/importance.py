@@ -1,7 +1,7 @@
-"""The importance of every input channel of every expert matrix, from an imatrix: one object, whatever the statistics behind it.
+"""The importance of every input channel of every expert matrix: one object, whatever the statistics behind it.
 
-Shrinkage toward the layer, repair of broken entries and damping happen here and nowhere else, and every fallback is kept in words.
-Depends on formats (imatrix, minimax, fwht) and numpy; all arithmetic is f64.
+Shrinkage toward the layer, repair of broken entries and damping happen here and nowhere else, and every fallback is
+kept in words. Depends on formats (imatrix, minimax, fwht) and numpy; all arithmetic is f64.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ class Importance:
     def channel_weights(self, scale: NDArray[np.float32] | None = None, damping: float = DAMPING) -> F64:
         """Damped E[(x/s)²] f64 [K] of inputs divided by the AWQ scale s f32 [K]."""
         d = (1 - damping) * self.diagonal + damping * self.diagonal.mean()
-        return d if scale is None else d / np.square(scale.astype(np.float64))
+        if scale is not None:
+            d = d / np.square(scale.astype(np.float64))
+        return np.asarray(d, np.float64)
 
     def rotated_moment(self, scale: NDArray[np.float32] | None = None, damping: float = DAMPING) -> F64:
-        """Damped second moment of R·(x/s), f64 [K, K], R rotating each group of 256; diagonal if that is all there is."""
+        """Damped second moment of R·(x/s), f64 [K, K], R rotating each group of 256; diagonal where no other is known."""
         full = np.diag(self.diagonal) if self.moment is None else self.moment
         full = (1 - damping) * full
         full[np.diag_indices_from(full)] += damping * self.diagonal.mean()
@@ -56,7 +58,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class LayerImportance:
-    """One layer: E[x²] f64 [experts, K] and tokens f64 [experts] per projection, repaired and shrunk, and what was repaired."""
+    """One layer: E[x²] f64 [experts, K] and tokens f64 [experts] per projection, repaired and shrunk, with notes."""
 
     layer: int
     diagonals: dict[str, F64]
@@ -65,9 +67,7 @@ class LayerImportance:
 
     def of(self, expert: int, projection: str) -> Importance:
         """The importance of one expert's matrix."""
-        return Importance(
-            self.diagonals[projection][expert], count=float(self.counts[projection][expert])
-        )
+        return Importance(self.diagonals[projection][expert], count=float(self.counts[projection][expert]))
 
     def gate_up_energy(self) -> F64:
         """Σ over experts of the summed squares at gate and up, f64 [hidden]: what the shared AWQ scale follows."""
@@ -79,7 +79,7 @@ class LayerImportance:
 
 @dataclass(frozen=True)
 class ModelImportance:
-    """The importances of a model, read layer by layer from one imatrix; `coverage` is the share of experts with data."""
+    """The importances of a model, read layer by layer; `coverage` is the share of experts with data."""
 
     imatrix: Imatrix
     config: ModelConfig
@@ -97,7 +97,6 @@ class ModelImportance:
             notes += found
         return LayerImportance(layer, diagonals, counts, tuple(notes))
 
-
     @property
     def fallbacks(self) -> tuple[str, ...]:
         """What had to be repaired, over all layers; reads the whole imatrix."""
@@ -110,13 +109,12 @@ def load_importance(imatrix: Imatrix, config: ModelConfig) -> ModelImportance:
     return ModelImportance(imatrix, config, coverage(imatrix, config))
 
 
-def repair(
-    mean_squares: NDArray[np.float32], counts: F64, where: str
-) -> tuple[F64, F64, list[str]]:
-    """Usable E[x²] f64 [experts, K] and tokens f64 [experts] of one projection, and sentences on what had to be replaced.
+def repair(mean_squares: NDArray[np.float32], counts: F64, where: str) -> tuple[F64, F64, list[str]]:
+    """Usable E[x²] f64 [experts, K] and tokens f64 [experts] of one projection, and sentences on what was replaced.
 
-    Entries that are negative or not finite take the layer's mean of that channel over healthy experts; experts are then shrunk toward that
-    mean by their counts, so that one without tokens takes it whole. A channel that no expert has data for takes the mean channel.
+    Entries that are negative or not finite take the layer's mean of that channel over healthy experts; experts are
+    then shrunk toward that mean by their counts, so that one without tokens takes it whole. A channel that no expert
+    has data for takes the mean channel.
     """
     d = mean_squares.astype(np.float64)
     n = np.where(np.isfinite(counts) & (counts > 0), counts, 0.0)
@@ -136,7 +134,9 @@ def repair(
     if broken.any():
         experts = np.flatnonzero(broken.any(axis=1))
         named = ", ".join(map(str, experts[:8])) + (", …" if len(experts) > 8 else "")
-        notes.append(f"{where}: {int(broken.sum())} non-finite or negative entries of experts {named} took the layer's mean")
+        notes.append(
+            f"{where}: {int(broken.sum())} non-finite or negative entries of experts {named} took the layer's mean"
+        )
     if (n == 0).any():
         notes.append(f"{where}: {int((n == 0).sum())} experts without tokens took the layer's mean")
     return shrunk, n, notes

@@ -1,7 +1,7 @@
-"""Scales that move precision to the channels that matter: the shared gate/up scale, and the one folded into up and down.
+"""Scales that move precision to the channels that matter: the shared gate/up one, and the one folded into up and down.
 
-Weights are multiplied by the f16-rounded scale along K before the rotation; the runtime divides its input by the same f16 values.
-Depends on numpy; all arithmetic is f64 until the result is rounded.
+Weights are multiplied by the f16-rounded scale along K before the rotation; the runtime divides its input by the same
+f16 values. Depends on numpy; all arithmetic is f64 until the result is rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _FOLD_LIMIT = 8
 
 
 def gate_up_scale(energy: NDArray[np.float64], alpha: float) -> NDArray[np.float16]:
-    """The shared scale f16 [hidden] from summed squares f64 [hidden]: log s = α/2 · log v minus its mean, within [0.01, 100].
+    """The shared scale f16 [hidden] from summed squares f64 [hidden]: log s = α/2 · log v minus its mean, clipped to
+    [0.01, 100].
 
     Channels without energy count as the smallest one that has some. α = 0 gives ones.
     """
@@ -28,7 +29,7 @@ def gate_up_scale(energy: NDArray[np.float64], alpha: float) -> NDArray[np.float
 
 
 def down_fold(diagonal: NDArray[np.float64], exponent: float) -> NDArray[np.float32]:
-    """Powers of two t f32 [intermediate]: row j of up is divided by t_j and column j of down multiplied, exactly undone by the model.
+    """Powers of two t f32 [intermediate]: row j of up is divided by t_j, column j of down multiplied by it.
 
     t follows E[x²] at down to the power exponent / 2, about a mean of 1.
     """

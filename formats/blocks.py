@@ -44,9 +44,13 @@ class Format:
 
     def groups(self, payload: U8 | bytes | memoryview) -> U8:
         """View a payload as u8 [groups, group_bytes]; HfqError where its length does not fit."""
-        flat = np.frombuffer(payload, np.uint8) if not isinstance(payload, np.ndarray) else payload.reshape(-1)
+        flat = (
+            np.frombuffer(payload, np.uint8) if not isinstance(payload, np.ndarray) else payload.reshape(-1)
+        )
         if flat.size % self.group_bytes:
-            raise HfqError(f"{flat.size} bytes are not whole groups of {self.group_bytes} in format {self.name}")
+            raise HfqError(
+                f"{flat.size} bytes are not whole groups of {self.group_bytes} in format {self.name}"
+            )
         return flat.reshape(-1, self.group_bytes)
 
     def decode(self, payload: U8 | bytes | memoryview) -> F32:
@@ -145,12 +149,12 @@ def _join(head: NDArray[Any], body: NDArray[Any]) -> U8:
 
 def _pack_2(codes: U8) -> U8:
     q = codes.reshape(len(codes), -1, 4)
-    return q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6
+    return np.asarray(q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6, np.uint8)
 
 
 def _pack_4(codes: U8) -> U8:
     q = codes.reshape(len(codes), -1, 2)
-    return q[:, :, 0] | q[:, :, 1] << 4
+    return np.asarray(q[:, :, 0] | q[:, :, 1] << 4, np.uint8)
 
 
 def _pack_3(codes: U8) -> U8:
@@ -181,7 +185,8 @@ def unpack_bits(stream: U8, bits: int) -> U8:
     """Undo pack_bits: u8 [G, n·bits/8] to u8 [G, n]."""
     each = np.unpackbits(stream, axis=1, bitorder="little").reshape(len(stream), -1, bits)
     weights = (1 << np.arange(bits)).astype(np.uint8)
-    return (each * weights).sum(axis=2, dtype=np.uint8)
+    codes: U8 = (each * weights).sum(axis=2, dtype=np.uint8)
+    return codes
 
 
 F16_FORMAT = FloatFormat("F16", 1, 1, 2, 0, 0, False)

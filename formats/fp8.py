@@ -1,7 +1,8 @@
 """FP8 E4M3 with F32 block scales, as MiniMax-M2 checkpoints store their matrices.
 
-A weight is `e4m3(code) * scale_inv[r // 128, c // 128]`: despite its name the stored scale multiplies. Tiles at the right
-and bottom edge are partial when a dimension is not a multiple of the block. Depends on numpy and numba; errors on errors.
+A weight is `e4m3(code) * scale_inv[r // 128, c // 128]`: despite its name the stored scale multiplies. Tiles at the
+right and bottom edge are partial when a dimension is not a multiple of the block. Depends on numpy and numba; errors
+on errors.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple
     return -(-rows // block[0]), -(-cols // block[1])
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
+@njit(cache=True, nogil=True)
 def _dequantize(codes, scales, block_rows, block_cols, table, out):  # type: ignore[no-untyped-def]
     for r in range(codes.shape[0]):
         for tile in range(scales.shape[1]):
@@ -57,7 +58,8 @@ def dequantize(
     """
     if scale_inv.shape != scale_shape(codes.shape, block):
         raise WeightError(
-            f"weight_scale_inv has shape {scale_inv.shape}, but weight {codes.shape} needs {scale_shape(codes.shape, block)}",
+            f"weight_scale_inv has shape {scale_inv.shape}, "
+            f"but weight {codes.shape} needs {scale_shape(codes.shape, block)}",
             tensor=name,
         )
     if not np.isfinite(scale_inv).all():
@@ -74,7 +76,7 @@ def dequantize(
 def quantize(
     weights: NDArray[np.float32], block: tuple[int, int] = BLOCK
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Encode finite f32 [R, C] to (codes u8 [R, C], scale_inv f32 [ceil(R/128), ceil(C/128)]), rounding to nearest even.
+    """Encode finite f32 [R, C] to (codes u8 [R, C], scale_inv f32 [ceil(R/128), ceil(C/128)]), nearest even.
 
     Each block's largest magnitude becomes 448; a block of zeros takes scale 1.
     """

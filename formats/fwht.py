@@ -1,8 +1,8 @@
 """The rotation of the MQ formats: y = S2 · H256 · S1 · x / 16 on each group of 256, and its inverse.
 
-H256 is the Walsh-Hadamard matrix in Sylvester order; S1 and S2 are fixed ±1 diagonals. The rotation R is orthonormal and
-every R_ij² is 1/256. Arithmetic is f32, butterflies of stride 1, 2, … 128, so results are the same bits everywhere.
-Depends on numpy and numba.
+H256 is the Walsh-Hadamard matrix in Sylvester order; S1 and S2 are fixed ±1 diagonals. The rotation R is orthonormal
+and every R_ij² is 1/256. Arithmetic is f32, butterflies of stride 1, 2, … 128, so results are the same bits
+everywhere. Depends on numpy and numba.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIGNS1: NDArray[np.float32] = _signs(42)
 SIGNS2: NDArray[np.float32] = _signs(1042)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
+@njit(cache=True, nogil=True)
 def _transform(groups, before, after):  # type: ignore[no-untyped-def]
     for g in range(groups.shape[0]):
         row = groups[g]

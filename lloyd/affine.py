@@ -17,8 +17,8 @@ SHRINK = np.array([0.0, 0.03, 0.07, 0.11, 0.16, 0.22, 0.3], np.float32)
 """Shares of the range that the search cuts off at either end."""
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def grid_code(value, zero, inverse, top):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def grid_code(value, zero, inverse, top):
     """The whole number in 0..top nearest to (value - zero) · inverse."""
     magic = splat(_MAGIC)
     q = (value - zero) * inverse
@@ -27,8 +27,8 @@ def grid_code(value, zero, inverse, top):  # type: ignore[no-untyped-def]
     return (q + magic) - magic
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def grid_error(y, zero, scale, inverse, top):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def grid_error(y, zero, scale, inverse, top):
     """Σ (y - zero - scale·q)² codes to nearest."""
     error = splat(np.float32(0))
     minus = splat(np.float32(0)) - scale
@@ -39,9 +39,9 @@ def grid_error(y, zero, scale, inverse, top):  # type: ignore[no-untyped-def]
     return error
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def refine(y, zero, scale, top, out):  # type: ignore[no-untyped-def]
-    """One least-squares step: out[0], out[1] = the zero and scale that fit best the codes nearest under the given ones."""
+@njit(cache=True, nogil=True)
+def refine(y, zero, scale, top, out):
+    """One least-squares step: out[0], out[1] = the zero and scale that fit best the codes nearest under given ones."""
     none = splat(np.float32(0))
     one = splat(np.float32(1))
     inverse = one / scale
@@ -64,8 +64,8 @@ def refine(y, zero, scale, top, out):  # type: ignore[no-untyped-def]
     store(out, 1, where_gt(usable, none, new_scale, scale))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def affine_rows(rows, column, count, shrink, steps, params):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def affine_rows(rows, column, count, shrink, steps, params):
     """(zero, scale) f32 [R, 2] of `count` even levels for the group at `column` of each row of rows f32 [R, K_in].
 
     `steps` least-squares steps follow the search. A constant group takes scale 1.
@@ -94,7 +94,9 @@ def affine_rows(rows, column, count, shrink, steps, params):  # type: ignore[no-
                 if a + b == 0:
                     continue
                 tried_zero = fma(splat(shrink[a]), width, low)
-                tried = where_gt(flat, none, one, width * spacing * splat(np.float32(1) - shrink[a] - shrink[b]))
+                tried = where_gt(
+                    flat, none, one, width * spacing * splat(np.float32(1) - shrink[a] - shrink[b])
+                )
                 error = grid_error(y, tried_zero, tried, one / tried, top)
                 zero = where_gt(best, error, tried_zero, zero)
                 scale = where_gt(best, error, tried, scale)

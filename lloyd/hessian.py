@@ -1,10 +1,11 @@
 """The Hessian of one group's output error, in the stored basis, and its factor for error feedback.
 
-With E[x²] = d known per input channel and s the AWQ scale, E(q) = (y-q)ᵀ H (y-q) with H = R diag(d/s²) Rᵀ. Since the entries
-of the Walsh-Hadamard matrix multiply as W_aj W_bj = W_(a xor b)j, H_ab = σ_a σ_b ĥ[a xor b] / 256 with ĥ the transform of d/s²
-and σ the second sign vector: no matrix product is needed, and H⁻¹ has the same form with s²/d.
+With E[x²] = d known per input channel and s the AWQ scale, E(q) = (y-q)ᵀ H (y-q) with H = R diag(d/s²) Rᵀ. Since the
+entries of the Walsh-Hadamard matrix multiply as W_aj W_bj = W_(a xor b)j, H_ab = σ_a σ_b ĥ[a xor b] / 256 with ĥ the
+transform of d/s² and σ the second sign vector: no matrix product is needed, and H⁻¹ has the same form with s²/d.
 
-All factors are f64 and computed here, in a fixed order, and stored as f32. Depends on formats (the rotation) and numba.
+All factors are f64 and computed here, in a fixed order, and stored as f32. Depends on formats (the rotation) and
+numba.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ RANGE = 1e6
 
 @dataclass(frozen=True)
 class GroupHessian:
-    """H f32 [256, 256] of one group; `feedback` f32 [256, 256], unit lower triangular: an error e_j of column j moves the
-    target of column i > j by -feedback[i, j]·e_j; `diagonal` f32 [256] is d/s² where H came from it, else empty.
+    """H f32 [256, 256] of one group; `feedback` f32 [256, 256], unit lower triangular: an error e_j of column j moves
+    the target of column i > j by -feedback[i, j]·e_j; `diagonal` f32 [256] is d/s² where H came from it, else empty.
 
     H is scaled so that its mean diagonal is 1: only ratios matter to rounding.
     """
@@ -38,8 +39,8 @@ class GroupHessian:
     note: str = ""
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def transform(x):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def transform(x):
     """The unnormalised Walsh-Hadamard transform of f64 [256], in place."""
     stride = 1
     while stride < x.shape[0]:
@@ -50,8 +51,8 @@ def transform(x):  # type: ignore[no-untyped-def]
         stride *= 2
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def cholesky_upper(a):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def cholesky_upper(a):
     """Overwrite the upper triangle of symmetric f64 a [n, n] with U, a = Uᵀ U; False where a pivot is not positive."""
     n = a.shape[0]
     for j in range(n):
@@ -91,8 +92,8 @@ def identity() -> GroupHessian:
 def from_diagonal(weights: NDArray[np.float64]) -> GroupHessian:
     """The Hessian of f64 channel weights d/s² [256], non-negative, already damped.
 
-    Weights are bounded to a ratio of 1e6 within the group and brought to mean 1. Where they are all zero or not finite the
-    result is the identity, with a note that says so.
+    Weights are bounded to a ratio of 1e6 within the group and brought to mean 1. Where they are all zero or not
+    finite the result is the identity, with a note that says so.
     """
     top = float(weights.max(initial=0.0))
     if not np.isfinite(weights).all() or top <= 0:

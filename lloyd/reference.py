@@ -1,7 +1,8 @@
 """The engine's own quantiser, bit for bit: the baseline that every better fit is measured against.
 
-Lloyd formats take at most eight plain Lloyd iterations from quantiles and no reassignment afterwards; affine formats span the
-minimum and maximum; Q8F16 quantises with the unrounded scale and truncates it. Depends on kmeans (the sort) and numba.
+Lloyd formats take at most eight plain Lloyd iterations from quantiles and no reassignment afterwards; affine formats
+span the minimum and maximum; Q8F16 quantises with the unrounded scale and truncates it. Depends on kmeans (the sort)
+and numba.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from .kmeans import GROUP, sort_group
 ITERATIONS = 8
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def lloyd_rows(rows, column, levels, codes):  # type: ignore[no-untyped-def]
-    """Centroids f32 [R, K], ascending, not yet rounded, and codes u8 [R, 256] of the group at `column` of rows f32 [R, K_in]."""
+@njit(cache=True, nogil=True)
+def lloyd_rows(rows, column, levels, codes):
+    """Centroids f32 [R, K], ascending, not yet rounded, and codes u8 [R, 256] of each row's group at `column`."""
     count = levels.shape[1]
     values = np.empty(GROUP, np.float32)
     keys = np.empty(GROUP, np.uint32)
@@ -72,7 +73,9 @@ def lloyd_rows(rows, column, levels, codes):  # type: ignore[no-untyped-def]
             out[i] = order[out[i]]
 
 
-def affine(groups: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]:
+def affine(
+    groups: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]:
     """(scale f32 [G], zero f32 [G], codes u8 [G, 256]) of f32 groups [G, 256] over their full range."""
     zero = groups.min(axis=1) + np.float32(0)
     width = groups.max(axis=1) - zero

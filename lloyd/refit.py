@@ -1,7 +1,8 @@
 """Moving levels under a group's Hessian, codes fixed: the normal equations AᵀHA c = AᵀHy, on lanes.
 
-A [256, K] holds one indicator column per level, or the columns (1, code) for an evenly spaced grid. With H = R diag(h) Rᵀ only transforms of A's
-columns are needed; with a dense H, its products with them. Depends on lanes, rounding, vec and numba.
+A [256, K] holds one indicator column per level, or the columns (1, code) for an evenly spaced grid. With H = R
+diag(h) Rᵀ only transforms of A's columns are needed; with a dense H, its products with them. Depends on lanes,
+rounding, vec and numba.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ RIDGE = np.float32(1e-3)
 """Share of the mean diagonal that ties each level to its old place; it alone decides a level that no code uses."""
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def indicator(codes, k, signs, out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def indicator(codes, k, signs, out):
     """out [256, 16] = signs where codes is k, else 0."""
     wanted = splat(np.float32(k))
     zero = splat(np.float32(0))
@@ -26,23 +27,23 @@ def indicator(codes, k, signs, out):  # type: ignore[no-untyped-def]
         store(out, i, where_eq(load(codes, i), wanted, splat(signs[i]), zero))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def signed(block, signs, out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def signed(block, signs, out):
     """out = block with row i multiplied by signs[i]."""
     for i in range(GROUP):
         store(out, i, load(block, i) * splat(signs[i]))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def multiply(matrix, block, out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def multiply(matrix, block, out):
     """out [256, 16] = -matrix · block."""
     out[:] = 0.0
     for i in range(0, GROUP, 4):
         product(out, i, matrix, i, block, 0, GROUP)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def weighted_dot(weights, a, b):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def weighted_dot(weights, a, b):
     """Σ_i weights[i] · a[i] · b[i] in each lane, four partial sums in a fixed order."""
     s0 = splat(np.float32(0))
     s1 = splat(np.float32(0))
@@ -56,17 +57,17 @@ def weighted_dot(weights, a, b):  # type: ignore[no-untyped-def]
     return (s0 + s1) + (s2 + s3)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def normal_equations(ys, basis, weights, gram, rhs):  # type: ignore[no-untyped-def]
-    """gram [K, K, 16] (lower part) and rhs [K, 16] of the transformed columns basis [K, 256, 16] and target ys [256, 16]."""
+@njit(cache=True, nogil=True)
+def normal_equations(ys, basis, weights, gram, rhs):
+    """gram [K, K, 16] (lower part) and rhs [K, 16] of transformed columns [K, 256, 16] and target ys [256, 16]."""
     for k in range(basis.shape[0]):
         store(rhs, k, weighted_dot(weights, basis[k], ys))
         for m in range(k + 1):
             store(gram[k], m, weighted_dot(weights, basis[k], basis[m]))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def dense_equations(pulled, codes, matrix, sums, gram, rhs):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def dense_equations(pulled, codes, matrix, sums, gram, rhs):
     """gram and rhs from a dense H: pulled [256, 16] holds H·y, sums f32 [K, 256] is scratch."""
     gram[:] = 0.0
     rhs[:] = 0.0
@@ -85,9 +86,9 @@ def dense_equations(pulled, codes, matrix, sums, gram, rhs):  # type: ignore[no-
                     gram[k, m, r] += sums[k, i]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def solve(gram, rhs, levels):  # type: ignore[no-untyped-def]
-    """Solve gram c = rhs in every lane for levels [K, 16], tied to the old levels by a small ridge; gram and rhs are overwritten.
+@njit(cache=True, nogil=True)
+def solve(gram, rhs, levels):
+    """Solve gram c = rhs in every lane for levels [K, 16], tied to the old ones by a small ridge; overwrites both.
 
     Where rounding has driven a pivot to zero or below, that lane's levels stay as they were.
     """
@@ -129,8 +130,8 @@ def solve(gram, rhs, levels):  # type: ignore[no-untyped-def]
         store(levels, k, where_gt(good, zero, load(rhs, k), load(levels, k)))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def solve_grid(gram, rhs, levels):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def solve_grid(gram, rhs, levels):
     """Zero and scale of an evenly spaced grid from gram [2, 2, 16] and rhs [2, 16] of the columns (1, code).
 
     Rewrites levels [count, 16] in lanes where the system is well posed and the scale comes out positive.

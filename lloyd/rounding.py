@@ -1,6 +1,7 @@
 """Choosing codes under a group's Hessian: error feedback, then coordinate descent, on lanes.
 
-Both walk the 256 columns in panels of 8: inside a panel column by column, between panels as one small matrix product. Levels are given; refit.py moves them. Depends on lanes, vec and numba.
+Both walk the 256 columns in panels of 8: inside a panel column by column, between panels as one small matrix product.
+Levels are given; refit.py moves them. Depends on lanes, vec and numba.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from .vec import fma, load, splat, store, where_eq
 PANEL = 8
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def product(out, at, factors, row, errors, first, last):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def product(out, at, factors, row, errors, first, last):
     """out[at + n] -= Σ_b factors[row + n, b] · errors[b] for first ≤ b < last and n in 0..3, in 16 lanes.
 
     Four sums at a time stay in registers, and each loaded row of errors serves all four.
@@ -36,8 +37,8 @@ def product(out, at, factors, row, errors, first, last):  # type: ignore[no-unty
     store(out, at + 3, s3)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def feedback(y, factor, levels, mids, codes, work, errors):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def feedback(y, factor, levels, mids, codes, work, errors):
     """Round y [256, 16] to levels [K, 16], each column's error moving the targets of the later ones.
 
     Writes codes [256, 16]; `work` and `errors` f32 [256, 16] are scratch.
@@ -54,8 +55,8 @@ def feedback(y, factor, levels, mids, codes, work, errors):  # type: ignore[no-u
             product(work, i, factor, i, errors, first, first + PANEL)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def residual(y, levels, codes, errors):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def residual(y, levels, codes, errors):
     """errors [256, 16] = y - levels[codes]."""
     for i in range(GROUP):
         code = load(codes, i)
@@ -65,8 +66,8 @@ def residual(y, levels, codes, errors):  # type: ignore[no-untyped-def]
         store(errors, i, load(y, i) - value)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def descend(y, matrix, levels, mids, codes, errors, pull):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def descend(y, matrix, levels, mids, codes, errors, pull):
     """One sweep of coordinate descent on (y-q)ᵀ H (y-q): each column takes the level that is best given all others.
 
     `errors` must hold y - levels[codes] and is kept so; `pull` f32 [8, 16] is scratch and holds -H·errors of the panel.

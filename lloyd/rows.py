@@ -1,7 +1,8 @@
 """Whole-matrix drivers over lanes: one group column of all rows, from rotated weights to codes and levels under H.
 
-The order of work: initial levels are given; error feedback, refit under H, then rounds of coordinate descent and refit; the caller rounds the
-levels to their stored precision, and `settle_rows` assigns the codes once more with exactly those. Depends on lanes, rounding, refit, vec, numba.
+The order of work: initial levels are given; error feedback, refit under H, then rounds of coordinate descent and
+refit; the caller rounds the levels to their stored precision, and `settle_rows` assigns the codes once more with
+exactly those. Depends on lanes, rounding, refit, vec, numba.
 """
 
 from __future__ import annotations
@@ -10,14 +11,26 @@ import numpy as np
 from numba import njit
 
 from .lanes import GROUP, assign, gather, hadamard, midpoints, scatter, sort_levels
-from .refit import dense_equations, indicator, multiply, normal_equations, signed, solve, solve_grid, weighted_dot
+from .refit import (
+    dense_equations,
+    indicator,
+    multiply,
+    normal_equations,
+    signed,
+    solve,
+    solve_grid,
+    weighted_dot,
+)
 from .rounding import descend, feedback, residual
 from .vec import LANES, load, splat, store
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels):  # type: ignore[no-untyped-def]
-    """Move levels [K, 16] to their best places for these codes; ys is H·y for a dense H, else the signed transform of y."""
+@njit(cache=True, nogil=True)
+def refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels):
+    """Move levels [K, 16] to their best places for these codes.
+
+    ys is H·y for a dense H, else the signed transform of y.
+    """
     if weights.shape[0] > 0:
         if grid:
             for i in range(GROUP):
@@ -54,8 +67,8 @@ def refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs
         sort_levels(levels, codes)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def pulled(y, matrix, weights, signs, out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def pulled(y, matrix, weights, signs, out):
     """out = H·y for a dense H, else the signed transform of y."""
     if weights.shape[0] > 0:
         signed(y, signs, out)
@@ -67,12 +80,12 @@ def pulled(y, matrix, weights, signs, out):  # type: ignore[no-untyped-def]
             store(out, i, minus * load(out, i))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def fit_rows(rows, column, matrix, factor, weights, signs, grid, rounds, levels_io, codes_out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def fit_rows(rows, column, matrix, factor, weights, signs, grid, rounds, levels_io, codes_out):
     """Codes u8 [R, 256] and levels f32 [R, K] of the group that starts at `column` of rows f32 [R, K_in].
 
-    levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded; `weights` is the diagonal
-    form of H, or empty for a dense one; `grid` keeps the levels evenly spaced.
+    levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded; `weights` is the
+    diagonal form of H, or empty for a dense one; `grid` keeps the levels evenly spaced.
     """
     count = levels_io.shape[1]
     unknowns = 2 if grid else count
@@ -109,9 +122,9 @@ def fit_rows(rows, column, matrix, factor, weights, signs, grid, rounds, levels_
         scatter(codes, codes_out, first)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def settle_rows(rows, column, matrix, weights, signs, stored, codes_io, gains):  # type: ignore[no-untyped-def]
-    """Assign codes once more, given the stored levels f32 [R, K], and measure each row's gain (yᵀH y)/(yᵀH ŷ) into gains f32 [R].
+@njit(cache=True, nogil=True)
+def settle_rows(rows, column, matrix, weights, signs, stored, codes_io, gains):
+    """Assign codes once more, given the stored levels f32 [R, K]; gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ).
 
     A gain beyond 2, or not positive, means that the group carries no signal worth keeping: it becomes 1.
     """
@@ -151,8 +164,8 @@ def settle_rows(rows, column, matrix, weights, signs, stored, codes_io, gains): 
             gains[first + r] = whole / kept if kept > np.float32(0.5) * whole else np.float32(1)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def nearest_rows(rows, column, stored, codes_out):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def nearest_rows(rows, column, stored, codes_out):
     """Codes u8 [R, 256] of the nearest of the stored levels f32 [R, K], ascending; a tie takes the lower code."""
     count = stored.shape[1]
     y = np.empty((GROUP, LANES), np.float32)

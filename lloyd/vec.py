@@ -1,8 +1,8 @@
 """Sixteen f32 lanes as one value inside compiled functions.
 
-A block [n, 16] is read and written a row at a time with `load` and `store`; arithmetic between such values is lane by lane, `fma` with a
-single rounding. The compiler lowers each value to whatever vectors the machine has, and since nothing ever crosses lanes or is reordered,
-every machine computes the same bits. Depends on numba and llvmlite.
+A block [n, 16] is read and written a row at a time with `load` and `store`; arithmetic between such values is lane by
+lane, `fma` with a single rounding. The compiler lowers each value to whatever vectors the machine has, and since
+nothing ever crosses lanes or is reordered, every machine computes the same bits. Depends on numba and llvmlite.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class _F32x16(types.Type):
 f32x16 = _F32x16()
 
 
-@register_model(_F32x16)  # type: ignore[misc]
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
+@register_model(_F32x16)
+class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _VECTOR)
 
@@ -47,7 +47,7 @@ def _broadcast(builder: Any, scalar: Any) -> Any:
     return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), mask)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load(typing: Any, block: Any, row: Any) -> Any:
     """block[row] of an f32 [n, 16] array as a value."""
 
@@ -58,7 +58,7 @@ def load(typing: Any, block: Any, row: Any) -> Any:
     return f32x16(block, row), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store(typing: Any, block: Any, row: Any, value: Any) -> Any:
     """block[row] = value for an f32 [n, 16] array."""
 
@@ -70,7 +70,7 @@ def store(typing: Any, block: Any, row: Any, value: Any) -> Any:
     return types.void(block, row, value), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def splat(typing: Any, scalar: Any) -> Any:
     """A scalar, rounded to f32, in every lane."""
 
@@ -80,7 +80,7 @@ def splat(typing: Any, scalar: Any) -> Any:
     return f32x16(scalar), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c, rounded once."""
 
@@ -93,7 +93,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     return f32x16(a, b, c), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def root(typing: Any, a: Any) -> Any:
     """The square root, correctly rounded."""
 
@@ -133,8 +133,8 @@ def _operator(function: Any, method: str) -> None:
 
     lowered = intrinsic(typer)
 
-    @overload(function)  # type: ignore[misc]
-    def choose(a, b):  # type: ignore[no-untyped-def]
+    @overload(function)
+    def choose(a, b):
         return (lambda a, b: lowered(a, b)) if a == f32x16 and b == f32x16 else None
 
 
