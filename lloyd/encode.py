@@ -1,13 +1,13 @@
 """From rotated rows to the bytes of one block format, by one of three fits.
 
-`reference` is the engine's own quantiser; `exact` takes the best levels in plain squared error and rounds to nearest; `hessian` rounds and
-refits under each group's Hessian, then makes the levels unbiased. Everything here is single-threaded and releases the interpreter lock, so
-callers run matrices in parallel and get the same bytes. Depends on formats and the other modules of this room.
+`reference` is the engine's own quantiser; `exact` takes the best levels in plain squared error and rounds to nearest;
+`hessian` rounds and refits under each group's Hessian, then makes the levels unbiased. Everything here is
+single-threaded and releases the interpreter lock, so callers run matrices in parallel and get the same bytes. Depends
+on formats and the other modules of this room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from .affine import SHRINK, affine_rows
 from .hessian import GroupHessian
 from .kmeans import kmeans_rows
 from .rows import fit_rows, nearest_rows, settle_rows
+from .whole_row import RowHessian, compensate
 
 Fit = Literal["reference", "exact", "hessian"]
 F32 = NDArray[np.float32]
@@ -53,23 +54,34 @@ def _q8(groups: F32) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
 
 
 def encode_rotated(
-    rows: F32, fmt: Format, fit: Fit, hessians: Sequence[GroupHessian] | None = None, gain: bool = True
+    rows: F32, fmt: Format, fit: Fit, hessian: RowHessian | None = None, gain: bool = True
 ) -> U8:
     """Payload u8 [bytes] of rotated rows f32 [R, K], K a multiple of 256, group by group along each row.
 
-    `hessians` holds one per group of 256 columns and serves the `hessian` fit only; `gain` switches its last step.
+    `hessian` serves the `hessian` fit only, which without one rounds as `exact` does; `gain` switches its last step.
     """
     if not isinstance(fmt, LloydFormat | AffineFormat):
         raise TypeError(f"{fmt.name} is not a rotated format")
     count, groups = len(rows), rows.shape[1] // GROUP
     out = np.empty((count, groups, fmt.group_bytes), np.uint8)
     codes = np.zeros((count, GROUP), np.uint8)
-    for g in range(groups):
-        if fit == "hessian":
-            assert hessians is not None
-            out[:, g] = _hessian_group(rows, g * GROUP, fmt, hessians[g], codes, gain)
-        else:
-            out[:, g] = _plain_group(rows, g * GROUP, fmt, fit, codes)
+    if fit == "hessian" and hessian is not None:
+        if hessian.answers:
+            rows = rows.copy()
+        for g in range(groups):
+            column = g * GROUP
+            stored, gains = _hessian_group(rows, column, fmt, hessian.groups[g], codes)
+            if hessian.answers:
+                decoded = np.take_along_axis(_expand(fmt, stored), codes.astype(np.int64), axis=1)
+                compensate(rows, g, rows[:, column : column + GROUP] - decoded, hessian.answers)
+            # The gain comes last and is not answered by later groups: it is a wanted departure from least squares.
+            if gain:
+                stored = _stored(fmt, stored * gains[:, None])
+            out[:, g] = _pack(fmt, stored, codes)
+    else:
+        plain: Fit = "exact" if fit == "hessian" else fit
+        for g in range(groups):
+            out[:, g] = _plain_group(rows, g * GROUP, fmt, plain, codes)
     return out.reshape(-1)
 
 
@@ -86,8 +98,9 @@ def _plain_group(rows: F32, column: int, fmt: LloydFormat | AffineFormat, fit: F
 
 
 def _hessian_group(
-    rows: F32, column: int, fmt: LloydFormat | AffineFormat, h: GroupHessian, codes: U8, gain: bool
-) -> U8:
+    rows: F32, column: int, fmt: LloydFormat | AffineFormat, h: GroupHessian, codes: U8
+) -> tuple[F32, F32]:
+    """Stored levels of one group under its Hessian, and each row's gain f32 [R]; codes u8 [R, 256] are written."""
     grid = isinstance(fmt, AffineFormat)
     levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=False))
     fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, grid, ROUNDS, levels, codes)
@@ -97,9 +110,7 @@ def _hessian_group(
     stored = _stored(fmt, levels)
     gains = np.empty(len(rows), np.float32)
     settle_rows(rows, column, h.matrix, h.diagonal, SIGNS2, _expand(fmt, stored), codes, gains)
-    if gain:
-        stored = _stored(fmt, stored * gains[:, None])
-    return _pack(fmt, stored, codes)
+    return stored, gains
 
 
 def _initial_levels(rows: F32, column: int, fmt: LloydFormat | AffineFormat, exact: bool) -> F32:

@@ -13,8 +13,8 @@ from .vec import LANES, load, splat, store, where_gt
 GROUP = 256
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def gather(rows, first, column, block):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def gather(rows, first, column, block):
     """Copy rows[first:first+16, column:column+256] (f32) into block; lanes beyond the last row become 0."""
     count = min(LANES, rows.shape[0] - first)
     for r in range(count):
@@ -25,8 +25,8 @@ def gather(rows, first, column, block):  # type: ignore[no-untyped-def]
             block[i, r] = 0.0
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def scatter(block, rows, first):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def scatter(block, rows, first):
     """Copy block into rows [R, 256] of any type, leaving out lanes beyond the last row."""
     for r in range(min(LANES, rows.shape[0] - first)):
         for i in range(block.shape[0]):
@@ -34,7 +34,15 @@ def scatter(block, rows, first):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[misc]
-def hadamard(block):  # type: ignore[no-untyped-def]
+def scatter_at(block, rows, first, column):  # type: ignore[no-untyped-def]
+    """Copy block into rows[first:first+16, column:column+256] (f32), leaving out lanes beyond the last row."""
+    for r in range(min(LANES, rows.shape[0] - first)):
+        for i in range(block.shape[0]):
+            rows[first + r, column + i] = block[i, r]
+
+
+@njit(cache=True, nogil=True)
+def hadamard(block):
     """The unnormalised Walsh-Hadamard transform of every lane, two stages at a time, in place."""
     stride = 1
     while stride < GROUP:
@@ -55,16 +63,16 @@ def hadamard(block):  # type: ignore[no-untyped-def]
         stride *= 4
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def midpoints(levels, mids):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def midpoints(levels, mids):
     """mids [K-1, 16] halfway between neighbouring levels [K, 16]."""
     half = splat(np.float32(0.5))
     for k in range(levels.shape[0] - 1):
         store(mids, k, half * (load(levels, k) + load(levels, k + 1)))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def assign(target, levels, mids, codes, i):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def assign(target, levels, mids, codes, i):
     """The level nearest to `target` (16 lanes); its index goes to codes[i]."""
     value = load(levels, 0)
     code = splat(np.float32(0))
@@ -76,8 +84,8 @@ def assign(target, levels, mids, codes, i):  # type: ignore[no-untyped-def]
     return value
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def sort_levels(levels, codes):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def sort_levels(levels, codes):
     """Make every lane's levels [K, 16] ascending, and let codes [256, 16] follow."""
     count = levels.shape[0]
     rank = np.empty(count, np.float32)

@@ -1,12 +1,13 @@
 """One layer's experts from f32 weights to payloads: scale, fold, rotate, round, pack.
 
-A `LayerEncoder` fixes the layer's AWQ scale from a sample and is read-only from then on, so experts can be encoded on any number of threads with the
-same bytes. Depends on awq, lloyd and formats.
+A `LayerEncoder` fixes the layer's AWQ scale from a sample and is read-only from then on, so experts can be encoded on
+any number of threads with the same bytes. Depends on awq, lloyd and formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..formats.errors import WeightError
 from ..formats.fwht import GROUP, rotate, unrotate
 from ..formats.minimax import ModelConfig, expert_name
 from ..lloyd.encode import Fit, encode_plain, encode_rotated
-from ..lloyd.hessian import GroupHessian, from_diagonal
+from ..lloyd.whole_row import RowHessian, from_moment, from_weights
 
 __all__ = ["FitSettings", "LayerEncoder", "encode_plain"]
 
@@ -34,7 +35,9 @@ SAMPLE_ROWS = 64
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a build encodes: the fit, the unbiased gain, the AWQ exponent (None: searched per layer), the folded down scale's exponent."""
+    """How a build encodes: the fit, the unbiased gain, the AWQ exponent (None: searched per layer), the folded down
+    scale's exponent.
+    """
 
     fit: Fit = "hessian"
     gain: bool = True
@@ -43,20 +46,26 @@ class FitSettings:
 
 
 def encode_matrix(
-    weights: F32, fmt: Format, fit: Fit, scale: F32 | None, hessians: Sequence[GroupHessian] | None, gain: bool
+    weights: F32, fmt: Format, fit: Fit, scale: F32 | None, hessian: RowHessian | None, gain: bool
 ) -> U8:
     """Payload u8 [bytes] of one expert matrix f32 [R, K]: multiplied by scale f32 [K] along K, rotated, encoded."""
     scaled = weights if scale is None else weights * scale[None, :]
-    return encode_rotated(rotate(scaled), fmt, fit, hessians, gain)
+    return encode_rotated(rotate(scaled), fmt, fit, hessian, gain)
 
 
-def group_hessians(
-    importance: Importance, scale: F32 | None
-) -> tuple[list[GroupHessian], list[str]]:
-    """The Hessian of each group of 256 channels under the AWQ scale, and what had to fall back."""
-    weights = importance.channel_weights(scale)
-    out = [from_diagonal(weights[i : i + GROUP]) for i in range(0, len(weights), GROUP)]
-    return out, [f"group {i}: {h.note}" for i, h in enumerate(out) if h.note]
+def row_hessian(importance: Importance, scale: F32 | None) -> RowHessian:
+    """The Hessian of the rows that see these inputs divided by scale f32 [K]."""
+    if importance.moment is None:
+        return from_weights(importance.channel_weights(scale))
+    return from_moment(importance.rotated_moment(scale))
+
+
+def output_energy(rows: F32, importance: Importance) -> float:
+    """Σ over rows f32 [R, K] of the expected squared output, in f64."""
+    x = rows.astype(np.float64)
+    if importance.moment is None:
+        return float((np.square(x) * importance.diagonal).sum())
+    return float(((x @ importance.moment) * x).sum())
 
 
 class LayerEncoder:
@@ -82,6 +91,8 @@ class LayerEncoder:
         self._alpha = self._fixed_alpha()
         self._objective: dict[str, float] = {}
         self._scale: NDArray[np.float16] | None = None
+        self._shared: tuple[Any, float | None, RowHessian] | None = None
+        self._lock = threading.Lock()
 
     def _fixed_alpha(self) -> float | None:
         if self.importance is None:
@@ -108,6 +119,17 @@ class LayerEncoder:
             self._alpha = min(losses, key=lambda a: (losses[a], a))
         self._scale = self._scale_at(self._alpha)
 
+    def _gate_up_hessian(self, importance: Importance, scale: F32, alpha: float | None) -> RowHessian:
+        """The Hessian at gate and up; one that all experts share is factored once per exponent, before they are
+        encoded.
+        """
+        if importance.moment is None:
+            return row_hessian(importance, scale)
+        with self._lock:
+            if self._shared is None or self._shared[0] is not importance.moment or self._shared[1] != alpha:
+                self._shared = (importance.moment, alpha, row_hessian(importance, scale))
+            return self._shared[2]
+
     def _scale_at(self, alpha: float) -> NDArray[np.float16]:
         if self.importance is None or alpha == 0:
             return np.ones(self.config.hidden_size, np.float16)
@@ -119,17 +141,17 @@ class LayerEncoder:
         scale = self._scale_at(alpha).astype(np.float32)
         lost = kept = 0.0
         for e in self._sampled_experts():
-            hessians, _ = group_hessians(self.importance.of(e, "w1"), scale)
-            weights_of = self.importance.of(e, "w1").diagonal
+            importance = self.importance.of(e, "w1")
+            hessian = self._gate_up_hessian(importance, scale, alpha)
             for p in ("w1", "w3"):
                 full = samples[expert_name(self.layer, e, p)]
-                step = max(1, len(full) // SAMPLE_ROWS)
-                rows = rotate(full[::step][:SAMPLE_ROWS] * scale[None, :])
+                some = full[:: max(1, len(full) // SAMPLE_ROWS)][:SAMPLE_ROWS]
+                rows = rotate(some * scale[None, :])
                 fmt = self.formats[p]
-                coded = fmt.decode(encode_rotated(rows, fmt, self.fit, hessians, gain=False))
+                coded = fmt.decode(encode_rotated(rows, fmt, self.fit, hessian, gain=False))
                 error = unrotate(coded.reshape(rows.shape) - rows) / scale[None, :]
-                lost += float((np.square(error, dtype=np.float64) * weights_of).sum())
-                kept += float((np.square(full[::step][:SAMPLE_ROWS], dtype=np.float64) * weights_of).sum())
+                lost += output_energy(error, importance)
+                kept += output_energy(some, importance)
         return lost / kept if kept > 0 else 0.0
 
     @property
@@ -160,8 +182,8 @@ class LayerEncoder:
                 fold = down_fold(of_down.diagonal, self.settings.fold_down)
                 w3 = w3 / fold[:, None]
             if self.fit == "hessian":
-                gate_up, _ = group_hessians(self.importance.of(expert, "w1"), scale)
-                down, _ = group_hessians(of_down, fold)
+                gate_up = self._gate_up_hessian(self.importance.of(expert, "w1"), scale, self._alpha)
+                down = row_hessian(of_down, fold)
         gain = self.settings.gain and self.fit == "hessian"
         plan = (("w1", w1, scale, gate_up), ("w3", w3, scale, gate_up), ("w2", w2, fold, down))
         return {p: encode_matrix(w, self.formats[p], self.fit, s, h, gain) for p, w, s, h in plan}
