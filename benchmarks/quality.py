@@ -1,0 +1,145 @@
+"""Quality at identical bytes: every tier by every fit against the FP8 source, on held-out tokens.
+
+    python benchmarks/quality.py --source tiny -o out/quality
+    python benchmarks/quality.py --source FOLDER --imatrix FOLDER/imatrix.gguf --tokens FOLDER/eval_tokens.npy -o out/quality
+
+Builds each file with the pipeline, decodes it, runs it through the reference forward, and writes a table (JSON and Markdown) and a plot of
+KLD against bytes. Depends on the installed mq_quant and, for the plot, matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mq_quant.awq.importance import ModelImportance, load_importance
+from mq_quant.formats.checkpoint import Checkpoint, open_checkpoint
+from mq_quant.formats.hfq import open_hfq
+from mq_quant.formats.imatrix import read_imatrix
+from mq_quant.formats.minimax import PROJECTIONS, expert_name
+from mq_quant.quantize.build import Options, build
+from mq_quant.quantize.job import Changes, open_job
+from mq_quant.quantize.sources import choose_recipe
+from mq_quant.quantize.tiny import ensure_tiny
+from mq_quant.verify.decoded import DecodedFile
+from mq_quant.verify.fidelity import Fidelity, measure
+from mq_quant.verify.metrics import Divergence
+from mq_quant.verify.reference import Weights, layer_by_layer, logits
+
+TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")
+FITS = {
+    "reference": Changes(fit="reference"),
+    "exact": Changes(fit="exact"),
+    "hessian": Changes(fit="hessian"),
+    "hessian, no gain": Changes(fit="hessian", gain=False),
+}
+
+
+def run(weights: Weights, checkpoint: Checkpoint, tokens: np.ndarray) -> Iterable[torch.Tensor]:
+    """Next-token logits [len, vocab] of each sequence."""
+    for _, hidden in layer_by_layer(weights, checkpoint.config, tokens):
+        last = hidden
+    return logits(weights, checkpoint.config, last)
+
+
+def output_snr(
+    decoded: DecodedFile, checkpoint: Checkpoint, importance: ModelImportance
+) -> dict[str, float]:
+    """Output-weighted SNR (dB) per projection, energies summed over all experts."""
+    total: dict[str, Fidelity] = {}
+    for layer in range(checkpoint.config.num_hidden_layers):
+        of_layer = importance.layer(layer)
+        for expert in range(checkpoint.config.num_local_experts):
+            for p in PROJECTIONS:
+                name = expert_name(layer, expert, p)
+                d = of_layer.of(expert, p).diagonal.astype(np.float32)
+                one = measure(checkpoint.weight(name), decoded.weight(name), d)
+                total[p] = total[p] + one if p in total else one
+    return {p: f.output_snr for p, f in total.items()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = "| tier | fit | bytes | w1 dB | w2 dB | w3 dB | KLD mean | median | 99 % | max | top-1 | ppl |"
+    lines = [head, "|" + "---|" * 12]
+    for r in rows:
+        s = r["snr"]
+        lines.append(
+            f"| {r['tier']} | {r['fit']} | {r['bytes']} | {s['w1']:.2f} | {s['w2']:.2f} | {s['w3']:.2f} | {r['kld_mean']:.5f} "
+            f"| {r['kld_median']:.5f} | {r['kld_p99']:.4f} | {r['kld_max']:.3f} | {r['top1']:.4f} | {r['ppl_test']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = defaultdict(list)
+    for r in rows:
+        lines[r["fit"]].append((r["bytes"] / 1e6, r["kld_mean"], r["tier"]))
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for fit, points in lines.items():
+        points.sort()
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=fit)
+    for size, kld, tier in lines[next(iter(lines))]:
+        axes.annotate(tier, (size, kld), textcoords="offset points", xytext=(4, 5), fontsize=8)
+    axes.set(yscale="log", xlabel="file size (MB)", ylabel="mean KLD to the FP8 source (nats)", title=title)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Quality of every tier and fit against the FP8 source.")
+    parser.add_argument("--source", default="tiny", help="tiny, or a checkpoint folder")
+    parser.add_argument("--imatrix", type=Path, help="default: imatrix.gguf of the source")
+    parser.add_argument("--tokens", type=Path, help="default: eval_tokens.npy of the source")
+    parser.add_argument("--tiers", nargs="+", default=list(TIERS), choices=TIERS)
+    parser.add_argument("--fits", nargs="+", default=list(FITS), choices=list(FITS))
+    parser.add_argument("--alpha", type=float, help="pin the AWQ exponent of the Hessian fits")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/quality"))
+    args = parser.parse_args()
+
+    folder = ensure_tiny() if args.source == "tiny" else Path(args.source)
+    checkpoint = open_checkpoint(folder)
+    imatrix = args.imatrix or folder / "imatrix.gguf"
+    tokens = np.load(args.tokens or folder / "eval_tokens.npy")
+    importance = load_importance(read_imatrix(imatrix), checkpoint.config)
+    reference = list(run(checkpoint, checkpoint, tokens))
+    rows = []
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for tier in args.tiers:
+            for fit in args.fits:
+                changes = FITS[fit]
+                alpha = args.alpha if changes.fit == "hessian" else None
+                changes = Changes(changes.fit, changes.gain, alpha, imatrix)
+                with open_job(choose_recipe(tier, None, str(folder)), changes) as job:
+                    out = Path(scratch) / "file"
+                    result = build(job, Options(out, jobs=os.cpu_count() or 1, force=True, quiet=True))
+                with open_hfq(out) as file:
+                    decoded = DecodedFile(file)
+                    divergence = Divergence()
+                    for a, b, ids in zip(reference, run(decoded, checkpoint, tokens), tokens, strict=True):
+                        divergence.add(a, b, ids)
+                    snr = output_snr(decoded, checkpoint, importance)
+                row = {"tier": tier, "fit": fit, "bytes": result["total_bytes"], "snr": snr}
+                rows.append(row | vars(divergence.summary()))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    (args.output / "quality.json").write_text(json.dumps(rows, indent=1))
+    (args.output / "quality.md").write_text(table(rows) + "\n")
+    plot(rows, args.output / "quality.png", f"{folder.name}: KLD against size, by fit")
+
+
+if __name__ == "__main__":
+    main()
