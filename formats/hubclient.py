@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ LONGEST_PAUSE = 60.0
 PROGRESS = 1 << 20
 CHUNK = 1 << 20
 _BUSY = (408, 429, 500, 502, 503, 504)
+_COMMIT = re.compile("[0-9a-f]{40}")
 _TOKEN = "set HF_TOKEN to a token that may read it"
 
 
@@ -100,12 +102,14 @@ class Hub:
         info = self._retried(
             name, lambda: api.model_info(name, revision=revision, files_metadata=True, timeout=30)
         )
-        if not info.sha or not info.siblings:
-            raise HubError("the hub lists no files for this repository", file=name)
         files = {}
-        for s in info.siblings:
-            size = s.lfs.size if s.lfs else s.size
-            files[s.rfilename] = Remote(s.rfilename, size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id)
+        for s in info.siblings or ():
+            size, sha256 = (s.lfs.size, s.lfs.sha256) if s.lfs else (s.size, None)
+            if not isinstance(s.rfilename, str) or type(size) is not int or size < 0:
+                raise HubError(f"the hub states no size for {s.rfilename!r}", file=name)
+            files[s.rfilename] = Remote(s.rfilename, size, sha256, s.blob_id)
+        if not (isinstance(info.sha, str) and _COMMIT.fullmatch(info.sha) and files):
+            raise HubError("the hub states no commit, or no files, for this repository", file=name)
         return Repository(name, info.sha, files)
 
     def read(self, repository: Repository, remote: Remote, start: int, stop: int) -> bytes:
@@ -284,6 +288,11 @@ def _faults(what: str) -> Iterator[None]:
         raise HubError(str(e), file=what, hint="a repository's name is owner/name") from None
     except transport as e:
         raise _AgainError(f"the connection failed: {e or type(e).__name__}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        hint = "check HF_ENDPOINT, and whether the network asks for a login"
+        raise HubError(
+            f"what answered does not speak the hub's API: {e!r}"[:300], file=what, hint=hint
+        ) from None
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "free some space, or lower --shard-cache"

@@ -83,6 +83,12 @@ def sibling(name: str, data: bytes) -> dict[str, Any]:
     return out
 
 
+def information(repo: str, commit: str, files: dict[str, bytes]) -> bytes:
+    siblings = [sibling(name, data) for name, data in files.items()]
+    content = {"id": repo, "sha": commit, "siblings": siblings, "tags": [], "private": False}
+    return json.dumps(content).encode()
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -141,9 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def info(self, repo: str, commit: str, _: str, files: dict[str, bytes]) -> None:
-        siblings = [sibling(name, data) for name, data in files.items()]
-        content = {"id": repo, "sha": commit, "siblings": siblings, "tags": [], "private": False}
-        self.send(json.dumps(content).encode(), {"Content-Type": "application/json"}, repo)
+        self.send(information(repo, commit, files), {"Content-Type": "application/json"}, repo)
 
     def resolve(self, repo: str, commit: str, name: str, files: dict[str, bytes]) -> None:
         entry = sibling(name, files[name])

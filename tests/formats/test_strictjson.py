@@ -1,0 +1,70 @@
+"""Strict JSON: what is refused, and the brace scan against the parser."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mq_quant.formats.strictjson import DEPTH_LIMIT, JsonError, ObjectScanner, dump_object, parse_object
+
+REFUSED: dict[bytes, str] = {
+    b"": "one whole",
+    b" ": "one whole",
+    b"[]": "begin with",
+    b"{": "one whole",
+    b"{}{}": "one whole",
+    b"{} x": "one whole",
+    b'{"a":1,}': "not JSON",
+    b"{'a':1}": "not JSON",
+    b'{"a":}': "not JSON",
+    b'{"a":]]][[[}': "not JSON",
+    b'{"a":"\n"}': "not JSON",
+    b'{"a":1,"a":1}': "repeats the key 'a'",
+    b'{"b":{"a":1,"a":1}}': "repeats the key 'a'",
+    b'{"a":NaN}': "NaN",
+    b'{"a":-Infinity}': "Infinity",
+    b'{"a":"\xc3"}': "UTF-8",
+    b'{"a":"\xed\xa0\x80"}': "UTF-8",
+    b'{"a":"\\udc00"}': "surrogate",
+    b'{"\\ud800":1}': "surrogate",
+    b"\xff\xfe{\0}\0": "begin with",
+    b'{"a":' + b"1" * 5000 + b"}": "not JSON",
+    b'{"a":' + b"[" * DEPTH_LIMIT + b"]" * DEPTH_LIMIT + b"}": "deeper",
+    b'{"a":' * 200 + b"1" + b"}" * 200: "deeper",
+}
+
+
+@pytest.mark.parametrize("raw", REFUSED, ids=lambda r: repr(r)[:40])
+def test_refused(raw: bytes) -> None:
+    with pytest.raises(JsonError, match=REFUSED[raw]):
+        parse_object(raw)
+
+
+def test_deepest_allowed() -> None:
+    raw = b'{"a":' + b"[" * (DEPTH_LIMIT - 1) + b"]" * (DEPTH_LIMIT - 1) + b"}"
+    assert dump_object(parse_object(raw)) == raw
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])) | st.text('{}[]"\\'),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('{}"\\x'), inner, max_size=3),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.text('{}"\\x'), values, max_size=4), st.binary(max_size=8), st.data())
+@settings(deadline=None, max_examples=150)
+def test_scan_finds_the_end_however_the_stream_is_cut(
+    value: dict[str, Any], tail: bytes, data: st.DataObject
+) -> None:
+    raw = dump_object(value)
+    assert parse_object(raw) == json.loads(raw) == value
+    stream, scanner, end, at = raw + tail, ObjectScanner(), None, 0
+    while end is None:
+        assert at < len(stream)
+        step = data.draw(st.integers(1, 7))
+        end = scanner.feed(stream[at : at + step])
+        at += step
+    assert end == len(raw)
