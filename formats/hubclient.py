@@ -96,12 +96,27 @@ class Hub:
 
     def resolve(self, name: str, revision: str | None = None) -> Repository:
         """Fix a branch, tag or commit (default: the main branch) to one commit and list its files; HubError."""
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, ModelInfo
+        from huggingface_hub.errors import HFValidationError
 
         api = HfApi(endpoint=self.endpoint)
-        info = self._retried(
-            name, lambda: api.model_info(name, revision=revision, files_metadata=True, timeout=30)
-        )
+
+        def attempt() -> ModelInfo:
+            try:
+                return api.model_info(name, revision=revision, files_metadata=True, timeout=30)
+            except HFValidationError:
+                raise
+            except (
+                ValueError,
+                TypeError,
+                KeyError,
+                AttributeError,
+            ) as e:  # how the package takes other answers
+                hint = "check HF_ENDPOINT, and whether the network asks for a login"
+                problem = f"what answered does not speak the hub's API: {e!r}"[:300]
+                raise HubError(problem, file=name, hint=hint) from None
+
+        info = self._retried(name, attempt)
         files = {}
         for s in info.siblings or ():
             size, sha256 = (s.lfs.size, s.lfs.sha256) if s.lfs else (s.size, None)
@@ -288,11 +303,6 @@ def _faults(what: str) -> Iterator[None]:
         raise HubError(str(e), file=what, hint="a repository's name is owner/name") from None
     except transport as e:
         raise _AgainError(f"the connection failed: {e or type(e).__name__}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        hint = "check HF_ENDPOINT, and whether the network asks for a login"
-        raise HubError(
-            f"what answered does not speak the hub's API: {e!r}"[:300], file=what, hint=hint
-        ) from None
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "free some space, or lower --shard-cache"

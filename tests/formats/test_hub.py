@@ -436,7 +436,7 @@ def test_answers_that_are_no_hub(
     answer: bytes, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_server, "information", lambda *_: answer)
-    with pytest.raises(HubError, match="does not speak|states no"):
+    with pytest.raises(HubError, match=r"does not speak|states no"):
         open_hub(REPO, hub=Hub(server.endpoint, pause=0.001), scratch=tmp_path / "scratch")
     assert not (tmp_path / "scratch").exists()
 

@@ -72,11 +72,14 @@ def test_in_order_each_is_fetched_once(start: Start, fetch: Recorder) -> None:
 
 def test_farthest_use_makes_room(start: Start, fetch: Recorder) -> None:
     cache = start(2)
-    cache.schedule([("a",), ("b",), ("c",), ("a",)])
+    cache.schedule([("a",), ("b",), ("c",), ("b",), ("a",)])
     assert read(cache, "a") == "a"
+    cache.finish(0, ("a",))
     assert read(cache, "b") == "b"
-    assert read(cache, "c") == "c"
-    assert read(cache, "b") == "b", "a gave way, whose next use... is first, unless it is being held"
+    assert read(cache, "c") == "c", "a gives way, whose next use is the last of all"
+    assert read(cache, "b") == "b"
+    assert fetch.fetched == ["a", "b", "c"]
+    assert read(cache, "a") == "a"
     assert fetch.most <= 2
 
 
