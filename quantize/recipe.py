@@ -153,7 +153,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Traversable) -> dict[str, Any]:
+def _read(path: Traversable | Path) -> dict[str, Any]:
     try:
         with path.open("rb") as f:
             text = f.read(MAX_BYTES + 1)
@@ -224,8 +224,13 @@ def load_tier(tier: str, model: str = DEFAULT_MODEL) -> Recipe:
         near = difflib.get_close_matches(tier, tiers(model), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise RecipeError(f"there is no tier {tier!r}", hint=f"{hint}There are {', '.join(tiers(model))}.")
-    path = _root() / model / f"{tier}.yaml"
+    path = bundled_path(tier, model)
     return parse_recipe(_read(path), str(path))
+
+
+def bundled_path(tier: str, model: str) -> Path:
+    """The file of a bundled tier."""
+    return Path(str(_root() / model / f"{tier}.yaml"))
 
 
 def load_recipe(path: Path) -> Recipe:
