@@ -85,7 +85,8 @@ def quantize(
     padded[: weights.shape[0], : weights.shape[1]] = weights
     tiles = padded.reshape(rows, block[0], cols, block[1])
     amax = np.abs(tiles).max(axis=(1, 3))
-    scale = np.where(amax > 0, amax / np.float32(MAX), np.float32(1)).astype(np.float32)
+    smallest = np.finfo(np.float32).smallest_subnormal
+    scale = np.where(amax > 0, np.maximum(amax / np.float32(MAX), smallest), 1).astype(np.float32)
     scaled = np.clip(tiles / scale[:, None, :, None], -MAX, MAX).reshape(padded.shape)
     return _round_e4m3(scaled)[: weights.shape[0], : weights.shape[1]].copy(), scale
 
@@ -93,7 +94,7 @@ def quantize(
 def _round_e4m3(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Round f32 in [-448, 448] to E4M3 codes, nearest even."""
     magnitude = np.abs(x).astype(np.float64)
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, -6)
+    exponent = np.where(magnitude > 0, np.maximum(np.frexp(magnitude)[1] - 1, -6), -6)
     steps = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int64)  # 8..16, below 8 only when subnormal
     code = steps + 8 * (exponent + 6)
     rounded: NDArray[np.uint8] = (code | np.where(np.signbit(x), 128, 0)).astype(np.uint8)
