@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import HfqError
+from .errors import HfqError, WeightError
 
 U8 = NDArray[np.uint8]
 F16 = NDArray[np.float16]
@@ -66,8 +66,12 @@ class FloatFormat(Format):
         return np.dtype("<f2" if self.group_bytes == 2 else "<f4")
 
     def pack(self, values: F32) -> U8:
-        """f32 [...] rounded to the stored type (nearest even), as u8 [weights, bytes]."""
-        return np.ascontiguousarray(values).astype(self.dtype).reshape(-1, 1).view(np.uint8)
+        """f32 [...] to the stored type (nearest even), as u8 [weights, bytes]; WeightError where that overflows."""
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(values).astype(self.dtype)
+        if np.isinf(stored).sum() != np.isinf(values).sum():
+            raise WeightError(f"values beyond the range of {self.name}")
+        return stored.reshape(-1, 1).view(np.uint8)
 
     def unpack(self, payload: U8 | bytes | memoryview) -> NDArray[Any]:
         """The stored values as f16 or f32 [weights]."""
@@ -148,29 +152,29 @@ def _join(head: NDArray[Any], body: NDArray[Any]) -> U8:
 
 
 def _pack_2(codes: U8) -> U8:
-    q = codes.reshape(len(codes), -1, 4)
+    q = codes.reshape(len(codes), codes.shape[1] // 4, 4)
     return np.asarray(q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6, np.uint8)
 
 
 def _pack_4(codes: U8) -> U8:
-    q = codes.reshape(len(codes), -1, 2)
+    q = codes.reshape(len(codes), codes.shape[1] // 2, 2)
     return np.asarray(q[:, :, 0] | q[:, :, 1] << 4, np.uint8)
 
 
 def _pack_3(codes: U8) -> U8:
-    q = codes.reshape(len(codes), -1, 8)
+    q = codes.reshape(len(codes), codes.shape[1] // 8, 8)
     low = q[:, :, 0] | q[:, :, 1] << 3 | q[:, :, 2] << 6
     mid = q[:, :, 2] >> 2 | q[:, :, 3] << 1 | q[:, :, 4] << 4 | q[:, :, 5] << 7
     high = q[:, :, 5] >> 1 | q[:, :, 6] << 2 | q[:, :, 7] << 5
-    return np.stack([low, mid, high], axis=2).reshape(len(codes), -1)
+    return np.stack([low, mid, high], axis=2).reshape(len(codes), 3 * low.shape[1])
 
 
 def _pack_6(codes: U8) -> U8:
-    q = codes.reshape(len(codes), -1, 4)
+    q = codes.reshape(len(codes), codes.shape[1] // 4, 4)
     low = q[:, :, 0] | q[:, :, 1] << 6
     mid = q[:, :, 1] >> 2 | q[:, :, 2] << 4
     high = q[:, :, 2] >> 4 | q[:, :, 3] << 2
-    return np.stack([low, mid, high], axis=2).reshape(len(codes), -1)
+    return np.stack([low, mid, high], axis=2).reshape(len(codes), 3 * low.shape[1])
 
 
 _PACK: dict[int, Callable[[U8], U8]] = {2: _pack_2, 3: _pack_3, 4: _pack_4, 6: _pack_6}
@@ -183,7 +187,8 @@ def pack_bits(codes: U8, bits: int) -> U8:
 
 def unpack_bits(stream: U8, bits: int) -> U8:
     """Undo pack_bits: u8 [G, n·bits/8] to u8 [G, n]."""
-    each = np.unpackbits(stream, axis=1, bitorder="little").reshape(len(stream), -1, bits)
+    count = stream.shape[1] * 8 // bits
+    each = np.unpackbits(stream, axis=1, bitorder="little").reshape(len(stream), count, bits)
     weights = (1 << np.arange(bits)).astype(np.uint8)
     codes: U8 = (each * weights).sum(axis=2, dtype=np.uint8)
     return codes

@@ -2,7 +2,7 @@
 
 H256 is the Walsh-Hadamard matrix in Sylvester order; S1 and S2 are fixed ±1 diagonals. The rotation R is orthonormal
 and every R_ij² is 1/256. Arithmetic is f32, butterflies of stride 1, 2, … 128, so results are the same bits
-everywhere. Depends on numpy and numba.
+everywhere. Depends on numpy, numba and errors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from .errors import WeightError
 
 GROUP = 256
 
@@ -48,13 +50,17 @@ def _transform(groups, before, after):  # type: ignore[no-untyped-def]
 def _apply(
     x: NDArray[np.float32], before: NDArray[np.float32], after: NDArray[np.float32]
 ) -> NDArray[np.float32]:
+    if x.ndim == 0 or x.shape[-1] % GROUP:
+        raise WeightError(
+            f"shape {x.shape} does not end in a multiple of {GROUP}: a group may not cross a row"
+        )
     out = np.array(x, np.float32, order="C")
     _transform(out.reshape(-1, GROUP), before, after)
     return out
 
 
 def rotate(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rotate each run of 256 along the last axis of f32 [..., 256·k]; a new array of the same shape."""
+    """Rotate each run of 256 along the last axis of f32 [..., 256·k]; a new array. WeightError for any other K."""
     return _apply(x, SIGNS1, SIGNS2 / np.float32(16))
 
 
