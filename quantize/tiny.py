@@ -209,7 +209,7 @@ def _norm(name: str, count: int) -> F64:
 
 
 def _embedding(name: str, shape: tuple[int, int]) -> F64:
-    """Rows that share 32 directions and one steady channel, so that hidden states are correlated; integer products, exact in any order."""
+    """Rows that share 32 directions and a steady channel, so that hidden states are correlated; exact integers."""
     factors = _bells(f"{name}/factors", shape[0] * 32).reshape(-1, 32) >> 12
     basis = _bells(f"{name}/basis", 32 * shape[1]).reshape(32, -1) >> 12
     own = _bells(name, shape[0] * shape[1]).reshape(shape) >> 6

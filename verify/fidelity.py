@@ -1,9 +1,9 @@
 """Stage 3: every stored matrix against the dequantised source: weight SNR, output-weighted SNR, and the slope.
 
-Output-weighted energies count each input channel with its E[x²] from the imatrix: Σ d·(w − ŵ)² is the expected error of
-the output. The slope of ŵ on w (also weighted) is 1 but for the encoder's shrinkage; tensors that were swapped have a
-slope of 0, and a scale that is off shows in it directly. The bars below only tell faults from noise: quality is judged by
-the forward stage. Depends on formats and decoded.
+Output-weighted energies count each input channel with its E[x²] from the imatrix: Σ d·(w − ŵ)² is the expected error
+of the output. The slope of ŵ on w (also weighted) is 1 but for the encoder's shrinkage; tensors that were swapped have
+a slope of 0, and a scale that is off shows in it directly. The bars below only tell faults from noise: quality is
+judged by the forward stage. Depends on formats and decoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..formats.hfq import HfqFile, TensorEntry
 from ..formats.imatrix import Imatrix, expert_entry
-from ..formats.minimax import ModelConfig, TensorSpec, inventory
+from ..formats.minimax import ModelConfig, TensorSpec, expert_name, inventory
 from .decoded import DecodedFile, format_of
 from .metrics import snr_db
 from .reference import Weights
@@ -72,7 +72,7 @@ ROWS = 1 << 22
 
 
 def measure(source: F32, decoded: F32, importance: F32 | None) -> Fidelity:
-    """Compare f32 [R, K] (or [K]) with its decoded self; `importance` f32 [K] is E[x²], None counts channels equally."""
+    """Compare f32 [R, K] or [K] with its decoded self; `importance` f32 [K] is E[x²], None weighs all equally."""
     a, b = np.atleast_2d(source), np.atleast_2d(decoded)
     weight = np.ones(a.shape[1]) if importance is None else importance.astype(np.float64)
     columns = np.zeros((3, a.shape[1]))
@@ -124,12 +124,17 @@ def check_fidelity(
     decoded, importance = DecodedFile(file), ChannelImportance(imatrix, cfg)
     problems: list[str] = []
     rows: dict[tuple[int, str], _Row] = {}
+    folded = folds_down(file)
     seen = 0
     for spec in inventory(cfg):
         if spec.name not in chosen or spec.name not in file:
             continue
         fmt = format_of(file, file.entry(spec.name))
         weight, quantised = source.weight(spec.name), decoded.weight(spec.name)
+        if folded and spec.layer is not None and spec.expert is not None and spec.projection in ("w2", "w3"):
+            name = expert_name(spec.layer, spec.expert, "w3")
+            fold = recovered_fold(source.weight(name), decoded.weight(name))
+            quantised = quantised * fold[:, None] if spec.projection == "w3" else quantised / fold
         if weight.shape != quantised.shape:
             problems.append(
                 f"{spec.name}: has shape {list(quantised.shape)}, the source {list(weight.shape)}"
@@ -148,6 +153,24 @@ def check_fidelity(
     ]
     values: dict[str, Any] = {"weighted": imatrix is not None, "rows": table}
     return Stage("fidelity", seen, "tensors", tuple(problems), (), values)
+
+
+def folds_down(file: HfqFile) -> bool:
+    """Whether the file's recipe moved a scale per expert from the rows of w3 to the columns of w2."""
+    awq: Any = file.metadata.get("mq_quant")
+    for key in ("recipe", "awq", "fold_down"):
+        awq = awq.get(key) if isinstance(awq, Mapping) else None
+    return bool(awq)
+
+
+def recovered_fold(source: F32, decoded: F32) -> F32:
+    """The powers of two f32 [R] by which the rows of w3 [R, K] were divided: noise is far too small to hide them."""
+    energy = [np.einsum("rk,rk->r", w, w, dtype=np.float64) for w in (source, decoded)]
+    ratio = np.where(
+        (energy[0] > 0) & (energy[1] > 0), energy[0] / np.where(energy[1] > 0, energy[1], 1), 1.0
+    )
+    fold: F32 = np.exp2(np.rint(np.log2(ratio) / 2)).astype(np.float32)
+    return fold
 
 
 def _projection(spec: TensorSpec) -> str:
@@ -189,7 +212,7 @@ class _Row:
             "tensors": self.tensors,
             "snr_db": round(self.total.snr, 2),
             "output_snr_db": round(self.total.output_snr, 2),
-            "slope": round(self.total.slope, 5),
+            "slope": round(float(self.total.slope), 5),
             "worst_db": round(self.worst[0], 2),
             "worst": self.worst[1],
         }

@@ -1,10 +1,10 @@
-"""The reference forward pass of MiniMax-M2 in torch, on the CPU, straight from a checkpoint's weights.
+"""The reference forward pass of MiniMax-M2 in torch, straight from a checkpoint's weights.
 
 Every built file is judged against it. All tokens pass through one layer before the next is read, only routed experts
 are read, and one expert is held at a time, so the 229B model runs in the memory of its activations. Weights come from
 anything with `weight(name)`: the FP8 checkpoint, or a decoded HFQ file (`decoded.py`). The arithmetic is done in the
-dtype of `hidden` (f32 unless asked otherwise). An Observer sees every matrix's inputs, which is how importances and
-second moments are gathered. Depends on torch, numpy and formats.minimax.
+dtype of `hidden` (f32 unless asked otherwise), on its device. An Observer sees every matrix's inputs, which is how
+importances and second moments are gathered. Depends on torch, numpy and formats.minimax.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class Observer:
 _SILENT = Observer()
 
 
-def load(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
-    """One tensor of the provider as a torch tensor of `dtype`."""
+def load(weights: Weights, name: str, like: Tensor) -> Tensor:
+    """One tensor of the provider in the dtype and on the device of `like`."""
     array = np.ascontiguousarray(weights.weight(name))
-    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(dtype)
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(like)
 
 
 def embed(weights: Weights, tokens: NDArray[np.integer], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Token ids [n_seq, len] to the residual stream [n_seq, len, H]."""
-    table = load(weights, "model.embed_tokens.weight", torch.float32)
+    """Token ids [n_seq, len] to the residual stream [n_seq, len, H], on the CPU."""
+    table = load(weights, "model.embed_tokens.weight", torch.empty(0))
     return table[torch.from_numpy(np.asarray(tokens, np.int64))].to(dtype)
 
 
@@ -87,16 +87,16 @@ def attention(
     weights: Weights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = _SILENT
 ) -> Tensor:
     """The attention block's addition to the residual stream, [n_seq, len, H], causal within each sequence."""
-    p, dtype, (n_seq, length, _) = layer_prefix(layer), hidden.dtype, hidden.shape
-    norm = load(weights, f"{p}input_layernorm.weight", dtype)
+    p, (n_seq, length, _) = layer_prefix(layer), hidden.shape
+    norm = load(weights, f"{p}input_layernorm.weight", hidden)
     t = rms_norm(hidden, norm, cfg.rms_norm_eps)
-    tables = [torch.from_numpy(table).to(dtype) for table in rope_tables(cfg, length)]
+    tables = [torch.from_numpy(table).to(hidden) for table in rope_tables(cfg, length)]
 
     def project(name: str, heads: int) -> Tensor:
         observer.dense(layer, f"{name}_proj", t.flatten(0, 1))
-        out = F.linear(t, load(weights, f"{p}self_attn.{name}_proj.weight", dtype))
+        out = F.linear(t, load(weights, f"{p}self_attn.{name}_proj.weight", hidden))
         if name != "v":
-            out = rms_norm(out, load(weights, f"{p}self_attn.{name}_norm.weight", dtype), cfg.rms_norm_eps)
+            out = rms_norm(out, load(weights, f"{p}self_attn.{name}_norm.weight", hidden), cfg.rms_norm_eps)
         out = out.view(n_seq, length, heads, cfg.head_dim).transpose(1, 2)
         return out if name == "v" else _rotate(out, tables[0], tables[1])
 
@@ -107,7 +107,7 @@ def attention(
         mixed[s] = _causal(q[s], k[s], v[s])
     flat = mixed.transpose(1, 2).reshape(n_seq, length, cfg.q_dim)
     observer.dense(layer, "o_proj", flat.flatten(0, 1))
-    return F.linear(flat, load(weights, f"{p}self_attn.o_proj.weight", dtype))
+    return F.linear(flat, load(weights, f"{p}self_attn.o_proj.weight", hidden))
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     share = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
     scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
     out: Tensor = scores.masked_fill_(future, -torch.inf).softmax(-1) @ v
     return out
 
@@ -123,8 +123,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def route(weights: Weights, cfg: ModelConfig, layer: int, inputs: Tensor) -> Routing:
     """The router's choice for normed inputs [n, H]: top k of sigmoid + bias, ties to the lower index."""
     moe = f"{layer_prefix(layer)}block_sparse_moe."
-    scores = F.linear(inputs, load(weights, f"{moe}gate.weight", inputs.dtype)).sigmoid()
-    choice = scores + load(weights, f"{moe}e_score_correction_bias", inputs.dtype)
+    scores = F.linear(inputs, load(weights, f"{moe}gate.weight", inputs)).sigmoid()
+    choice = scores + load(weights, f"{moe}e_score_correction_bias", inputs)
     ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : cfg.num_experts_per_tok]
     chosen = scores.gather(1, ids)
     return Routing(ids, chosen / chosen.sum(-1, keepdim=True))
@@ -143,7 +143,7 @@ def experts(
     for e in torch.unique(routing.ids).tolist():
         tokens, slot = torch.nonzero(routing.ids == e, as_tuple=True)
         x = inputs[tokens]
-        w1, w3, w2 = (load(weights, expert_name(layer, e, w), inputs.dtype) for w in ("w1", "w3", "w2"))
+        w1, w3, w2 = (load(weights, expert_name(layer, e, w), inputs) for w in ("w1", "w3", "w2"))
         product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
         observer.expert(layer, e, tokens, x, product)
         out.index_add_(0, tokens, F.linear(product, w2) * routing.weights[tokens, slot, None])
@@ -155,7 +155,7 @@ def layer_forward(
 ) -> Tensor:
     """One decoder layer: the residual stream [n_seq, len, H] before it to the one after it."""
     hidden = hidden + attention(weights, cfg, layer, hidden, observer)
-    norm = load(weights, f"{layer_prefix(layer)}post_attention_layernorm.weight", hidden.dtype)
+    norm = load(weights, f"{layer_prefix(layer)}post_attention_layernorm.weight", hidden)
     t = rms_norm(hidden, norm, cfg.rms_norm_eps).flatten(0, 1)
     routing = route(weights, cfg, layer, t)
     observer.routed(layer, t, routing)
@@ -178,7 +178,7 @@ def layer_by_layer(
 
 def logits(weights: Weights, cfg: ModelConfig, hidden: Tensor) -> Iterator[Tensor]:
     """Yield each sequence's next-token logits [len, vocab] from hidden [n_seq, len, H]; lm_head is read once."""
-    norm = load(weights, "model.norm.weight", hidden.dtype)
-    head = load(weights, "lm_head.weight", hidden.dtype)
+    norm = load(weights, "model.norm.weight", hidden)
+    head = load(weights, "lm_head.weight", hidden)
     for sequence in hidden:
         yield F.linear(rms_norm(sequence, norm, cfg.rms_norm_eps), head)
