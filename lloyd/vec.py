@@ -1,6 +1,6 @@
-"""Sixteen f32 lanes as one value inside compiled functions.
+"""Sixteen f32 lanes, or eight f64 lanes, as one value inside compiled functions.
 
-A block [n, 16] is read and written a row at a time with `load` and `store`; arithmetic between such values is lane by
+A block f32 [n, 16] or f64 [n, 8] is read and written a row at a time with `load` and `store`; arithmetic between such values is lane by
 lane, `fma` with a single rounding. The compiler lowers each value to whatever vectors the machine has, and since
 nothing ever crosses lanes or is reordered, every machine computes the same bits. Depends on numba and llvmlite.
 """
@@ -17,93 +17,114 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 16
-_VECTOR = ir.VectorType(ir.FloatType(), LANES)
+WIDE_LANES = 8
 
 
-class _F32x16(types.Type):
-    def __init__(self) -> None:
-        super().__init__(name="f32x16")
+class _Lanes(types.Type):
+    """The numba type of one value; `element` is its lanes' type."""
+
+    def __init__(self, element: types.Float, count: int) -> None:
+        self.element = element
+        self.count = count
+        self.scalar = ir.FloatType() if element == types.float32 else ir.DoubleType()
+        self.vector = ir.VectorType(self.scalar, count)
+        super().__init__(name=f"{element}x{count}")
+
+    @property
+    def suffix(self) -> str:
+        """How LLVM's intrinsics name the type."""
+        return f"v{self.count}f{32 if self.element == types.float32 else 64}"
 
 
-f32x16 = _F32x16()
+f32x16 = _Lanes(types.float32, LANES)
+f64x8 = _Lanes(types.float64, WIDE_LANES)
 
 
-@register_model(_F32x16)
+@register_model(_Lanes)
 class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _VECTOR)
+        super().__init__(manager, kind, kind.vector)
+
+
+def _lanes_of(block: Any) -> _Lanes:
+    return f32x16 if block.dtype == types.float32 else f64x8
 
 
 def _row_pointer(context: Any, builder: Any, kind: Any, value: Any, row: Any) -> Any:
-    """The address of block[row, 0] as a pointer to 16 lanes; blocks are C-contiguous f32 [n, 16]."""
+    """The address of block[row, 0] as a pointer to its lanes; blocks are C-contiguous."""
+    lanes = _lanes_of(kind)
     data = context.make_array(kind)(context, builder, value).data
-    start = builder.mul(row, ir.Constant(row.type, LANES))
-    return builder.bitcast(builder.gep(data, [start]), _VECTOR.as_pointer())
+    start = builder.mul(row, ir.Constant(row.type, lanes.count))
+    return builder.bitcast(builder.gep(data, [start]), lanes.vector.as_pointer())
 
 
-def _broadcast(builder: Any, scalar: Any) -> Any:
-    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), mask)
+def _broadcast(builder: Any, lanes: _Lanes, scalar: Any) -> Any:
+    undefined = ir.Constant(lanes.vector, ir.Undefined)
+    one = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), lanes.count), [0] * lanes.count)
+    return builder.shuffle_vector(one, undefined, mask)
 
 
 @intrinsic
 def load(typing: Any, block: Any, row: Any) -> Any:
-    """block[row] of an f32 [n, 16] array as a value."""
+    """block[row] of an f32 [n, 16] or f64 [n, 8] array as a value."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         index = context.cast(builder, args[1], signature.args[1], types.intp)
-        return builder.load(_row_pointer(context, builder, signature.args[0], args[0], index), align=4)
+        return builder.load(_row_pointer(context, builder, signature.args[0], args[0], index), align=_lanes_of(signature.args[0]).element.bitwidth // 8)
 
-    return f32x16(block, row), codegen
+    return _lanes_of(block)(block, row), codegen
 
 
 @intrinsic
 def store(typing: Any, block: Any, row: Any, value: Any) -> Any:
-    """block[row] = value for an f32 [n, 16] array."""
+    """block[row] = value for an f32 [n, 16] or f64 [n, 8] array."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         index = context.cast(builder, args[1], signature.args[1], types.intp)
-        builder.store(args[2], _row_pointer(context, builder, signature.args[0], args[0], index), align=4)
+        builder.store(args[2], _row_pointer(context, builder, signature.args[0], args[0], index), align=_lanes_of(signature.args[0]).element.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(block, row, value), codegen
 
 
-@intrinsic
-def splat(typing: Any, scalar: Any) -> Any:
-    """A scalar, rounded to f32, in every lane."""
+def _splatter(lanes: _Lanes) -> Callable[..., Any]:
+    def typer(typing: Any, scalar: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return _broadcast(builder, lanes, context.cast(builder, args[0], signature.args[0], lanes.element))
+
+        return lanes(scalar), codegen
+
+    return typer
+
+
+splat = intrinsic(_splatter(f32x16))
+"""A scalar, rounded to f32, in all sixteen lanes."""
+splat_wide = intrinsic(_splatter(f64x8))
+"""A scalar in all eight f64 lanes."""
+
+
+def _library(name: str, lanes: _Lanes, arity: int) -> Callable[..., Any]:
+    """The code of a call of LLVM's intrinsic `name` on values of one type."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _broadcast(builder, context.cast(builder, args[0], signature.args[0], types.float32))
+        kind = ir.FunctionType(lanes.vector, [lanes.vector] * arity)
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.{lanes.suffix}")
+        return builder.call(function, args)
 
-    return f32x16(scalar), codegen
+    return codegen
 
 
 @intrinsic
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c, rounded once."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32"
-        )
-        return builder.call(function, args)
-
-    return f32x16(a, b, c), codegen
+    return a(a, b, c), _library("fma", a, 3)
 
 
 @intrinsic
 def root(typing: Any, a: Any) -> Any:
     """The square root, correctly rounded."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_VECTOR, [_VECTOR]), f"llvm.sqrt.v{LANES}f32"
-        )
-        return builder.call(function, args)
-
-    return f32x16(a), codegen
+    return a(a), _library("sqrt", a, 1)
 
 
 def _choice(predicate: str) -> Callable[..., Any]:
@@ -111,7 +132,7 @@ def _choice(predicate: str) -> Callable[..., Any]:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.select(builder.fcmp_ordered(predicate, args[0], args[1]), args[2], args[3])
 
-        return f32x16(a, b, then, other), codegen
+        return a(a, b, then, other), codegen
 
     return typer
 
@@ -129,13 +150,13 @@ def _operator(function: Any, method: str) -> None:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return getattr(builder, method)(args[0], args[1])
 
-        return f32x16(a, b), codegen
+        return a(a, b), codegen
 
     lowered = intrinsic(typer)
 
     @overload(function)
     def choose(a, b):
-        return (lambda a, b: lowered(a, b)) if a == f32x16 and b == f32x16 else None
+        return (lambda a, b: lowered(a, b)) if isinstance(a, _Lanes) and a == b else None
 
 
 for _function, _method in (
