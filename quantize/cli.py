@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from ..formats.errors import MqError
-from . import cli_build, cli_inspect
+from . import cli_build, cli_calibrate, cli_inspect, cli_verify
 from .console import INTERRUPTED, note
 
 DEBUG = "--debug"
@@ -28,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (cli_build, cli_inspect):
+for module in (cli_build, cli_calibrate, cli_inspect, cli_verify):
     for name, command in module.COMMANDS.items():
         app.command(name)(command)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..awq.importance import ModelImportance, load_importance
-from ..formats.checkpoint import Source, open_checkpoint
+from ..formats.checkpoint import Source
 from ..formats.errors import CheckpointError, ImatrixError, RecipeError
 from ..formats.imatrix import Imatrix, read_imatrix
 from ..formats.minimax import normalize_config
@@ -22,7 +22,7 @@ from .metadata import template
 from .plan import Plan, make_plan, plan_tensors
 from .provenance import flatten, program
 from .recipe import Fit, Recipe
-from .sources import local_folder, side_files
+from .sources import local_folder, open_place, side_files
 
 CheckOutput = Callable[[str, int, int], None]
 
@@ -82,14 +82,7 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
 def open_source(recipe: Recipe, shard_cache: int, scratch: Path | None) -> Source:
     """The weights that a recipe names, their whole inventory checked on metadata alone."""
     where = recipe.model.source
-    folder = local_folder(where.place)
-    if folder is None:
-        assert where.repository is not None
-        from ..formats.hub import open_hub
-
-        source: Source = open_hub(where.repository, where.revision, shard_cache, scratch=scratch)
-    else:
-        source = open_checkpoint(folder)
+    source = open_place(where.place, where.revision, shard_cache, scratch)
     source.validate()
     return source
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..formats import checkpoint
 from ..formats.errors import CheckpointError, ConfigError, RecipeError
 from ..formats.minimax import normalize_config
 from ..formats.strictjson import JsonError, parse_object
@@ -124,6 +125,16 @@ def local_folder(source: str) -> Path | None:
         hint=f"--source takes a folder, a hub repository (owner/name) or {TINY!r}"
         + (f"; did you mean {near[0]!r}?" if near else ""),
     )
+
+
+def open_place(place: str, revision: str | None, shard_cache: int, scratch: Path | None) -> checkpoint.Source:
+    """The checkpoint in a folder or a hub repository, its inventory unchecked; streamed shards lie in `scratch`."""
+    folder = local_folder(place)
+    if folder is not None:
+        return checkpoint.open_checkpoint(folder)
+    from ..formats.hub import open_hub
+
+    return open_hub(place, revision, shard_cache, scratch=scratch)
 
 
 def model_files(model: Model) -> ModelFiles:

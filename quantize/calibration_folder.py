@@ -1,0 +1,175 @@
+"""A calibration folder while it is written: a journal, the hidden states between layers, and at the end the manifest.
+
+After each layer the folder holds that layer's file, the residual stream behind it, and a journal line that names the
+hashes of both: a run that was killed continues after the last such line. Depends on formats (calibration, imatrix),
+journal and output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats.calibration import (
+    IMATRIX,
+    MANIFEST,
+    SCHEMA,
+    Arrays,
+    LayerFile,
+    encode_layer,
+    layer_file,
+    layer_infos,
+)
+from ..formats.checkpoint import file_record
+from ..formats.errors import OutputError, ResumeError
+from ..formats.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
+from ..formats.minimax import ModelConfig
+from .journal import Journal
+from .output import disk_errors
+
+JOURNAL = "journal"
+ATTN_NAMES = {"attn_q": "in", "attn_k": "in", "attn_v": "in", "attn_output": "out"}
+_RESTART = "give --restart to discard it and begin anew"
+
+
+def hidden_file(layer: int) -> str:
+    """The residual stream that enters a layer."""
+    return f"hidden-{layer:05d}.f32"
+
+
+class CalibrationFolder:
+    """A folder being written; a context manager that holds its journal locked."""
+
+    def __init__(
+        self, path: Path, signature: Mapping[str, Any], force: bool = False, restart: bool = False
+    ) -> None:
+        """Begin or continue a folder.
+
+        Raises OutputError where it holds a finished calibration (without `force`) or anything else, ResumeError where
+        it was begun with other arguments.
+        """
+        self.path = path
+        begin_folder(path, force, restart)
+        self.journal = Journal(path / JOURNAL, signature)
+
+    def __enter__(self) -> CalibrationFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.journal.close()
+
+    def done(self) -> list[dict[str, Any]]:
+        """The records of the layers that an earlier run finished, their files checked; ResumeError if damaged."""
+        records = []
+        for layer in range(len(self.journal.done)):
+            record = self.journal.done.get(f"layer.{layer}")
+            file = self.path / layer_file(layer)
+            if record is None or not file.is_file() or file_record(file)["sha256"] != record["sha256"]:
+                raise ResumeError("is not as the earlier run left it", file=file, hint=_RESTART)
+            records.append(record)
+        return records
+
+    def hidden(self, layer: int, shape: Sequence[int]) -> NDArray[np.float32]:
+        """The residual stream f32 that enters a layer, as saved; ResumeError where it is damaged."""
+        path = self.path / hidden_file(layer)
+        expected = self.journal.done[f"layer.{layer - 1}"]["hidden"]
+        if not path.is_file() or file_record(path)["sha256"] != expected:
+            raise ResumeError("is not as the earlier run left it", file=path, hint=_RESTART)
+        return np.fromfile(path, "<f4").reshape(tuple(shape)).astype(np.float32)
+
+    def finish_layer(
+        self, layer: int, arrays: Arrays, hidden: NDArray[np.float32] | None, extra: Mapping[str, Any]
+    ) -> None:
+        """Make one layer durable: its file, the residual stream behind it (None after the last), the journal's line."""
+        raw = encode_layer(arrays)
+        digest = hashlib.sha256(raw).hexdigest()
+        write_atomic(self.path / layer_file(layer), raw)
+        record: dict[str, Any] = {"sha256": digest, "bytes": len(raw), **extra}
+        if hidden is not None:
+            data = np.ascontiguousarray(hidden, "<f4").data.cast("B")
+            record["hidden"] = hashlib.sha256(data).hexdigest()
+            write_atomic(self.path / hidden_file(layer + 1), data)
+        self.journal.record(f"layer.{layer}", digest[:16], **record)
+        (self.path / hidden_file(layer)).unlink(missing_ok=True)
+
+    def complete(
+        self, config: ModelConfig, manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Write the imatrix and, last, the manifest; then drop what only an unfinished run needs."""
+        tokens = manifest["tokens"]
+        write_imatrix(
+            self.path / IMATRIX,
+            imatrix_entries(self.path, config, manifest["down"]),
+            [f"tokens sha256 {tokens['sha256']}"],
+            tokens["sequences"],
+            tokens["length"],
+        )
+        keep = ("bytes", "sha256", "tokens", "unseen", "notes")
+        layers = [{key: record[key] for key in keep} for record in records]
+        whole = {"schema": SCHEMA, **manifest, "layers": layers}
+        write_atomic(self.path / MANIFEST, json.dumps(whole, indent=1, ensure_ascii=False).encode() + b"\n")
+        (self.path / JOURNAL).unlink()
+
+
+def begin_folder(path: Path, force: bool, restart: bool) -> None:
+    """Make the folder, or see that what it holds may be continued or replaced; OutputError otherwise."""
+    if path.exists() and not path.is_dir():
+        raise OutputError("is not a folder", file=path, hint="give -o a folder")
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+        path.mkdir()
+    ours = {MANIFEST, JOURNAL, IMATRIX}
+    strange = [
+        f.name
+        for f in path.iterdir()
+        if f.name not in ours and not f.name.startswith(("layer-", "hidden-", "."))
+    ]
+    if strange:
+        raise OutputError(
+            f"holds {strange[0]}, which is no calibration", file=path, hint="give -o a new folder"
+        )
+    finished = (path / MANIFEST).exists()
+    if finished and not (force or restart):
+        raise OutputError("holds a finished calibration", file=path, hint="give --force to replace it")
+    if finished or restart or not (path / JOURNAL).exists():
+        (path / MANIFEST).unlink(missing_ok=True)
+        for file in path.iterdir():
+            file.unlink()
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write a file under a temporary name, sync it and give it its name; OutputError where that fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        with partial.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+
+
+def imatrix_entries(path: Path, config: ModelConfig, down: Any) -> dict[str, ImatrixEntry]:
+    """The statistics of all layers' files under llama.cpp's names."""
+    out = {}
+    for layer in range(config.num_hidden_layers):
+        file = path / layer_file(layer)
+        tensors = LayerFile(file, layer_infos(file, config, down))
+        counts = tensors.array("attn.counts").astype(np.float64)
+        for name, side in ATTN_NAMES.items():
+            count = counts[:1] if side == "in" else counts[1:]
+            out[f"blk.{layer}.{name}.weight"] = ImatrixEntry(
+                tensors.array(f"attn.{side}.diagonal")[None], count
+            )
+        for projection, name in GGUF_NAMES.items():
+            kind = "down" if projection == "w2" else "gate_up"
+            seen = tensors.array(f"{kind}.counts").astype(np.float64)
+            out[f"blk.{layer}.{name}.weight"] = ImatrixEntry(tensors.array(f"{kind}.diagonal"), seen)
+    return out
