@@ -105,7 +105,7 @@ class LayerMoments(Observer):
 def second_moment(rows: Tensor) -> F64:
     """Σ x xᵀ over rows [n, K], f64 [K, K], exactly symmetric."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in rows.split(CHUNK):
+    for chunk in torch.split(rows, CHUNK):
         wide = chunk.double()
         total.addmm_(wide.T, wide)
     out: F64 = torch.triu(total).add_(torch.triu(total, 1).T).cpu().numpy()
@@ -115,7 +115,7 @@ def second_moment(rows: Tensor) -> F64:
 def mean_squares(rows: Tensor) -> F64:
     """E[x²] over rows [n, K], f64 [K]; 0 without rows."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in rows.split(CHUNK):
+    for chunk in torch.split(rows, CHUNK):
         total += chunk.double().square().sum(0)
     out: F64 = (total / max(len(rows), 1)).cpu().numpy()
     return out
