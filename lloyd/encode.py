@@ -27,7 +27,7 @@ F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
 GROUP = 256
-ROUNDS = 1
+ROUNDS = 2
 """Rounds of coordinate descent and refit between the first refit and the final assignment."""
 _F16_MAX = 65504.0
 
@@ -102,7 +102,7 @@ def _hessian_group(
 ) -> tuple[F32, F32]:
     """Stored levels of one group under its Hessian, and each row's gain f32 [R]; codes u8 [R, 256] are written."""
     grid = isinstance(fmt, AffineFormat)
-    levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=False))
+    levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=h.nearly_white))
     fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, grid, ROUNDS, levels, codes)
     if grid:
         step = (levels[:, -1].astype(np.float64) - levels[:, 0]) / (fmt.levels - 1)

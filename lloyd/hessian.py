@@ -38,6 +38,11 @@ class GroupHessian:
     diagonal: NDArray[np.float32]
     note: str = ""
 
+    @property
+    def nearly_white(self) -> bool:
+        """Whether all channels weigh about the same: then refits hardly leave the basin that the initial levels lie in."""
+        return self.diagonal.size > 0 and bool(self.diagonal.max() < 2 * self.diagonal.min())
+
 
 @njit(cache=True, nogil=True)
 def transform(x):
