@@ -30,7 +30,7 @@ hashes: $(VENV)/.installed
 
 # Kills a build at 50 random points and resumes it each time; CI runs a short version of the same harness.
 kills: $(VENV)/.ready
-	$(BIN)/python tests/kill_harness.py --kills 50
+	$(BIN)/python tests/quantize/kill_harness.py --kills 50
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("mq-quant needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

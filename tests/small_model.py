@@ -31,11 +31,11 @@ W1_SCALE = W1 + "_scale_inv"
 Tensors = dict[str, torch.Tensor]
 
 
-def tensors(seed: int = 0) -> Tensors:
-    """Random tensors for CONFIG, as the released checkpoints store them."""
+def tensors(seed: int = 0, config: dict[str, Any] = CONFIG) -> Tensors:
+    """Random tensors for a config, as the released checkpoints store them."""
     random = torch.Generator().manual_seed(seed)
     out: Tensors = {}
-    for spec in inventory(parse_config(CONFIG)):
+    for spec in inventory(parse_config(config)):
         values = torch.randn(spec.shape, generator=random)
         if spec.stored == "fp8":
             out[spec.name] = values.to(torch.float8_e4m3fn)
