@@ -39,6 +39,9 @@ def build(
     no_imatrix: Annotated[
         bool, typer.Option("--no-imatrix", help="Plain build: no importance, no AWQ; the file says so.")
     ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A folder of `mq-quant calibrate` instead of an imatrix.")
+    ] = None,
     fit: Annotated[
         str | None, typer.Option(help="reference, exact or hessian, instead of the recipe's.")
     ] = None,
@@ -63,6 +66,7 @@ def build(
     Examples:
       mq-quant build --tier mq2-lloyd --source tiny
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf -o /data/m27.mq3
+      mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
       mq-quant build --recipe mine.yaml --jobs 8 --json
     """
     from .build import Options
@@ -71,7 +75,7 @@ def build(
     from .offline import cores
     from .sources import choose_recipe
 
-    changes = Changes(_fit(fit), False if no_gain else None, awq_alpha, imatrix, no_imatrix)
+    changes = Changes(_fit(fit), False if no_gain else None, awq_alpha, imatrix, no_imatrix, calibration)
     options = Options(output, jobs or cores(), force, restart, quiet or as_json)
     try:
         chosen = choose_recipe(tier, recipe, source)
@@ -98,14 +102,14 @@ def _render_build(result: Mapping[str, Any]) -> str:
             f"quantization hash  {result['quantization_hash']}",
             f"time               {result['seconds']:.1f} s, {result['weights_per_second'] / 1e6:.1f} M weights/s",
             f"peak memory        {gigabytes(result['peak_rss_bytes'])}",
-            f"imatrix coverage   {_percent(result['coverage'])}",
+            f"expert coverage    {_percent(result['coverage'])}",
             f"fallbacks          {_some(result['fallbacks'])}",
         )
     )
 
 
 def _percent(share: float | None) -> str:
-    return "no imatrix" if share is None else f"{share:.1%} of the experts"
+    return "no importances" if share is None else f"{share:.1%} of the experts"
 
 
 def _some(notes: Sequence[str]) -> str:

@@ -145,6 +145,9 @@ def reproduce(
     imatrix: Annotated[
         Path | None, typer.Option(help="The imatrix, where the file names no repository.")
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The calibration folder, where the file was made with one.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one per core.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     as_json: Json = False,
@@ -159,7 +162,7 @@ def reproduce(
     from .offline import cores
     from .reproduce import reproduce as run
 
-    result = run(file, source, imatrix, jobs or cores(), quiet or as_json)
+    result = run(file, source, imatrix, jobs or cores(), quiet or as_json, calibration)
     emit(result, as_json, _render_reproduced)
     if not result["identical"]:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""A job: a recipe with its source, imatrix and plan, all checked on metadata alone, ready to be built.
+"""A job: a recipe with its source, imatrix or calibration, and plan, all checked on metadata alone, ready to be built.
 
 Depends on formats, awq, plan, metadata and sources.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..awq.calibration import CalibratedModel, load_calibration
 from ..awq.importance import ModelImportance, load_importance
 from ..formats.checkpoint import Source
 from ..formats.errors import CheckpointError, ImatrixError, RecipeError
@@ -36,6 +37,7 @@ class Changes:
     alpha: float | None = None
     imatrix: Path | None = None
     no_imatrix: bool = False
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Job:
 
     recipe: Recipe
     source: Source
-    importance: ModelImportance | None
+    importance: ModelImportance | CalibratedModel | None
     settings: FitSettings
     plan: Plan
     metadata: Mapping[str, Any]
@@ -69,6 +71,8 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
         raise RecipeError(
             "--no-imatrix leaves nothing for --imatrix, --fit hessian or --awq-alpha to work with"
         )
+    if changes.calibration and (changes.imatrix or changes.no_imatrix):
+        raise RecipeError("--calibration takes the place of the imatrix: give one of the two")
     fit = changes.fit or recipe.fit
     alpha = changes.alpha if changes.alpha is not None else recipe.awq.alpha
     if changes.no_imatrix:
@@ -88,7 +92,7 @@ def open_source(recipe: Recipe, shard_cache: int, scratch: Path | None) -> Sourc
 
 
 def _imatrix_file(recipe: Recipe, changes: Changes) -> Path | None:
-    if changes.no_imatrix:
+    if changes.no_imatrix or changes.calibration:
         return None
     if changes.imatrix is not None:
         return changes.imatrix
@@ -147,7 +151,7 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
         check(output_name(recipe), sum(t.nbytes for t in tensors), source.disk_bytes())
     path = _imatrix_file(recipe, changes)
     imatrix = read_imatrix(path) if path else None
-    importance = load_importance(imatrix, config) if imatrix else None
+    from_imatrix = load_importance(imatrix, config) if imatrix else None
     side = side_files(source.side_file)
     if side.tokenizer is None:
         raise CheckpointError(
@@ -157,8 +161,12 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
     made_from = {
         "recipe": recipe.resolved(),
         "source": {"origin": source.origin, "files": source.fingerprint()},
-        "imatrix": _imatrix_record(imatrix, importance),
+        "imatrix": _imatrix_record(imatrix, from_imatrix),
     }
+    calibrated = None
+    if changes.calibration is not None:
+        calibrated = load_calibration(changes.calibration, config, made_from["source"])
+        made_from["calibration"] = calibrated.record()
     provenance = {"program": program(), **made_from, "skipped_tensors": len(source.skipped_mtp)}
     metadata = template(source.raw_config, side, config, tensors, provenance, skipped)
     plan = make_plan(recipe, config, tensors, metadata)
@@ -175,4 +183,5 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
         "config": normalize_config(source.raw_config),
         **made_from,
     }
+    importance = calibrated or from_imatrix
     return Job(recipe, source, importance, settings, plan, metadata, dict(flatten(signature)))

@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ..formats.errors import CheckError, CheckpointError, HfqError, ImatrixError, RecipeError
+from ..formats.errors import (
+    CalibrationError,
+    CheckError,
+    CheckpointError,
+    HfqError,
+    ImatrixError,
+    RecipeError,
+)
 from ..formats.hfq import HfqFile, open_hfq
 from .engine import Encoded, run_units, schedule
 from .inspection import provenance
@@ -61,16 +68,37 @@ def check_inputs(record: Mapping[str, Any], job: Job, file: Path) -> None:
         raise ImatrixError(
             "the imatrix is not the one that this was made with", file=file, hint="check --imatrix"
         )
+    calibration = record.get("calibration")
+    if calibration and calibration.get("sha256") != job.signature.get("calibration.sha256"):
+        raise CalibrationError(
+            "the calibration is not the one that this was made with", file=file, hint="check --calibration"
+        )
 
 
-def reproduce(path: Path, source: str | None, imatrix: Path | None, jobs: int, quiet: bool) -> dict[str, Any]:
+def reproduce(
+    path: Path,
+    source: str | None,
+    imatrix: Path | None,
+    jobs: int,
+    quiet: bool,
+    calibration: Path | None = None,
+) -> dict[str, Any]:
     """Rebuild a file's payloads from its provenance; returns what `reproduce --json` prints.
 
     Raises CheckError where the inputs give another file layout, and the errors of inputs that differ or are missing.
     """
     record = provenance(path)
     recipe = recorded_recipe(record, path, source)
-    changes = Changes(imatrix=imatrix, no_imatrix=record.get("imatrix") is None)
+    calibrated = record.get("calibration") is not None
+    if calibrated and calibration is None:
+        raise CalibrationError(
+            "was made with a calibration folder", file=path, hint="give that folder as --calibration"
+        )
+    changes = Changes(
+        imatrix=imatrix,
+        no_imatrix=record.get("imatrix") is None and not calibrated,
+        calibration=calibration if calibrated else None,
+    )
     with open_job(recipe, changes) as job, open_hfq(path) as file:
         check_inputs(record, job, path)
         if [t.meta() for t in job.plan.tensors] != [_meta(e) for e in file.entries]:
