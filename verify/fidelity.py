@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..formats.hfq import HfqFile, TensorEntry
 from ..formats.imatrix import Imatrix, expert_entry
-from ..formats.minimax import ModelConfig, TensorSpec, expert_name, inventory
+from ..formats.minimax import ModelConfig, TensorSpec, awq_scale_name, expert_name, inventory
 from .decoded import DecodedFile, format_of
 from .metrics import snr_db
 from .reference import Weights
@@ -28,15 +28,17 @@ FLOORS: Mapping[str, float] = {
     "F32": 140.0,
     "F16": 50.0,
     "Q8F16": 30.0,
-    "MQ6": 24.0,
-    "MQ4": 12.0,
-    "MQ4-Lloyd": 12.0,
-    "MQ3-Lloyd": 8.0,
-    "MQ2-Lloyd": 4.0,
+    "MQ6": 20.0,
+    "MQ4": 9.0,
+    "MQ4-Lloyd": 9.0,
+    "MQ3-Lloyd": 5.0,
+    "MQ2-Lloyd": 1.0,
 }
 """Output-weighted SNR (dB) of one tensor under which a format has a fault rather than noise."""
-SLOPE = (0.8, 1.25)
-"""Bounds of the slope; the reference fit's shrinkage at 2 bits gives about 0.89."""
+SLOPES: Mapping[str, tuple[float, float]] = {"MQ2-Lloyd": (0.8, 1.12), "MQ3-Lloyd": (0.92, 1.06)}
+"""Bounds of a tensor's slope; without the gain 2 bits shrink it to about 0.89, 3 bits to 0.97."""
+SLOPE = (0.97, 1.03)
+"""The bounds for all other formats."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def check_fidelity(
         seen += 1
         problem = _problem(fidelity, fmt.name)
         if problem:
-            problems.append(f"{spec.name}: {problem}")
+            sidecar = awq_scale_name(spec.layer) if spec.projection in ("w1", "w3") and spec.layer is not None else ""
+            problems.append(f"{spec.name}: {problem}" + (f" (its scale is {sidecar})" if sidecar in file else ""))
         key = (-1 if spec.layer is None else spec.layer, _projection(spec))
         rows.setdefault(key, _Row(fmt.name)).add(spec.name, fidelity)
     table = [
@@ -186,7 +189,8 @@ def _problem(fidelity: Fidelity, fmt: str) -> str | None:
             f"{fmt} against the source has an SNR of {fidelity.output_snr:.1f} dB, under {FLOORS[fmt]:.0f} dB:"
             " these are not the source's weights"
         )
-    if not SLOPE[0] <= fidelity.slope <= SLOPE[1]:
+    low, high = SLOPES.get(fmt, SLOPE)
+    if not low <= fidelity.slope <= high:
         return f"its values are {fidelity.slope:.3f} times the source's: a scale is off"
     return None
 

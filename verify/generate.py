@@ -70,7 +70,7 @@ def check_generation(
     count: int,
     gate: bool,
 ) -> Stage:
-    """Continue a prompt (ids [n]) greedily by `count` tokens; an incoherent text is a problem with `gate`, or a note."""
+    """Continue a prompt (ids [n]) greedily by `count` tokens; with `gate` an incoherent text is a problem."""
     model = KernelModel(file, cfg, backend, len(prompt) + count)
     ids = model.greedy(prompt, count, stop_tokens(file))
     values: dict[str, Any] = {"prompt_ids": prompt.tolist(), "ids": ids}
