@@ -1,0 +1,80 @@
+"""Primitives on lanes against numpy: edges of a matrix, ties, and levels that have crossed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mq_quant.formats.fwht import matrix
+from mq_quant.lloyd.lanes import gather, hadamard, midpoints, scatter, sort_levels
+from mq_quant.lloyd.rounding import product, residual
+
+RANDOM = np.random.default_rng(21)
+
+
+def block(rows: int = 256) -> np.ndarray:
+    return RANDOM.standard_normal((rows, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
+def test_gather_and_scatter_stay_inside_the_matrix(count: int) -> None:
+    rows = RANDOM.standard_normal((count, 512)).astype(np.float32)
+    codes = np.full((count, 256), 99, np.uint8)
+    for first in range(0, count, 16):
+        lanes = np.full((256, 16), np.nan, np.float32)
+        gather(rows, first, 256, lanes)
+        live = min(16, count - first)
+        np.testing.assert_array_equal(lanes[:, :live], rows[first : first + live, 256:].T)
+        assert not lanes[:, live:].any()
+        whole = np.float32(RANDOM.integers(0, 64, (256, 16)))
+        scatter(whole, codes, first)
+        np.testing.assert_array_equal(codes[first : first + live], whole[:, :live].T)
+    assert codes.max() < 64
+
+
+def test_hadamard_is_the_matrix() -> None:
+    x = block()
+    y = x.copy()
+    hadamard(y)
+    h = np.sign(matrix()) * np.sign(matrix()[:1] * matrix()[:, :1]) * np.sign(matrix()[0, 0])
+    np.testing.assert_allclose(y, h @ x.astype(np.float64), atol=1e-3)
+    hadamard(y)
+    np.testing.assert_allclose(y / 256, x, atol=1e-5)
+
+
+def test_midpoints_are_halfway() -> None:
+    levels = np.sort(block(8), axis=0)
+    mids = np.empty((7, 16), np.float32)
+    midpoints(levels, mids)
+    np.testing.assert_array_equal(mids, np.float32(0.5) * (levels[:-1] + levels[1:]))
+
+
+def test_product_subtracts_four_rows_of_a_matrix_product() -> None:
+    out, errors = block(), block()
+    factors = RANDOM.standard_normal((256, 256)).astype(np.float32)
+    want = out.astype(np.float64)
+    want[8:12] -= factors[100:104, 16:48].astype(np.float64) @ errors[16:48].astype(np.float64)
+    product(out, 8, factors, 100, errors, 16, 48)
+    np.testing.assert_allclose(out, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 4, 16, 64])
+def test_residual_is_what_decoding_loses(count: int) -> None:
+    y, levels, errors = block(), block(count), block()
+    codes = np.float32(RANDOM.integers(0, count, (256, 16)))
+    residual(y, levels, codes, errors)
+    np.testing.assert_array_equal(errors, y - np.take_along_axis(levels, codes.astype(int), axis=0))
+
+
+@pytest.mark.parametrize("count", [4, 8, 16])
+def test_sorting_levels_moves_codes_along(count: int) -> None:
+    levels = np.float32(RANDOM.integers(-3, 4, (count, 16)))
+    levels[:, 3] = np.arange(count)
+    codes = np.float32(RANDOM.integers(0, count, (256, 16)))
+    before, codes_before = levels.copy(), codes.copy()
+    sort_levels(levels, codes)
+    np.testing.assert_array_equal(levels, np.sort(before, axis=0))
+    np.testing.assert_array_equal(
+        np.take_along_axis(levels, codes.astype(int), 0),
+        np.take_along_axis(before, codes_before.astype(int), 0),
+    )
+    np.testing.assert_array_equal(codes[:, 3], codes_before[:, 3])
