@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = DEBUG in args
     try:
-        app(args=[arg for arg in args if arg != DEBUG], standalone_mode=True)
+        app(args=[arg for arg in args if arg != DEBUG], prog_name="mq-quant")
     except (MqError, OSError, MemoryError) as e:
         if debug:
             raise
