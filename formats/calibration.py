@@ -94,7 +94,7 @@ def unpack_correlation(packed: NDArray[np.float16], diagonal: NDArray[Any]) -> F
     """The second moment f64 [k, k] of packed correlations and its exact diagonal [k]."""
     exact = diagonal.astype(np.float64)
     root = np.sqrt(exact)
-    out = unpack_moment(packed, len(exact)) * root[:, None] * root
+    out = unpack_moment(packed, len(exact)) * (root[:, None] * root)  # symmetric to the last bit
     np.fill_diagonal(out, exact)
     return out
 
