@@ -276,5 +276,5 @@ def test_a_layer_that_is_missing_cut_or_changed_is_refused(copy: Path) -> None:
 def test_a_layer_cut_after_it_was_opened_is_an_error_of_ours(copy: Path) -> None:
     layer = load_calibration(copy, CONFIG).layer(1)
     (copy / layer_file(1)).write_bytes(b"")
-    with pytest.raises(CalibrationError, match="down.moment"):
+    with pytest.raises(CalibrationError, match=r"down\.moment"):
         layer.of(0, "w2")

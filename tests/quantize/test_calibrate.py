@@ -1,4 +1,4 @@
-"""Calibration: what is gathered is E[x xᵀ] of the real activations, whatever interrupts it, and bad input is refused."""
+"""Calibration: what is gathered is E[x xᵀ] of the real activations, whatever interrupts it; bad input is refused."""
 
 from __future__ import annotations
 
