@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .blocks import FORMATS
 from .errors import HfqError
-from .strictjson import JsonError, dump_object, parse_object
+from .strictjson import JsonError, dump_object, object_end, parse_object
 
 MAGIC = b"HFQM"
 VERSION = 1
@@ -76,8 +76,8 @@ def layout(metadata: Mapping[str, Any] | bytes, tensors: Sequence[TensorMeta], a
         if isinstance(metadata, bytes):
             raw = metadata
             parse_object(raw)
-            if raw[:1] != b"{" or raw[-1:] != b"}":
-                raise JsonError("has white space around it")
+            if object_end(raw) != len(raw):
+                raise JsonError("has white space after it")
         else:
             raw = dump_object(metadata)
     except JsonError as e:

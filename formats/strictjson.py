@@ -17,6 +17,7 @@ DEPTH_LIMIT = 127
 
 _STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _STRUCTURE = re.compile(rb'["{}\[\]]')
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _STEP = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
 _BRACE = {ord("{"): 1, ord("}"): -1}
 
@@ -74,23 +75,27 @@ class ObjectScanner:
         return match.end() if match else start
 
 
+def object_end(raw: bytes) -> int | None:
+    """Where the object at the head of `raw` ends for a reader that counts braces, None if it does not; JsonError."""
+    return ObjectScanner().feed(raw)
+
+
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Parse bytes that are exactly one JSON object (white space around it allowed); JsonError otherwise."""
-    raw = raw.strip(b" \t\r\n")
-    if ObjectScanner().feed(raw) != len(raw) or not raw:
-        raise JsonError("is not one whole JSON object")
     try:
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-        )
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise JsonError("holds a lone surrogate, which is not a character") from None
     except UnicodeDecodeError as e:
         raise JsonError(f"is not UTF-8 at byte {e.start}") from None
+    except RecursionError:
+        raise JsonError("nests deeper than any reader follows") from None
     except JsonError:
         raise
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise JsonError(f"is not JSON: {e}") from None
     if not isinstance(value, dict):
         raise JsonError("is not a JSON object")
@@ -103,6 +108,8 @@ def dump_object(value: Mapping[str, Any]) -> bytes:
         raw = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as e:
         raise JsonError(f"cannot be written as JSON: {e}") from None
+    if object_end(raw) != len(raw):
+        raise JsonError("is not one object")
     parse_object(raw)
     return raw
 

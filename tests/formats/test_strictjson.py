@@ -6,15 +6,23 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mq_quant.formats.strictjson import DEPTH_LIMIT, JsonError, ObjectScanner, dump_object, parse_object
+from mq_quant.formats.strictjson import (
+    DEPTH_LIMIT,
+    JsonError,
+    ObjectScanner,
+    dump_object,
+    object_end,
+    parse_object,
+)
 
 REFUSED: dict[bytes, str] = {
-    b"": "one whole",
-    b" ": "one whole",
-    b"[]": "begin with",
-    b"{": "one whole",
-    b"{}{}": "one whole",
-    b"{} x": "one whole",
+    b"": "not JSON",
+    b" ": "not JSON",
+    b"[]": "not a JSON object",
+    b'"a"': "not a JSON object",
+    b"{": "not JSON",
+    b"{}{}": "not JSON",
+    b"{} x": "not JSON",
     b'{"a":1,}': "not JSON",
     b"{'a':1}": "not JSON",
     b'{"a":}': "not JSON",
@@ -27,11 +35,13 @@ REFUSED: dict[bytes, str] = {
     b'{"a":"\xc3"}': "UTF-8",
     b'{"a":"\xed\xa0\x80"}': "UTF-8",
     b'{"a":"\\udc00"}': "surrogate",
+    b'{"a":"\\uDBFF"}': "surrogate",
     b'{"\\ud800":1}': "surrogate",
-    b"\xff\xfe{\0}\0": "begin with",
+    b"\xef\xbb\xbf{}": "not JSON",
+    b"\xff\xfe{\0}\0": "UTF-8",
     b'{"a":' + b"1" * 5000 + b"}": "not JSON",
-    b'{"a":' + b"[" * DEPTH_LIMIT + b"]" * DEPTH_LIMIT + b"}": "deeper",
-    b'{"a":' * 200 + b"1" + b"}" * 200: "deeper",
+    b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}": "nests deeper",
+    b'{"a":' * 10**5 + b"1" + b"}" * 10**5: "nests deeper",
 }
 
 
@@ -41,9 +51,20 @@ def test_refused(raw: bytes) -> None:
         parse_object(raw)
 
 
-def test_deepest_allowed() -> None:
+def test_escaped_pairs_are_characters() -> None:
+    assert parse_object(rb'{"a":"\ud83d\ude00"}') == {"a": "\U0001f600"}
+
+
+def test_depth_of_what_is_written_is_bounded() -> None:
     raw = b'{"a":' + b"[" * (DEPTH_LIMIT - 1) + b"]" * (DEPTH_LIMIT - 1) + b"}"
     assert dump_object(parse_object(raw)) == raw
+    with pytest.raises(JsonError, match=f"deeper than {DEPTH_LIMIT} levels"):
+        dump_object({"a": parse_object(raw)})
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b'{"a', b'{"}"', b'{"\\"}'])
+def test_objects_that_do_not_end(raw: bytes) -> None:
+    assert object_end(raw) is None
 
 
 values = st.recursive(
