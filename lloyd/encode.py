@@ -28,7 +28,8 @@ U8 = NDArray[np.uint8]
 
 GROUP = 256
 ROUNDS = 2
-"""Rounds of coordinate descent and refit between the first refit and the final assignment."""
+DENSE_ROUNDS = 4
+"""Rounds of coordinate descent and refit between the first refit and the final assignment, for a diagonal importance and a full one."""
 _F16_MAX = 65504.0
 
 
@@ -91,7 +92,7 @@ def _plain_group(rows: F32, column: int, fmt: LloydFormat | AffineFormat, fit: F
             return fmt.pack(*reference.affine(rows[:, column : column + GROUP], fmt.levels))
         levels = np.empty((len(rows), fmt.levels), np.float32)
         reference.lloyd_rows(rows, column, levels, codes)
-        return fmt.pack(levels.astype(np.float16), codes)
+        return _pack(fmt, _stored(fmt, levels), codes)
     stored = _stored(fmt, _initial_levels(rows, column, fmt, exact=True))
     nearest_rows(rows, column, _expand(fmt, stored), codes)
     return _pack(fmt, stored, codes)
@@ -103,7 +104,8 @@ def _hessian_group(
     """Stored levels of one group under its Hessian, and each row's gain f32 [R]; codes u8 [R, 256] are written."""
     grid = isinstance(fmt, AffineFormat)
     levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=h.nearly_white))
-    fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, grid, ROUNDS, levels, codes)
+    rounds = ROUNDS if h.diagonal.size else DENSE_ROUNDS
+    fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, grid, rounds, levels, codes)
     if grid:
         step = (levels[:, -1].astype(np.float64) - levels[:, 0]) / (fmt.levels - 1)
         levels = np.stack([levels[:, 0], step.astype(np.float32)], axis=1)
