@@ -13,6 +13,8 @@ from .vec import LANES, fma, load, splat, store, where_gt
 
 _MAGIC = np.float32(12582912.0)
 """1.5 · 2²³: adding and subtracting it rounds to the nearest whole number, ties to even."""
+_SMALLEST = np.float32(2.0**-124)
+"""Scales beyond this have a finite reciprocal; a group too narrow for one counts as constant."""
 SHRINK = np.array([0.0, 0.03, 0.07, 0.11, 0.16, 0.22, 0.3], np.float32)
 """Shares of the range that the search cuts off at either end."""
 
@@ -59,7 +61,7 @@ def refine(y, zero, scale, top, out):
     safe = where_gt(usable, none, determinant, one)
     new_scale = (n * syq - sq * sy) / safe
     new_zero = zero + (sy * sqq - sq * syq) / safe
-    usable = where_gt(new_scale, none, usable, none)
+    usable = where_gt(new_scale, splat(_SMALLEST), usable, none)
     store(out, 0, where_gt(usable, none, new_zero, zero))
     store(out, 1, where_gt(usable, none, new_scale, scale))
 
@@ -76,6 +78,7 @@ def affine_rows(rows, column, count, shrink, steps, params):
     one = splat(np.float32(1))
     top = splat(np.float32(count - 1))
     spacing = splat(np.float32(1) / np.float32(count - 1))
+    smallest = splat(_SMALLEST)
     for first in range(0, rows.shape[0], LANES):
         gather(rows, first, column, y)
         low = load(y, 0)
@@ -85,7 +88,7 @@ def affine_rows(rows, column, count, shrink, steps, params):
             low = where_gt(low, v, v, low)
             high = where_gt(v, high, v, high)
         width = high - low
-        flat = where_gt(width, none, none, one)
+        flat = where_gt(width * spacing, smallest, none, one)
         zero = low
         scale = where_gt(flat, none, one, width * spacing)
         best = grid_error(y, zero, scale, one / scale, top)

@@ -79,17 +79,21 @@ def affine(
     """(scale f32 [G], zero f32 [G], codes u8 [G, 256]) of f32 groups [G, 256] over their full range."""
     zero = groups.min(axis=1) + np.float32(0)
     width = groups.max(axis=1) - zero
-    scale = np.where(width > 0, width / np.float32(count - 1), np.float32(1)).astype(np.float32)
+    scale = _divisor(width / np.float32(count - 1))
     inverse = (np.float32(1) / scale)[:, None]
     q = np.floor((groups - zero[:, None]) * inverse + np.float32(0.5))
     return scale, zero, np.clip(q, 0, count - 1).astype(np.uint8)
 
 
+def _divisor(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scales f32, 1 in place of 0 and of subnormals, whose reciprocal may overflow."""
+    return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
+
+
 def q8(groups: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
     """(scale f16 [G], codes i8 [G, 32]) of f32 groups [G, 32]."""
     scale = (np.abs(groups).max(axis=1) / np.float32(127)).astype(np.float32)
-    safe = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
-    x = groups * (np.float32(1) / safe)[:, None]
+    x = groups * (np.float32(1) / _divisor(scale))[:, None]
     q = np.trunc(x + np.copysign(np.float32(0.5), x))
     return truncate_f16(scale), np.clip(q, -127, 127).astype(np.int8)
 
