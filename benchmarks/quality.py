@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ FITS = {
     "exact": Changes(fit="exact"),
     "hessian": Changes(fit="hessian"),
     "hessian, no gain": Changes(fit="hessian", gain=False),
+    "calibrated": Changes(fit="hessian"),
 }
 
 
@@ -50,9 +52,7 @@ def run(weights: Weights, checkpoint: Checkpoint, tokens: np.ndarray) -> Iterabl
     return logits(weights, checkpoint.config, last)
 
 
-def output_snr(
-    decoded: DecodedFile, checkpoint: Checkpoint, importance: ModelImportance
-) -> dict[str, float]:
+def output_snr(decoded: DecodedFile, checkpoint: Checkpoint, importance: ModelImportance) -> dict[str, float]:
     """Output-weighted SNR (dB) per projection, energies summed over all experts."""
     total: dict[str, Fidelity] = {}
     for layer in range(checkpoint.config.num_hidden_layers):
@@ -105,7 +105,13 @@ def main() -> None:
     parser.add_argument("--imatrix", type=Path, help="default: imatrix.gguf of the source")
     parser.add_argument("--tokens", type=Path, help="default: eval_tokens.npy of the source")
     parser.add_argument("--tiers", nargs="+", default=list(TIERS), choices=TIERS)
-    parser.add_argument("--fits", nargs="+", default=list(FITS), choices=list(FITS))
+    parser.add_argument(
+        "--fits", nargs="+", choices=list(FITS), help="default: all, calibrated if --calibration is given"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, help="folder of mq-quant calibrate, for the calibrated fit"
+    )
+    parser.add_argument("--sequences", type=int, help="use only the first N sequences")
     parser.add_argument("--alpha", type=float, help="pin the AWQ exponent of the Hessian fits")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/quality"))
     args = parser.parse_args()
@@ -114,16 +120,21 @@ def main() -> None:
     checkpoint = open_checkpoint(folder)
     imatrix = args.imatrix or folder / "imatrix.gguf"
     tokens = np.load(args.tokens or folder / "eval_tokens.npy")
+    tokens = tokens[: args.sequences]
+    fits = args.fits or [f for f in FITS if f != "calibrated" or args.calibration]
     importance = load_importance(read_imatrix(imatrix), checkpoint.config)
     reference = list(run(checkpoint, checkpoint, tokens))
     rows = []
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for tier in args.tiers:
-            for fit in args.fits:
+            for fit in fits:
                 changes = FITS[fit]
                 alpha = args.alpha if changes.fit == "hessian" else None
-                changes = Changes(changes.fit, changes.gain, alpha, imatrix)
+                if fit == "calibrated":
+                    changes = replace(changes, alpha=alpha, calibration=args.calibration)
+                else:
+                    changes = replace(changes, alpha=alpha, imatrix=imatrix)
                 with open_job(choose_recipe(tier, None, str(folder)), changes) as job:
                     out = Path(scratch) / "file"
                     result = build(job, Options(out, jobs=os.cpu_count() or 1, force=True, quiet=True))
@@ -136,6 +147,7 @@ def main() -> None:
                 row = {"tier": tier, "fit": fit, "bytes": result["total_bytes"], "snr": snr}
                 rows.append(row | vars(divergence.summary()))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
+                (args.output / "quality.json").write_text(json.dumps(rows, indent=1))
     (args.output / "quality.json").write_text(json.dumps(rows, indent=1))
     (args.output / "quality.md").write_text(table(rows) + "\n")
     plot(rows, args.output / "quality.png", f"{folder.name}: KLD against size, by fit")
