@@ -17,7 +17,8 @@ KERNEL(256) kv_append(float* __restrict__ k_cache, float* __restrict__ v_cache, 
 }
 
 // out f32 [tokens, heads, head_dim]: softmax(scale · q · Kᵀ) · V over rows 0 .. positions[t] of the caches; head h reads
-// key-value head h / (heads / kv_heads). Grid (heads, tokens). A thread scores one key of a chunk, then sums columns.
+// key-value head h / (heads / kv_heads); head_dim is a multiple of 4. Grid (heads, tokens). A thread scores one key of a
+// chunk, then sums columns.
 KERNEL(128) attention(float* __restrict__ out, const float* __restrict__ q, const float* __restrict__ k_cache,
                       const float* __restrict__ v_cache, const int32_t* __restrict__ positions, int kv_heads,
                       int head_dim, float scale) {
@@ -39,7 +40,12 @@ KERNEL(128) attention(float* __restrict__ out, const float* __restrict__ q, cons
     if (first + tid < keys) {
       const float* key = k_cache + (int64_t)(first + tid) * stride + column;
       score = 0.0f;
-      for (int d = 0; d < head_dim; d++) score = fmaf(query[d], key[d], score);
+#pragma unroll 8
+      for (int d = 0; d < head_dim; d += 4) {
+        const Quad part = *reinterpret_cast<const Quad*>(key + d);
+#pragma unroll
+        for (int j = 0; j < 4; j++) score = fmaf(query[d + j], part.v[j], score);
+      }
       score *= scale;
     }
     const float now = fmaxf(most, block_max(score, scratch));
@@ -55,6 +61,7 @@ KERNEL(128) attention(float* __restrict__ out, const float* __restrict__ q, cons
       if (d < head_dim) {
         const float* value = v_cache + (int64_t)first * stride + column + d;
         float part = 0.0f;
+#pragma unroll 8
         for (int i = 0; i < count; i++) part = fmaf(weight[i], value[(int64_t)i * stride], part);
         sum[c] = fmaf(sum[c], shrink, part);
       }

@@ -53,6 +53,25 @@ DEVICE float block_max(float v, float* scratch) {
 DEVICE uint32_t load_u16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
 DEVICE uint32_t load_u32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
 DEVICE float load_f32(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
-DEVICE float load_f16(const uint8_t* p) {
-  return __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t*>(p)));
+DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+DEVICE float load_f16(const uint8_t* p) { return half_to_float(load_u16(p)); }
+
+// A vendor's header may know a faster way.
+#ifndef MQ_AND_OR
+DEVICE uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
+#endif
+
+struct alignas(16) Quad {
+  float v[4];
+};
+
+// A lane's eight of a run of 256 activations, whose rows begin at multiples of 16 bytes.
+DEVICE void load_eight(const float* run, int t, float (&x)[PER_LANE]) {
+  const Quad* quads = reinterpret_cast<const Quad*>(run) + 2 * t;
+  const Quad a = quads[0], b = quads[1];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    x[j] = a.v[j];
+    x[4 + j] = b.v[j];
+  }
 }

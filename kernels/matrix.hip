@@ -10,18 +10,18 @@ constexpr int CHUNK = 16;    // groups whose codebooks are in LDS at a time
 constexpr int BOOK = FORMAT::LEVELS * ROWS * CHUNK;    // floats of LDS per wave
 constexpr int BOOKS = BOOK ? BOOK * WAVES : 1;
 
-// Puts the codebooks of groups [first, first + count) of each row into LDS; every thread of the block must call it.
+// Puts the codebooks of groups [first, first + count) of each row into LDS, a group's by one lane; every thread of the block
+// must call it. The barrier before the first write is left out where nothing was read yet.
 template <int N>
 DEVICE void stage_codebooks(const uint8_t* const (&row)[N], int first, int count, float* book) {
   if constexpr (FORMAT::LEVELS > 0) {
-    __syncthreads();
-    const int each = count * FORMAT::LEVELS;
+    if (first > 0) __syncthreads();
 #pragma unroll
     for (int r = 0; r < N; r++) {
-      const uint8_t* group = row[r] + (int64_t)first * FORMAT::BYTES;
-      for (int i = lane(); i < each; i += WAVE) {
-        book[r * CHUNK * FORMAT::LEVELS + i] =
-            load_f16(group + i / FORMAT::LEVELS * FORMAT::BYTES + 2 * (i % FORMAT::LEVELS));
+      for (int g = lane(); g < count; g += WAVE) {
+        const uint8_t* group = row[r] + (int64_t)(first + g) * FORMAT::BYTES;
+#pragma unroll
+        for (int i = 0; i < FORMAT::LEVELS; i++) book[(r * CHUNK + g) * FORMAT::LEVELS + i] = load_f16(group + 2 * i);
       }
     }
     __syncthreads();
@@ -40,36 +40,35 @@ DEVICE float wave_sum_rows(const float (&v)[4]) {
   return sum;
 }
 
-// The product of row t / LANES with x, for lane t. Sums run over groups in order within a lane's eight elements, then over
-// the eight, then over lanes: the same order for any grid and back end.
+// The product of row t / LANES with x, for lane t. Sums run over a lane's elements in order, then over lanes: the same
+// order for any grid and back end.
 DEVICE float dot_rows(const uint8_t* const (&row)[ROWS], const float* x, int groups, float* books) {
-  float sum[ROWS][PER_LANE] = {};
+  float sum[ROWS] = {};
   const int t = lane();
   float* book = books + wave() * BOOK;
+  typename FORMAT::Raw raw[ROWS];    // loaded one group ahead
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) raw[r] = FORMAT::load(row[r], t);
   for (int first = 0; first < groups; first += CHUNK) {
     const int count = min(CHUNK, groups - first);
     stage_codebooks(row, first, count, book);
+#pragma unroll 2
     for (int g = 0; g < count; g++) {
-      float xs[PER_LANE];
+      typename FORMAT::Raw next[ROWS];
+      const int after = min(first + g + 1, groups - 1);
 #pragma unroll
-      for (int j = 0; j < PER_LANE; j++) xs[j] = x[(first + g) * GROUP + PER_LANE * t + j];
+      for (int r = 0; r < ROWS; r++) next[r] = FORMAT::load(row[r] + (int64_t)after * FORMAT::BYTES, t);
+      float eight[PER_LANE];
+      load_eight(x + (first + g) * GROUP, t, eight);
+      const float x_sum = ((eight[0] + eight[1]) + (eight[2] + eight[3])) + ((eight[4] + eight[5]) + (eight[6] + eight[7]));
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
-        float w[PER_LANE];
-        FORMAT::weights(row[r] + (int64_t)(first + g) * FORMAT::BYTES,
-                        book + (r * CHUNK + g) * FORMAT::LEVELS, t, w);
-#pragma unroll
-        for (int j = 0; j < PER_LANE; j++) sum[r][j] = fmaf(w[j], xs[j], sum[r][j]);
+        sum[r] = FORMAT::dot(raw[r], books, wave() * BOOK + (r * CHUNK + g) * FORMAT::LEVELS, eight, x_sum, sum[r]);
+        raw[r] = next[r];
       }
     }
   }
-  float of_row[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    const float* s = sum[r];
-    of_row[r] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-  }
-  return wave_sum_rows(of_row);
+  return wave_sum_rows(sum);
 }
 
 DEVICE const uint8_t* row_of(const uint8_t* matrix, int row, int rows, int groups) {
@@ -101,7 +100,7 @@ KERNEL(128) decode(float* __restrict__ out, const uint8_t* __restrict__ payload,
   stage_codebooks(row, 0, 1, book);
   if (start + PER_LANE <= n) {
     float w[PER_LANE];
-    FORMAT::weights(group, book, lane(), w);
+    FORMAT::weights(FORMAT::load(group, lane()), books, wave() * FORMAT::LEVELS, w);
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) out[start + j] = w[j];
   } else {
@@ -119,7 +118,7 @@ KERNEL(32) embed(float* __restrict__ out, const uint8_t* __restrict__ table, con
   const uint8_t* const row[1] = {group};
   stage_codebooks(row, 0, 1, books);
   float w[PER_LANE];
-  FORMAT::weights(group, books, lane(), w);
+  FORMAT::weights(FORMAT::load(group, lane()), books, 0, w);
   float* to = out + ((int64_t)blockIdx.y * groups + blockIdx.x) * GROUP + PER_LANE * lane();
 #pragma unroll
   for (int j = 0; j < PER_LANE; j++) to[j] = valid ? w[j] : not_a_number();

@@ -168,14 +168,22 @@ def attention(
 ) -> Buffer:
     """f32 [T, heads·head_dim]: causal attention of q over rows 0 … positions[t] of the caches.
 
-    Caches are f32 [capacity, kv_heads·head_dim], positions i32 [T] below capacity, heads of at most 256 dimensions.
+    Caches are f32 [capacity, kv_heads·head_dim], positions i32 [T] below capacity, heads of at most 256
+    dimensions, a multiple of 4.
     """
     tokens, width = _shape(q, "q", 2)
     capacity, kv_width = _shape(k_cache, "k_cache", 2)
     _fits(v_cache, "v_cache", (capacity, kv_width))
     _fits(positions, "positions", (tokens,))
     heads, kv_heads = width // head_dim, kv_width // head_dim
-    if head_dim > MAX_HEAD_DIM or width % head_dim or kv_width % head_dim or not kv_heads or heads % kv_heads:
+    if (
+        head_dim > MAX_HEAD_DIM
+        or head_dim % 4
+        or width % head_dim
+        or kv_width % head_dim
+        or not kv_heads
+        or heads % kv_heads
+    ):
         raise BackendError(
             f"attention does not fit heads of {head_dim} in q {q.shape} and a cache {k_cache.shape}"
         )

@@ -70,7 +70,7 @@ def test_kv_append_writes_the_rows_of_the_positions_only(backend, rng):
 
 
 @pytest.mark.parametrize(
-    ("width", "kv_width", "head_dim"), [(384, 256, 128), (300, 100, 128), (512, 512, 512)]
+    ("width", "kv_width", "head_dim"), [(384, 256, 128), (300, 100, 128), (512, 512, 512), (60, 30, 30)]
 )
 def test_heads_that_do_not_fit_are_refused(backend, width, kv_width, head_dim):
     cache = backend.upload(np.zeros((4, kv_width), np.float32))

@@ -196,7 +196,7 @@ BARRIER = "__syncthreads();"
 RACES = {
     "weights read before they are written": ("attention.hip", "weight[tid] = p;", attention_case),
     "sums read before they are written": ("device.h", "scratch[wave()] = v;", rmsnorm_case),
-    "codebooks read before they are written": ("matrix.hip", "2 * (i % FORMAT::LEVELS));", lloyd_case),
+    "codebooks read before they are written": ("matrix.hip", "load_f16(group + 2 * i);", lloyd_case),
     "codebooks replaced while they are read": (
         "matrix.hip",
         "if constexpr (FORMAT::LEVELS > 0) {",
@@ -208,7 +208,7 @@ RACES = {
 def without_barrier(text, behind):
     """The text without the first barrier that follows `behind`."""
     at = text.index(BARRIER, text.index(behind))
-    return text[:at] + text[at + len(BARRIER) :]
+    return text[:at] + ";" + text[at + len(BARRIER) :]
 
 
 @pytest.mark.parametrize("race", RACES)
