@@ -23,6 +23,9 @@ SourceName = Annotated[
     typer.Option(help="A folder, a hub repository (owner/name), or `tiny`. Default: the recipe's."),
 ]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one per core.")]
+ShardCache = Annotated[
+    int, typer.Option(min=1, help="Shards of a hub source that may be on the disk at once.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -52,9 +55,7 @@ def build(
         float | None, typer.Option(min=0, max=2, help="Pin the AWQ exponent instead of searching it.")
     ] = None,
     jobs: Jobs = None,
-    shard_cache: Annotated[
-        int, typer.Option(min=1, help="Shards of a hub source that may be on the disk at once.")
-    ] = 2,
+    shard_cache: ShardCache = 2,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished build.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no result.")] = False,
@@ -124,6 +125,7 @@ def plan(
     recipe: RecipeFile = None,
     source: SourceName = None,
     jobs: Jobs = None,
+    shard_cache: ShardCache = 2,
     as_json: Json = False,
 ) -> None:
     """Show every size of a build before it starts; needs nothing but the recipe or a config.json.
@@ -135,7 +137,7 @@ def plan(
     """
     from .offline import plan_summary
 
-    emit(plan_summary(tier, recipe, source, jobs), as_json, _render_plan)
+    emit(plan_summary(tier, recipe, source, jobs, shard_cache), as_json, _render_plan)
 
 
 def _render_plan(result: Mapping[str, Any]) -> str:
@@ -145,7 +147,11 @@ def _render_plan(result: Mapping[str, Any]) -> str:
     ]
     head = f"{result['model']}.{result['tier']}: {gigabytes(result['total_bytes'])} in {result['tensor_count']} tensors"
     memory = f"memory for the build: about {gigabytes(result['peak_memory_bytes'])}"
-    return "\n".join([head, table(("format", "tensors", "weights", "size"), rows), memory])
+    if result["disk_bytes"] is None:
+        disk = "disk for the build: the file, and the shards of --shard-cache"
+    else:
+        disk = f"disk for the build: {gigabytes(result['disk_bytes'])}, the streamed shards included"
+    return "\n".join([head, table(("format", "tensors", "weights", "size"), rows), memory, disk])
 
 
 def tiers(

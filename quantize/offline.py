@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
-from ..formats.minimax import ModelConfig, parse_config
+from ..formats.minimax import ModelConfig, inventory, parse_config
 from .metadata import template
 from .plan import Plan, make_plan, plan_tensors, summary
 from .recipe import Recipe, load_tier
 from .recipe import tiers as tier_names
-from .sources import ModelFiles, choose_recipe, model_files
+from .sources import ModelFiles, choose_recipe, local_folder, model_files
 
 MACHINES_GB = (16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 256)
 CONTEXT = 32768
@@ -26,11 +27,32 @@ def offline_plan(recipe: Recipe, files: ModelFiles) -> Plan:
     return make_plan(recipe, config, tensors, metadata)
 
 
-def plan_summary(tier: str | None, path: Path | None, source: str | None, jobs: int | None) -> dict[str, Any]:
-    """What `mq-quant plan` prints."""
+def plan_summary(
+    tier: str | None, path: Path | None, source: str | None, jobs: int | None, shard_cache: int = 2
+) -> dict[str, Any]:
+    """What `mq-quant plan` prints; `disk_bytes` is None where the number of shards to stream is not known."""
     recipe = choose_recipe(tier, path, source)
     files = model_files(recipe.model)
-    return {**summary(offline_plan(recipe, files), jobs or cores()), "metadata_complete": files.complete}
+    plan = offline_plan(recipe, files)
+    shards = recipe.model.source.shards
+    streamed = shard_cache * -(-source_bytes(plan.config) // shards) if shards else 0
+    known = shards is not None or local_folder(recipe.model.source.place) is not None
+    return {
+        **summary(plan, jobs or cores()),
+        "disk_bytes": plan.total_bytes + streamed if known else None,
+        "metadata_complete": files.complete,
+    }
+
+
+def source_bytes(config: ModelConfig) -> int:
+    """Bytes of a released checkpoint's tensors: FP8 with f32 scales per block, BF16, F32."""
+    rows, columns = config.block_shape
+    total = 0
+    for spec in inventory(config):
+        total += math.prod(spec.shape) * {"fp8": 1, "bf16": 2, "f32": 4}[spec.stored]
+        if spec.stored == "fp8":
+            total += 4 * -(-spec.shape[0] // rows) * -(-spec.shape[1] // columns)
+    return total
 
 
 def cores() -> int:

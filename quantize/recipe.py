@@ -51,6 +51,8 @@ class Source(_Strict):
     repository: str | None = None
     revision: str | None = None
     folder: str | None = None
+    shards: int | None = Field(default=None, ge=1)
+    """About how many shards a repository has, for planning the disk without asking the hub."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
@@ -137,7 +139,7 @@ class Recipe(_Strict):
 _NOT_RESOLVED: Any = {
     "verify": True,
     "quantization_hash": True,
-    "model": {"config": True, "source": {"folder"}},
+    "model": {"config": True, "source": {"folder", "shards"}},
 }
 _compiled = lru_cache(maxsize=256)(re.compile)
 

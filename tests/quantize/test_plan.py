@@ -50,6 +50,8 @@ def test_the_full_size_tiers_have_their_published_sizes(tier: str, gigabytes: fl
     assert sum(row["bytes"] for row in by_format) == result["payload_bytes"] < result["total_bytes"]
     assert sum(row["tensors"] for row in by_format) == result["tensor_count"] == 62 * (10 + 3 * 256 + 1) + 3
     assert result["peak_memory_bytes"] < 4 << 30
+    shard = 230e9 / 125
+    assert 0.95 * 2 * shard < result["disk_bytes"] - result["total_bytes"] < 1.05 * 2 * shard
 
 
 def test_tensors_follow_each_other_without_holes_and_each_layer_has_its_sidecar() -> None:
