@@ -146,8 +146,14 @@ def check_fidelity(
         seen += 1
         problem = _problem(fidelity, fmt.name)
         if problem:
-            sidecar = awq_scale_name(spec.layer) if spec.projection in ("w1", "w3") and spec.layer is not None else ""
-            problems.append(f"{spec.name}: {problem}" + (f" (its scale is {sidecar})" if sidecar in file else ""))
+            sidecar = (
+                awq_scale_name(spec.layer)
+                if spec.projection in ("w1", "w3") and spec.layer is not None
+                else ""
+            )
+            problems.append(
+                f"{spec.name}: {problem}" + (f" (its scale is {sidecar})" if sidecar in file else "")
+            )
         key = (-1 if spec.layer is None else spec.layer, _projection(spec))
         rows.setdefault(key, _Row(fmt.name)).add(spec.name, fidelity)
     table = [

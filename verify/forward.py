@@ -71,7 +71,7 @@ def check_forward(
 ) -> Stage:
     """Run token ids [n_seq, len] through both models; `dump` writes the kernels' hidden states (HFHS).
 
-    Raises CheckError for ids outside the vocabulary and for sequences of no tokens.
+    Raises CheckError for ids outside the vocabulary, for sequences of no tokens, and where a result is not a number.
     """
     check_tokens(tokens, cfg)
     began = time.monotonic()
@@ -86,6 +86,8 @@ def check_forward(
             ids = model.layer(layer, states, at, [model.cache() for _ in tokens])
             got = np.stack([backend.download(h) for h in states])
             layers.append(_figures(layer, hidden, torch.from_numpy(got), choices.ids, ids))
+            if math.isnan(layers[-1].cosine_mean):
+                raise CheckError(f"layer {layer}: the hidden state is not a number", file=file.path)
             if writer:
                 writer.add(got.reshape(tokens.size, -1))
     except BaseException as e:
@@ -100,6 +102,8 @@ def check_forward(
     ):
         divergence.add(reference, torch.from_numpy(test), sequence)
     summary = divergence.summary()
+    if not math.isfinite(summary.kld_mean):
+        raise CheckError("logits: the KL divergence is not a number", file=file.path)
     values = {
         "positions": tokens.size,
         "backend": backend.name,
@@ -149,8 +153,6 @@ def _layer_problems(layers: list[LayerFigures], bars: Bars) -> list[str]:
 
 def _summary_problems(summary: DivergenceSummary, bars: Bars) -> list[str]:
     problems = []
-    if not math.isfinite(summary.kld_mean):
-        problems.append("logits: the KL divergence is not a number")
     if bars.kld_mean is not None and not summary.kld_mean <= bars.kld_mean:
         problems.append(f"logits: the mean KL divergence is {summary.kld_mean:.6f}, over {bars.kld_mean}")
     if bars.top1 is not None and not summary.top1 >= bars.top1:

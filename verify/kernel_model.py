@@ -67,7 +67,7 @@ class KernelModel:
     """An open file on a back end; `capacity` is the number of positions of a sequence.
 
     `after` is called with a stage's name when its launches are queued (benchmarks wait and read the clock there).
-    Raises CheckError where a layer's experts have different formats or shapes.
+    Raises CheckError where a layer's experts have different formats or shapes, or its hidden states are not numbers.
     """
 
     file: HfqFile
@@ -235,6 +235,8 @@ class KernelModel:
             self.attend(w, h, positions, cache)
         routed = [self.route(w, h) for h in states]
         ids = np.concatenate([self.backend.download(ids) for _, ids, _ in routed])
+        if (ids < 0).any():
+            raise CheckError(f"layer {layer}: the router's input is not a number", file=self.file.path)
         experts = self.experts(layer, np.unique(ids).tolist())
         self.after("load")
         for h, choice in zip(states, routed, strict=True):
