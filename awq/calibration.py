@@ -6,9 +6,8 @@ Depends on importance, and on formats (calibration, minimax) and numpy; all arit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,36 @@ class CalibratedLayer(LayerImportance):
         return unpack_moment(packed, len(self.down_pooled))
 
 
+def read_layer(file: LayerFile, config: ModelConfig, layer: int, notes: tuple[str, ...]) -> CalibratedLayer:
+    """The importances in one layer's file; experts' own moments stay there until they are asked for."""
+
+    def by_projection(kind: str) -> dict[str, F64]:
+        """f64 [experts] or [experts, K] of gate, up and down."""
+        gate, down = (file.array(f"{matrix}.{kind}").astype(np.float64) for matrix in ("gate_up", "down"))
+        return {"w1": gate, "w2": down, "w3": gate}
+
+    gate_up = unpack_moment(file.array("gate_up.moment"), config.hidden_size)
+    tokens = float(file.array("gate_up.tokens")[0])
+    return CalibratedLayer(
+        layer,
+        by_projection("diagonal"),
+        by_projection("counts"),
+        notes,
+        file,
+        Importance(np.diag(gate_up).copy(), gate_up, tokens),
+        unpack_moment(file.array("down.pooled"), config.intermediate_size),
+    )
+
+
+def fallback_notes(layer: int, notes: Sequence[str], unseen: Sequence[int]) -> tuple[str, ...]:
+    """What was left out while the layer was gathered, and which experts have no moment of their own."""
+    if not unseen:
+        return tuple(map(str, notes))
+    named = ", ".join(map(str, unseen[:8])) + (", …" if len(unseen) > 8 else "")
+    taken = f"layer {layer} w2: experts {named} ({len(unseen)}) without tokens took the layer's moment"
+    return (*map(str, notes), taken)
+
+
 @dataclass(frozen=True)
 class CalibratedModel:
     """The importances of a model, read layer by layer from a calibration folder."""
@@ -65,35 +94,13 @@ class CalibratedModel:
 
     def layer(self, layer: int) -> CalibratedLayer:
         """One layer's importances; CalibrationError where its file is not the one that the manifest names."""
-        file = self.calibration.layer(layer)
-        counts = {"w1": file.array("gate_up.counts"), "w2": file.array("down.counts")}
-        counts = {"w1": counts["w1"], "w2": counts["w2"], "w3": counts["w1"]}
-        gate_up = unpack_moment(file.array("gate_up.moment"), self.config.hidden_size)
-        tokens = float(file.array("gate_up.tokens")[0])
-        diagonals = {"w1": file.array("gate_up.diagonal"), "w2": file.array("down.diagonal")}
-        diagonals = {"w1": diagonals["w1"], "w2": diagonals["w2"], "w3": diagonals["w1"]}
-        return CalibratedLayer(
-            layer,
-            {p: d.astype(np.float64) for p, d in diagonals.items()},
-            {p: n.astype(np.float64) for p, n in counts.items()},
-            self._notes(layer),
-            file,
-            Importance(np.diag(gate_up).copy(), gate_up, tokens),
-            unpack_moment(file.array("down.pooled"), self.config.intermediate_size),
-        )
+        return read_layer(self.calibration.layer(layer), self.config, layer, self._notes(layer))
 
     def _notes(self, layer: int) -> tuple[str, ...]:
         record = self.calibration.manifest["layers"][layer]
-        notes = [str(note) for note in record.get("notes", ())]
-        unseen = record.get("unseen", [])
-        if unseen:
-            named = ", ".join(map(str, unseen[:8])) + (", …" if len(unseen) > 8 else "")
-            notes.append(
-                f"layer {layer} w2: experts {named} ({len(unseen)}) without tokens took the layer's moment"
-            )
-        return tuple(notes)
+        return fallback_notes(layer, record.get("notes", ()), record.get("unseen", ()))
 
-    @cached_property
+    @property
     def coverage(self) -> float:
         """Share of experts that saw a token."""
         experts = self.config.num_local_experts

@@ -94,7 +94,8 @@ def unpack_correlation(packed: NDArray[np.float16], diagonal: NDArray[Any]) -> F
     """The second moment f64 [k, k] of packed correlations and its exact diagonal [k]."""
     exact = diagonal.astype(np.float64)
     root = np.sqrt(exact)
-    out = unpack_moment(packed, len(exact)) * (root[:, None] * root)  # symmetric to the last bit
+    out = unpack_moment(packed, len(exact))
+    out *= root[:, None] * root  # in this order the result is symmetric to the last bit
     np.fill_diagonal(out, exact)
     return out
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ from .calibration_folder import CalibrationFolder
 from .moments import CHUNK, LayerMoments
 from .progress import Progress
 from .provenance import flatten, program
+from .recipe import Recipe
+from .requantised import Stored
 
 LENGTH = 512
 """Tokens per sequence where a text is cut up."""
@@ -38,10 +39,15 @@ Tokens = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How a calibration runs: the first two decide its bytes (with the device, to the last bits), the others do not."""
+    """How a calibration runs. `down`, `propagate` and, in the last bits, `device` decide its bytes; the rest does not.
+
+    With a recipe in `propagate` each layer sees what the layers before it put out as that recipe stores them.
+    """
 
     down: DownForm = "compact"
+    propagate: Recipe | None = None
     device: str = "cpu"
+    jobs: int = 1
     force: bool = False
     restart: bool = False
     quiet: bool = False
@@ -150,23 +156,29 @@ def estimate(config: ModelConfig, tokens: int, down: DownForm) -> dict[str, int]
 
 @dataclass
 class Reading:
-    """The source seen from one layer: counts what is read, and releases each weight once it has been."""
+    """The source seen from one layer: counts what is read, and where it is read `once` releases it thereafter."""
 
     source: Source
     progress: Progress
     layer: int
+    once: bool
     read: int = 0
+    released: set[str] = field(default_factory=set)
 
     def weight(self, name: str) -> NDArray[np.float32]:
         values = self.source.weight(name)
         self.read += values.size
         self.progress.advance(values.size, f"layer {self.layer}")
+        if self.once:
+            self.source.release(name)
+            self.released.add(name)
         return values
 
-    def skip_rest(self, specs: list[TensorSpec]) -> None:
-        """Release the layer's weights, experts that no token chose included."""
+    def finish(self, specs: list[TensorSpec]) -> None:
+        """Release what is left of the layer: experts that no token chose, or all of it."""
         for spec in specs:
-            self.source.release(spec.name)
+            if spec.name not in self.released:
+                self.source.release(spec.name)
         self.progress.advance(weights_of(specs) - self.read, f"layer {self.layer}")
 
 
@@ -195,7 +207,7 @@ def calibrate(source: Source, tokens: Tokens, folder: Path, options: Calibration
         "source": {"origin": source.origin, "files": source.fingerprint()},
         "tokens": token_record(tokens),
         "down": options.down,
-        "propagate": "source",
+        "propagate": options.propagate.resolved() if options.propagate else "source",
     }
     with CalibrationFolder(folder, dict(flatten(manifest)), options.force, options.restart) as out:
         records = out.done()
@@ -232,7 +244,8 @@ def _run(
     layers = {n: list(layer_inventory(config, n)) for n in range(config.num_hidden_layers)}
     names = [spec.name for n in range(first, config.num_hidden_layers) for spec in layers[n]]
     source.schedule(names if first else [EMBED, *names])
-    hidden = start(source, out, tokens, first).to(device)
+    stored = Stored(source, config, options.propagate, options.jobs) if options.propagate else None
+    hidden = start(source, stored, out, tokens, first).to(device)
     total = sum(map(weights_of, layers.values()))
     before = sum(weights_of(layers[n]) for n in range(first))
     with (
@@ -240,24 +253,31 @@ def _run(
         torch.inference_mode(),
     ):
         for layer in range(first, config.num_hidden_layers):
-            reading, moments = Reading(source, progress, layer), LayerMoments(config, layer, options.down)
-            hidden = layer_forward(reading, config, layer, hidden, moments)
-            reading.skip_rest(layers[layer])
+            last = layer + 1 == config.num_hidden_layers
+            reading = Reading(source, progress, layer, once=stored is None)
+            moments = LayerMoments(config, layer, options.down)
+            behind = layer_forward(reading, config, layer, hidden, moments)
             arrays = moments.finish()
-            extra: Mapping[str, Any] = {
+            record = {
+                **out.write_layer(layer, arrays),
                 "tokens": int(arrays["gate_up.tokens"][0]),
                 "unseen": moments.unseen,
                 "notes": moments.notes,
             }
-            last = layer + 1 == config.num_hidden_layers
-            out.finish_layer(layer, arrays, None if last else hidden.cpu().numpy(), extra)
+            if stored and not last:
+                behind = stored.forward(out.layer(layer, config, options.down), hidden)
+            hidden = behind
+            reading.finish(layers[layer])
+            out.finish_layer(layer, None if last else hidden.cpu().numpy(), record)
             records.append(out.journal.done[f"layer.{layer}"])
 
 
-def start(source: Source, out: CalibrationFolder, tokens: Tokens, first: int) -> Tensor:
+def start(
+    source: Source, stored: Stored | None, out: CalibrationFolder, tokens: Tokens, first: int
+) -> Tensor:
     """The residual stream f32 [sequences, length, hidden] that enters layer `first`."""
     if first:
         return torch.from_numpy(out.hidden(first, (*tokens.shape, source.config.hidden_size)))
-    hidden = embed(source, tokens)
+    hidden = embed(stored or source, tokens)
     source.release(EMBED)
     return hidden

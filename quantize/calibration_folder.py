@@ -1,8 +1,8 @@
 """A calibration folder while it is written: a journal, the hidden states between layers, and at the end the manifest.
 
 After each layer the folder holds that layer's file, the residual stream behind it, and a journal line that names the
-hashes of both: a run that was killed continues after the last such line. Depends on formats (calibration, imatrix),
-journal and output.
+hashes of both: a run that was killed continues after the last such line. Depends on formats (calibration, imatrix), on
+awq.calibration, journal and output.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..awq.calibration import CalibratedLayer, read_layer
 from ..formats.calibration import (
     IMATRIX,
     MANIFEST,
     SCHEMA,
     Arrays,
+    DownForm,
     LayerFile,
     encode_layer,
     layer_file,
@@ -84,19 +86,24 @@ class CalibrationFolder:
             raise ResumeError("is not as the earlier run left it", file=path, hint=_RESTART)
         return np.fromfile(path, "<f4").reshape(tuple(shape)).astype(np.float32)
 
-    def finish_layer(
-        self, layer: int, arrays: Arrays, hidden: NDArray[np.float32] | None, extra: Mapping[str, Any]
-    ) -> None:
-        """Make one layer durable: its file, the residual stream behind it (None after the last), the journal's line."""
+    def write_layer(self, layer: int, arrays: Arrays) -> dict[str, Any]:
+        """Make one layer's file durable; returns its bytes and hash for `finish_layer`."""
         raw = encode_layer(arrays)
-        digest = hashlib.sha256(raw).hexdigest()
         write_atomic(self.path / layer_file(layer), raw)
-        record: dict[str, Any] = {"sha256": digest, "bytes": len(raw), **extra}
+        return {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+
+    def layer(self, layer: int, config: ModelConfig, down: DownForm) -> CalibratedLayer:
+        """The importances in a layer's file."""
+        path = self.path / layer_file(layer)
+        return read_layer(LayerFile(path, layer_infos(path, config, down)), config, layer, ())
+
+    def finish_layer(self, layer: int, hidden: NDArray[np.float32] | None, record: dict[str, Any]) -> None:
+        """Make the residual stream behind a written layer durable (None after the last), then the journal's line."""
         if hidden is not None:
             data = np.ascontiguousarray(hidden, "<f4").data.cast("B")
             record["hidden"] = hashlib.sha256(data).hexdigest()
             write_atomic(self.path / hidden_file(layer + 1), data)
-        self.journal.record(f"layer.{layer}", digest[:16], **record)
+        self.journal.record(f"layer.{layer}", record["sha256"], **record)
         (self.path / hidden_file(layer)).unlink(missing_ok=True)
 
     def complete(
@@ -156,7 +163,7 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         partial.replace(path)
 
 
-def imatrix_entries(path: Path, config: ModelConfig, down: Any) -> dict[str, ImatrixEntry]:
+def imatrix_entries(path: Path, config: ModelConfig, down: DownForm) -> dict[str, ImatrixEntry]:
     """The statistics of all layers' files under llama.cpp's names."""
     out = {}
     for layer in range(config.num_hidden_layers):

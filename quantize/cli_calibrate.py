@@ -8,10 +8,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from .cli_build import Json, _percent, _some
+from .cli_build import Jobs, Json, _percent, _some
 from .console import INTERRUPTED, emit, gigabytes, note
 
 DEVICES = ("cpu", "cuda")
+PROPAGATE = ("source", "quantised")
 
 
 def calibrate(
@@ -27,11 +28,20 @@ def calibrate(
         str,
         typer.Option(help="How down's moments are kept: full (f32), compact (f16) or pooled (one a layer)."),
     ] = "compact",
+    propagate: Annotated[
+        str,
+        typer.Option(help="What the next layer sees: the source's outputs, or those of the quantised layer."),
+    ] = "source",
+    tier: Annotated[
+        str | None, typer.Option(help="The tier to quantise with, for --propagate quantised.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Or a recipe of your own (YAML).")] = None,
+    jobs: Jobs = None,
     device: Annotated[str, typer.Option(help="cpu or cuda (which is ROCm's name too).")] = "cpu",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub repository.")] = None,
     shard_cache: Annotated[
         int, typer.Option(min=1, help="Shards of a hub source that may be on the disk at once.")
-    ] = 3,
+    ] = 4,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the sizes only.")
     ] = False,
@@ -46,15 +56,21 @@ def calibrate(
     Examples:
       mq-quant calibrate --source ./MiniMax-M2.7 --text corpus.txt --sequences 128 -o calib
       mq-quant calibrate --source ./MiniMax-M2.7 --tokens ids.npy --device cuda -o calib
+      mq-quant calibrate --source tiny --tokens ids.npy --propagate quantised --tier mq2 -o calib
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
     """
     from ..formats.calibration import DOWN_FORMS, DownForm
     from .calibrate import CalibrationOptions, estimate, read_tokens, tokenize
     from .calibrate import calibrate as run
-    from .sources import open_place
+    from .offline import cores
+    from .sources import choose_recipe, open_place
 
     _one_of("--down", down, DOWN_FORMS)
     _one_of("--device", device, DEVICES)
+    _one_of("--propagate", propagate, PROPAGATE)
+    if propagate == "source" and (tier or recipe):
+        raise typer.BadParameter("--tier and --recipe go with --propagate quantised")
+    chosen = choose_recipe(tier, recipe, source) if propagate == "quantised" else None
     if (text is None) == (tokens is None):
         raise typer.BadParameter("give either --text or --tokens")
     opened = open_place(source, revision, shard_cache, output.parent)
@@ -72,7 +88,7 @@ def calibrate(
             return
         if not (quiet or as_json):
             note(_render_sizes({"tokens": int(ids.size), **sizes}))
-        options = CalibrationOptions(form, device, force, restart, quiet or as_json)
+        options = CalibrationOptions(form, chosen, device, jobs or cores(), force, restart, quiet or as_json)
         result = run(opened, ids, output, options)
     except KeyboardInterrupt:
         note("interrupted; the same command continues after the last finished layer")

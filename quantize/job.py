@@ -123,6 +123,16 @@ def _imatrix_record(imatrix: Imatrix | None, importance: ModelImportance | None)
     }
 
 
+def fit_settings(recipe: Recipe) -> FitSettings:
+    """How a recipe has its experts encoded."""
+    return FitSettings(
+        fit=recipe.fit,
+        gain=recipe.gain,
+        awq_alpha=None if recipe.awq.alpha == "search" else recipe.awq.alpha,
+        fold_down=recipe.awq.fold_down,
+    )
+
+
 @contextmanager
 def open_job(
     recipe: Recipe,
@@ -170,13 +180,7 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
     provenance = {"program": program(), **made_from, "skipped_tensors": len(source.skipped_mtp)}
     metadata = template(source.raw_config, side, config, tensors, provenance, skipped)
     plan = make_plan(recipe, config, tensors, metadata)
-    awq = recipe.awq
-    settings = FitSettings(
-        fit=recipe.fit,
-        gain=recipe.gain,
-        awq_alpha=None if awq.alpha == "search" else awq.alpha,
-        fold_down=awq.fold_down,
-    )
+    settings = fit_settings(recipe)
     signature = {
         "program": program()["version"],
         "plan": plan.digest(),

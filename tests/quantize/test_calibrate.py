@@ -45,7 +45,7 @@ from mq_quant.quantize.calibrate import (
 )
 from mq_quant.quantize.calibration_folder import JOURNAL, hidden_file
 from mq_quant.quantize.moments import LayerMoments, mean_squares, second_moment
-from mq_quant.verify.reference import Observer, Routing, layer_by_layer
+from mq_quant.verify.reference import Observer, Routing, layer_by_layer, layer_forward
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (3, 20)).astype(np.int32)
 
@@ -324,6 +324,38 @@ def test_an_expert_that_overflows_is_reported_and_left_out(tmp_path: Path, rows:
     assert fallbacks[0] == result["notes"][0] and "w2: experts 1 (1)" in fallbacks[1]
 
 
+def test_quantised_propagation_feeds_each_layer_what_the_built_file_puts_out(
+    source: Checkpoint, tmp_path: Path
+) -> None:
+    from mq_quant.formats.hfq import open_hfq
+    from mq_quant.quantize.build import Options, build
+    from mq_quant.quantize.job import Changes, changed, open_job
+    from mq_quant.quantize.sources import choose_recipe
+    from mq_quant.verify.decoded import DecodedFile
+
+    recipe = changed(choose_recipe("mq2", None, str(source.path)), Changes(calibration=tmp_path, alpha=0.4))
+    given = options(down="full", propagate=recipe, jobs=2)
+    folder, whole, out = tmp_path / "calib", tmp_path / "whole", tmp_path / "out.mq2"
+    with pytest.raises(StopError):
+        calibrate(Failing(source, expert_name(1, 2, "w2")), TOKENS, folder, given)
+    assert calibrate(source, TOKENS, folder, given)["resumed_layers"] == 1
+    calibrate(source, TOKENS, whole, options(down="full", propagate=recipe, jobs=1))
+    assert contents(folder) == contents(whole)
+    with open_job(recipe, Changes(calibration=folder, alpha=0.4)) as job:
+        build(job, Options(out, quiet=True))
+    seen = Rows()
+    with open_hfq(out) as file:
+        _, hidden = next(layer_by_layer(DecodedFile(file), source.config, TOKENS))
+    layer_forward(source, source.config, 1, hidden, seen)
+    x = seen.shared[1]
+    got = unpack_moment(opened(folder, source, 1).array("gate_up.moment"), 256)
+    np.testing.assert_allclose(got, x.T @ x / len(x), rtol=1e-6, atol=1e-9)
+    for e in range(3):
+        x = seen.down[1, e]
+        got = unpack_moment(opened(folder, source, 1).row("down.moment", e), 256)
+        np.testing.assert_allclose(got, x.T @ x / len(x), rtol=1e-6, atol=1e-6 * np.square(x).mean())
+
+
 def test_experts_without_a_token_are_named(tmp_path: Path) -> None:
     content = small_model.tensors()
     content["model.layers.0.block_sparse_moe.e_score_correction_bias"] = torch.tensor([9.0, -9.0, 9.0])
@@ -480,6 +512,9 @@ def test_the_command_writes_a_folder_that_a_build_takes(
         (),
         ("--tokens", "a.npy", "--down", "half"),
         ("--tokens", "a.npy", "--device", "tpu"),
+        ("--tokens", "a.npy", "--propagate", "both"),
+        ("--tokens", "a.npy", "--propagate", "quantised"),
+        ("--tokens", "a.npy", "--tier", "mq2"),
         ("--tokens", "a.npy"),
     ],
 )
