@@ -85,7 +85,8 @@ constexpr int FRAME = 20;
 namespace mq {
 namespace {
 
-constexpr size_t STACK = 64 << 10, LDS_BYTES = 64 << 10, GUARD = 16;
+// Stacks are no power of two apart, or the tops of all of them would compete for one set of the cache.
+constexpr size_t STACK = (64 << 10) + 192, LDS_BYTES = 64 << 10, GUARD = 16;
 constexpr unsigned MOST_THREADS = 1024, WARP = 32;
 constexpr uint64_t CANARY = 0x6d712d7175616e74;
 // What LDS holds before a block begins: NaN as float and half, and in descending order another value, so that a read of
@@ -114,6 +115,7 @@ struct Worker {
   unsigned char* lds = static_cast<unsigned char*>(std::aligned_alloc(4096, LDS_BYTES + GUARD));
   Worker() {
     if (!stacks || !lds) throw std::bad_alloc();
+    for (unsigned i = 0; i < MOST_THREADS; i++) std::memcpy(stacks + STACK * i, &CANARY, sizeof CANARY);
   }
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
@@ -211,7 +213,6 @@ void prepare(Worker& w, Fiber& f, unsigned number, Index dim) {
   f.number = number;
   f.thread = {number % dim.x, number / dim.x % dim.y, number / (dim.x * dim.y)};
   f.stack = w.stacks + STACK * number;
-  std::memcpy(f.stack, &CANARY, sizeof CANARY);
   void** frame = reinterpret_cast<void**>(f.stack + STACK) - FRAME;
   std::memset(frame, 0, FRAME * sizeof(void*));
   frame[RETURN] = reinterpret_cast<void*>(&fiber_main);
@@ -229,6 +230,13 @@ bool untouched(const unsigned char* p, size_t n, unsigned char poison) {
   return true;
 }
 
+bool stacks_whole(const Worker& w) {
+  for (unsigned i = 0; i < w.threads; i++) {
+    if (std::memcmp(w.stacks + STACK * i, &CANARY, sizeof CANARY)) return false;
+  }
+  return true;
+}
+
 const char* run_block(Worker& w) {
   const unsigned char poison = POISON[w.descending];
   std::memset(w.lds, poison, w.lds_high);
@@ -242,7 +250,6 @@ const char* run_block(Worker& w) {
   mq_switch(&w.main_stack_pointer, w.shared.fiber->stack_pointer);
   if (!w.problem && w.alive) w.problem = "a barrier or shuffle was not reached by every thread";
   for (unsigned i = 0; !w.problem && i < w.threads; i++) {
-    if (std::memcmp(w.fibers[i].stack, &CANARY, sizeof CANARY)) w.problem = "a kernel's stack overran";
     if (w.fibers[i].lds_used != w.fibers[0].lds_used) w.problem = "threads of a block took different LDS arrays";
   }
   for (size_t guard : w.guards) {
@@ -307,6 +314,7 @@ extern "C" __attribute__((visibility("default"))) int mq_run(mq::Entry entry, vo
         w.shared.block = {unsigned(b % grid[0]), unsigned(b / grid[0] % grid[1]), unsigned(b / grid[0] / grid[1])};
         if (const char* said = run_block(w)) problem.store(said);
       }
+      if (!problem.load() && !stacks_whole(w)) problem.store("a kernel's stack overran");
       here = nullptr;
       give_back(std::move(owned));
     } catch (const std::bad_alloc&) {
