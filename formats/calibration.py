@@ -1,14 +1,14 @@
 """Calibration folders: what a run of the model on text left behind, one safetensors file per layer and a manifest.
 
 Only the bytes: names, shapes, the packing of symmetric matrices, and strict reading; what the numbers are used for is
-policy. The manifest is written last, so that a folder without one is unfinished. Depends on numpy and safetensors, and
-on shards, strictjson, minimax and errors.
+policy. The manifest is written last, so that a folder without one is unfinished. Depends on numpy, and on shards,
+strictjson, minimax and errors.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .errors import CalibrationError, CheckpointError
 from .minimax import ModelConfig
 from .shards import TensorInfo, read_header, read_tensor
-from .strictjson import JsonError, parse_object
+from .strictjson import JsonError, dump_object, parse_object
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -34,6 +34,7 @@ F64 = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
+_STORED = {numpy: stored for stored, numpy in _NUMPY.items()}
 _AGAIN = "calibrate again, into a new folder"
 
 
@@ -167,11 +168,25 @@ def _shown(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return "missing" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
-def encode_layer(arrays: Arrays) -> bytes:
-    """The bytes of one layer's file; they depend on the arrays alone."""
-    from safetensors.numpy import save
-
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+def encode_layer(arrays: Arrays) -> Iterator[memoryview]:
+    """The bytes of one layer's safetensors file in pieces, nothing copied; they depend on the arrays alone."""
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    header: dict[str, Any] = {}
+    start = 0
+    for name in order:
+        array = arrays[name]
+        stop = start + array.nbytes
+        header[name] = {
+            "dtype": _STORED[array.dtype.str],
+            "shape": list(array.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    raw = dump_object(header)
+    raw += b" " * (-len(raw) % 8)
+    yield memoryview(len(raw).to_bytes(8, "little") + raw)
+    for name in order:
+        yield np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data
 
 
 def open_calibration(folder: str | Path) -> Calibration:

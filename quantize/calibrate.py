@@ -25,6 +25,7 @@ from ..verify.reference import embed, layer_forward
 from .build import peak_rss
 from .calibration_folder import CalibrationFolder
 from .moments import CHUNK, LayerMoments
+from .plan import BASE_MEMORY
 from .progress import Progress
 from .provenance import flatten, program
 from .recipe import Recipe
@@ -145,9 +146,9 @@ def estimate(config: ModelConfig, tokens: int, down: DownForm) -> dict[str, int]
     tensors = layer_tensors(config, down).values()
     layer = sum(sizes[dtype] * int(np.prod(shape)) for dtype, shape in tensors)
     table = 8 * config.vocab_size * h
-    running = stream + max(attention, 3 * stream + expert + moments) + 2 * layer
+    running = stream + max(attention, 3 * stream + expert + moments) + layer
     return {
-        "memory_bytes": max(table + 2 * stream, running),
+        "memory_bytes": BASE_MEMORY + max(table + 2 * stream, running),
         "layer_bytes": layer,
         "folder_bytes": layer * config.num_hidden_layers,
         "unfinished_bytes": stream,

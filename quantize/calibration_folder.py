@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ from .output import disk_errors
 
 JOURNAL = "journal"
 ATTN_NAMES = {"attn_q": "in", "attn_k": "in", "attn_v": "in", "attn_output": "out"}
+_OURS = re.compile(
+    rf"{re.escape(MANIFEST)}|{JOURNAL}|{re.escape(IMATRIX)}|layer-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
+)
 _RESTART = "give --restart to discard it and begin anew"
 
 
@@ -88,9 +92,7 @@ class CalibrationFolder:
 
     def write_layer(self, layer: int, arrays: Arrays) -> dict[str, Any]:
         """Make one layer's file durable; returns its bytes and hash for `finish_layer`."""
-        raw = encode_layer(arrays)
-        write_atomic(self.path / layer_file(layer), raw)
-        return {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+        return write_atomic(self.path / layer_file(layer), encode_layer(arrays))
 
     def layer(self, layer: int, config: ModelConfig, down: DownForm) -> CalibratedLayer:
         """The importances in a layer's file."""
@@ -101,8 +103,7 @@ class CalibrationFolder:
         """Make the residual stream behind a written layer durable (None after the last), then the journal's line."""
         if hidden is not None:
             data = np.ascontiguousarray(hidden, "<f4").data.cast("B")
-            record["hidden"] = hashlib.sha256(data).hexdigest()
-            write_atomic(self.path / hidden_file(layer + 1), data)
+            record["hidden"] = write_atomic(self.path / hidden_file(layer + 1), [data])["sha256"]
         self.journal.record(f"layer.{layer}", record["sha256"], **record)
         (self.path / hidden_file(layer)).unlink(missing_ok=True)
 
@@ -121,7 +122,8 @@ class CalibrationFolder:
         keep = ("bytes", "sha256", "tokens", "unseen", "notes")
         layers = [{key: record[key] for key in keep} for record in records]
         whole = {"schema": SCHEMA, **manifest, "layers": layers}
-        write_atomic(self.path / MANIFEST, json.dumps(whole, indent=1, ensure_ascii=False).encode() + b"\n")
+        text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(self.path / MANIFEST, [memoryview(text.encode())])
         (self.path / JOURNAL).unlink()
 
 
@@ -133,34 +135,39 @@ def begin_folder(path: Path, force: bool, restart: bool) -> None:
         if not path.parent.is_dir():
             raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
         path.mkdir()
-    ours = {MANIFEST, JOURNAL, IMATRIX}
-    strange = [
-        f.name
-        for f in path.iterdir()
-        if f.name not in ours and not f.name.startswith(("layer-", "hidden-", "."))
-    ]
+    found = sorted(f.name for f in path.iterdir())
+    strange = [name for name in found if not _OURS.fullmatch(name)]
     if strange:
         raise OutputError(
             f"holds {strange[0]}, which is no calibration", file=path, hint="give -o a new folder"
         )
-    finished = (path / MANIFEST).exists()
+    finished, begun = MANIFEST in found, JOURNAL in found
     if finished and not (force or restart):
         raise OutputError("holds a finished calibration", file=path, hint="give --force to replace it")
-    if finished or restart or not (path / JOURNAL).exists():
+    if found and not (finished or begun or restart):
+        raise OutputError(f"holds {found[0]} but no {JOURNAL}", file=path, hint=_RESTART)
+    if finished or restart:
         (path / MANIFEST).unlink(missing_ok=True)
         for file in path.iterdir():
             file.unlink()
 
 
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file under a temporary name, sync it and give it its name; OutputError where that fails."""
-    partial = path.with_name(f".{path.name}.partial")
+def write_atomic(path: Path, pieces: Iterable[memoryview]) -> dict[str, Any]:
+    """Write a file under a temporary name, sync it and give it its name; returns {bytes, sha256}.
+
+    Raises OutputError where the disk is full or cannot be written.
+    """
+    partial, digest, size = path.with_name(f".{path.name}.partial"), hashlib.sha256(), 0
     with disk_errors(path):
         with partial.open("wb") as f:
-            f.write(data)
+            for piece in pieces:
+                f.write(piece)
+                digest.update(piece)
+                size += len(piece)
             f.flush()
             os.fsync(f.fileno())
         partial.replace(path)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def imatrix_entries(path: Path, config: ModelConfig, down: DownForm) -> dict[str, ImatrixEntry]:

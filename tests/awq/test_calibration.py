@@ -67,7 +67,7 @@ def write(folder: Path, down: str = "full", change: Callable[[dict[str, Any]], N
             arrays["down.diagonal"][e] = np.diag(own)
             if down != "pooled":
                 arrays["down.moment"][e] = (pack_correlation if down == "compact" else pack_moment)(own)
-        raw = encode_layer(arrays)
+        raw = b"".join(encode_layer(arrays))
         (folder / layer_file(layer)).write_bytes(raw)
         unseen = [int(e) for e in np.flatnonzero(COUNTS[layer] == 0)]
         notes = ["layer 1: something was left out"] if layer else []
@@ -162,6 +162,15 @@ def test_packing_keeps_a_symmetric_matrix(k: int, seed: int, silent: set[int]) -
     got = unpack_correlation(pack_correlation(moment), diagonal)
     assert (np.diag(got) == diagonal).all() and (got == got.T).all() and np.isfinite(got).all()
     assert (np.abs(got - moment) <= 2**-11 * np.sqrt(np.outer(diagonal, diagonal)) + 1e-12).all()
+
+
+def test_layer_files_are_what_the_safetensors_package_reads(folder: Path, model: CalibratedModel) -> None:
+    from safetensors.numpy import load_file
+
+    arrays, file = load_file(folder / layer_file(0)), model.layer(0).file
+    assert set(arrays) == set(file.infos)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(file.array(name), array, strict=True)
 
 
 def other(**fields: Any) -> ModelConfig:

@@ -269,9 +269,37 @@ def test_what_is_there_already_is_not_overwritten(full: Path, source: Checkpoint
     assert (tmp_path / "photo.jpg").read_bytes() == b"precious"
     with pytest.raises(OutputError, match="mkdir -p"):
         calibrate(source, TOKENS, tmp_path / "no" / "where", options())
+    for place, name in (("a", ".git"), ("b", layer_file(0))):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / name).write_bytes(b"precious")
+        with pytest.raises(OutputError, match=name):
+            calibrate(source, TOKENS, tmp_path / place, options(force=True))
+        assert (tmp_path / place / name).read_bytes() == b"precious"
     calibrate(source, TOKENS[:1], tmp_path / "calib", options())
     calibrate(source, TOKENS, tmp_path / "calib", options(down="full", force=True))
     assert contents(tmp_path / "calib") == before
+
+
+def test_a_full_disk_is_an_error_and_the_calibration_continues_after_it(
+    full: Path, source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    folder, sync, left = tmp_path / "calib", os.fsync, [4]
+
+    def fsync(fd: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OutputError, match="the disk is full"):
+            calibrate(source, TOKENS, folder, options(down="full"))
+    assert calibrate(source, TOKENS, folder, options(down="full"))["resumed_layers"] == 1
+    assert contents(folder) == contents(full)
 
 
 def test_rows_that_are_not_finite_are_left_out_and_reported(source: Checkpoint) -> None:
