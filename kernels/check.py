@@ -2,7 +2,7 @@
 
 For AMD it needs clang and lld of version 18 or later (Debian: clang-19, lld-19) and no ROCm; for NVIDIA, nvrtc. What
 it asserts of a code object: the machine, the architecture, one descriptor per kernel, nothing left undefined. It
-prints the registers and LDS of each kernel. Depends on sources, cuda and errors.
+prints the registers and LDS of each kernel. Depends on sources, elf, cuda and errors.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from pathlib import Path
 
 from ..formats.errors import BackendError, CheckError
 from . import cuda
+from .elf import DYNSYM, SYMTAB, Elf, read_elf
 from .sources import FOLDER, Kernel, Module, Sources
 
 ELF_AMDGPU = 0xE0
 AMD_ARCHES = {"gfx1100": 0x41, "gfx1151": 0x4A, "gfx1201": 0x4E}
 """Architectures that are checked, with the number that e_flags holds for them."""
 NVIDIA_ARCH = "sm_90"
+NVIDIA_RESERVED = 1024
+"""Bytes of shared memory that every block gives to the system, counted in a kernel's section."""
 CLANGS = ("clang-19", "clang-20", "clang-18", "clang")
 _FLAGS = (
     *("-x", "hip", "--offload-device-only", "--no-gpu-bundle-output", "-nogpuinc", "-nogpulib", "-fdeclspec"),
@@ -33,10 +36,6 @@ _FLAGS = (
 _REMARK = re.compile(
     r"remark:.*?\s(Function Name|TotalSGPRs|SGPRs|VGPRs|ScratchSize|LDS Size)(?: \[[^]]*\])?: (\S+)"
 )
-_PTXAS = re.compile(
-    r"Compiling entry function '(\w+)'.*?Used (\d+) registers(.*?)(?=\n\S*\s*ptxas info\s*: Comp|\Z)", re.S
-)
-_SHARED = re.compile(r"(\d+) bytes smem")
 
 
 @dataclass(frozen=True)
@@ -51,49 +50,16 @@ class Usage:
     lds: int
 
 
-@dataclass(frozen=True)
-class Symbol:
-    name: str
-    defined: bool
-
-
-@dataclass(frozen=True)
-class CodeObject:
-    """What the check reads of an ELF file: machine, flags, and the dynamic symbols."""
-
-    machine: int
-    flags: int
-    symbols: tuple[Symbol, ...]
-
-
-def read_code_object(data: bytes) -> CodeObject:
-    """Parse an ELF64 file; CheckError where it is none."""
-    if data[:5] != b"\x7fELF\x02" or len(data) < 64:
-        raise CheckError("the compiler's output is not an ELF64 file")
-    machine, flags = struct.unpack_from("<H", data, 18)[0], struct.unpack_from("<I", data, 48)[0]
-    table, size, count = struct.unpack_from("<Q", data, 40)[0], *struct.unpack_from("<HH", data, 58)
-    sections = [struct.unpack_from("<IIQQQQIIQQ", data, table + i * size) for i in range(count)]
-    symbols: list[Symbol] = []
-    for section in sections:
-        if section[1] != 11:  # SHT_DYNSYM
-            continue
-        names = sections[section[6]][4]
-        for at in range(section[4] + 24, section[4] + section[5], 24):
-            name, _, _, index = struct.unpack_from("<IBBH", data, at)
-            end = data.index(b"\0", names + name)
-            symbols.append(Symbol(data[names + name : end].decode(), index != 0))
-    return CodeObject(machine, flags, tuple(symbols))
-
-
-def judge(code: CodeObject, arch: str, kernels: Sequence[Kernel], label: str) -> None:
+def judge(code: Elf, arch: str, kernels: Sequence[Kernel], label: str) -> None:
     """CheckError where a code object is not what the kernels of a module must become on an AMD architecture."""
     if code.machine != ELF_AMDGPU:
         raise CheckError(f"{label} for {arch} has machine {code.machine:#x}, not {ELF_AMDGPU:#x}")
     if code.flags & 0xFF != AMD_ARCHES[arch]:
         raise CheckError(f"{label} for {arch} has flags {code.flags:#x}, not {AMD_ARCHES[arch]:#x}")
-    if missing := [s.name for s in code.symbols if not s.defined]:
+    symbols = [s for section in code.sections if section.kind == DYNSYM for s in section.symbols]
+    if missing := [s.name for s in symbols if s.name and not s.defined]:
         raise CheckError(f"{label} for {arch} leaves undefined: {', '.join(missing)}")
-    found = sorted(s.name for s in code.symbols if s.name.endswith(".kd"))
+    found = sorted(s.name for s in symbols if s.name.endswith(".kd"))
     expected = sorted(f"{k.name}.kd" for k in kernels)
     if found != expected:
         raise CheckError(f"{label} for {arch} describes {found}, not {expected}")
@@ -120,7 +86,7 @@ def check_amd(
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CheckError(f"{module.label} does not compile for {arch}:\n{done.stderr.strip()[-4000:]}")
-        judge(read_code_object(made.read_bytes()), arch, kernels, module.label)
+        judge(read_elf(made.read_bytes()), arch, kernels, module.label)
     return list(_amd_usage(done.stderr, module, arch))
 
 
@@ -138,15 +104,29 @@ def _amd_usage(remarks: str, module: Module, arch: str) -> Iterator[Usage]:
 
 def check_nvidia(sources: Sources, module: Module, kernels: Sequence[Kernel], arch: str) -> list[Usage]:
     """Compile a module with nvrtc; CheckError where the kernels are not all there."""
-    _, log = cuda.compile_module(sources, module, arch, "--ptxas-options=-v")
+    code = read_elf(cuda.compile_module(sources, module, arch)[0])
+    registers = dict(_registers(code))
+    if sorted(registers) != sorted(k.name for k in kernels):
+        raise CheckError(f"{module.label} for {arch} has kernels {sorted(registers)}")
     out = []
-    for name, registers, rest in _PTXAS.findall(log):
-        shared = _SHARED.search(rest)
-        label = name + (f"[{module.format}]" if module.format else "")
-        out.append(Usage(label, arch, int(registers), 0, 0, int(shared[1]) if shared else 0))
-    if sorted(u.kernel for u in out) != sorted(k.label for k in kernels):
-        raise CheckError(f"{module.label} for {arch} has kernels {[u.kernel for u in out]}")
+    for kernel in kernels:
+        shared = code.section(f".nv.shared.{kernel.name}")
+        lds = max(0, shared.size - NVIDIA_RESERVED) if shared else 0
+        out.append(Usage(kernel.label, arch, registers[kernel.name], 0, 0, lds))
     return out
+
+
+def _registers(code: Elf) -> Iterator[tuple[str, int]]:
+    """(kernel, registers) of a cubin, from the records of type 4, attribute 0x2f in .nv.info."""
+    table = next((s.symbols for s in code.sections if s.kind == SYMTAB), ())
+    info = code.section(".nv.info")
+    content, at = info.content if info else b"", 0
+    while at + 4 <= len(content):
+        kind, attribute, size = struct.unpack_from("<BBH", content, at)
+        if (kind, attribute) == (4, 0x2F):
+            symbol, count = struct.unpack_from("<II", content, at + 4)
+            yield table[symbol].name, count
+        at += 4 + (size if kind == 4 else 0)
 
 
 def check_all(sources: Sources, amd: bool = True, nvidia: bool = True) -> list[Usage]:

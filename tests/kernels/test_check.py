@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from mq_quant.formats.errors import CheckError
 from mq_quant.kernels import check, cuda
+from mq_quant.kernels.elf import DYNSYM, read_elf
 from mq_quant.kernels.sources import FOLDER, Module, Sources
 
 needs_clang = pytest.mark.skipif(check.find_clang() is None, reason="needs clang-19 and lld-19")
@@ -55,7 +56,7 @@ def built():
 
 def test_a_right_code_object_passes(built):
     data, kernels = built
-    check.judge(check.read_code_object(data), "gfx1151", kernels, "vector")
+    check.judge(read_elf(data), "gfx1151", kernels, "vector")
 
 
 def test_a_code_object_of_another_machine_or_architecture_is_refused(built):
@@ -63,24 +64,33 @@ def test_a_code_object_of_another_machine_or_architecture_is_refused(built):
     wrong = bytearray(data)
     struct.pack_into("<H", wrong, 18, 62)
     with pytest.raises(CheckError, match="machine 0x3e, not 0xe0"):
-        check.judge(check.read_code_object(bytes(wrong)), "gfx1151", kernels, "vector")
+        check.judge(read_elf(bytes(wrong)), "gfx1151", kernels, "vector")
     with pytest.raises(CheckError, match=r"for gfx1100 has flags .*4a, not 0x41"):
-        check.judge(check.read_code_object(data), "gfx1100", kernels, "vector")
+        check.judge(read_elf(data), "gfx1100", kernels, "vector")
 
 
 def test_a_code_object_without_a_kernel_is_refused(built):
     data, kernels = built
-    code = check.read_code_object(data)
+    code = read_elf(data)
+    sections = tuple(
+        replace(s, symbols=tuple(y for y in s.symbols if y.name != "add.kd") if s.kind == DYNSYM else ())
+        for s in code.sections
+    )
     with pytest.raises(CheckError, match="describes"):
-        rest = tuple(s for s in code.symbols if s.name != "add.kd")
-        check.judge(replace(code, symbols=rest), "gfx1151", kernels, "vector")
+        check.judge(replace(code, sections=sections), "gfx1151", kernels, "vector")
     with pytest.raises(CheckError, match="describes"):
         check.judge(code, "gfx1151", kernels[:-1], "vector")
 
 
+@pytest.mark.parametrize("keep", [64, 100, 1000, -10])
+def test_a_file_cut_short_is_refused(built, keep):
+    with pytest.raises(CheckError, match="broken ELF64 file"):
+        read_elf(built[0][:keep])
+
+
 def test_what_is_no_elf_file_is_refused():
     with pytest.raises(CheckError, match="not an ELF64 file"):
-        check.read_code_object(b"MZ" + b"\0" * 100)
+        read_elf(b"MZ" + b"\0" * 100)
 
 
 @needs_clang
