@@ -24,6 +24,8 @@ from mq_quant.formats.minimax import inventory
 
 SHARDS = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
 INDEX = "model.safetensors.index.json"
+NOWHERE = "http://127.0.0.1:9"
+"""What stands in for the public hub, so that no request can leave this machine."""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,10 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache of huggingface_hub's, and none of the environment's settings."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    template = NOWHERE + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses"), raising=False)
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -486,7 +492,7 @@ def test_no_such_repository(server: HubServer, tmp_path: Path) -> None:
 
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(HubError, match=r"connection failed.*7 attempts"):
-        open_hub(REPO, hub=Hub("http://127.0.0.1:9", pause=0.001), scratch=tmp_path)
+        open_hub(REPO, hub=Hub(NOWHERE, pause=0.001), scratch=tmp_path)
 
 
 def test_full_disk(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
