@@ -178,7 +178,8 @@ class GpuBackend(Backend):
         return (explain(ctypes.c_int(status)) or b"unknown error").decode()
 
     def _function(self, kernel: Kernel) -> ctypes.c_void_p:
-        if kernel not in self._functions:
+        function = self._functions.get(kernel)
+        if function is None:
             if kernel.module not in self._modules:
                 handle = ctypes.c_void_p()
                 self.call(self.driver.load, ctypes.byref(handle), self._compile(kernel.module))
@@ -187,7 +188,7 @@ class GpuBackend(Backend):
             module = self._modules[kernel.module]
             self.call(self.driver.function, ctypes.byref(function), module, kernel.name.encode())
             self._functions[kernel] = function
-        return self._functions[kernel]
+        return function
 
     def _alloc(self, nbytes: int) -> tuple[Any, int]:
         size = max(_SMALLEST, 1 << (nbytes - 1).bit_length()) if nbytes <= _POOLED else nbytes

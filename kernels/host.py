@@ -30,7 +30,7 @@ from .sources import Kernel, Parameter, Sources
 WAVE = 32
 MAX_THREADS = 1024
 MAX_LDS = 64 << 10
-_INTEGERS = {"int32": ctypes.c_int32, "int64": ctypes.c_int64}
+_INTEGERS = {np.dtype(np.int32): (ctypes.c_int32, 31), np.dtype(np.int64): (ctypes.c_int64, 63)}
 
 
 class Buffer:
@@ -169,23 +169,22 @@ class Backend(ABC):
             self._dispatch(kernel, full_grid, full_block, values, lds)
 
     def _value(self, kernel: Kernel, parameter: Parameter, value: Argument) -> Any:
-        where = f"argument {parameter.name} of kernel {kernel.label}"
         if parameter.pointer:
             if not isinstance(value, Buffer):
-                raise BackendError(f"{where} is a {parameter.dtype} buffer, not {type(value).__name__}")
+                raise _wrong(kernel, parameter, f"buffer, not {type(value).__name__}")
             self._own(value)
-            if value.dtype != np.dtype(parameter.dtype):
-                raise BackendError(f"{where} is a {parameter.dtype} buffer, not {value.dtype}")
+            if value.dtype != parameter.dtype:
+                raise _wrong(kernel, parameter, f"buffer, not {value.dtype}")
             return ctypes.c_void_p(value.address)
         if isinstance(value, (Buffer, bool)) or not isinstance(value, (int, float, np.integer, np.floating)):
-            raise BackendError(f"{where} is a {parameter.dtype}, not {type(value).__name__}")
-        if parameter.dtype != "float32":
+            raise _wrong(kernel, parameter, f", not {type(value).__name__}")
+        if parameter.dtype in _INTEGERS:
             if not isinstance(value, (int, np.integer)):
-                raise BackendError(f"{where} is a {parameter.dtype}, not {value!r}")
-            info = np.iinfo(parameter.dtype)
-            if not info.min <= value <= info.max:
-                raise BackendError(f"{where} is a {parameter.dtype}, which {value} does not fit")
-            return _INTEGERS[parameter.dtype](int(value))
+                raise _wrong(kernel, parameter, f", not {value!r}")
+            kind, bits = _INTEGERS[parameter.dtype]
+            if not -(2**bits) <= value < 2**bits:
+                raise _wrong(kernel, parameter, f", which {value} does not fit")
+            return kind(int(value))
         return ctypes.c_float(float(value))
 
     def _own(self, buffer: Buffer) -> None:
@@ -232,6 +231,13 @@ class Backend(ABC):
     ) -> None: ...
 
 
+def _wrong(kernel: Kernel, parameter: Parameter, rest: str) -> BackendError:
+    separator = "" if rest.startswith(",") else " "
+    return BackendError(
+        f"argument {parameter.name} of kernel {kernel.label} is a {parameter.dtype}{separator}{rest}"
+    )
+
+
 def _three(kernel: Kernel, what: str, dims: Sequence[int]) -> tuple[int, int, int]:
     limits = (2**31 - 1, 65535, 65535)
     full = (*dims, 1, 1, 1)[: max(3, len(dims))]
@@ -242,9 +248,7 @@ def _three(kernel: Kernel, what: str, dims: Sequence[int]) -> tuple[int, int, in
 
 def arguments(values: Sequence[Any]) -> Any:
     """The array of pointers to argument values that launch calls take; `values` must outlive it."""
-    return (ctypes.c_void_p * max(1, len(values)))(
-        *(ctypes.cast(ctypes.byref(v), ctypes.c_void_p).value for v in values)
-    )
+    return (ctypes.c_void_p * max(1, len(values)))(*map(ctypes.addressof, values))
 
 
 BACKENDS = {"hip": ".hip:HipBackend", "cuda": ".cuda:CudaBackend", "cpu": ".cpu:CpuBackend"}

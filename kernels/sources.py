@@ -1,7 +1,8 @@
 """The kernels as text: their modules, sources with our includes put in place, and every kernel's signature.
 
 The source is the one truth about a kernel's arguments: signatures are read from its KERNEL lines, launches are checked
-against them, and the CPU build asserts that the compiler reads them the same way. Depends on errors and formats.blocks.
+against them, and the CPU build asserts that the compiler reads them the same way. Depends on numpy, errors and
+formats.blocks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..formats.blocks import BY_NAME
 from ..formats.errors import BackendError
@@ -34,7 +38,7 @@ class Parameter:
 
     name: str
     ctype: str
-    dtype: str
+    dtype: np.dtype[Any]
     pointer: bool
     written: bool
 
@@ -55,9 +59,9 @@ class Module:
         return (f"FORMAT={self.format.replace('-', '_')}",) if self.format else ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
-    """One kernel of one module; `threads` is the block size it is written for."""
+    """One kernel of one module; `threads` is the block size it is written for. Compared by identity: a quick key."""
 
     module: Module
     name: str
@@ -142,4 +146,6 @@ def _parameter(text: str, file: Path) -> Parameter:
             f"kernel argument {text.strip()!r} has a type that launches cannot check", file=file
         )
     const, pointer = bool(match[1]), base.endswith("*")
-    return Parameter(match[4], f"const {base}" if const else base, dtype, pointer, pointer and not const)
+    return Parameter(
+        match[4], f"const {base}" if const else base, np.dtype(dtype), pointer, pointer and not const
+    )
