@@ -3,8 +3,8 @@
     python benchmarks/encoder.py            # weights/s per core, scaling, a full-width expert slice
     python benchmarks/encoder.py --quick
 
-Times are of the thread's own CPU clock, so that a busy machine does not count; medians of several runs. The slice holds 16 experts of
-M2.7's width, encoded by the same code as a build. Depends on the installed mq_quant.
+Times are of the thread's own CPU clock, so that a busy machine does not count; medians of several runs. The slice
+holds 16 experts of M2.7's width, encoded by the same code as a build. Depends on the installed mq_quant.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def median_time(
 
 
 def per_core(runs: int) -> list[dict[str, Any]]:
-    """Million weights/s of one core: rotated rows of one matrix of M2.7's gate width to payload, Hessian factors included."""
+    """Million weights/s of one core: rotated rows of a down matrix of M2.7 to payload, Hessian factors included."""
     rng = np.random.default_rng(0)
     rows = rotate(rng.standard_t(5, (3072, 1536)).astype(np.float32))
     weights = np.exp(rng.normal(0, 1, 1536))
@@ -110,9 +110,8 @@ def main() -> None:
         cells = " | ".join(f"{s[f]:.1f}" for f in FITS)
         print(f"| {s['format']} | {cells} | {s['hessian'] / s['reference']:.2f} |")
     for s in slices:
-        print(
-            f"\n16 experts at 3072 × 1536, mq2-lloyd, {s['jobs']} threads: {s['weights_per_second'] / 1e6:.1f} million weights/s"
-        )
+        speed = s["weights_per_second"] / 1e6
+        print(f"\n16 experts at 3072 × 1536, mq2-lloyd, {s['jobs']} threads: {speed:.1f} million weights/s")
     if len(slices) == 2:
         print(f"two threads / one: {slices[1]['weights_per_second'] / slices[0]['weights_per_second']:.2f}")
     print(f"peak memory {peak:.2f} GiB")

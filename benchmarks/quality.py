@@ -1,10 +1,11 @@
 """Quality at identical bytes: every tier by every fit against the FP8 source, on held-out tokens.
 
     python benchmarks/quality.py --source tiny -o out/quality
-    python benchmarks/quality.py --source FOLDER --imatrix FOLDER/imatrix.gguf --tokens FOLDER/eval_tokens.npy -o out/quality
+    python benchmarks/quality.py --source FOLDER -o out/quality
 
-Builds each file with the pipeline, decodes it, runs it through the reference forward, and writes a table (JSON and Markdown) and a plot of
-KLD against bytes. Depends on the installed mq_quant and, for the plot, matplotlib.
+FOLDER holds imatrix.gguf and eval_tokens.npy beside the checkpoint, or --imatrix and --tokens name them. Builds each
+file with the pipeline, decodes it, runs it through the reference forward, and writes a table (JSON and Markdown) and a
+plot of KLD against bytes. Depends on the installed mq_quant and, for the plot, matplotlib.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         s = r["snr"]
         lines.append(
-            f"| {r['tier']} | {r['fit']} | {r['bytes']} | {s['w1']:.2f} | {s['w2']:.2f} | {s['w3']:.2f} | {r['kld_mean']:.5f} "
-            f"| {r['kld_median']:.5f} | {r['kld_p99']:.4f} | {r['kld_max']:.3f} | {r['top1']:.4f} | {r['ppl_test']:.2f} |"
+            f"| {r['tier']} | {r['fit']} | {r['bytes']} | {s['w1']:.2f} | {s['w2']:.2f} | {s['w3']:.2f} "
+            f"| {r['kld_mean']:.5f} | {r['kld_median']:.5f} | {r['kld_p99']:.4f} | {r['kld_max']:.3f} "
+            f"| {r['top1']:.4f} | {r['ppl_test']:.2f} |"
         )
     return "\n".join(lines)
 

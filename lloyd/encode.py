@@ -29,7 +29,7 @@ U8 = NDArray[np.uint8]
 GROUP = 256
 ROUNDS = 2
 DENSE_ROUNDS = 4
-"""Rounds of coordinate descent and refit between the first refit and the final assignment, for a diagonal importance and a full one."""
+"""Rounds of descent and refit after the first refit, under a diagonal importance and under a full second moment."""
 _F16_MAX = 65504.0
 
 
@@ -136,7 +136,8 @@ def _stored(fmt: LloydFormat | AffineFormat, levels: F32) -> F32:
 def _expand(fmt: LloydFormat | AffineFormat, stored: F32) -> F32:
     """All levels f32 [R, K], computed as the decoder computes them."""
     if isinstance(fmt, AffineFormat):
-        return stored[:, :1] + stored[:, 1:] * np.arange(fmt.levels, dtype=np.float32)
+        steps = np.arange(fmt.levels, dtype=np.float32)
+        return np.asarray(stored[:, :1] + stored[:, 1:] * steps, np.float32)
     return np.ascontiguousarray(stored)
 
 

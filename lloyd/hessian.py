@@ -40,7 +40,7 @@ class GroupHessian:
 
     @property
     def nearly_white(self) -> bool:
-        """Whether all channels weigh about the same: then refits hardly leave the basin that the initial levels lie in."""
+        """Whether all channels weigh about the same: then refits hardly leave the basin of the initial levels."""
         return self.diagonal.size > 0 and bool(self.diagonal.max() < 2 * self.diagonal.min())
 
 

@@ -2,10 +2,10 @@
 
 Sorted values make clusters intervals, and an interval's cost follows from prefix sums. The cost obeys the quadrangle
 inequality, so the best last boundary moves monotonically with the end of the prefix, and each layer of the dynamic
-programme is a divide and conquer. Eight rows run in step: each looks at the union of their boundary ranges, which differ
-little after the rotation, and no row's result depends on its neighbours. A few Lloyd iterations on the sorted values
-give a bound first; prefixes whose own distortion exceeds it in all rows are never continued. Ties go to the lower
-boundary. All sums are f64. Depends on vec and numba.
+programme is a divide and conquer. Eight rows run in step: each looks at the union of their boundary ranges, which
+differ little after the rotation, and no row's result depends on its neighbours. A few Lloyd iterations on the sorted
+values give a bound first; prefixes whose own distortion exceeds it in all rows are never continued. Ties go to the
+lower boundary. All sums are f64. Depends on vec and numba.
 
 Source: Wu, "Optimal quantization by matrix searching", J. Algorithms 12 (1991), for the monotone boundaries.
 """
@@ -57,7 +57,7 @@ def sort_group(values, keys, spare, counts):
 
 @njit(cache=True, nogil=True)
 def prefix_sums(values, sums):
-    """sums f64 [257] of values f32 [256] about their mean, which is returned; centring keeps the differences exact enough."""
+    """sums f64 [257] of values f32 [256] about their mean, which is returned; centring keeps differences exact."""
     mean = 0.0
     for i in range(GROUP):
         mean += np.float64(values[i])
@@ -70,7 +70,7 @@ def prefix_sums(values, sums):
 
 @njit(cache=True, nogil=True)
 def lloyd_bounds(values, sums, mean, bounds, iterations):
-    """Lloyd iterations on sorted values [256]: bounds i64 [K+1] holds the intervals, quantiles at first; stops when nothing moves."""
+    """Lloyd iterations on sorted values f32 [256], from the intervals in bounds i64 [K+1] until nothing moves."""
     count = bounds.shape[0] - 1
     for _ in range(iterations):
         moved = False
@@ -80,7 +80,8 @@ def lloyd_bounds(values, sums, mean, bounds, iterations):
             if left <= 0 or right <= 0:
                 continue
             mid = mean + 0.5 * (
-                (sums[bounds[k]] - sums[bounds[k - 1]]) / left + (sums[bounds[k + 1]] - sums[bounds[k]]) / right
+                (sums[bounds[k]] - sums[bounds[k - 1]]) / left
+                + (sums[bounds[k + 1]] - sums[bounds[k]]) / right
             )
             b = bounds[k]
             while b > bounds[k - 1] + 1 and values[b - 1] > mid:
@@ -214,7 +215,8 @@ def exact_bounds(sums, inverse, energy, bound, gains, starts, bounds):
 def gaussian_bounds(count):
     """Where Lloyd iterations start: i64 [K+1], about the intervals that are best for a Gaussian.
 
-    Boundary k lies at the quantile Φ(1.6 · Φ⁻¹(k/K)), here through the logistic approximation, under which that is a power of odds.
+    Boundary k lies at the quantile Φ(1.6 · Φ⁻¹(k/K)), here through the logistic approximation, under which that is a
+    power of odds.
     """
     bounds = np.empty(count + 1, np.int64)
     bounds[0] = 0
@@ -227,8 +229,7 @@ def gaussian_bounds(count):
 
 @njit(cache=True, nogil=True)
 def centroids(values, sums, mean, inverse, bounds, levels):
-    """Ascending levels f32 [K]: the means of the intervals bounds i64 [K+1] of sorted values; an empty one repeats its lower
-    neighbour."""
+    """Ascending levels f32 [K]: means of the intervals bounds i64 [K+1]; an empty one repeats its lower neighbour."""
     for k in range(levels.shape[0]):
         n = bounds[k + 1] - bounds[k]
         if n > 0:

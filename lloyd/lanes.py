@@ -33,8 +33,8 @@ def scatter(block, rows, first):
             rows[first + r, i] = rows.dtype.type(block[i, r])
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def scatter_at(block, rows, first, column):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def scatter_at(block, rows, first, column):
     """Copy block into rows[first:first+16, column:column+256] (f32), leaving out lanes beyond the last row."""
     for r in range(min(LANES, rows.shape[0] - first)):
         for i in range(block.shape[0]):

@@ -1,8 +1,9 @@
 """Sixteen f32 lanes, or eight f64 lanes, as one value inside compiled functions.
 
-A block f32 [n, 16] or f64 [n, 8] is read and written a row at a time with `load` and `store`; arithmetic between such values is lane by
-lane, `fma` with a single rounding. The compiler lowers each value to whatever vectors the machine has, and since
-nothing ever crosses lanes or is reordered, every machine computes the same bits. Depends on numba and llvmlite.
+A block f32 [n, 16] or f64 [n, 8] is read and written a row at a time with `load` and `store`; arithmetic between such
+values is lane by lane, `fma` with a single rounding. The compiler lowers each value to whatever vectors the machine
+has, and since nothing ever crosses lanes or is reordered, every machine computes the same bits. Depends on numba and
+llvmlite.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ class _Lanes(types.Type):
         self.scalar = ir.FloatType() if element == types.float32 else ir.DoubleType()
         self.vector = ir.VectorType(self.scalar, count)
         super().__init__(name=f"{element}x{count}")
+
+    @property
+    def alignment(self) -> int:
+        """Bytes to which arrays of the element are aligned at least."""
+        return int(self.element.bitwidth) // 8
 
     @property
     def suffix(self) -> str:
@@ -71,7 +77,8 @@ def load(typing: Any, block: Any, row: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         index = context.cast(builder, args[1], signature.args[1], types.intp)
-        return builder.load(_row_pointer(context, builder, signature.args[0], args[0], index), align=_lanes_of(signature.args[0]).element.bitwidth // 8)
+        pointer = _row_pointer(context, builder, signature.args[0], args[0], index)
+        return builder.load(pointer, align=_lanes_of(signature.args[0]).alignment)
 
     return _lanes_of(block)(block, row), codegen
 
@@ -82,7 +89,8 @@ def store(typing: Any, block: Any, row: Any, value: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         index = context.cast(builder, args[1], signature.args[1], types.intp)
-        builder.store(args[2], _row_pointer(context, builder, signature.args[0], args[0], index), align=_lanes_of(signature.args[0]).element.bitwidth // 8)
+        pointer = _row_pointer(context, builder, signature.args[0], args[0], index)
+        builder.store(args[2], pointer, align=_lanes_of(signature.args[0]).alignment)
         return context.get_dummy_value()
 
     return types.void(block, row, value), codegen
@@ -91,7 +99,9 @@ def store(typing: Any, block: Any, row: Any, value: Any) -> Any:
 def _splatter(lanes: _Lanes) -> Callable[..., Any]:
     def typer(typing: Any, scalar: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return _broadcast(builder, lanes, context.cast(builder, args[0], signature.args[0], lanes.element))
+            return _broadcast(
+                builder, lanes, context.cast(builder, args[0], signature.args[0], lanes.element)
+            )
 
         return lanes(scalar), codegen
 

@@ -1,8 +1,9 @@
-"""The Hessian of a whole row of several groups, and the compensation that one group's error calls for in the later ones.
+"""The Hessian of a whole row of several groups, and how later groups answer an earlier one's error.
 
-With U the upper factor of the damped inverse, H⁻¹ = Uᵀ U: inside group g the Schur complement S_g = (U_ggᵀ U_gg)⁻¹ is the cost of an error after the
-rest has answered it, its feedback factor is U_gg, and the rest answers an error E_g by E_g · U_gg⁻¹ · U_gr. One factorisation serves
-every row. Products run on lanes in a fixed order; the factorisation is LAPACK's. Depends on hessian, lanes, rounding, numpy, scipy and numba.
+With U the upper factor of the damped inverse, H⁻¹ = Uᵀ U: inside group g the Schur complement S_g = (U_ggᵀ U_gg)⁻¹ is
+the cost of an error after the rest has answered it, its feedback factor is U_gg, and the rest answers an error E_g by
+E_g · U_gg⁻¹ · U_gr. One factorisation serves every row. Products run on lanes in a fixed order; the factorisation is
+LAPACK's. Depends on hessian, lanes, rounding, numpy, scipy and numba.
 
 Source: Frantar et al., "GPTQ" (2022), in blocks of one group, with S_g in place of the plain block.
 """
@@ -28,7 +29,8 @@ _EXTRA_DAMPING = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass(frozen=True)
 class RowHessian:
-    """One GroupHessian per 256 columns, and for each group the f32 [columns after it, 256] matrix by which later targets answer its error.
+    """One GroupHessian per 256 columns, and for each group the f32 [columns after it, 256] matrix by which later
+    targets answer its error.
 
     `answers` is empty where groups are independent, as with a diagonal importance. `notes` says what had to fall back.
     """
@@ -86,13 +88,15 @@ def _from_factor(upper: NDArray[np.float64], notes: tuple[str, ...]) -> RowHessi
                 np.empty(0, np.float32),
             )
         )
-        answers.append(np.ascontiguousarray((inverse @ upper[start : start + GROUP, start + GROUP :]).T, np.float32))
+        answers.append(
+            np.ascontiguousarray((inverse @ upper[start : start + GROUP, start + GROUP :]).T, np.float32)
+        )
     return RowHessian(tuple(groups), tuple(answers), notes)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[misc]
-def answer_rows(rows, column, errors, answer):  # type: ignore[no-untyped-def]
-    """rows[:, column:] -= errors · answerᵀ in place: rows f32 [R, K], errors f32 [R, 256], answer f32 [K - column, 256]."""
+@njit(cache=True, nogil=True)
+def answer_rows(rows, column, errors, answer):
+    """rows[:, column:] -= errors · answerᵀ in place; rows f32 [R, K], errors [R, 256], answer [K - column, 256]."""
     e = np.empty((GROUP, LANES), np.float32)
     y = np.empty((GROUP, LANES), np.float32)
     for first in range(0, rows.shape[0], LANES):

@@ -166,7 +166,8 @@ class LayerEncoder:
         return F16_FORMAT.pack(self.scale.astype(np.float32)).reshape(-1)
 
     def encode_expert(self, expert: int, w1: F32, w3: F32, w2: F32) -> dict[str, U8]:
-        """Payloads u8 [bytes] of one expert's matrices f32, by projection; thread-safe, a pure function of its inputs."""
+        """Payloads u8 [bytes] of one expert's matrices f32, by projection; thread-safe, a pure function of its
+        inputs."""
         for projection, w in (("w1", w1), ("w3", w3), ("w2", w2)):
             if w.shape[1] % GROUP:
                 raise WeightError(
