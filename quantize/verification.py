@@ -27,6 +27,8 @@ from .recipe import DEFAULT_MODEL, Thresholds, load_recipe, load_tier, tiers
 from .sources import TINY, local_folder
 
 SEQUENCE = 128
+CONTEXT = 16
+"""Held-out tokens that a continuation begins with."""
 PROMPT = "The quick brown fox"
 TOKEN_LIMIT = 64 << 20
 EVAL_TOKENS = "eval_tokens.npy"
@@ -68,7 +70,7 @@ def request_of(file: HfqFile, wanted: Wanted) -> Request:
         source=source,
         imatrix=read_imatrix(imatrix) if imatrix else None,
         tokens=tokens if source else None,
-        prompt=tokens[0] if tokens is not None else None,
+        prompt=None if tokens is None else tokens[0] if wanted.prompt is not None else tokens[0, :CONTEXT],
         bars=Bars(**thresholds.model_dump()),
         sample=wanted.sample,
         generate=wanted.generate,

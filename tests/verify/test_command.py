@@ -1,0 +1,175 @@
+"""`mq-quant verify` and `compare-hidden` as a user meets them: exit codes, JSON, messages that name the fault."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mq_quant.formats.checkpoint import Checkpoint
+from mq_quant.formats.errors import MqError
+from mq_quant.formats.hfq import open_hfq
+from mq_quant.quantize.cli import main
+from mq_quant.quantize.verification import TokenError, Wanted, cut, read_tokens, request_of
+from plainfile import Build, Tensors, by_name
+
+FEW = ["--tokens", "4", "--generate", "2", "--backend", "cpu"]
+
+
+def run(arguments: list[str]) -> int:
+    """The command's exit code."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    return int(exit_.value.code or 0)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A tier whose bars any sound file meets."""
+    path = tmp_path / "recipe.yaml"
+    head = "schema: 1\ntier: loose\ndescription: For tests.\nmodel: tiny\n"
+    path.write_text(
+        f"{head}rules: [{{tensors: '.*', format: Q8F16}}]\nverify: {{cosine_mean: 0.5, kld_mean: 5}}\n"
+    )
+    return path
+
+
+def test_a_sound_file(
+    build: Build, checkpoint: Checkpoint, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--source", str(checkpoint.path), "--recipe", str(recipe), *FEW]
+    outputs = ["--report", str(tmp_path / "r.html"), "--dump-hidden", str(tmp_path / "a.hfhs")]
+    assert run(["verify", str(build()), *options, *outputs, "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["ok"] and result["skipped"] == {}
+    assert [s["stage"] for s in result["stages"]] == [
+        "structure",
+        "decode",
+        "fidelity",
+        "forward",
+        "generation",
+    ]
+    assert all(stage["seen"] > 0 and stage["ok"] for stage in result["stages"])
+    forward = result["stages"][3]
+    assert forward["positions"] == 4 and 0 < forward["kld_mean"] < 5
+    assert "forward: ok (4 positions)" in err
+    assert (tmp_path / "r.html").read_text().count("<figure") == 3
+    assert run(["compare-hidden", str(tmp_path / "a.hfhs"), str(tmp_path / "a.hfhs"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][1]["max_difference"] == 0
+
+
+def test_a_bar_that_does_not_hold_is_exit_code_1(
+    build: Build, checkpoint: Checkpoint, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(recipe.read_text().replace("0.5, kld_mean: 5", "0.9999999, top1: 1.0"))
+    options = ["--source", str(checkpoint.path), "--recipe", str(recipe), *FEW]
+    assert run(["verify", str(build()), *options]) == 1
+    out, err = capsys.readouterr()
+    assert "FAILED" in out and "layer 0: cosine_mean is" in out
+    assert "error: " in err and "forward: layer 0: cosine_mean is" in err and "Traceback" not in err
+
+
+def test_without_a_source_only_the_file_is_judged(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(build()), *FEW, "--sample", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["skipped"]) == {"fidelity", "forward"}
+    assert [s["stage"] for s in result["stages"]] == ["structure", "decode", "generation"]
+
+
+def test_a_damaged_file_is_named_and_json_stays_one_object(
+    build: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(_: dict[str, Any], tensors: Tensors) -> None:
+        by_name(tensors)["lm_head.weight"][100] ^= 4
+
+    assert run(["verify", str(build(change=change)), *FEW, "--generate", "0", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert not json.loads(out)["ok"]
+    assert "lm_head.weight: its bytes are not those that were written" in err
+
+
+def test_a_truncated_file_is_bad_input(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    path = build()
+    os.truncate(path, path.stat().st_size - 7)
+    assert run(["verify", str(path)]) == 2
+    assert "lm_head.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--source", "MiniMaxAI/MiniMax-M2.7"], "is a hub repository"),
+        (["--source", "./nowhere"], "no such folder"),
+        (["--backend", "abacus"], "no back end 'abacus'"),
+        (["--token-file", "./nowhere"], "cannot be read"),
+        (["--imatrix", "./nowhere"], "cannot be read"),
+        (["--recipe", "./nowhere"], "cannot be read"),
+    ],
+)
+def test_options_that_cannot_be_used_are_exit_code_2_or_1(
+    build: Build, options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(build()), *options]) in (1, 2)
+    err = capsys.readouterr().err
+    assert text in err and "Traceback" not in err
+
+
+def test_dumps_that_differ_are_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mq_quant.verify.hidden import HiddenWriter
+
+    rng = np.random.default_rng(1)
+    for name in "ab":
+        with HiddenWriter(tmp_path / name, 2, 3, 8) as writer:
+            for _ in range(2):
+                writer.add(rng.standard_normal((3, 8)).astype(np.float32))
+    assert run(["compare-hidden", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "layers [0, 1]" in capsys.readouterr().err
+
+
+def test_tokens_of_prompt_file_and_source(build: Build, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = str(checkpoint.path)
+    (tmp_path / "ids.txt").write_text("1 2 3\n\n4 5 6\n")
+    with open_hfq(build()) as file:
+        held_out = request_of(file, Wanted(source=folder, tokens=40)).tokens
+        assert held_out is not None and held_out.shape == (1, 32)
+        from_file = request_of(file, Wanted(source=folder, token_file=tmp_path / "ids.txt")).tokens
+        assert from_file is not None and from_file.tolist() == [[1, 2, 3], [4, 5, 6]]
+        asked = request_of(file, Wanted(source=folder, prompt=" bab cab"))
+        assert asked.tokens is not None and asked.tokens.shape[0] == 1 and asked.gate
+        assert request_of(file, Wanted(tokens=8)).tokens is None, "nothing to compare with"
+        assert request_of(file, Wanted(source=folder, tokens=0)).tokens is None
+
+
+def test_cut_keeps_whole_sequences() -> None:
+    ids = np.arange(40).reshape(4, 10)
+    assert cut(ids, 25).shape == (2, 10)
+    assert cut(ids, 3).tolist() == [[0, 1, 2]]
+    assert cut(ids, 1000).shape == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"", "not token ids"),
+        (b"1 2\n3", "does not hold token ids"),
+        (b"one two", "does not hold token ids"),
+        (b"\xff\xfe", "does not hold token ids"),
+        (b"\x93NUMPY\x01\x00", "does not hold token ids"),
+    ],
+)
+def test_files_that_hold_no_tokens_are_refused(tmp_path: Path, raw: bytes, text: str) -> None:
+    (tmp_path / "ids").write_bytes(raw)
+    with pytest.raises(TokenError, match=text):
+        read_tokens(tmp_path / "ids")
+    assert issubclass(TokenError, MqError)
+
+
+def test_token_arrays_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    for i, array in enumerate((np.ones((2, 2)), np.zeros((1, 2, 3), int), np.array([{}], object))):
+        np.save(tmp_path / f"{i}.npy", array, allow_pickle=True)
+        with pytest.raises(TokenError):
+            read_tokens(tmp_path / f"{i}.npy")
