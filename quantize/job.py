@@ -111,6 +111,21 @@ def _imatrix_file(recipe: Recipe, changes: Changes) -> Path | None:
     return folder / ref.file
 
 
+def _pinned(recipe: Recipe, changes: Changes, source: Source, imatrix: Path | None) -> Recipe:
+    """The recipe as it was resolved: revisions of its repositories, and its imatrix only where that one is used."""
+    model = recipe.model
+    if "revision" in source.origin:
+        where = model.source.model_copy(update={"revision": source.origin["revision"]})
+        model = model.model_copy(update={"source": where})
+    ref = model.imatrix
+    if imatrix is None or changes.imatrix is not None:
+        model = model.model_copy(update={"imatrix": None})
+    elif ref is not None and ref.repository is not None:
+        commit = imatrix.parents[len(Path(ref.file).parts) - 1].name
+        model = model.model_copy(update={"imatrix": ref.model_copy(update={"revision": commit})})
+    return recipe.model_copy(update={"model": model})
+
+
 def _imatrix_record(imatrix: Imatrix | None, importance: ModelImportance | None) -> dict[str, Any] | None:
     if imatrix is None or importance is None:
         return None
@@ -160,6 +175,7 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
     if check is not None:
         check(output_name(recipe), sum(t.nbytes for t in tensors), source.disk_bytes())
     path = _imatrix_file(recipe, changes)
+    recipe = _pinned(recipe, changes, source, path)
     imatrix = read_imatrix(path) if path else None
     from_imatrix = load_importance(imatrix, config) if imatrix else None
     side = side_files(source.side_file)

@@ -22,8 +22,8 @@ from .recipe import Recipe
 SIDECAR = BY_NAME["F16"]
 ROW_WEIGHTS = 1 << 24
 """Embeddings of more weights than this are encoded some rows at a time (64 MiB of f32)."""
-BASE_MEMORY = 600 << 20
-COPIES = 4
+BASE_MEMORY = 900 << 20
+COPIES = 7
 _ALLOWED = {
     "norm": ({1, 2}, "norms must be F16 or F32"),
     "bias": ({1, 2}, "the routing bias must be F16 or F32"),
