@@ -90,12 +90,7 @@ class HubCheckpoint:
     def schedule(self, names: Sequence[str]) -> None:
         """Fetch shards in the order in which these weights need them, starting now; forgets an earlier order."""
         self._uses = {name: i for i, name in enumerate(names)}
-        uses = [self._shards_of(name) for name in names]
-        soon = list(dict.fromkeys(s for shards in uses for s in shards))[: self._slots]
-        for left in self.scratch.iterdir():
-            if left.name != LOCK and left.name.removesuffix(".part") not in soon:
-                left.unlink()
-        self._cache.schedule(uses)
+        self._cache.schedule([self._shards_of(name) for name in names])
 
     def weight(self, name: str) -> F32:
         """One tensor, dequantised to f32, once its shard is here; HubError, CheckpointError or WeightError."""

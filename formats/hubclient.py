@@ -2,7 +2,7 @@
 
 Requests go through huggingface_hub's session, so its token, endpoint and offline settings hold. Every request is
 retried with growing pauses; what comes is held against the size and hash that the hub itself states. Nothing from a
-repository is ever executed. Depends on huggingface_hub (imported when needed) and on errors.
+repository is ever executed. Depends on huggingface_hub (imported when needed), shardcache and errors.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import HubError
+from .shardcache import PART
 
 T = TypeVar("T")
 
@@ -144,7 +145,7 @@ class Hub:
 
     def download(self, repository: Repository, remote: Remote, target: Path) -> None:
         """Fetch a whole file to `target`, resuming what an earlier attempt left; it appears only once verified."""
-        part = target.with_name(target.name + ".part")
+        part = target.with_name(target.name + PART)
         self._retried(
             f"{repository.name}/{remote.name}",
             lambda: self._attempt(repository, remote, part),

@@ -16,6 +16,9 @@ from pathlib import Path
 
 from .errors import HubError
 
+PART = ".part"
+"""What a shard that is not whole yet ends in."""
+
 Fetch = Callable[[str, Path], Path]
 """Brings a shard to the given path, and returns where it lies: there, or elsewhere in a place that is not ours."""
 
@@ -30,16 +33,24 @@ class ShardCache:
         self._present: dict[str, Path] = {}
         self._readers: Counter[str] = Counter()
         self._faults: dict[str, BaseException] = {}
+        self._loading: str | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def schedule(self, uses: Sequence[tuple[str, ...]]) -> None:
-        """Set the order of need: use number i needs the shards uses[i]. Forgets any earlier order."""
+        """Set the order of need: use number i needs the shards uses[i]. Forgets any earlier order.
+
+        What an earlier run left in the folder stays where it is among the first to be needed, and is deleted otherwise.
+        """
         with self._changed:
             self._uses, self._faults = {}, {}
             for i, shards in enumerate(uses):
                 for shard in shards:
                     self._uses.setdefault(shard, set()).add(i)
+            known = {*self._present, self._loading, *list(self._uses)[: self._slots]}
+            for left in self._folder.glob("*.safetensors*"):
+                if left.name.removesuffix(PART) not in known:
+                    left.unlink(missing_ok=True)
             self._remove_unused()
             self._start()
 
@@ -134,12 +145,14 @@ class ShardCache:
                     self._changed.wait()
                 if self._closed:
                     return
+                self._loading = shard
             assert shard is not None
             try:
                 path, fault = self._fetch(shard, self._folder / shard), None
             except BaseException as e:  # handed to whoever waits for this shard
                 path, fault = self._folder / shard, e
             with self._changed:
+                self._loading = None
                 if fault is None:
                     self._present[shard] = path
                 else:

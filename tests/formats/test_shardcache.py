@@ -83,6 +83,29 @@ def test_farthest_use_makes_room(start: Start, fetch: Recorder) -> None:
     assert fetch.most <= 2
 
 
+def test_a_second_schedule_keeps_what_is_there(start: Start, fetch: Recorder) -> None:
+    cache = start(2)
+    uses = [("a",), ("b",)]
+    cache.schedule(uses)
+    assert [read(cache, s) for s in "ab"] == ["a", "b"]
+    cache.schedule([("b",), ("a",)])
+    assert [read(cache, s) for s in "ba"] == ["b", "a"]
+    cache.schedule([("c",)])
+    assert [read(cache, s) for s in "abc"] == ["a", "b", "c"]
+    assert fetch.most <= 2
+
+
+def test_what_an_earlier_run_left(fetch: Recorder, start: Start) -> None:
+    for name in ("1.safetensors", "2.safetensors.part", "3.safetensors", "4.safetensors.part"):
+        (fetch.folder / name).write_text("left")
+    cache = start(2)
+    fetch.gates["1.safetensors"] = threading.Event()
+    cache.schedule([("1.safetensors",), ("2.safetensors",), ("3.safetensors",)])
+    assert sorted(p.name for p in fetch.folder.iterdir()) == ["1.safetensors", "2.safetensors.part"]
+    (fetch.folder / "2.safetensors.part").unlink()
+    fetch.gates["1.safetensors"].set()
+
+
 def test_held_shards_are_not_evicted(start: Start, fetch: Recorder) -> None:
     cache = start(2)
     with cache.hold("a") as a, cache.hold("b") as b:
@@ -200,5 +223,5 @@ def test_any_schedule_any_order_any_threads(
     assert not any(t.is_alive() for t in threads)
     assert not wrong
     assert fetch.most <= slots
-    assert not list(fetch.folder.iterdir())
     cache.close()
+    assert not list(fetch.folder.iterdir())
