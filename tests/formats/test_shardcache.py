@@ -104,6 +104,7 @@ def test_what_an_earlier_run_left(fetch: Recorder, start: Start) -> None:
     assert sorted(p.name for p in fetch.folder.iterdir()) == ["1.safetensors", "2.safetensors.part"]
     (fetch.folder / "2.safetensors.part").unlink()
     fetch.gates["1.safetensors"].set()
+    assert read(cache, "1.safetensors") == "1.safetensors"
 
 
 def test_held_shards_are_not_evicted(start: Start, fetch: Recorder) -> None:
