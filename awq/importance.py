@@ -43,7 +43,7 @@ class Importance:
         return np.asarray(d, np.float64)
 
     def rotated_moment(self, scale: NDArray[np.float32] | None = None, damping: float = DAMPING) -> F64:
-        """Damped second moment of R·(x/s), f64 [K, K], R rotating each group of 256; diagonal where no other is known."""
+        """Damped second moment f64 [K, K] of R·(x/s), R rotating each group of 256; diagonal where it must be."""
         full = np.diag(self.diagonal) if self.moment is None else self.moment
         full = (1 - damping) * full
         full[np.diag_indices_from(full)] += damping * self.diagonal.mean()
