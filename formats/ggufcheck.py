@@ -49,7 +49,10 @@ class _Walk:
         self.file.seek(count, os.SEEK_CUR)
 
     def name(self) -> str:
-        return self.take(self.count("Q", NAME_LIMIT, "bytes in a name")).decode("utf-8")
+        name = self.take(self.count("Q", NAME_LIMIT, "bytes in a name")).decode("utf-8")
+        if not name.isprintable():
+            raise ValueError(f"the name {name!r} cannot be printed")
+        return name
 
     def value(self, kind: int) -> None:
         if kind == _STRING:

@@ -116,8 +116,6 @@ def _gguf_loader(path: Path, name: str, tensors: Mapping[str, Any]) -> Callable[
     for t in (sums, counts):
         if t.tensor_type.name != "F32" or t.data.dtype != np.float32 or t.data.size == 0:
             raise ImatrixError(f"{t.name} is not a filled F32 tensor", file=path, tensor=weight)
-    if sums.data.ndim > 2 and int(np.prod(sums.data.shape[:-2])) != 1:
-        raise ImatrixError(f"in_sum2 has shape {sums.data.shape}", file=path, tensor=weight)
     rows = sums.data.reshape(-1, sums.data.shape[-1])
     if counts.data.size != len(rows):
         raise ImatrixError(f"{counts.data.size} counts for {len(rows)} matrices", file=path, tensor=weight)

@@ -125,6 +125,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "repeated key": (raw_gguf([TYPE, TYPE]), "Duplicate"),
     "repeated tensor": (raw_gguf(tensors=PAIR[:1] * 2), "duplicated"),
     "name is not UTF-8": (raw_gguf([struct.pack("<Q", 1) + b"\xff" + struct.pack("<I", 0) + b"a"]), "utf-8"),
+    "name that steers a terminal": (raw_gguf(tensors=[tensor("\x1b[2J.in_sum2", [4])]), "cannot be printed"),
     "tensor of 2^40 dimensions": (raw_gguf(tensors=[text("a") + struct.pack("<I", 2**31)]), "dimensions"),
     "tensor of 2^128 values": (
         raw_gguf(tensors=[tensor("a.in_sum2", [1 << 63, 1 << 63])]),
@@ -178,6 +179,11 @@ def test_truncated_anywhere(write: Callable[..., Path], tmp_path: Path) -> None:
         # what may be missing is GGUF's final padding, or the legacy file's optional tail
         assert set(found.entries) == set(small)
         assert all(np.allclose(found.entries[n].sum2_mean.ravel(), small[n].sum2_mean.ravel()) for n in small)
+
+
+def test_middle_dimension_of_one(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(raw_gguf(tensors=[tensor("a.in_sum2", [4, 1, 2]), PAIR[1]]))
+    assert read_imatrix(tmp_path / "x").entries["a"].sum2_mean.shape == (2, 4)
 
 
 def test_missing_file(tmp_path: Path) -> None:
