@@ -26,7 +26,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-JSON_LIMIT = 64 << 20
+JSON_LIMIT = 32 << 20
 SHARD_LIMIT = 1 << 12
 SHOWN = 8
 

@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 DEPTH_LIMIT = 127
 """Nested objects and arrays; deeper ones are refused by the engine's JSON reader too."""
 
+TOKEN_LIMIT = 1 << 22
+"""Strings, objects and arrays that a scanned object may hold, each of which costs far more memory than file."""
+
 _STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -37,6 +40,7 @@ class ObjectScanner:
         self._at = 0
         self._depth = 0
         self._braces = 0
+        self._tokens = 0
         self._in_string = False
 
     def feed(self, chunk: bytes) -> int | None:
@@ -64,6 +68,9 @@ class ObjectScanner:
             self._in_string = byte == ord('"')
             self._depth += _STEP.get(byte, 0)
             self._braces += _BRACE.get(byte, 0)
+            self._tokens += 1
+            if self._tokens > 2 * TOKEN_LIMIT:
+                raise JsonError(f"holds more than {TOKEN_LIMIT} strings, objects and arrays")
             if self._depth > DEPTH_LIMIT or self._braces > DEPTH_LIMIT:
                 raise JsonError(f"nests deeper than {DEPTH_LIMIT} levels")
             if self._braces == 0:

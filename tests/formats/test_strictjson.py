@@ -62,6 +62,14 @@ def test_depth_of_what_is_written_is_bounded() -> None:
         dump_object({"a": parse_object(raw)})
 
 
+@pytest.mark.parametrize("filler", [b"[],", b'"",', b"{},"])
+def test_zip_bombs_are_not_parsed(filler: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mq_quant.formats.strictjson.TOKEN_LIMIT", 1000)
+    raw = b'{"a":[' + filler * 2100 + b"1]}"
+    with pytest.raises(JsonError, match="more than 1000 strings, objects and arrays"):
+        object_end(raw)
+
+
 @pytest.mark.parametrize("raw", [b"", b"{", b'{"a', b'{"}"', b'{"\\"}'])
 def test_objects_that_do_not_end(raw: bytes) -> None:
     assert object_end(raw) is None
