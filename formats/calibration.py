@@ -72,15 +72,20 @@ def layer_tensors(config: ModelConfig, down: DownForm) -> dict[str, tuple[str, t
 
 def pack_moment(moment: F64) -> NDArray[np.float32]:
     """The upper triangle, row by row, of a symmetric f64 [k, k], as f32 [k(k+1)/2]."""
-    return moment[np.triu_indices(len(moment))].astype(np.float32)
+    return _upper(moment.astype(np.float32))
+
+
+def _upper(matrix: NDArray[Any]) -> NDArray[Any]:
+    return np.concatenate([row[i:] for i, row in enumerate(matrix)])
 
 
 def unpack_moment(packed: NDArray[Any], k: int) -> F64:
     """The symmetric f64 [k, k] of a packed upper triangle."""
-    out = np.zeros((k, k))
-    upper = np.triu_indices(k)
-    out[upper] = packed
-    out.T[upper] = packed
+    out = np.empty((k, k))
+    start = 0
+    for i in range(k):
+        out[i, i:] = out[i:, i] = packed[start : start + k - i]
+        start += k - i
     return out
 
 
@@ -88,7 +93,7 @@ def pack_correlation(moment: F64) -> NDArray[np.float16]:
     """The correlations m_ij / √(m_ii m_jj) of a second moment, packed, f16; 0 where a channel is silent."""
     root = np.sqrt(np.diag(moment))
     inverse = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
-    return (moment * inverse[:, None] * inverse)[np.triu_indices(len(moment))].astype(np.float16)
+    return _upper((moment * inverse[:, None] * inverse).astype(np.float16))
 
 
 def unpack_correlation(packed: NDArray[np.float16], diagonal: NDArray[Any]) -> F64:

@@ -501,6 +501,25 @@ def test_a_device_that_is_not_there_is_an_error() -> None:
         open_device("cuda")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
+def test_a_gpu_gathers_what_the_cpu_does(full: Path, source: Checkpoint, tmp_path: Path) -> None:
+    calibrate(source, TOKENS, tmp_path / "a", options(down="full", device="cuda"))
+    with pytest.raises(StopError):
+        calibrate(
+            Failing(source, expert_name(1, 2, "w2")),
+            TOKENS,
+            tmp_path / "b",
+            options(down="full", device="cuda"),
+        )
+    calibrate(source, TOKENS, tmp_path / "b", options(down="full", device="cuda"))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    for layer in range(2):
+        here, there = opened(full, source, layer), opened(tmp_path / "a", source, layer)
+        for name in here.infos:
+            a, b = here.array(name).astype(np.float64), there.array(name).astype(np.float64)
+            assert np.abs(a - b).max() <= 1e-4 * np.abs(a).max()
+
+
 def test_the_estimate_counts_every_tensor_of_the_file(source: Checkpoint) -> None:
     for down in DOWN_FORMS:
         sizes = {name: np.prod(shape) for name, (_, shape) in layer_tensors(source.config, down).items()}
