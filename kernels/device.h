@@ -2,7 +2,9 @@
 // are only 2-byte aligned. No multiply is contracted with an add unless fmaf is written, so that a kernel gives the same
 // bits on every back end wherever expf and division do. Waves have 32 lanes; blocks are whole waves.
 #pragma once
+#ifndef __HIPCC_RTC__    // hiprtc has its own
 #include <hip/hip_runtime.h>
+#endif
 
 #define DEVICE static __device__ __forceinline__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
@@ -53,7 +55,10 @@ DEVICE float block_max(float v, float* scratch) {
 DEVICE uint32_t load_u16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
 DEVICE uint32_t load_u32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
 DEVICE float load_f32(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
-DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+// Without hip_fp16.h, which hiprtc does not always find; the shims have their own.
+#ifndef MQ_HALF_TO_FLOAT
+DEVICE float half_to_float(uint16_t bits) { return (float)__builtin_bit_cast(_Float16, bits); }
+#endif
 DEVICE float load_f16(const uint8_t* p) { return half_to_float(load_u16(p)); }
 
 // A vendor's header may know a faster way.

@@ -55,6 +55,3 @@ MQ_INLINE float sqrtf(float x) { return __builtin_sqrtf(x); }
 MQ_INLINE float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 MQ_INLINE float fmaxf(float a, float b) { return __builtin_fmaxf(a, b); }
 MQ_INLINE float __int_as_float(int v) { return __builtin_bit_cast(float, v); }
-typedef _Float16 __half;
-MQ_INLINE __half __ushort_as_half(unsigned short bits) { return __builtin_bit_cast(__half, bits); }
-MQ_INLINE float __half2float(__half h) { return (float)h; }

@@ -56,9 +56,6 @@ static inline T __shfl_down(T value, unsigned delta) {
 }
 
 using std::min;
-struct __half {
-  uint16_t bits;
-};
-static inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
-static inline float __half2float(__half h) { return static_cast<float>(mq::bits_as<_Float16>(h.bits)); }
+#define MQ_HALF_TO_FLOAT
+static inline float half_to_float(uint16_t bits) { return static_cast<float>(mq::bits_as<_Float16>(bits)); }
 static inline float __int_as_float(int v) { return mq::bits_as<float>(v); }

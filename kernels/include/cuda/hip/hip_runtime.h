@@ -18,12 +18,9 @@ static __device__ __forceinline__ uint32_t and_or(uint32_t v, uint32_t mask, uin
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(v), "r"(mask), "r"(bits));
   return out;
 }
-struct __half {
-  unsigned short bits;
-};
-static __device__ __forceinline__ __half __ushort_as_half(unsigned short bits) { return {bits}; }
-static __device__ __forceinline__ float __half2float(__half h) {
+#define MQ_HALF_TO_FLOAT
+static __device__ __forceinline__ float half_to_float(uint16_t bits) {
   float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h.bits));
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
   return f;
 }
