@@ -6,30 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import small_model
-from mq_quant.formats.imatrix import ImatrixEntry, write_imatrix
 from mq_quant.quantize.build import Options, build
 from mq_quant.quantize.job import Changes, open_job
 from mq_quant.quantize.sources import choose_recipe
+from small_imatrix import save_imatrix
 
 Build = Callable[..., dict[str, Any]]
-
-
-def save_imatrix(path: Path, seed: int = 0, layers: int = 2, experts: int = 3, width: int = 256) -> Path:
-    """An imatrix for small_model.CONFIG whose channels differ in energy by orders of magnitude."""
-    random = np.random.default_rng(seed)
-    names = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-    entries = {
-        f"blk.{layer}.{name}.weight": ImatrixEntry(
-            np.exp(random.normal(0, 1.5, (experts, width))).astype(np.float32), np.full(experts, 500.0)
-        )
-        for layer in range(layers)
-        for name in names
-    }
-    write_imatrix(path, entries, ["random"], 1, 512)
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mq_quant.formats.blocks import FORMATS
 from mq_quant.formats.errors import CheckpointError, ImatrixError, OutputError, RecipeError, ResumeError
 from mq_quant.formats.hfq import open_hfq, quantization_hash
 from mq_quant.quantize import engine
 from mq_quant.quantize.output import JOURNAL, PARTIAL
+from small_imatrix import save_imatrix
 
 Build = Callable[..., dict[str, Any]]
 PLAIN = {"imatrix": None, "no_imatrix": True, "alpha": None}
@@ -274,6 +276,27 @@ def test_without_an_imatrix_the_file_says_so_and_its_scales_are_one(run: Build, 
 def test_a_missing_imatrix_is_an_error(run: Build) -> None:
     with pytest.raises(ImatrixError, match="--no-imatrix"):
         run("out", imatrix=None)
+
+
+def test_an_imatrix_of_another_model_is_refused_before_any_work(run: Build, tmp_path: Path) -> None:
+    for i, shape in enumerate([{"experts": 4}, {"width": 512}, {"layers": 1}]):
+        other = save_imatrix(tmp_path / f"{i}.gguf", **shape)
+        with pytest.raises(ImatrixError, match="another model"):
+            run("out", imatrix=other)
+    assert not [name for name in names(tmp_path) if name.startswith("out")]
+
+
+def test_broken_entries_of_an_imatrix_are_mended_and_reported(run: Build, tmp_path: Path) -> None:
+    bad = save_imatrix(tmp_path / "bad.gguf", broken=True)
+    result = run("out", imatrix=bad)
+    assert result["coverage"] < 1
+    assert any("layer 1 w2" in note and "non-finite" in note for note in result["fallbacks"])
+    assert any("without tokens" in note for note in result["fallbacks"])
+    with open_hfq(tmp_path / "out") as file:
+        reports = file.metadata["mq_quant"]["layers"]
+        assert [note for layer in reports for note in layer["fallbacks"]] == result["fallbacks"]
+        for entry in file.entries:
+            assert np.isfinite(FORMATS[entry.quant_type].decode(file.read(entry.name))).all()
 
 
 @pytest.mark.parametrize("changes", [{"fit": "hessian"}, {"alpha": 0.5}])
