@@ -11,11 +11,15 @@ from typing import Any
 import independent
 import numpy as np
 import pytest
+from mq_quant.formats.hfq import open_hfq
+from mq_quant.kernels.host import open_backend
 from mq_quant.quantize.build import Options, build
 from mq_quant.quantize.job import Changes, open_job
 from mq_quant.quantize.recipe import load_tier
 from mq_quant.quantize.sources import TINY, choose_recipe
 from mq_quant.quantize.tiny import ensure_tiny
+from mq_quant.quantize.verification import Wanted, request_of
+from mq_quant.verify.run import Verdict, verify
 
 TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")
 FORMATS = {
@@ -108,6 +112,21 @@ def test_an_independent_reader_finds_the_source_in_every_tensor(
     check(path, tier, source, WEIGHTED)
 
 
+def verdict_on(path: Path, wanted: Wanted) -> Verdict:
+    with open_hfq(path) as file, open_backend("cpu") as backend:
+        return verify(file, backend, request_of(file, wanted))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_tier_passes_verification(tier: str, tiny_tier: Callable[[str], Any]) -> None:
+    path, result = tiny_tier(tier)
+    verdict = verdict_on(path, Wanted(tokens=24, generate=1))
+    verdict.raise_if_failed()
+    assert [s.name for s in verdict.stages] == ["structure", "decode", "fidelity", "forward", "generation"]
+    assert verdict.stages[0].values["quantization_hash"] == result["quantization_hash"]
+    assert verdict.stages[1].values["tensors"] == result["tensor_count"]
+
+
 @pytest.mark.parametrize("tier", ["mq2-lloyd", "mq3"])
 def test_nearest_rounding_reaches_what_the_formats_can_hold(
     tier: str, tmp_path: Path, source: Weights
@@ -142,3 +161,4 @@ def test_a_trained_checkpoint_goes_through_every_tier(tier: str, tmp_path: Path)
     metadata, _ = independent.hfq(tmp_path / "out")
     assert metadata["config"]["num_hidden_layers"] == 4
     assert metadata["quantization_hash"]["value"] == result["quantization_hash"]
+    verdict_on(tmp_path / "out", Wanted(source=str(folder), tokens=16, generate=0)).raise_if_failed()
