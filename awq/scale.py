@@ -24,7 +24,8 @@ def gate_up_scale(energy: NDArray[np.float64], alpha: float) -> NDArray[np.float
     positive = energy[energy > 0]
     floor = float(positive.min()) if len(positive) else 1.0
     log_s = 0.5 * alpha * np.log(np.maximum(energy, floor))
-    scale: NDArray[np.float16] = np.clip(np.exp(log_s - log_s.mean()), _LOW, _HIGH).astype(np.float16)
+    log_s = np.clip(log_s - log_s.mean(), np.log(_LOW), np.log(_HIGH))
+    scale: NDArray[np.float16] = np.exp(log_s).astype(np.float16)
     return scale
 
 
