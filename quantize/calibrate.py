@@ -17,15 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..formats.calibration import DownForm, config_record, layer_tensors
+from ..formats.calibration import DownForm, config_record
 from ..formats.checkpoint import Source
 from ..formats.errors import BackendError, CalibrationError, CheckpointError
 from ..formats.minimax import ModelConfig, TensorSpec, layer_inventory
 from ..verify.reference import embed, layer_forward
 from .build import peak_rss
 from .calibration_folder import CalibrationFolder
-from .moments import CHUNK, LayerMoments
-from .plan import BASE_MEMORY
+from .calibration_plan import estimate
+from .moments import LayerMoments
 from .progress import Progress
 from .provenance import flatten, program
 from .recipe import Recipe
@@ -132,27 +132,6 @@ def token_record(tokens: Tokens) -> dict[str, Any]:
     """What a manifest says of its tokens."""
     digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
     return {"sha256": digest, "sequences": tokens.shape[0], "length": tokens.shape[1]}
-
-
-def estimate(config: ModelConfig, tokens: int, down: DownForm) -> dict[str, int]:
-    """Bytes of memory that a calibration needs at its peak, of one layer's file, and of the folder when it is done."""
-    h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
-    stream = 4 * tokens * h
-    attention = 2 * stream + 4 * tokens * (3 * config.q_dim + 2 * config.kv_dim)
-    busiest = min(tokens, 8 * -(-tokens * config.num_experts_per_tok // e))
-    expert = 4 * busiest * (2 * h + 3 * i) + 4 * 6 * h * i
-    moments = 8 * 3 * (h * h + 2 * i * i) + 8 * CHUNK * max(h, i)
-    sizes = {"F32": 4, "F16": 2, "I64": 8}
-    tensors = layer_tensors(config, down).values()
-    layer = sum(sizes[dtype] * int(np.prod(shape)) for dtype, shape in tensors)
-    table = 8 * config.vocab_size * h
-    running = stream + max(attention, 3 * stream + expert + moments) + layer
-    return {
-        "memory_bytes": BASE_MEMORY + max(table + 2 * stream, running),
-        "layer_bytes": layer,
-        "folder_bytes": layer * config.num_hidden_layers,
-        "unfinished_bytes": stream,
-    }
 
 
 @dataclass

@@ -151,7 +151,12 @@ def _render_plan(result: Mapping[str, Any]) -> str:
         disk = "disk for the build: the file, and the shards of --shard-cache"
     else:
         disk = f"disk for the build: {gigabytes(result['disk_bytes'])}, the streamed shards included"
-    return "\n".join([head, table(("format", "tensors", "weights", "size"), rows), memory, disk])
+    sizes = result["calibration"]
+    calibration = (
+        f"to calibrate on {sizes['tokens']} tokens: memory about {gigabytes(sizes['memory_bytes'])}, "
+        f"disk {gigabytes(sizes['folder_bytes'] + sizes['unfinished_bytes'])}"
+    )
+    return "\n".join([head, table(("format", "tensors", "weights", "size"), rows), memory, disk, calibration])
 
 
 def tiers(

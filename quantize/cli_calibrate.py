@@ -60,8 +60,9 @@ def calibrate(
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
     """
     from ..formats.calibration import DOWN_FORMS, DownForm
-    from .calibrate import CalibrationOptions, estimate, read_tokens, tokenize
+    from .calibrate import CalibrationOptions, read_tokens, tokenize
     from .calibrate import calibrate as run
+    from .calibration_plan import estimate
     from .offline import cores
     from .sources import choose_recipe, open_place
 

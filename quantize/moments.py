@@ -21,9 +21,8 @@ from ..formats.calibration import (
 from ..formats.errors import CalibrationError
 from ..formats.minimax import ModelConfig
 from ..verify.reference import Observer, Routing
+from .calibration_plan import CHUNK
 
-CHUNK = 4096
-"""Rows turned to f64 at a time."""
 ATTENTION = {"q_proj": (0, "attn.in"), "o_proj": (1, "attn.out")}
 """Row of attn.counts and tensor of each input; k_proj and v_proj see what q_proj sees."""
 

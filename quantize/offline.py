@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.minimax import ModelConfig, inventory, parse_config
+from .calibration_plan import USUAL_TOKENS, estimate
 from .metadata import template
 from .plan import Plan, make_plan, plan_tensors, summary
 from .recipe import Recipe, load_tier
@@ -40,6 +41,7 @@ def plan_summary(
     return {
         **summary(plan, jobs or cores()),
         "disk_bytes": plan.total_bytes + streamed if known else None,
+        "calibration": {"tokens": USUAL_TOKENS, **estimate(plan.config, USUAL_TOKENS, "compact")},
         "metadata_complete": files.complete,
     }
 

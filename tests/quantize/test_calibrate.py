@@ -38,12 +38,12 @@ from mq_quant.quantize.calibrate import (
     CalibrationOptions,
     calibrate,
     check_tokens,
-    estimate,
     open_device,
     read_tokens,
     tokenize,
 )
 from mq_quant.quantize.calibration_folder import JOURNAL, hidden_file
+from mq_quant.quantize.calibration_plan import estimate
 from mq_quant.quantize.moments import LayerMoments, mean_squares, second_moment
 from mq_quant.verify.reference import Observer, Routing, layer_by_layer, layer_forward
 
