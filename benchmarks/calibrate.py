@@ -81,6 +81,9 @@ class RandomSource:
     def schedule(self, names: list[str]) -> None:
         """Nothing is fetched."""
 
+    def disk_bytes(self) -> int:
+        return 0
+
     def release(self, name: str) -> None:
         """Nothing is kept."""
 

@@ -189,7 +189,10 @@ def calibrate(source: Source, tokens: Tokens, folder: Path, options: Calibration
         "down": options.down,
         "propagate": options.propagate.resolved() if options.propagate else "source",
     }
+    sizes = estimate(config, tokens.size, options.down)
+    needed = sizes["folder_bytes"] + 2 * sizes["unfinished_bytes"] + source.disk_bytes()
     with CalibrationFolder(folder, dict(flatten(manifest)), options.force, options.restart) as out:
+        out.check_space(needed)
         records = out.done()
         resumed = len(records)
         _run(source, tokens, out, options, records, device)
@@ -205,7 +208,7 @@ def calibrate(source: Source, tokens: Tokens, folder: Path, options: Calibration
         "folder_bytes": sum(f.stat().st_size for f in folder.iterdir()),
         "seconds": round(time.monotonic() - began, 3),
         "peak_rss_bytes": peak_rss(),
-        "estimate": estimate(config, tokens.size, options.down),
+        "estimate": sizes,
     }
 
 

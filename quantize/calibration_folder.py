@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,17 @@ class CalibrationFolder:
 
     def __exit__(self, *_: object) -> None:
         self.journal.close()
+
+    def check_space(self, needed: int) -> None:
+        """Refuse a disk that cannot hold `needed` bytes, those that an earlier run wrote among them; OutputError."""
+        held = sum(f.stat().st_size for f in self.path.iterdir())
+        free = shutil.disk_usage(self.path).free
+        if free + held < needed:
+            raise OutputError(
+                f"needs {needed / 1e9:.1f} GB and its disk has {(free + held) / 1e9:.1f} GB free",
+                file=self.path,
+                hint="free some space, use another disk, or give --down pooled, which is much smaller",
+            )
 
     def done(self) -> list[dict[str, Any]]:
         """The records of the layers that an earlier run finished, their files checked; ResumeError if damaged."""

@@ -186,6 +186,16 @@ class Failing:
             raise StopError
         return self._source.weight(name)
 
+    def rows(self, name: str, low: int, high: int) -> np.ndarray:
+        if name == self._at:
+            raise StopError
+        return self._source.rows(name, low, high)
+
+    def rows(self, name: str, low: int, high: int) -> np.ndarray:
+        if name == self._at:
+            raise StopError
+        return self._source.rows(name, low, high)
+
 
 @pytest.mark.parametrize(
     "at",
@@ -222,7 +232,8 @@ def test_a_stop_between_the_last_layer_and_the_manifest_costs_nothing(
         with pytest.raises(StopError):
             calibrate(source, TOKENS, folder, options(down="full"))
     reading_nothing = Failing(source, "none")
-    monkeypatch.setattr(reading_nothing, "weight", stop, raising=False)
+    for read in ("weight", "rows"):
+        monkeypatch.setattr(reading_nothing, read, stop)
     assert calibrate(reading_nothing, TOKENS, folder, options(down="full"))["resumed_layers"] == 2
     assert contents(folder) == contents(full)
 
@@ -300,6 +311,17 @@ def test_a_full_disk_is_an_error_and_the_calibration_continues_after_it(
             calibrate(source, TOKENS, folder, options(down="full"))
     assert calibrate(source, TOKENS, folder, options(down="full"))["resumed_layers"] == 1
     assert contents(folder) == contents(full)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(OutputError, match=r"has 0\.0 GB free.*\n.*--down pooled"):
+        calibrate(Failing(source, "model.embed_tokens.weight"), TOKENS, tmp_path / "calib", options())
 
 
 def test_rows_that_are_not_finite_are_left_out_and_reported(source: Checkpoint) -> None:
