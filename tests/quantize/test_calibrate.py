@@ -191,11 +191,6 @@ class Failing:
             raise StopError
         return self._source.rows(name, low, high)
 
-    def rows(self, name: str, low: int, high: int) -> np.ndarray:
-        if name == self._at:
-            raise StopError
-        return self._source.rows(name, low, high)
-
 
 @pytest.mark.parametrize(
     "at",
