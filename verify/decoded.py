@@ -58,6 +58,16 @@ class DecodedFile:
             done += values.size
         return out.reshape(entry.shape)
 
+    def rows(self, name: str, low: int, high: int) -> NDArray[np.float32]:
+        """Rows low to high of a matrix that is not rotated and has no scale, f32 [high - low, K]."""
+        entry = self.file.entry(name)
+        fmt = format_of(self.file, entry)
+        if fmt.rotated or _GATE_UP.fullmatch(name) or not 0 <= low <= high <= entry.shape[0]:
+            raise ValueError(f"rows {low}:{high} of {name} cannot be read on their own")
+        each = entry.nbytes // entry.shape[0]
+        payload = self.file.read_range(entry, low * each, high * each)
+        return fmt.decode(payload).reshape(high - low, *entry.shape[1:])
+
     def weight(self, name: str) -> NDArray[np.float32]:
         """One tensor in the basis of the checkpoint, f32 of its shape."""
         values = self.stored(name)

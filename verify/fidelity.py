@@ -8,8 +8,10 @@ judged by the forward stage. Depends on formats and decoded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from ..formats.imatrix import Imatrix, expert_entry
 from ..formats.minimax import ModelConfig, TensorSpec, awq_scale_name, expert_name, inventory
 from .decoded import DecodedFile, format_of
 from .metrics import snr_db
-from .reference import Weights
+from .reference import Weights, blocks
 from .result import Stage
 
 F32 = NDArray[np.float32]
@@ -123,45 +125,57 @@ def check_fidelity(
 ) -> Stage:
     """Measure the file's tensors (or only `tensors`) against the source; a problem is one under its format's floor."""
     chosen = {entry.name for entry in (file.entries if tensors is None else tensors)}
-    decoded, importance = DecodedFile(file), ChannelImportance(imatrix, cfg)
+    importance, folded = ChannelImportance(imatrix, cfg), folds_down(file)
     problems: list[str] = []
     rows: dict[tuple[int, str], _Row] = {}
-    folded = folds_down(file)
     seen = 0
     for spec in inventory(cfg):
         if spec.name not in chosen or spec.name not in file:
             continue
-        fmt = format_of(file, file.entry(spec.name))
-        weight, quantised = source.weight(spec.name), decoded.weight(spec.name)
-        if folded and spec.layer is not None and spec.expert is not None and spec.projection in ("w2", "w3"):
-            name = expert_name(spec.layer, spec.expert, "w3")
-            fold = recovered_fold(source.weight(name), decoded.weight(name))
-            quantised = quantised * fold[:, None] if spec.projection == "w3" else quantised / fold
-        if weight.shape != quantised.shape:
-            problems.append(
-                f"{spec.name}: has shape {list(quantised.shape)}, the source {list(weight.shape)}"
-            )
-            continue
-        fidelity = measure(weight, quantised, importance.of(spec))
-        seen += 1
-        problem = _problem(fidelity, fmt.name)
-        if problem:
-            sidecar = (
-                awq_scale_name(spec.layer)
-                if spec.projection in ("w1", "w3") and spec.layer is not None
-                else ""
-            )
-            problems.append(
-                f"{spec.name}: {problem}" + (f" (its scale is {sidecar})" if sidecar in file else "")
-            )
-        key = (-1 if spec.layer is None else spec.layer, _projection(spec))
-        rows.setdefault(key, _Row(fmt.name)).add(spec.name, fidelity)
+        fmt = format_of(file, file.entry(spec.name)).name
+        parts = []
+        for weight, decoded in _pairs(file, source, spec, folded):
+            if weight.shape != decoded.shape:
+                problems.append(
+                    f"{spec.name}: has shape {list(decoded.shape)}, the source {list(weight.shape)}"
+                )
+                break
+            parts.append(measure(weight, decoded, importance.of(spec)))
+        else:
+            fidelity = reduce(add, parts)
+            seen += 1
+            problems += [f"{spec.name}: {text}" for text in _problems(fidelity, fmt, _sidecar(file, spec))]
+            key = (-1 if spec.layer is None else spec.layer, _projection(spec))
+            rows.setdefault(key, _Row(fmt)).add(spec.name, fidelity)
     table = [
         {"layer": None if layer < 0 else layer, "projection": projection, **row.as_json()}
         for (layer, projection), row in sorted(rows.items())
     ]
     values: dict[str, Any] = {"weighted": imatrix is not None, "rows": table}
     return Stage("fidelity", seen, "tensors", tuple(problems), (), values)
+
+
+def _pairs(file: HfqFile, source: Weights, spec: TensorSpec, folded: bool) -> Iterator[tuple[F32, F32]]:
+    """A tensor of the source and of the file, in the same basis: whole, or by rows where it is the vocabulary's."""
+    stored, name = DecodedFile(file), spec.name
+    if spec.role in ("embed", "lm_head"):
+        for low, weight in blocks(source, name, spec.shape[0]):
+            yield weight, stored.rows(name, low, min(low + len(weight), file.entry(name).shape[0]))
+        return
+    weight, decoded = source.weight(name), stored.weight(name)
+    if folded and spec.layer is not None and spec.expert is not None and spec.projection in ("w2", "w3"):
+        up = expert_name(spec.layer, spec.expert, "w3")
+        fold = recovered_fold(source.weight(up), stored.weight(up))
+        decoded = decoded * fold[:, None] if spec.projection == "w3" else decoded / fold
+    yield weight, decoded
+
+
+def _sidecar(file: HfqFile, spec: TensorSpec) -> str | None:
+    """The AWQ scale that a matrix is divided by, if the file has one."""
+    if spec.layer is None or spec.projection not in ("w1", "w3"):
+        return None
+    name = awq_scale_name(spec.layer)
+    return name if name in file else None
 
 
 def folds_down(file: HfqFile) -> bool:
@@ -189,16 +203,16 @@ def _projection(spec: TensorSpec) -> str:
     return name.split(".", 3)[3] if spec.layer is not None else name
 
 
-def _problem(fidelity: Fidelity, fmt: str) -> str | None:
-    if not fidelity.output_snr >= FLOORS[fmt]:
-        return (
-            f"{fmt} against the source has an SNR of {fidelity.output_snr:.1f} dB, under {FLOORS[fmt]:.0f} dB:"
-            " these are not the source's weights"
-        )
+def _problems(fidelity: Fidelity, fmt: str, sidecar: str | None) -> Iterator[str]:
+    where = f" (its scale is {sidecar})" if sidecar else ""
     low, high = SLOPES.get(fmt, SLOPE)
-    if not low <= fidelity.slope <= high:
-        return f"its values are {fidelity.slope:.3f} times the source's: a scale is off"
-    return None
+    if not fidelity.output_snr >= FLOORS[fmt]:
+        yield (
+            f"{fmt} against the source has an SNR of {fidelity.output_snr:.1f} dB, under {FLOORS[fmt]:.0f} dB:"
+            f" these are not the source's weights{where}"
+        )
+    elif not low <= fidelity.slope <= high:
+        yield f"its values are {fidelity.slope:.3f} times the source's: a scale is off{where}"
 
 
 @dataclass

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +26,13 @@ class Weights(Protocol):
     """Anything that hands out one dequantised tensor at a time, in the basis of the original checkpoint."""
 
     def weight(self, name: str) -> NDArray[np.float32]: ...
+
+
+@runtime_checkable
+class RowWeights(Weights, Protocol):
+    """One that can also read rows of the vocabulary's matrices, which are never held whole then."""
+
+    def rows(self, name: str, low: int, high: int) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Observer:
 
 
 _SILENT = Observer()
+ROWS = 1 << 13
+"""Rows of a vocabulary's matrix that are read at a time."""
 
 
 def load(weights: Weights, name: str, like: Tensor) -> Tensor:
@@ -58,10 +67,23 @@ def load(weights: Weights, name: str, like: Tensor) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(like)
 
 
+def blocks(weights: Weights, name: str, count: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(first row, f32 rows) of a matrix of `count` rows, ROWS at a time where the provider can do that."""
+    if not isinstance(weights, RowWeights):
+        yield 0, weights.weight(name)
+        return
+    for low in range(0, count, ROWS):
+        yield low, weights.rows(name, low, min(low + ROWS, count))
+
+
 def embed(weights: Weights, tokens: NDArray[np.integer], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Token ids [n_seq, len] to the residual stream [n_seq, len, H], on the CPU."""
-    table = load(weights, "model.embed_tokens.weight", torch.empty(0))
-    return table[torch.from_numpy(np.asarray(tokens, np.int64))].to(dtype)
+    """Token ids [n_seq, len] to the residual stream [n_seq, len, H], on the CPU; only their rows are read."""
+    name, ids = "model.embed_tokens.weight", np.asarray(tokens, np.int64)
+    if not isinstance(weights, RowWeights):
+        return load(weights, name, torch.empty(0))[torch.from_numpy(ids)].to(dtype)
+    wanted, places = np.unique(ids, return_inverse=True)
+    table = np.concatenate([weights.rows(name, i, i + 1) for i in wanted.tolist()])
+    return torch.from_numpy(table[places.reshape(ids.shape)]).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -179,6 +201,8 @@ def layer_by_layer(
 def logits(weights: Weights, cfg: ModelConfig, hidden: Tensor) -> Iterator[Tensor]:
     """Yield each sequence's next-token logits [len, vocab] from hidden [n_seq, len, H]; lm_head is read once."""
     norm = load(weights, "model.norm.weight", hidden)
-    head = load(weights, "lm_head.weight", hidden)
+    head = hidden.new_empty(cfg.vocab_size, cfg.hidden_size)
+    for low, rows in blocks(weights, "lm_head.weight", cfg.vocab_size):
+        head[low : low + len(rows)] = torch.from_numpy(rows)
     for sequence in hidden:
         yield F.linear(rms_norm(sequence, norm, cfg.rms_norm_eps), head)

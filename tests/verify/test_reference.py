@@ -11,7 +11,8 @@ import pytest
 import torch
 from mq_quant.formats.checkpoint import Checkpoint
 from mq_quant.formats.minimax import ModelConfig, expert_name, inventory, layer_prefix
-from mq_quant.verify.reference import Observer, Routing, layer_by_layer, logits, route
+from mq_quant.verify import reference
+from mq_quant.verify.reference import Observer, Routing, embed, layer_by_layer, logits, route
 
 
 def huggingface(checkpoint: Checkpoint) -> Any:
@@ -90,6 +91,10 @@ class Reads:
         self.names[name] += 1
         return self.inner.weight(name)
 
+    def rows(self, name: str, low: int, high: int) -> np.ndarray:
+        self.names[name] += 1
+        return self.inner.rows(name, low, high)
+
 
 def test_reads_only_routed_experts_and_each_once(checkpoint: Checkpoint, tokens: np.ndarray) -> None:
     reads, routes = Reads(checkpoint), Routes()
@@ -154,3 +159,20 @@ def test_ties_in_the_router_go_to_the_lower_index(checkpoint: Checkpoint) -> Non
 
     routing = route(Flat(), cfg, 0, torch.ones(3, cfg.hidden_size))
     assert routing.ids.tolist() == [list(range(cfg.num_experts_per_tok))] * 3
+
+
+def test_reading_by_rows_is_reading_whole(checkpoint: Checkpoint, tokens: np.ndarray) -> None:
+    """A provider without rows, and one whose lm_head comes in pieces, give the same as the checkpoint."""
+
+    class Whole:
+        def weight(self, name: str) -> np.ndarray:
+            return checkpoint.weight(name)
+
+    cfg = checkpoint.config
+    by_rows, whole = embed(checkpoint, tokens), embed(Whole(), tokens)
+    assert torch.equal(by_rows, whole)
+    expected = list(logits(Whole(), cfg, whole))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "ROWS", 100)
+        for a, b in zip(logits(checkpoint, cfg, by_rows), expected, strict=True):
+            assert torch.equal(a, b)
