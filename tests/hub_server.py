@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -193,13 +194,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def write(self, data: bytes) -> None:
-        rate = self.hub.bytes_per_second
-        step = len(data) if rate is None else max(int(rate / 100), 1)
+        """Send a body, throttled against the clock, so that a late wake-up is caught up with."""
+        rate, begun = self.hub.bytes_per_second, time.monotonic()
+        step = len(data) if rate is None else int(rate / 50)
         try:
             for at in range(0, len(data), max(step, 1)):
                 self.wfile.write(data[at : at + step])
                 if rate is not None:
-                    threading.Event().wait(step / rate)
+                    threading.Event().wait(max(0.0, begun + (at + step) / rate - time.monotonic()))
         except OSError:  # the client went away
             self.close_connection = True
 
