@@ -34,6 +34,9 @@ def verify(
     prompt: Annotated[
         str | None, typer.Option(help="Run this text, and hold its continuation to the coherence gate.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put --prompt through the file's chat template.")
+    ] = False,
     token_file: Annotated[
         Path | None, typer.Option(help="Run these token ids: .npy, or text with one sequence per line.")
     ] = None,
@@ -58,13 +61,14 @@ def verify(
       mq-quant verify tiny.mq2-lloyd
       mq-quant verify MiniMax-M2.7.mq2-lloyd --sample
       mq-quant verify MiniMax-M2.7.mq2-lloyd --source ./MiniMax-M2.7 --tokens 512 --report report.html
+      mq-quant verify MiniMax-M2.7.mq2-lloyd --prompt 'Why is the sky blue?' --chat --generate 200
     """
     from ..formats.hfq import open_hfq
     from ..kernels.host import open_backend
     from ..verify.run import verify as run
     from .verification import Wanted, request_of
 
-    wanted = Wanted(source, imatrix, recipe, tokens, prompt, token_file, sample, generate, dump_hidden)
+    wanted = Wanted(source, imatrix, recipe, tokens, prompt, chat, token_file, sample, generate, dump_hidden)
     with open_hfq(file) as opened, open_backend(backend) as device:
         request = request_of(opened, wanted)
         verdict = run(opened, device, request, lambda stage: note(_line(stage)))

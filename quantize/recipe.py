@@ -104,6 +104,7 @@ class Thresholds(_Strict):
     kld_mean: float | None = Field(default=None, ge=0)
     top1: float | None = Field(default=None, ge=0, le=1)
     routing: float | None = Field(default=None, ge=0, le=1)
+    coherence: bool = False
 
 
 class Recipe(_Strict):

@@ -48,6 +48,7 @@ class Wanted:
     recipe: Path | None = None
     tokens: int = 64
     prompt: str | None = None
+    chat: bool = False
     token_file: Path | None = None
     sample: bool = False
     generate: int = 16
@@ -71,10 +72,11 @@ def request_of(file: HfqFile, wanted: Wanted) -> Request:
         imatrix=read_imatrix(imatrix) if imatrix else None,
         tokens=tokens if source else None,
         prompt=None if tokens is None else tokens[0] if wanted.prompt is not None else tokens[0, :CONTEXT],
-        bars=Bars(**thresholds.model_dump()),
+        bars=Bars(
+            **{**thresholds.model_dump(), "coherence": thresholds.coherence or wanted.prompt is not None}
+        ),
         sample=wanted.sample,
         generate=wanted.generate,
-        gate=wanted.prompt is not None,
         dump=wanted.dump,
     )
 
@@ -126,7 +128,8 @@ def _tokens(file: HfqFile, wanted: Wanted, folder: Path | None) -> NDArray[np.in
         tokenizer = tokenizer_of(file)
         if tokenizer is None:
             raise RecipeError("--prompt needs a tokenizer, and the file has none", file=file.path)
-        return np.array([tokenizer.encode(wanted.prompt).ids], np.int64)
+        text = chat_text(file, wanted.prompt) if wanted.chat else wanted.prompt
+        return np.array([tokenizer.encode(text).ids], np.int64)
     if wanted.tokens == 0:
         return None
     if folder is not None and (folder / EVAL_TOKENS).is_file():
@@ -137,6 +140,23 @@ def _tokens(file: HfqFile, wanted: Wanted, folder: Path | None) -> NDArray[np.in
         return np.resize(ids, (1, min(len(ids), wanted.tokens)))
     vocab = parse_config(file.metadata.get("config") or {}).vocab_size
     return (np.arange(wanted.tokens, dtype=np.int64) * 7919 % vocab).reshape(1, -1)
+
+
+def chat_text(file: HfqFile, prompt: str) -> str:
+    """The prompt as a user's message, put through the file's chat template in a sandbox; TokenError where it fails."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    config = file.metadata.get("tokenizer_config")
+    template = config.get("chat_template") if isinstance(config, Mapping) else None
+    if not isinstance(template, str):
+        raise TokenError("--chat needs a chat template, and the file has none", file=file.path)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as e:
+        raise TokenError(f"its chat template cannot be used: {e}", file=file.path) from None
 
 
 def cut(tokens: NDArray[np.int64], count: int) -> NDArray[np.int64]:

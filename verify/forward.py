@@ -32,13 +32,14 @@ from .result import Stage
 
 @dataclass(frozen=True)
 class Bars:
-    """What a tier demands of the forward stage; an absent bar is not judged."""
+    """What a tier demands of the forward stage and of a continuation's coherence; an absent bar is not judged."""
 
     cosine_mean: float | None = None
     cosine_min: float | None = None
     kld_mean: float | None = None
     top1: float | None = None
     routing: float | None = None
+    coherence: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from .result import Stage
 
 MOST_FREQUENT = 0.5
 UNIQUE = 0.3
+SHORTEST = 16
+"""Tokens under which coherence is not judged."""
 
 
 def tokenizer_of(file: HfqFile) -> Tokenizer | None:
@@ -82,5 +84,8 @@ def check_generation(
     text = tokenizer.decode(ids)
     complaint, found = coherence(text)
     values |= {"prompt": tokenizer.decode(prompt.tolist()), "text": text, "gated": gate, **found}
+    if len(ids) < SHORTEST:
+        note = f"{len(ids)} tokens are too few to judge coherence by"
+        return Stage("generation", len(ids), "tokens", (), (note,), values)
     said = (f"coherence: {complaint}",) if complaint else ()
     return Stage("generation", len(ids), "tokens", said if gate else (), () if gate else said, values)

@@ -42,7 +42,6 @@ class Request:
     bars: Bars = field(default_factory=Bars)
     sample: bool = False
     generate: int = 0
-    gate: bool = False
     dump: Path | None = None
 
 
@@ -128,7 +127,7 @@ def verify(
         prompt, model = request.prompt, cfg
         run(
             "generation",
-            lambda: check_generation(file, model, backend, prompt, request.generate, request.gate),
+            lambda: check_generation(file, model, backend, prompt, request.generate, request.bars.coherence),
         )
     return Verdict(file.path, tuple(stages), skipped, seconds)
 

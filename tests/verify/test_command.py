@@ -139,9 +139,24 @@ def test_tokens_of_prompt_file_and_source(build: Build, checkpoint: Checkpoint, 
         from_file = request_of(file, Wanted(source=folder, token_file=tmp_path / "ids.txt")).tokens
         assert from_file is not None and from_file.tolist() == [[1, 2, 3], [4, 5, 6]]
         asked = request_of(file, Wanted(source=folder, prompt=" bab cab"))
-        assert asked.tokens is not None and asked.tokens.shape[0] == 1 and asked.gate
+        assert asked.tokens is not None and asked.tokens.shape[0] == 1 and asked.bars.coherence
+        chat = request_of(file, Wanted(source=folder, prompt=" bab cab", chat=True)).tokens
+        end = file.metadata["config"]["vocab_size"]
+        assert chat is not None and [i - end for i in chat[0].tolist() if i >= end - 3] == [-2, -3, -1]
+        assert asked.tokens[0].tolist() == chat[0, 1:-2].tolist()
         assert request_of(file, Wanted(tokens=8)).tokens is None, "nothing to compare with"
         assert request_of(file, Wanted(source=folder, tokens=0)).tokens is None
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for", "{{ messages.__class__.__mro__ }}", "{{ nothing.at.all }}"]
+)
+def test_chat_templates_that_cannot_be_used_are_refused(build: Build, template: str | None) -> None:
+    def change(metadata: dict[str, Any], _: Tensors) -> None:
+        metadata["tokenizer_config"]["chat_template"] = template
+
+    with open_hfq(build(change=change)) as file, pytest.raises(TokenError, match="chat template"):
+        request_of(file, Wanted(prompt="hello", chat=True))
 
 
 def test_cut_keeps_whole_sequences() -> None:

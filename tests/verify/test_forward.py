@@ -13,7 +13,7 @@ from mq_quant.formats.errors import CheckError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import awq_scale_name, expert_name, inventory
 from mq_quant.kernels.host import Backend
-from mq_quant.verify import kernel_model
+from mq_quant.verify import generate, kernel_model
 from mq_quant.verify.decoded import DecodedFile
 from mq_quant.verify.forward import Bars, check_forward
 from mq_quant.verify.generate import check_generation, coherence
@@ -126,6 +126,19 @@ def test_coherence(text: str, complaint: str | None) -> None:
     found, figures = coherence(text)
     assert (found is None) if complaint is None else (found is not None and complaint in found)
     assert figures["words"] == len(text.split())
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_an_incoherent_continuation_fails_only_where_it_is_judged(
+    build: Build, checkpoint: Checkpoint, backend: Backend, monkeypatch: pytest.MonkeyPatch, gate: bool
+) -> None:
+    monkeypatch.setattr(generate, "SHORTEST", 2)
+    monkeypatch.setattr(generate, "MOST_FREQUENT", 0.0)  # so that any text counts as a repetition
+    prompt = np.array([300, 301], np.int64)
+    with open_hfq(build()) as file:
+        stage = check_generation(file, checkpoint.config, backend, prompt, 2, gate)
+    assert stage.ok is not gate
+    assert any("coherence: the word" in text for text in (stage.complaints if gate else stage.notes))
 
 
 def test_reads_each_weight_once_and_only_what_is_routed(
