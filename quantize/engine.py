@@ -86,6 +86,9 @@ def encode_unit(job: Job, unit: Unit, encoder: LayerEncoder | None) -> Encoded:
         return Encoded(encoder.sidecar(), encoder.report())
     assert unit.layer is not None
     w1, w2, w3 = (job.source.weight(expert_name(unit.layer, unit.expert, p)) for p in PROJECTIONS)
+    # Released as soon as they are read: a shard that is held until delivery delays the next one's download.
+    for tensor in unit.tensors:
+        job.source.release(tensor.name)
     parts = encoder.encode_expert(unit.expert, w1, w3, w2)
     return Encoded(np.concatenate([parts[p] for p in PROJECTIONS]))
 
