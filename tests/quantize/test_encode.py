@@ -148,6 +148,13 @@ def test_a_fold_divides_rows_of_up_and_multiplies_columns_of_down() -> None:
     assert snr(WEIGHTS[0]["w2"] * t[None, :], decoded(folded["w2"], MQ6, "w2")) > 24
 
 
+def test_a_folded_down_is_rounded_under_the_folded_hessian() -> None:
+    t, w = down_fold(importance().of(0, "w2").diagonal, 0.5), WEIGHTS[0]["w2"]
+    hessian = row_hessian(importance().of(0, "w2"), t)
+    want = encode_matrix(w, MQ3_LLOYD, "hessian", t, hessian, True)
+    np.testing.assert_array_equal(encoder(fold_down=0.5).encode_expert(0, **WEIGHTS[0])["w2"], want)
+
+
 def test_a_folded_expert_computes_what_it_did() -> None:
     made = encoder(ALL_MQ6, fold_down=0.5)
     s = np.frombuffer(made.sidecar().tobytes(), "<f2").astype(np.float64)
