@@ -144,6 +144,16 @@ def byte_view(data: Bytes) -> memoryview:
     return data.reshape(-1).data if isinstance(data, np.ndarray) else memoryview(data)
 
 
+ENGINE_KEYS = ("architecture", "config", "tokenizer", "tokenizer_config", "generation_config")
+"""The metadata that the engine acts on; the quantization hash does not cover it."""
+
+
+def metadata_checksum(metadata: Mapping[str, Any]) -> str:
+    """XXH64 (seed 0, 16 hex digits) over ENGINE_KEYS and their values as compact JSON; missing keys count as null."""
+    text = dump_object({key: metadata.get(key) for key in ENGINE_KEYS})
+    return xxhash.xxh64(text, seed=0).hexdigest()
+
+
 class QuantizationHash:
     """XXH64 (seed 0) over index lines and payloads, fed in file order; its scope is HASH_SCOPE."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..formats.errors import OutputError
 from ..formats.hfq import QuantizationHash
+from ..formats.hfq_layout import metadata_checksum
 from ..formats.minimax import ModelConfig, normalize_config
 from ..formats.strictjson import dump_object
 from .plan import PlannedTensor
@@ -100,6 +101,7 @@ def template(
         "parameter_counts": parameter_counts(config, tensors, skipped_params),
         PROVENANCE: {"schema": SCHEMA, **provenance, **_outcome(blank), "reserved": room},
     }
+    metadata[PROVENANCE]["metadata_checksum"] = metadata_checksum(metadata)
     return metadata
 
 

@@ -14,6 +14,7 @@ from mq_quant.formats.blocks import BY_NAME, AffineFormat, FloatFormat, Format, 
 from mq_quant.formats.checkpoint import Checkpoint
 from mq_quant.formats.fwht import rotate
 from mq_quant.formats.hfq import QuantizationHash, TensorMeta
+from mq_quant.formats.hfq_layout import metadata_checksum
 from mq_quant.formats.minimax import awq_scale_name, inventory, normalize_config
 
 Tensors = list[tuple[TensorMeta, np.ndarray]]
@@ -75,7 +76,7 @@ def metadata_of(source: Checkpoint, tensors: Tensors, sign: bool = True) -> dict
     for meta, payload in tensors:
         digest.update(meta, [payload])
         checksums += xxhash.xxh64(payload.tobytes()).hexdigest()
-    return {
+    metadata: dict[str, Any] = {
         "architecture": "minimax_m2",
         "config": normalize_config(source.raw_config),
         "tokenizer": (source.path / "tokenizer.json").read_text("utf-8"),
@@ -88,6 +89,8 @@ def metadata_of(source: Checkpoint, tensors: Tensors, sign: bool = True) -> dict
         "parameter_counts": {"total_params": sum(math.prod(s.shape) for s in inventory(source.config))},
         "mq_quant": {"checksums": {"algorithm": "xxh64", "values": checksums}},
     }
+    metadata["mq_quant"]["metadata_checksum"] = metadata_checksum(metadata)
+    return metadata
 
 
 def by_name(tensors: Tensors) -> Mapping[str, np.ndarray]:

@@ -30,6 +30,7 @@ from ..formats.blocks import (
 )
 from ..formats.errors import ConfigError
 from ..formats.hfq import HfqFile, QuantizationHash, TensorEntry
+from ..formats.hfq_layout import ENGINE_KEYS, metadata_checksum
 from ..formats.minimax import ARCH_ID, ModelConfig, awq_scale_name, inventory, normalize_config, parse_config
 from .decoded import pieces
 from .result import Stage
@@ -70,6 +71,7 @@ def check_structure(file: HfqFile) -> Stage:
         notes.append(
             "the file does not give a checksum per tensor, so only the hash of the whole file is checked"
         )
+    problems += _edited(file)
     recomputed, wrong = _read_payloads(file, stated)
     problems += wrong
     problems += _hash_problems(file, recomputed)
@@ -214,6 +216,14 @@ def _tee(file: HfqFile, entry: TensorEntry, checksum: Any, levels: _Levels) -> I
         checksum.update(piece.data)
         levels.look(piece)
         yield piece
+
+
+def _edited(file: HfqFile) -> Problems:
+    """The build records a checksum of what the engine reads besides payloads: config, tokenizer and so on."""
+    provenance = file.metadata.get(PROVENANCE)
+    stated = provenance.get("metadata_checksum") if isinstance(provenance, Mapping) else None
+    if stated is not None and stated != metadata_checksum(file.metadata):
+        yield f"metadata: {', '.join(ENGINE_KEYS)} are not as they were written: one of them was edited"
 
 
 def _stated_checksums(file: HfqFile) -> list[str] | None:

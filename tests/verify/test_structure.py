@@ -136,6 +136,8 @@ def without_byte(metadata: dict[str, Any], _: Tensors) -> None:
         (set_key("config.head_dim", 64), "self_attn.q_proj.weight: has shape"),
         (set_key("config.num_hidden_layers", 3), "model.layers.2.input_layernorm.weight: is missing"),
         (set_key("config.hidden_size", -1), "metadata.config: config key 'hidden_size'"),
+        (set_key("config.rope_theta", 10000), "metadata: architecture, config,"),
+        (set_key("generation_config.eos_token_id", 3), "one of them was edited"),
         (set_key("architecture", "llama"), "metadata.architecture"),
         (set_key("tokenizer", {"model": {}}), "metadata.tokenizer"),
         (set_key("tokenizer", "{}"), "metadata.tokenizer"),
