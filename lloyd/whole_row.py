@@ -10,6 +10,7 @@ Source: Frantar et al., "GPTQ" (2022), in blocks of one group, with S_g in place
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,10 @@ class RowHessian:
 def from_weights(weights: NDArray[np.float64]) -> RowHessian:
     """From damped channel weights d/s² f64 [K]: independent groups."""
     groups = tuple(from_diagonal(weights[i : i + GROUP]) for i in range(0, len(weights), GROUP))
-    return RowHessian(groups, notes=tuple(f"group {i}: {g.note}" for i, g in enumerate(groups) if g.note))
+    notes = Counter(g.note for g in groups if g.note)
+    return RowHessian(
+        groups, notes=tuple(f"{note} in {n} of {len(groups)} groups" for note, n in notes.items())
+    )
 
 
 def from_moment(moment: NDArray[np.float64]) -> RowHessian:

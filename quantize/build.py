@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import xxhash
 
 from ..formats.hfq import layout
 from .engine import Encoded, run_units, schedule
+from .fallbacks import Notes, with_notes
 from .hashing import Follower
 from .job import Job
 from .journal import Journal
@@ -122,15 +124,24 @@ def _write(job: Job, options: Options, journal: Journal, output: PartialOutput) 
                     f"{unit.key}: {done.payload.nbytes} bytes encoded, {unit.nbytes} planned"
                 )
             output.write(plan.data_offset + unit.start, done.payload.data)
-            report = {"report": done.report} if done.report is not None else {}
-            journal.record(unit.key, xxhash.xxh64_hexdigest(done.payload.data), **report)
+            journal.record(unit.key, xxhash.xxh64_hexdigest(done.payload.data), **done.record)
             follower.advance(unit)
             progress.advance(unit.weights, unit.key)
 
         run_units(job, options.jobs, todo, deliver)
-    reports = [journal.done[unit.key]["report"] for unit in in_file if unit.is_sidecar]
-    outcome = Outcome(follower.hash.hexdigest, follower.checksums, reports)
+    outcome = Outcome(follower.hash.hexdigest, follower.checksums, _reports(job, journal, in_file))
     return _Run(outcome, weights, len(in_file), len(kept))
+
+
+def _reports(job: Job, journal: Journal, in_file: Sequence[Unit]) -> list[dict[str, Any]]:
+    """What is to be said of each layer, from the journal's lines of this run and of earlier ones."""
+    notes: dict[int | None, dict[int, Notes]] = defaultdict(dict)
+    for unit in in_file:
+        if unit.expert is not None and (found := journal.done[unit.key].get("notes")):
+            notes[unit.layer][unit.expert] = found
+    experts = job.plan.config.num_local_experts
+    reports = [(unit.layer, journal.done[unit.key]["report"]) for unit in in_file if unit.is_sidecar]
+    return [with_notes(report, notes[layer], experts) for layer, report in reports]
 
 
 def _intact(

@@ -93,6 +93,7 @@ class LayerEncoder:
         self._scale: NDArray[np.float16] | None = None
         self._shared: tuple[Any, float | None, RowHessian] | None = None
         self._lock = threading.Lock()
+        self._notes: dict[int, dict[str, list[str]]] = {}
 
     def _fixed_alpha(self) -> float | None:
         if self.importance is None:
@@ -187,10 +188,18 @@ class LayerEncoder:
                 down = row_hessian(of_down, fold)
         gain = self.settings.gain and self.fit == "hessian"
         plan = (("w1", w1, scale, gate_up), ("w3", w3, scale, gate_up), ("w2", w2, fold, down))
+        self._notes[expert] = {p: list(h.notes) for p, _, _, h in plan if h is not None and h.notes}
         return {p: encode_matrix(w, self.formats[p], self.fit, s, h, gain) for p, w, s, h in plan}
 
+    def notes(self, expert: int) -> dict[str, list[str]]:
+        """What the rounding of an expert, once it is encoded, had to fall back on, by projection."""
+        return self._notes.get(expert, {})
+
     def report(self) -> dict[str, Any]:
-        """What was decided for this layer: the fit, the AWQ exponent, its candidates' losses, the fallbacks."""
+        """What `prepare` decided for this layer: the fit, the AWQ exponent, its candidates' losses, the fallbacks.
+
+        What single experts fell back on is in their `notes`.
+        """
         return {
             "layer": self.layer,
             "fit": self.fit,

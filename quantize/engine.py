@@ -7,7 +7,7 @@ the job: neither the number of threads nor the order of the work changes a byte.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,10 +30,19 @@ U8 = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A finished unit: its bytes, and for a layer's sidecar what the encoder reports of the layer."""
+    """A finished unit: its bytes, for a layer's sidecar what the encoder reports of the layer, for an expert what its
+    rounding fell back on.
+    """
 
     payload: U8
     report: dict[str, Any] | None = None
+    notes: Mapping[str, Sequence[str]] | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the journal keeps of it besides the checksum."""
+        kept = {"report": self.report, "notes": self.notes}
+        return {key: value for key, value in kept.items() if value}
 
 
 @dataclass
@@ -90,7 +99,7 @@ def encode_unit(job: Job, unit: Unit, encoder: LayerEncoder | None) -> Encoded:
     for tensor in unit.tensors:
         job.source.release(tensor.name)
     parts = encoder.encode_expert(unit.expert, w1, w3, w2)
-    return Encoded(np.concatenate([parts[p] for p in PROJECTIONS]))
+    return Encoded(np.concatenate([parts[p] for p in PROJECTIONS]), notes=encoder.notes(unit.expert))
 
 
 def run_units(job: Job, jobs: int, todo: Sequence[Unit], deliver: Callable[[Unit, Encoded], None]) -> None:

@@ -139,11 +139,11 @@ def test_a_diagonal_moment_leaves_groups_independent() -> None:
         np.testing.assert_allclose(a, 0, atol=1e-6)
 
 
-def test_unusable_groups_are_named() -> None:
+def test_unusable_groups_are_counted() -> None:
     weights = np.ones(768)
     weights[256:512] = 0
     h = from_weights(weights)
-    assert h.notes == ("group 1: no usable importance",)
+    assert h.notes == ("no usable importance in 1 of 3 groups",)
 
 
 @pytest.mark.parametrize("name", ["MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ6"])
