@@ -1,7 +1,8 @@
 """Importances from a calibration folder: the same object as from an imatrix, with the second moment of every input.
 
 gate and up see the layer's moment over all tokens; down sees its own expert's, shrunk by its count toward the layer's.
-Depends on importance, and on formats (calibration, minimax) and numpy; all arithmetic is f64.
+With an imatrix behind it, moments of too few tokens lean on that instead. Depends on importance and thin, and on
+formats (calibration, minimax) and numpy; all arithmetic is f64.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ..formats.calibration import (
 )
 from ..formats.errors import CalibrationError
 from ..formats.minimax import ModelConfig
-from .importance import F64, Importance, LayerImportance
+from .importance import F64, Importance, LayerImportance, ModelImportance
+from .thin import backed_gate_up, limit, on_correlations, shrunk, thin_notes
 
 KAPPA = 256.0
 """Tokens that the layer's down moment is worth: an expert seen n times keeps n / (n + κ) of its own."""
@@ -31,21 +33,37 @@ KAPPA = 256.0
 
 @dataclass(frozen=True)
 class CalibratedLayer(LayerImportance):
-    """One layer of a calibration folder; experts' moments are read when they are asked for. Thread-safe."""
+    """One layer of a calibration folder; experts' moments are read when they are asked for. Thread-safe.
+
+    `imatrix` stands behind moments of too few tokens, where it was given.
+    """
 
     file: LayerFile
     gate_up: Importance
     down_pooled: F64 = field(repr=False)
+    imatrix: LayerImportance | None = None
 
     def of(self, expert: int, projection: str) -> Importance:
         """The importance of one expert's matrix, with its moment; the same object for w1 and w3 of all experts."""
         if projection != "w2":
             return self.gate_up
         count = float(self.counts["w2"][expert])
-        moment = self.down_pooled
+        moment = self._prior(expert, count)
         if count > 0 and "down.moment" in self.file.infos:
-            moment = (count * self._own(expert) + KAPPA * moment) / (count + KAPPA)
+            moment = shrunk(self._own(expert), count, moment, KAPPA)
         return Importance(np.diag(moment).copy(), moment, count)
+
+    def gate_up_energy(self) -> F64:
+        """As of an imatrix; of the one behind a layer of too few tokens."""
+        if self.imatrix is not None and self.gate_up.count < limit(len(self.gate_up.diagonal)):
+            return self.imatrix.gate_up_energy()
+        return super().gate_up_energy()
+
+    def _prior(self, expert: int, count: float) -> F64:
+        """E[x xᵀ] f64 [I, I] that an expert's own moment is shrunk toward, and that stands in where it has none."""
+        if self.imatrix is None or count >= limit(len(self.down_pooled)):
+            return self.down_pooled
+        return on_correlations(self.down_pooled, self.imatrix.of(expert, "w2").diagonal)
 
     def _own(self, expert: int) -> F64:
         """E[x xᵀ] f64 [I, I] over the tokens of one expert."""
@@ -55,25 +73,36 @@ class CalibratedLayer(LayerImportance):
         return unpack_moment(packed, len(self.down_pooled))
 
 
-def read_layer(file: LayerFile, config: ModelConfig, layer: int, notes: tuple[str, ...]) -> CalibratedLayer:
-    """The importances in one layer's file; experts' own moments stay there until they are asked for."""
+def read_layer(
+    file: LayerFile,
+    config: ModelConfig,
+    layer: int,
+    record: Mapping[str, Any],
+    imatrix: LayerImportance | None = None,
+) -> CalibratedLayer:
+    """The importances in one layer's file; experts' own moments stay there until they are asked for.
+
+    `record` is the manifest's of the layer: what was left out when it was gathered, and the experts without a token.
+    """
 
     def by_projection(kind: str) -> dict[str, F64]:
         """f64 [experts] or [experts, K] of gate, up and down."""
         gate, down = (file.array(f"{matrix}.{kind}").astype(np.float64) for matrix in ("gate_up", "down"))
         return {"w1": gate, "w2": down, "w3": gate}
 
-    gate_up = unpack_moment(file.array("gate_up.moment"), config.hidden_size)
+    moment = unpack_moment(file.array("gate_up.moment"), config.hidden_size)
     tokens = float(file.array("gate_up.tokens")[0])
-    return CalibratedLayer(
-        layer,
-        by_projection("diagonal"),
-        by_projection("counts"),
-        notes,
-        file,
-        Importance(np.diag(gate_up).copy(), gate_up, tokens),
-        unpack_moment(file.array("down.pooled"), config.intermediate_size),
-    )
+    gate_up = Importance(np.diag(moment).copy(), moment, tokens)
+    counts = by_projection("counts")
+    if imatrix is None:
+        notes = fallback_notes(layer, record.get("notes", ()), record.get("unseen", ()))
+    else:
+        thin = thin_notes(layer, tokens, config.hidden_size, counts["w2"], config.intermediate_size)
+        notes = (*map(str, record.get("notes", ())), *thin, *(imatrix.fallbacks if thin else ()))
+        if tokens < limit(config.hidden_size):
+            gate_up = backed_gate_up(gate_up, imatrix)
+    pooled = unpack_moment(file.array("down.pooled"), config.intermediate_size)
+    return CalibratedLayer(layer, by_projection("diagonal"), counts, notes, file, gate_up, pooled, imatrix)
 
 
 def fallback_notes(layer: int, notes: Sequence[str], unseen: Sequence[int]) -> tuple[str, ...]:
@@ -87,18 +116,17 @@ def fallback_notes(layer: int, notes: Sequence[str], unseen: Sequence[int]) -> t
 
 @dataclass(frozen=True)
 class CalibratedModel:
-    """The importances of a model, read layer by layer from a calibration folder."""
+    """The importances of a model, read layer by layer from a calibration folder; `imatrix` stands behind thin ones."""
 
     calibration: Calibration
     config: ModelConfig
+    imatrix: ModelImportance | None = None
 
     def layer(self, layer: int) -> CalibratedLayer:
         """One layer's importances; CalibrationError where its file is not the one that the manifest names."""
-        return read_layer(self.calibration.layer(layer), self.config, layer, self._notes(layer))
-
-    def _notes(self, layer: int) -> tuple[str, ...]:
+        behind = self.imatrix.layer(layer) if self.imatrix else None
         record = self.calibration.manifest["layers"][layer]
-        return fallback_notes(layer, record.get("notes", ()), record.get("unseen", ()))
+        return read_layer(self.calibration.layer(layer), self.config, layer, record, behind)
 
     @property
     def coverage(self) -> float:
@@ -109,8 +137,8 @@ class CalibratedModel:
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """What could not be taken from an expert's own tokens, over all layers."""
-        return tuple(note for n in range(self.config.num_hidden_layers) for note in self._notes(n))
+        """What could not be taken from an expert's own tokens, over all layers; reads the whole folder."""
+        return tuple(note for n in range(self.config.num_hidden_layers) for note in self.layer(n).fallbacks)
 
     def record(self) -> dict[str, Any]:
         """What a file made with it says of it."""
@@ -124,12 +152,16 @@ class CalibratedModel:
 
 
 def load_calibration(
-    folder: str | Path, config: ModelConfig, source: Mapping[str, Any] | None = None
+    folder: str | Path,
+    config: ModelConfig,
+    source: Mapping[str, Any] | None = None,
+    imatrix: ModelImportance | None = None,
 ) -> CalibratedModel:
     """Open a folder for a model of these dimensions, and for this source where it is given.
 
-    `source` is {"origin": …, "files": Source.fingerprint()}. Raises CalibrationError naming the difference where the
-    folder is of another model, revision or tokenizer, of another schema, or incomplete.
+    `imatrix` stands behind moments of too few tokens. `source` is {"origin": …, "files": Source.fingerprint()}.
+    Raises CalibrationError naming the difference where the folder is of another model, revision or tokenizer, of
+    another schema, or incomplete.
     """
     calibration = open_calibration(folder)
     found, expected = config_record(calibration.config), config_record(config)
@@ -144,7 +176,7 @@ def load_calibration(
             file=folder,
             hint="calibrate again from the source that is being built",
         )
-    return CalibratedModel(calibration, config)
+    return CalibratedModel(calibration, config, imatrix)
 
 
 def _source_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -109,7 +109,7 @@ class CalibrationFolder:
     def layer(self, layer: int, config: ModelConfig, down: DownForm) -> CalibratedLayer:
         """The importances in a layer's file."""
         path = self.path / layer_file(layer)
-        return read_layer(LayerFile(path, layer_infos(path, config, down)), config, layer, ())
+        return read_layer(LayerFile(path, layer_infos(path, config, down)), config, layer, {})
 
     def finish_layer(self, layer: int, hidden: NDArray[np.float32] | None, record: dict[str, Any]) -> None:
         """Make the residual stream behind a written layer durable (None after the last), then the journal's line."""

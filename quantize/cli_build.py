@@ -43,7 +43,10 @@ def build(
         bool, typer.Option("--no-imatrix", help="Plain build: no importance, no AWQ; the file says so.")
     ] = False,
     calibration: Annotated[
-        Path | None, typer.Option(help="A folder of `mq-quant calibrate` instead of an imatrix.")
+        Path | None,
+        typer.Option(
+            help="A folder of `mq-quant calibrate` instead of the recipe's imatrix; --imatrix then backs thin moments."
+        ),
     ] = None,
     fit: Annotated[
         str | None, typer.Option(help="reference, exact or hessian, instead of the recipe's.")

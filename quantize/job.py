@@ -71,8 +71,8 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
         raise RecipeError(
             "--no-imatrix leaves nothing for --imatrix, --fit hessian or --awq-alpha to work with"
         )
-    if changes.calibration and (changes.imatrix or changes.no_imatrix):
-        raise RecipeError("--calibration takes the place of the imatrix: give one of the two")
+    if changes.calibration and changes.no_imatrix:
+        raise RecipeError("--calibration is an importance, --no-imatrix asks for none: give one of the two")
     fit = changes.fit or recipe.fit
     alpha = changes.alpha if changes.alpha is not None else recipe.awq.alpha
     if changes.no_imatrix:
@@ -92,10 +92,10 @@ def open_source(recipe: Recipe, shard_cache: int, scratch: Path | None) -> Sourc
 
 
 def _imatrix_file(recipe: Recipe, changes: Changes) -> Path | None:
-    if changes.no_imatrix or changes.calibration:
-        return None
     if changes.imatrix is not None:
         return changes.imatrix
+    if changes.no_imatrix or changes.calibration:
+        return None
     ref = recipe.model.imatrix
     if ref is None:
         raise ImatrixError(
@@ -191,7 +191,7 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
     }
     calibrated = None
     if changes.calibration is not None:
-        calibrated = load_calibration(changes.calibration, config, made_from["source"])
+        calibrated = load_calibration(changes.calibration, config, made_from["source"], from_imatrix)
         made_from["calibration"] = calibrated.record()
     provenance = {"program": program(), **made_from, "skipped_tensors": len(source.skipped_mtp)}
     metadata = template(source.raw_config, side, config, tensors, provenance, skipped)

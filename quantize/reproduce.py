@@ -94,6 +94,12 @@ def reproduce(
         raise CalibrationError(
             "was made with a calibration folder", file=path, hint="give that folder as --calibration"
         )
+    if calibrated and imatrix is not None and record.get("imatrix") is None:
+        raise ImatrixError(
+            "was made with a calibration folder alone, without an imatrix",
+            file=path,
+            hint="leave --imatrix out",
+        )
     changes = Changes(
         imatrix=imatrix,
         no_imatrix=record.get("imatrix") is None and not calibrated,

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import small_model
+from calibration_fixtures import CONFIG, COUNTS, SOURCE, moment_of, set_key, write
 from hypothesis import given
 from hypothesis import strategies as st
 from mq_quant.awq.calibration import KAPPA, CalibratedModel, load_calibration
 from mq_quant.awq.importance import LayerImportance
 from mq_quant.formats.calibration import (
     MANIFEST,
-    config_record,
-    encode_layer,
     layer_file,
-    layer_tensors,
     pack_correlation,
     pack_moment,
     triangle,
@@ -30,62 +24,7 @@ from mq_quant.formats.calibration import (
     unpack_moment,
 )
 from mq_quant.formats.errors import CalibrationError
-from mq_quant.formats.minimax import ModelConfig, parse_config
-
-CONFIG = parse_config(small_model.CONFIG)
-COUNTS = np.array([[700, 0, 90], [40, 60, 100]])
-SOURCE = {
-    "origin": {"repository": "a/b", "revision": "r1"},
-    "files": {
-        "config.json": {"bytes": 1, "sha256": "c"},
-        "tokenizer.json": {"bytes": 1, "sha256": "t"},
-        "model-1.safetensors": {"bytes": 1, "sha256": "s"},
-    },
-}
-NUMPY = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
-
-
-def moment_of(seed: int, k: int = 256) -> np.ndarray:
-    x = np.random.default_rng(seed).normal(size=(2 * k, k)) * np.exp(np.linspace(-2, 2, k))
-    return (x.T @ x / len(x)).astype(np.float32).astype(np.float64)
-
-
-def write(folder: Path, down: str = "full", change: Callable[[dict[str, Any]], None] | None = None) -> Path:
-    """A folder for CONFIG whose moments are known: gate_up 100 + layer, down of expert e 10 · layer + e, pooled 50."""
-    folder.mkdir()
-    layers = []
-    for layer in range(CONFIG.num_hidden_layers):
-        tensors = layer_tensors(CONFIG, down)  # type: ignore[arg-type]
-        arrays = {name: np.zeros(shape, NUMPY[dtype]) for name, (dtype, shape) in tensors.items()}
-        arrays["gate_up.tokens"][:] = 395
-        arrays["gate_up.counts"][:] = arrays["down.counts"][:] = COUNTS[layer]
-        arrays["gate_up.moment"][:] = pack_moment(moment_of(100 + layer))
-        arrays["gate_up.diagonal"][:] = np.diag(moment_of(100 + layer))
-        arrays["down.pooled"][:] = pack_moment(moment_of(50))
-        for e in np.flatnonzero(COUNTS[layer]):
-            own = moment_of(10 * layer + int(e))
-            arrays["down.diagonal"][e] = np.diag(own)
-            if down != "pooled":
-                arrays["down.moment"][e] = (pack_correlation if down == "compact" else pack_moment)(own)
-        raw = b"".join(encode_layer(arrays))
-        (folder / layer_file(layer)).write_bytes(raw)
-        unseen = [int(e) for e in np.flatnonzero(COUNTS[layer] == 0)]
-        notes = ["layer 1: something was left out"] if layer else []
-        layers.append(
-            {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "unseen": unseen, "notes": notes}
-        )
-    manifest: dict[str, Any] = {
-        "schema": 1,
-        "config": config_record(CONFIG),
-        "source": SOURCE,
-        "tokens": {"sha256": "0", "sequences": 1, "length": 395},
-        "down": down,
-        "layers": layers,
-    }
-    if change:
-        change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return folder
+from mq_quant.formats.minimax import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +63,7 @@ def test_an_expert_without_tokens_takes_the_layers_moment_and_it_is_said(model: 
     assert (model.layer(0).of(1, "w2").moment == moment_of(50)).all()
     assert model.layer(0).fallbacks == ("layer 0 w2: experts 1 (1) without tokens took the layer's moment",)
     assert model.fallbacks == (*model.layer(0).fallbacks, "layer 1: something was left out")
+    assert model.layer(0).of(1, "w2").count == 0
     assert model.coverage == pytest.approx(5 / 6)
 
 
@@ -205,18 +145,6 @@ def test_a_folder_of_another_revision_or_tokenizer_is_refused(folder: Path) -> N
 def test_texts_and_places_that_do_not_reach_the_activations_may_differ(folder: Path) -> None:
     load_calibration(folder, CONFIG, changed_source("chat_template.jinja", "new"))
     load_calibration(folder, CONFIG, {**SOURCE, "origin": {"folder": "elsewhere"}})
-
-
-def set_key(*path: Any) -> Callable[[dict[str, Any]], None]:
-    """A change that sets manifest[path[0]][…] to the last of `path`."""
-
-    def change(manifest: dict[str, Any]) -> None:
-        target: Any = manifest
-        for key in path[:-2]:
-            target = target[key]
-        target[path[-2]] = path[-1]
-
-    return change
 
 
 @pytest.mark.parametrize(

@@ -593,11 +593,48 @@ def test_the_command_refuses_bad_arguments(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_build_refuses_two_sources_of_importance(source: Checkpoint, tmp_path: Path) -> None:
+def test_a_calibration_and_a_plain_build_contradict_each_other(source: Checkpoint, tmp_path: Path) -> None:
     from mq_quant.quantize.job import Changes, changed
     from mq_quant.quantize.sources import choose_recipe
 
     recipe = choose_recipe("mq2", None, str(source.path))
-    for given in ({"imatrix": tmp_path}, {"no_imatrix": True}):
-        with pytest.raises(MqError, match="give one of the two"):
-            changed(recipe, Changes(calibration=tmp_path, **given))
+    with pytest.raises(MqError, match="give one of the two"):
+        changed(recipe, Changes(calibration=tmp_path, no_imatrix=True))
+
+
+def test_an_imatrix_stands_behind_thin_moments_and_the_file_says_so(
+    full: Path, source: Checkpoint, tmp_path: Path
+) -> None:
+    """60 tokens are few for 256 channels: every projection of every layer leans on the imatrix."""
+    from mq_quant.formats.hfq import open_hfq
+    from mq_quant.quantize.build import Options, build
+    from mq_quant.quantize.job import Changes, open_job
+    from mq_quant.quantize.reproduce import reproduce
+    from mq_quant.quantize.sources import choose_recipe
+    from small_imatrix import save_imatrix
+
+    save_imatrix(tmp_path / "imatrix.gguf")
+    imatrix = tmp_path / "imatrix.gguf"
+    recipe, seen = choose_recipe("mq2", None, str(source.path)), {}
+    for name, given in (("alone", {}), ("backed", {"imatrix": imatrix})):
+        with open_job(recipe, Changes(calibration=full, alpha=0.4, **given)) as job:
+            seen[name] = build(job, Options(tmp_path / name, quiet=True))
+    assert seen["alone"]["quantization_hash"] != seen["backed"]["quantization_hash"]
+    assert seen["alone"]["fallbacks"] == []
+    said = seen["backed"]["fallbacks"]
+    assert [n for n in said if "w1, w3" in n] == [
+        f"layer {n} w1, w3: 60 tokens, fewer than 1024: imatrix behind them" for n in range(2)
+    ]
+    assert [n.split(" (3)")[0] for n in said if " w2: experts 0, 1, 2 (3) with fewer" in n] == [
+        f"layer {n} w2: experts 0, 1, 2" for n in range(2)
+    ]
+    with open_hfq(tmp_path / "backed") as file:
+        made_from = file.metadata["mq_quant"]
+    assert made_from["imatrix"]["kind"] == "gguf" and made_from["calibration"]["down"] == "full"
+    assert [note for layer in made_from["layers"] for note in layer["fallbacks"]] == said
+    where = str(source.path)
+    assert reproduce(tmp_path / "backed", where, imatrix, 1, True, full)["identical"]
+    with pytest.raises(MqError, match="without an imatrix"):
+        reproduce(tmp_path / "alone", where, imatrix, 1, True, full)
+    with pytest.raises(MqError, match="the imatrix is not the one"):
+        reproduce(tmp_path / "backed", where, None, 1, True, full)
