@@ -53,6 +53,23 @@ def run(weights: Weights, checkpoint: Checkpoint, tokens: np.ndarray) -> Iterabl
     return logits(weights, checkpoint.config, last)
 
 
+def build_file(out: Path, tier: str, folder: Path, changes: Changes) -> int:
+    """Build a tier at `out`, which may exist; returns its bytes."""
+    with open_job(choose_recipe(tier, None, str(folder)), changes) as job:
+        result = build(job, Options(out, jobs=os.cpu_count() or 1, force=True, quiet=True))
+    return int(result["total_bytes"])
+
+
+def divergence_of(
+    weights: Weights, checkpoint: Checkpoint, tokens: np.ndarray, reference: Iterable[torch.Tensor]
+) -> dict[str, Any]:
+    """KLD, agreement and perplexity of a decoded file's logits against the source's, each sequence in turn."""
+    divergence = Divergence()
+    for a, b, ids in zip(reference, run(weights, checkpoint, tokens), tokens, strict=True):
+        divergence.add(a, b, ids)
+    return vars(divergence.summary())
+
+
 def output_snr(decoded: DecodedFile, checkpoint: Checkpoint, importance: ModelImportance) -> dict[str, float]:
     """Output-weighted SNR (dB) per projection, energies summed over all experts."""
     total: dict[str, Fidelity] = {}
@@ -137,17 +154,13 @@ def main() -> None:
                     changes = replace(changes, alpha=alpha, calibration=args.calibration)
                 else:
                     changes = replace(changes, alpha=alpha, imatrix=imatrix)
-                with open_job(choose_recipe(tier, None, str(folder)), changes) as job:
-                    out = Path(scratch) / "file"
-                    result = build(job, Options(out, jobs=os.cpu_count() or 1, force=True, quiet=True))
+                out = Path(scratch) / "file"
+                size = build_file(out, tier, folder, changes)
                 with open_hfq(out) as file:
                     decoded = DecodedFile(file)
-                    divergence = Divergence()
-                    for a, b, ids in zip(reference, run(decoded, checkpoint, tokens), tokens, strict=True):
-                        divergence.add(a, b, ids)
+                    judged = divergence_of(decoded, checkpoint, tokens, reference)
                     snr = output_snr(decoded, checkpoint, importance)
-                row = {"tier": tier, "fit": fit, "bytes": result["total_bytes"], "snr": snr}
-                rows.append(row | vars(divergence.summary()))
+                rows.append({"tier": tier, "fit": fit, "bytes": size, "snr": snr} | judged)
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
                 (args.output / "quality.json").write_text(json.dumps(rows, indent=1))
     (args.output / "quality.json").write_text(json.dumps(rows, indent=1))
