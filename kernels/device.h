@@ -21,6 +21,14 @@ DEVICE int wave() { return threadIdx.x / WAVE; }
 
 DEVICE float not_a_number() { return __int_as_float(0x7fc00000); }
 
+// Lanes of a wave see what others of it have written to LDS before.
+#ifndef MQ_SYNC_WAVE
+DEVICE void sync_wave() {
+  __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+}
+#endif
+
 DEVICE float wave_sum(float v) {
   for (int mask = WAVE / 2; mask > 0; mask /= 2) v += __shfl_xor(v, mask);
   return v;

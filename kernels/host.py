@@ -270,6 +270,11 @@ def open_backend(name: str = "auto", **options: Any) -> Backend:
     return _load(name)(**options)
 
 
+def has_device(name: str) -> bool:
+    """Whether the back end of that name has a driver and a device here."""
+    return _load(name).available()
+
+
 def _load(name: str) -> type[Backend]:
     if name not in BACKENDS:
         raise BackendError(

@@ -8,7 +8,8 @@ formats.blocks.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,18 @@ POINTERS = {
     "int32_t*": "int32",
     "int64_t*": "int64",
     "uint32_t*": "uint32",
+    "double*": "float64",
 }
+_BOOKS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4-Lloyd")
+_GRIDS = ("MQ4", "MQ6")
+PER_FORMAT: Mapping[str, tuple[str, ...]] = {
+    "matrix.hip": tuple(BY_NAME),
+    "encode_kmeans.hip": _BOOKS,
+    "encode_affine.hip": _GRIDS,
+    "encode_fit.hip": _BOOKS + _GRIDS,
+    "encode_codes.hip": _BOOKS + _GRIDS,
+}
+"""Sources that are built once per block format, with their formats."""
 _KERNEL = re.compile(r"^KERNEL\((\d+)\)\s*(\w+)\(([^)]*)\)", re.MULTILINE)
 _PARAMETER = re.compile(r"(const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)")
 _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
@@ -75,10 +87,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Sources:
-    """A folder of .hip files and the headers they share; `per_format` names the files built once per block format."""
+    """A folder of .hip files and the headers they share; `per_format` names the files built once per block format, with
+    the formats.
+    """
 
     folder: Path = FOLDER
-    per_format: tuple[str, ...] = ("matrix.hip",)
+    per_format: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PER_FORMAT)
 
     def text(self, file: str) -> str:
         """The source of a module with our own headers in place, each once."""
@@ -106,7 +120,7 @@ class Sources:
         """Every kernel by (name, format name or None)."""
         found: dict[tuple[str, str | None], Kernel] = {}
         for path in sorted(self.folder.glob("*.hip")):
-            formats = tuple(BY_NAME) if path.name in self.per_format else (None,)
+            formats: tuple[str | None, ...] = self.per_format.get(path.name, (None,))
             for name, threads, parameters in signatures(self._read(path.name), path):
                 for fmt in formats:
                     if (name, fmt) in found:

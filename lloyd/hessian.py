@@ -24,6 +24,8 @@ _SIGNS = np.outer(SIGNS2, SIGNS2).astype(np.float64)
 RANGE = 1e6
 """Largest ratio kept between channel weights of one group; beyond it f32 arithmetic on H would lose the small ones."""
 
+UNUSABLE = "no usable importance"
+
 
 @dataclass(frozen=True)
 class GroupHessian:
@@ -94,18 +96,27 @@ def identity() -> GroupHessian:
     return GroupHessian(eye, eye, np.ones(GROUP, np.float32))
 
 
-def from_diagonal(weights: NDArray[np.float64]) -> GroupHessian:
-    """The Hessian of f64 channel weights d/s² [256], non-negative, already damped.
-
-    Weights are bounded to a ratio of 1e6 within the group and brought to mean 1. Where they are all zero or not
-    finite the result is the identity, with a note that says so.
+def bounded(weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """Channel weights f64 [256] bounded to a ratio of 1e6 and brought to mean 1; None where all are zero or one is not
+    finite.
     """
     top = float(weights.max(initial=0.0))
     if not np.isfinite(weights).all() or top <= 0:
-        white = identity()
-        return GroupHessian(white.matrix, white.feedback, white.diagonal, "no usable importance")
+        return None
     w = np.maximum(weights / top, 1.0 / RANGE)
     w /= w.mean()
+    return np.asarray(w, np.float64)
+
+
+def from_diagonal(weights: NDArray[np.float64]) -> GroupHessian:
+    """The Hessian of f64 channel weights d/s² [256], non-negative, already damped.
+
+    Weights are `bounded`. Where they are of no use the result is the identity, with a note that says so.
+    """
+    w = bounded(weights)
+    if w is None:
+        white = identity()
+        return GroupHessian(white.matrix, white.feedback, white.diagonal, UNUSABLE)
     upper = _dyadic(1.0 / w)
     if not cholesky_upper(upper):
         white = identity()

@@ -44,10 +44,12 @@ class RowHessian:
 def from_weights(weights: NDArray[np.float64]) -> RowHessian:
     """From damped channel weights d/s² f64 [K]: independent groups."""
     groups = tuple(from_diagonal(weights[i : i + GROUP]) for i in range(0, len(weights), GROUP))
-    notes = Counter(g.note for g in groups if g.note)
-    return RowHessian(
-        groups, notes=tuple(f"{note} in {n} of {len(groups)} groups" for note, n in notes.items())
-    )
+    return RowHessian(groups, notes=counted([g.note for g in groups if g.note], len(groups)))
+
+
+def counted(notes: Sequence[str], groups: int) -> tuple[str, ...]:
+    """Each distinct note once, with the number of groups that it is of."""
+    return tuple(f"{note} in {n} of {groups} groups" for note, n in Counter(notes).items())
 
 
 def from_moment(moment: NDArray[np.float64]) -> RowHessian:

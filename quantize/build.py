@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from ..formats.hfq import layout
+from .encode import CPU, Coder
 from .engine import Encoded, run_units, schedule
 from .fallbacks import Notes, with_notes
 from .hashing import Follower
@@ -39,6 +40,7 @@ class Options:
     force: bool = False
     restart: bool = False
     quiet: bool = False
+    coder: Coder = CPU
 
     def path(self, default_name: str) -> Path:
         return self.output or Path(default_name)
@@ -89,6 +91,7 @@ def build(job: Job, options: Options) -> dict[str, Any]:
         "coverage": job.importance.coverage if job.importance else None,
         "fallbacks": [note for layer in run.outcome.layers for note in layer["fallbacks"]],
         "fit": job.recipe.fit,
+        "device": options.coder.device,
         "units": run.units,
         "resumed_units": run.resumed,
     }
@@ -128,7 +131,7 @@ def _write(job: Job, options: Options, journal: Journal, output: PartialOutput) 
             follower.advance(unit)
             progress.advance(unit.weights, unit.key)
 
-        run_units(job, options.jobs, todo, deliver)
+        run_units(job, options.jobs, todo, deliver, options.coder)
     outcome = Outcome(follower.hash.hexdigest, follower.checksums, _reports(job, journal, in_file))
     return _Run(outcome, weights, len(in_file), len(kept))
 

@@ -57,6 +57,12 @@ def build(
     awq_alpha: Annotated[
         float | None, typer.Option(min=0, max=2, help="Pin the AWQ exponent instead of searching it.")
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda (which is ROCm's name too) or hip. The file is the same; `reference` stays on the CPU."
+        ),
+    ] = "cpu",
     jobs: Jobs = None,
     shard_cache: ShardCache = 2,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
@@ -71,21 +77,24 @@ def build(
       mq-quant build --tier mq2-lloyd --source tiny
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf -o /data/m27.mq3
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
+      mq-quant build --tier mq2 --source ./MiniMax-M2.7 --imatrix imatrix.gguf --device cuda
       mq-quant build --recipe mine.yaml --jobs 8 --json
     """
     from .build import Options
     from .build import build as run
+    from .coder import open_coder
     from .job import Changes, open_job
     from .offline import cores
     from .sources import choose_recipe
 
     changes = Changes(_fit(fit), False if no_gain else None, awq_alpha, imatrix, no_imatrix, calibration)
-    options = Options(output, jobs or cores(), force, restart, quiet or as_json)
     try:
         chosen = choose_recipe(tier, recipe, source)
         scratch = output.parent if output else Path()
-        with open_job(chosen, changes, options.check, shard_cache, scratch) as job:
-            result = run(job, options)
+        with open_coder(device) as coder:
+            options = Options(output, jobs or cores(), force, restart, quiet or as_json, coder)
+            with open_job(chosen, changes, options.check, shard_cache, scratch) as job:
+                result = run(job, options)
     except KeyboardInterrupt:
         note("interrupted; the same command continues the build, with --restart it begins anew")
         raise typer.Exit(INTERRUPTED) from None

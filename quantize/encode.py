@@ -7,9 +7,9 @@ any number of threads with the same bytes. Depends on awq, lloyd and formats.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,57 @@ class FitSettings:
     gain: bool = True
     awq_alpha: float | None = None
     fold_down: float = 0.0
+
+
+class Hessian(Protocol):
+    """What a coder makes of an importance, and takes back; `notes` says what had to fall back."""
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class MatrixTask:
+    """A matrix to be encoded: weights f32 [R, K], multiplied by scale f32 [K], in a rotated format."""
+
+    weights: F32
+    fmt: Format
+    fit: Fit
+    scale: F32 | None
+    hessian: Hessian | None
+    gain: bool
+
+
+class Coder(Protocol):
+    """Who encodes matrices: the CPU, or a device; the bytes are the same. Safe for several threads."""
+
+    @property
+    def device(self) -> str:
+        """In words, for reports."""
+
+    def hessian(self, importance: Importance, scale: F32 | None) -> Hessian:
+        """The Hessian of the rows that see these inputs divided by scale f32 [K]."""
+
+    def encode(self, tasks: Sequence[MatrixTask]) -> list[U8]:
+        """Payloads u8 [bytes] of some matrices, whose Hessians this coder made."""
+
+
+class CpuCoder:
+    """Encodes on the thread that asks."""
+
+    device = "cpu"
+
+    def hessian(self, importance: Importance, scale: F32 | None) -> Hessian:
+        return row_hessian(importance, scale)
+
+    def encode(self, tasks: Sequence[MatrixTask]) -> list[U8]:
+        return [
+            encode_matrix(t.weights, t.fmt, t.fit, t.scale, cast(RowHessian | None, t.hessian), t.gain)
+            for t in tasks
+        ]
+
+
+CPU = CpuCoder()
 
 
 def encode_matrix(
@@ -81,17 +132,19 @@ class LayerEncoder:
         importance: LayerImportance | None,
         formats: Mapping[str, Format],
         settings: FitSettings,
+        coder: Coder = CPU,
     ) -> None:
         self.config = config
         self.layer = layer
         self.importance = importance
         self.formats = dict(formats)
         self.settings = settings
+        self.coder = coder
         self.fit: Fit = "exact" if importance is None and settings.fit == "hessian" else settings.fit
         self._alpha = self._fixed_alpha()
         self._objective: dict[str, float] = {}
         self._scale: NDArray[np.float16] | None = None
-        self._shared: tuple[Any, float | None, RowHessian] | None = None
+        self._shared: tuple[Any, float | None, Hessian] | None = None
         self._lock = threading.Lock()
         self._notes: dict[int, dict[str, list[str]]] = {}
 
@@ -120,15 +173,15 @@ class LayerEncoder:
             self._alpha = min(losses, key=lambda a: (losses[a], a))
         self._scale = self._scale_at(self._alpha)
 
-    def _gate_up_hessian(self, importance: Importance, scale: F32, alpha: float | None) -> RowHessian:
+    def _gate_up_hessian(self, importance: Importance, scale: F32, alpha: float | None) -> Hessian:
         """The Hessian at gate and up; one that all experts share is factored once per exponent, before they are
         encoded.
         """
         if importance.moment is None:
-            return row_hessian(importance, scale)
+            return self.coder.hessian(importance, scale)
         with self._lock:
             if self._shared is None or self._shared[0] is not importance.moment or self._shared[1] != alpha:
-                self._shared = (importance.moment, alpha, row_hessian(importance, scale))
+                self._shared = (importance.moment, alpha, self.coder.hessian(importance, scale))
             return self._shared[2]
 
     def _scale_at(self, alpha: float) -> NDArray[np.float16]:
@@ -149,7 +202,8 @@ class LayerEncoder:
                 some = full[:: max(1, len(full) // SAMPLE_ROWS)][:SAMPLE_ROWS]
                 rows = rotate(some * scale[None, :])
                 fmt = self.formats[p]
-                coded = fmt.decode(encode_rotated(rows, fmt, self.fit, hessian, gain=False))
+                (payload,) = self.coder.encode([MatrixTask(some, fmt, self.fit, scale, hessian, gain=False)])
+                coded = fmt.decode(payload)
                 error = unrotate(coded.reshape(rows.shape) - rows) / scale[None, :]
                 lost += output_energy(error, importance)
                 kept += output_energy(some, importance)
@@ -185,11 +239,12 @@ class LayerEncoder:
                 w3 = w3 / fold[:, None]
             if self.fit == "hessian":
                 gate_up = self._gate_up_hessian(self.importance.of(expert, "w1"), scale, self._alpha)
-                down = row_hessian(of_down, fold)
+                down = self.coder.hessian(of_down, fold)
         gain = self.settings.gain and self.fit == "hessian"
         plan = (("w1", w1, scale, gate_up), ("w3", w3, scale, gate_up), ("w2", w2, fold, down))
         self._notes[expert] = {p: list(h.notes) for p, _, _, h in plan if h is not None and h.notes}
-        return {p: encode_matrix(w, self.formats[p], self.fit, s, h, gain) for p, w, s, h in plan}
+        tasks = [MatrixTask(w, self.formats[p], self.fit, s, h, gain) for p, w, s, h in plan]
+        return dict(zip((p for p, _, _, _ in plan), self.coder.encode(tasks), strict=True))
 
     def notes(self, expert: int) -> dict[str, list[str]]:
         """What the rounding of an expert, once it is encoded, had to fall back on, by projection."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.minimax import PROJECTIONS, expert_name
-from .encode import LayerEncoder, encode_plain
+from .encode import CPU, Coder, LayerEncoder, encode_plain
 from .job import Job
 from .units import Unit, units, work_order
 
@@ -51,6 +51,7 @@ class Layers:
 
     job: Job
     pool: ThreadPoolExecutor
+    coder: Coder
     ready: dict[int, Future[LayerEncoder]] = field(default_factory=dict)
 
     def of(self, unit: Unit) -> Future[LayerEncoder] | None:
@@ -59,7 +60,7 @@ class Layers:
         if layer is None or not needs_encoder(unit):
             return None
         if layer not in self.ready:
-            self.ready[layer] = self.pool.submit(prepare_layer, self.job, layer)
+            self.ready[layer] = self.pool.submit(prepare_layer, self.job, layer, self.coder)
         return self.ready[layer]
 
     def drop_before(self, layer: int) -> None:
@@ -67,7 +68,7 @@ class Layers:
             del self.ready[old]
 
 
-def prepare_layer(job: Job, layer: int) -> LayerEncoder:
+def prepare_layer(job: Job, layer: int, coder: Coder = CPU) -> LayerEncoder:
     """The encoder of one layer, its AWQ scale fixed from the weights that it asks to see."""
     formats = {
         t.spec.projection: t.format
@@ -75,7 +76,7 @@ def prepare_layer(job: Job, layer: int) -> LayerEncoder:
         if t.layer == layer and t.spec and t.spec.projection and t.spec.expert == 0
     }
     importance = job.importance.layer(layer) if job.importance else None
-    encoder = LayerEncoder(job.plan.config, layer, importance, formats, job.settings)
+    encoder = LayerEncoder(job.plan.config, layer, importance, formats, job.settings, coder)
     encoder.prepare({name: job.source.weight(name) for name in encoder.needs_samples()})
     return encoder
 
@@ -102,11 +103,17 @@ def encode_unit(job: Job, unit: Unit, encoder: LayerEncoder | None) -> Encoded:
     return Encoded(np.concatenate([parts[p] for p in PROJECTIONS]), notes=encoder.notes(unit.expert))
 
 
-def run_units(job: Job, jobs: int, todo: Sequence[Unit], deliver: Callable[[Unit, Encoded], None]) -> None:
+def run_units(
+    job: Job,
+    jobs: int,
+    todo: Sequence[Unit],
+    deliver: Callable[[Unit, Encoded], None],
+    coder: Coder = CPU,
+) -> None:
     """Encode units on `jobs` threads and deliver each on the calling one, in the given order, with few in flight."""
     job.source.schedule([t.name for unit in todo for t in unit.tensors if t.spec and unit.is_last])
     with ThreadPoolExecutor(jobs, thread_name_prefix="encode") as pool:
-        layers = Layers(job, pool)
+        layers = Layers(job, pool, coder)
         pending: deque[tuple[Unit, Future[Encoded]]] = deque()
 
         def work(unit: Unit, encoder: Future[LayerEncoder] | None) -> Encoded:

@@ -18,11 +18,22 @@ def test_every_kernel_of_the_sources_is_found():
     assert plain == {
         *("rmsnorm", "rope", "scale_rotate", "silu_mul_rotate", "add", "combine", "router_top_k"),
         *("kv_append", "attention"),
+        *("rotate_rows", "multiply_rows", "widen_codes", "answer_errors", "diagonal_hessian"),
     }
-    per_format = {"decode", "embed", "matvec", "expert_gate_up", "expert_down"}
-    assert {key for key in sources.kernels if key[1]} == {(n, f) for n in per_format for f in BY_NAME}
-    written = sum((sources.folder / f).read_text().count("\nKERNEL(") for f in ("matrix.hip", "vector.hip"))
-    assert written + 2 == len(plain) + len(per_format)
+    books, grids = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4-Lloyd"), ("MQ4", "MQ6")
+    per_format = {
+        tuple(BY_NAME): ("decode", "embed", "matvec", "expert_gate_up", "expert_down"),
+        books: ("kmeans_pairs", "kmeans_exact"),
+        grids: ("affine_levels",),
+        books + grids: (
+            *("feedback", "descend", "refit", "refit_dense"),
+            *("round_levels", "nearest", "residual_rows", "apply_gain", "pack"),
+        ),
+    }
+    expected = {(n, f) for formats, names in per_format.items() for n in names for f in formats}
+    assert {key for key in sources.kernels if key[1]} == expected
+    written = sum(path.read_text().count("\nKERNEL(") for path in sources.folder.glob("*.hip"))
+    assert written == len(plain) + sum(map(len, per_format.values()))
 
 
 def test_a_signature_is_read_with_types_and_who_writes():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile_rows import HOSTILE, IMPORTANCES, RANDOM
 from lanes_problem import heavy_rows, unequal_weights
 from mq_quant.formats.blocks import (
     BY_NAME,
@@ -26,35 +27,6 @@ from mq_quant.lloyd.whole_row import RowHessian, from_weights
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/encode_vectors.npz")
 ROTATED = [f for f in BY_NAME.values() if f.rotated]
 FITS: tuple[Fit, ...] = ("reference", "exact", "hessian")
-RANDOM = np.random.default_rng(31)
-NORMAL = RANDOM.standard_normal((19, 256))
-HOSTILE = {
-    "zero": np.zeros((17, 256)),
-    "minus zero": np.full((2, 256), -0.0),
-    "constant": np.full((3, 256), 0.7),
-    "constant, negative and small": np.full((1, 256), -3e-9),
-    "two values": np.where(NORMAL > 0, 1.0, -2.0),
-    "one of 256": np.where(np.arange(256) == 200, 1.0, 0.0) * np.ones((16, 1)),
-    "one huge outlier": np.where(np.arange(256) == 3, 1e6, NORMAL),
-    "one outlier beyond reason": np.where(np.arange(256) == 3, -1e25, NORMAL),
-    "levels beyond f16": 1e6 * NORMAL,
-    "levels far beyond f16": 1e15 * NORMAL,
-    "levels at the edge of f16": 3e4 * NORMAL,
-    "levels below f16": 1e-9 * NORMAL,
-    "subnormal": RANDOM.integers(-9, 10, (5, 256)) * 2.0**-149,
-    "subnormal and normal": np.where(np.arange(256) % 2, 2.0**-140, NORMAL),
-    "one row": NORMAL[:1],
-    "no rows": np.empty((0, 256)),
-}
-IMPORTANCES = {
-    "equal": np.ones(256),
-    "unequal": unequal_weights(1.0),
-    "with zeros": np.where(np.arange(256) % 3 == 0, 0.0, unequal_weights(0.5)),
-    "one channel": np.where(np.arange(256) == 100, 1.0, 0.0),
-    "enormous ratio": np.geomspace(1e-30, 1e30, 256),
-    "zero": np.zeros(256),
-    "not finite": np.where(np.arange(256) == 5, np.inf, 1.0),
-}
 
 
 def encode(

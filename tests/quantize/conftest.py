@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import small_model
 from mq_quant.quantize.build import Options, build
+from mq_quant.quantize.encode import CPU, Coder
 from mq_quant.quantize.job import Changes, open_job
 from mq_quant.quantize.sources import choose_recipe
 from small_imatrix import save_imatrix
@@ -37,10 +38,11 @@ def run(small: Path, tmp_path: Path) -> Build:
         jobs: int = 2,
         force: bool = False,
         restart: bool = False,
+        coder: Coder = CPU,
         **changes: Any,
     ) -> dict[str, Any]:
         given = Changes(**({"imatrix": small / "imatrix.gguf", "alpha": 0.3} | changes))
-        options = Options(tmp_path / name, jobs, force, restart, quiet=True)
+        options = Options(tmp_path / name, jobs, force, restart, quiet=True, coder=coder)
         with open_job(choose_recipe(tier, None, str(source)), given, options.check) as job:
             return build(job, options)
 

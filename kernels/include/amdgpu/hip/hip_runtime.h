@@ -55,3 +55,11 @@ MQ_INLINE float sqrtf(float x) { return __builtin_sqrtf(x); }
 MQ_INLINE float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 MQ_INLINE float fmaxf(float a, float b) { return __builtin_fmaxf(a, b); }
 MQ_INLINE float __int_as_float(int v) { return __builtin_bit_cast(float, v); }
+MQ_INLINE uint32_t __float_as_uint(float v) { return __builtin_bit_cast(uint32_t, v); }
+MQ_INLINE int __double2loint(double v) { return (int)__builtin_bit_cast(uint64_t, v); }
+MQ_INLINE int __double2hiint(double v) { return (int)(__builtin_bit_cast(uint64_t, v) >> 32); }
+MQ_INLINE double __hiloint2double(int high, int low) {
+  return __builtin_bit_cast(double, (uint64_t)(uint32_t)high << 32 | (uint32_t)low);
+}
+MQ_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
+MQ_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }

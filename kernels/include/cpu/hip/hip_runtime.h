@@ -59,3 +59,11 @@ using std::min;
 #define MQ_HALF_TO_FLOAT
 static inline float half_to_float(uint16_t bits) { return static_cast<float>(mq::bits_as<_Float16>(bits)); }
 static inline float __int_as_float(int v) { return mq::bits_as<float>(v); }
+static inline uint32_t __float_as_uint(float v) { return mq::bits_as<uint32_t>(v); }
+static inline int __double2loint(double v) { return static_cast<int>(mq::bits_as<uint64_t>(v)); }
+static inline int __double2hiint(double v) { return static_cast<int>(mq::bits_as<uint64_t>(v) >> 32); }
+static inline double __hiloint2double(int high, int low) {
+  return mq::bits_as<double>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low));
+}
+#define MQ_SYNC_WAVE
+static inline void sync_wave() { __shfl(0, 0); }

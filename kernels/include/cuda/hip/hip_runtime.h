@@ -11,6 +11,8 @@ typedef unsigned long long uint64_t;
 #define __shfl(value, lane) __shfl_sync(0xffffffffu, value, lane)
 #define __shfl_xor(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 #define __shfl_down(value, delta) __shfl_down_sync(0xffffffffu, value, delta)
+#define MQ_SYNC_WAVE
+#define sync_wave() __syncwarp()
 // One instruction where the compiler makes two of it.
 #define MQ_AND_OR
 static __device__ __forceinline__ uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) {

@@ -1,0 +1,146 @@
+// The last steps of encoding a row: levels in the precision of the format, nearest codes, the gain, and the bytes. A wave has
+// one group of one row; shapes as in encode_fit.hip.
+#include "encode_levels.h"
+
+constexpr int BYTES = (GRID ? 8 : 2 * LEVELS) + 32 * BITS;
+constexpr float HALF_MAX = 65504.0f;
+
+// f32 of magnitude up to 65504 to the nearest f16, ties to even.
+DEVICE uint32_t half_bits(float f) {
+  const uint32_t bits = __float_as_uint(f), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const int exponent = (int)(magnitude >> 23) - 112;      // of the half
+  if (exponent > 0) {
+    const uint32_t shifted = magnitude - (112u << 23);
+    return sign | (shifted + 0xfff + (shifted >> 13 & 1)) >> 13;
+  }
+  if (exponent < -10) return sign;
+  const uint32_t mantissa = (magnitude & 0x7fffff) | 0x800000;
+  const int shift = 14 - exponent;
+  return sign | (mantissa + (1u << (shift - 1)) - 1 + (mantissa >> shift & 1)) >> shift;
+}
+
+// A level as the format stores it.
+DEVICE float stored_level(float level) {
+  if (GRID) return level;
+  level = level < -HALF_MAX ? -HALF_MAX : level;
+  level = level > HALF_MAX ? HALF_MAX : level;
+  return half_to_float((uint16_t)half_bits(level));
+}
+
+// params f32 [count, groups, PARAMS] in the format's precision. A grid that was fitted under a Hessian is read off its first
+// and last level. Threads are rows, grid (rows / 256, groups from `first` on).
+KERNEL(256) round_levels(float* __restrict__ params, int fitted, int count, int groups, int first) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= count) return;
+  float* mine = params + ((int64_t)row * groups + first + blockIdx.y) * PARAMS;
+  if (GRID && fitted) {
+    const float low = level_of(mine, 0), high = level_of(mine, LEVELS - 1);
+    mine[0] = low;
+    mine[1] = (float)(((double)high - (double)low) / (double)(LEVELS - 1));
+  }
+#pragma unroll
+  for (int k = 0; k < PARAMS; k++) mine[k] = stored_level(mine[k]);
+}
+
+// Codes of the nearest level. Grid (rows, groups from `first` on).
+KERNEL(32) nearest(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
+                   int groups, int first) {
+  const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
+  float v[PER_LANE];
+  int code[PER_LANE];
+  Levels<GRID> levels;
+  load_levels(levels, params + at * PARAMS);
+  load_group(v, rows + at * GROUP);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) assign(levels, v[j], code[j]);
+  store_codes(codes + at * GROUP + PER_LANE * lane(), code);
+}
+
+DEVICE void residual(float (&e)[PER_LANE], const float (&y)[PER_LANE], const uint8_t* codes, const float* params) {
+  const Codes mine = load_codes(codes + PER_LANE * lane());
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) e[j] = y[j] - level_of(params, code_of(mine, j));
+}
+
+// errors f32 [rows, 256] of one group: rows minus what the decoder gives. Grid (rows).
+KERNEL(32) residual_rows(float* __restrict__ errors, const float* __restrict__ rows, const float* __restrict__ params,
+                         const uint8_t* __restrict__ codes, int groups, int group) {
+  const int64_t at = (int64_t)blockIdx.x * groups + group;
+  float y[PER_LANE], e[PER_LANE];
+  load_group(y, rows + at * GROUP);
+  residual(e, y, codes + at * GROUP, params + at * PARAMS);
+  store_group(errors + (int64_t)blockIdx.x * GROUP, e);
+}
+
+// Multiplies the levels by (yᵀH y) / (yᵀH ŷ), or by 1 where that is beyond 2 or not positive. `dense` says that pulled holds
+// H·y; otherwise H is diagonal, `weights` in the basis before the rotation, and pulled is not read. Grid (rows, groups).
+KERNEL(32) apply_gain(float* __restrict__ params, const float* __restrict__ rows, const uint8_t* __restrict__ codes,
+                      const float* __restrict__ weights, const float* __restrict__ pulled,
+                      const float* __restrict__ signs, int dense, int groups, int first) {
+  LDS(float, left, GROUP);
+  LDS(float, right, 2 * GROUP);
+  const int group = first + blockIdx.y, t = lane();
+  const int64_t at = (int64_t)blockIdx.x * groups + group;
+  float* param = params + at * PARAMS;
+  float y[PER_LANE], e[PER_LANE], a[PER_LANE];
+  load_group(y, rows + at * GROUP);
+  residual(e, y, codes + at * GROUP, param);
+  if (dense) {
+    load_group(a, pulled + at * GROUP);
+  } else {
+    load_group(a, signs + GROUP);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+      y[j] = y[j] * a[j];
+      e[j] = e[j] * a[j];
+    }
+    hadamard(y);
+    hadamard(e);
+    load_group(a, weights + group * GROUP);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) a[j] = a[j] * y[j];
+  }
+  store_group(left, a);
+  store_group(right, y);
+  store_group(right + GROUP, e);
+  __syncthreads();
+  // Eight lanes follow four chains of either sum, in the order of lloyd.refit.weighted_dot.
+  const float *one = left + t % 4, *two = right + (t / 4 % 2) * GROUP + t % 4;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int i = 0; i < GROUP; i += 4) sum = fmaf(one[i], two[i], sum);
+  sum = sum + __shfl_xor(sum, 1);
+  sum = sum + __shfl_xor(sum, 2);
+  const float whole = __shfl(sum, 0), kept = whole - __shfl(sum, 4);
+  const float gain = kept > 0.5f * whole ? whole / kept : 1.0f;
+  if (t < PARAMS) param[t] = stored_level(param[t] * gain);
+}
+
+// The payload: BYTES per group, params already in the format's precision. Grid (rows · groups).
+KERNEL(32) pack(uint8_t* __restrict__ payload, const float* __restrict__ params, const uint8_t* __restrict__ codes) {
+  LDS(uint8_t, out, 32 * BITS);
+  const int t = lane();
+  const int64_t at = blockIdx.x;
+  const float* param = params + at * PARAMS;
+  uint8_t* group = payload + at * BYTES;
+  if (GRID && t < 2) *reinterpret_cast<float*>(group + 4 * t) = param[1 - t];      // scale, zero
+  if (!GRID && t < LEVELS) *reinterpret_cast<uint16_t*>(group + 2 * t) = (uint16_t)half_bits(param[t]);
+  const Codes mine = load_codes(codes + at * GROUP + PER_LANE * t);
+  uint32_t low = 0, high = 0;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    low |= code_of(mine, j) << (BITS * j);
+    high |= code_of(mine, 4 + j) << (BITS * j);
+  }
+  for (int i = 0; i < BITS; i++) {
+    const int bit = 8 * i, half = 4 * BITS;
+    uint32_t byte = bit < half ? low >> bit : high >> (bit - half);
+    if (bit < half && bit + 8 > half) byte |= high << (half - bit);
+    out[BITS * t + i] = (uint8_t)byte;
+  }
+  __syncthreads();
+  uint8_t* body = group + BYTES - 32 * BITS;
+  for (int i = 2 * t; i < 32 * BITS; i += 2 * WAVE) {
+    *reinterpret_cast<uint16_t*>(body + i) = (uint16_t)(out[i] | out[i + 1] << 8);
+  }
+}

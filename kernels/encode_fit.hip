@@ -1,0 +1,338 @@
+// Rounding under a group's Hessian, as lloyd/rounding.py and lloyd/refit.py do it, with the same bits: error feedback, one
+// sweep of coordinate descent, and the levels that fit best the codes of a row.
+//
+// rows f32 [count, 256·groups], codes u8 of the same shape, params f32 [count, groups, PARAMS]; per group `matrix` and
+// `feedback` f32 [256, 256], `weights` f32 [256]. Grids are (tiles or blocks of rows, groups from `first` on).
+#include "encode_levels.h"
+
+// Rounds every column in turn, and moves the targets of the later ones by its error.
+KERNEL(32) feedback(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
+                    const float* __restrict__ factors, int count, int groups, int first) {
+  LDS(float, work, GROUP* PITCH);
+  LDS(Quad, panel, 2 * GROUP);
+  const int group = first + blockIdx.y, tile = blockIdx.x * TILE, t = lane();
+  const int64_t width = (int64_t)groups * GROUP;
+  const float* factor = factors + (int64_t)group * SQUARE;
+  for (int r = 0; r < TILE; r++) {
+    const float* y = rows + min(tile + r, count - 1) * width + group * GROUP;
+#pragma unroll
+    for (int m = 0; m < GROUP / WAVE; m++) work[(t + WAVE * m) * PITCH + r] = y[t + WAVE * m];
+  }
+  const int64_t row = min(tile + t, count - 1);
+  Levels<GRID> levels;
+  load_levels(levels, params + (row * groups + group) * PARAMS);
+  for (int at = 0; at < GROUP; at += PANEL) {
+    __syncthreads();
+    stage_panel(panel, factor, GROUP, at, at);
+    __syncthreads();
+    float target[PANEL], error[PANEL];
+    int code[PANEL];
+#pragma unroll
+    for (int j = 0; j < PANEL; j++) target[j] = work[(at + j) * PITCH + t];
+#pragma unroll
+    for (int j = 0; j < PANEL; j++) {
+      error[j] = target[j] - assign(levels, target[j], code[j]);
+#pragma unroll
+      for (int i = j + 1; i < PANEL; i++) {
+        target[i] = fmaf(-panel[2 * (at + i) + j / 4].v[j % 4], error[j], target[i]);
+      }
+    }
+#pragma unroll 4
+    for (int i = at + PANEL; i < GROUP; i++) {
+      float sum = work[i * PITCH + t];
+      const Quad low = panel[2 * i], high = panel[2 * i + 1];
+#pragma unroll
+      for (int b = 0; b < 4; b++) sum = fmaf(-low.v[b], error[b], sum);
+#pragma unroll
+      for (int b = 0; b < 4; b++) sum = fmaf(-high.v[b], error[4 + b], sum);
+      work[i * PITCH + t] = sum;
+    }
+    if (tile + t < count) store_codes(codes + row * width + group * GROUP + at, code);
+  }
+}
+
+// One sweep over the columns, each taking the level that is best given all others. `matrix` is Hᵀ, `inverse` f32 [256] holds
+// 1 / H_cc.
+KERNEL(32) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
+                   const float* __restrict__ matrix, const float* __restrict__ inverse, int count, int groups,
+                   int first) {
+  LDS(float, errors, GROUP* PITCH);
+  LDS(Quad, panel, 2 * GROUP);
+  const int group = first + blockIdx.y, tile = blockIdx.x * TILE, t = lane();
+  const int64_t width = (int64_t)groups * GROUP;
+  const float* h = matrix + (int64_t)group * SQUARE;
+  for (int r = 0; r < TILE; r++) {
+    const int64_t other = min(tile + r, count - 1), at = other * width + group * GROUP;
+    const float* param = params + (other * groups + group) * PARAMS;
+#pragma unroll
+    for (int m = 0; m < GROUP / WAVE; m++) {
+      const int i = t + WAVE * m;
+      errors[i * PITCH + r] = rows[at + i] - level_of(param, codes[at + i]);
+    }
+  }
+  const int64_t row = min(tile + t, count - 1), mine = row * width + group * GROUP;
+  Levels<GRID> levels;
+  load_levels(levels, params + (row * groups + group) * PARAMS);
+  for (int at = 0; at < GROUP; at += PANEL) {
+    __syncthreads();
+    stage_panel(panel, h, GROUP, at, 0);
+    const Quad y[2] = {load_quad(rows + mine + at), load_quad(rows + mine + at + 4)};
+    __syncthreads();
+    float pull[PANEL];
+    int code[PANEL];
+#pragma unroll
+    for (int j = 0; j < PANEL; j++) pull[j] = 0.0f;
+    subtract_product(pull, panel, errors);
+#pragma unroll
+    for (int j = 0; j < PANEL; j++) {
+      const int column = at + j;
+      const float old = errors[column * PITCH + t], value = y[j / 4].v[j % 4];
+      const float target = value - old - pull[j] * inverse[group * GROUP + column];
+      const float now = value - assign(levels, target, code[j]), moved = now - old;
+      errors[column * PITCH + t] = now;
+#pragma unroll
+      for (int i = j + 1; i < PANEL; i++) pull[i] = fmaf(-panel[2 * column + i / 4].v[i % 4], moved, pull[i]);
+    }
+    if (tile + t < count) store_codes(codes + mine + at, code);
+  }
+}
+
+// Where a wave keeps vectors of 256: they are COLUMN floats apart, so that eight of them begin in different banks.
+constexpr int COLUMN = GROUP + 4;
+constexpr int WAVES = GRID ? 8 : 32 / LEVELS;
+constexpr int ROW_WAVES = 32 * WAVES;
+constexpr int DENSE_COLUMNS = GRID ? 4 : LEVELS + 1;
+
+// Sums of products of columns, as lloyd.refit.weighted_dot takes them: four chains of every fourth element, lane c of a
+// quartet following chain c.
+DEVICE float join_chains(float chain) {
+  chain = chain + __shfl_xor(chain, 1);
+  return chain + __shfl_xor(chain, 2);
+}
+
+// Levels that solve gram · c = rhs, tied to the old ones by a ridge; lane k < LEVELS has row k of the lower gram, its right
+// side and its level, and gets the new level. Where a pivot is not positive, the old one.
+DEVICE float solve(float (&a)[LEVELS], float rhs, float old) {
+  const int k = lane();
+  float trace = 0.0f;
+#pragma unroll
+  for (int m = 0; m < LEVELS; m++) trace = trace + __shfl(a[m], m);
+  const float tie = trace * (1e-3f / (float)LEVELS), floor = tie * 0.01f;
+  bool good = true;
+  float z = fmaf(tie, old, rhs);
+#pragma unroll
+  for (int m = 0; m < LEVELS; m++) {
+    float v = k == m ? a[m] + tie : a[m];
+#pragma unroll
+    for (int n = 0; n < m; n++) v = v - a[n] * __shfl(a[n], m);
+    const float pivot = __shfl(v, m);
+    const bool sound = pivot > floor;
+    const float root = sqrtf(sound ? pivot : 1.0f);
+    good = good && sound;
+    a[m] = k == m ? root : v / root;
+  }
+#pragma unroll
+  for (int m = 0; m < LEVELS; m++) {
+    const float solved = __shfl(z / a[m], m);
+    z = k == m ? solved : k > m ? z - a[m] * solved : z;
+  }
+#pragma unroll
+  for (int m = LEVELS - 1; m >= 0; m--) {
+    const float product = a[m] * z;
+    float v = __shfl(z, m);
+#pragma unroll
+    for (int n = m + 1; n < LEVELS; n++) v = v - __shfl(product, n);
+    const float solved = v / __shfl(a[m], m);
+    z = k == m ? solved : z;
+  }
+  return good ? z : old;
+}
+
+// Solves, sorts the levels and lets the codes follow. gram and rhs lie in `system`, row k at k · (LEVELS + 1), rhs last.
+DEVICE void refit_book(float* params, uint8_t* codes, const float* system, int* rank, bool live) {
+  const int k = min(lane(), LEVELS - 1);
+  float a[LEVELS];
+#pragma unroll
+  for (int m = 0; m < LEVELS; m++) a[m] = m <= k ? system[k * (LEVELS + 1) + m] : 0.0f;
+  const float fitted = solve(a, system[k * (LEVELS + 1) + LEVELS], params[k]);
+  int before = 0;
+#pragma unroll
+  for (int other = 0; other < LEVELS; other++) {
+    const float v = __shfl(fitted, other);
+    before += v < fitted || (v == fitted && other < k) ? 1 : 0;
+  }
+  if (lane() < LEVELS) rank[k] = before;
+  __syncthreads();
+  if (live && lane() < LEVELS) params[before] = fitted;
+  const Codes old = load_codes(codes + PER_LANE * lane());
+  int code[PER_LANE];
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) code[j] = rank[code_of(old, j)];
+  if (live) store_codes(codes + PER_LANE * lane(), code);
+}
+
+// The zero and scale that solve the two equations of an evenly spaced grid.
+DEVICE void refit_grid(float* params, float g00, float g10, float g11, float b0, float b1, bool live) {
+  const float determinant = g00 * g11 - g10 * g10;
+  const bool posed = determinant > 1e-4f * g00 * g11;
+  const float safe = posed ? determinant : 1.0f;
+  const float zero = (b0 * g11 - b1 * g10) / safe, scale = (b1 * g00 - b0 * g10) / safe;
+  if (live && lane() == 0 && posed && scale > 0.0f) {
+    params[0] = zero;
+    params[1] = scale;
+  }
+}
+
+// The k-th level's equation takes k + 2 sums, four of which make a run; run number `run` belongs to level k, from sum s on.
+DEVICE void find_run(int run, int& k, int& s) {
+  k = 0;
+  for (int runs = 1; run >= runs && k < PARAMS - 1; runs = (k + 5) / 4) {
+    run -= runs;
+    k++;
+  }
+  s = 4 * run;
+}
+
+DEVICE constexpr int count_runs() {
+  int runs = 0;
+  for (int k = 0; k < PARAMS; k++) runs += (k + 5) / 4;
+  return runs;
+}
+
+// New levels under a diagonal importance: the equations from transformed columns. A wave per row.
+KERNEL(256) refit(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ rows,
+                  const float* __restrict__ weights, const float* __restrict__ signs, int count, int groups,
+                  int first) {
+  LDS(float, shared, WAVES*(PARAMS + 1) * COLUMN);
+  LDS(float, systems, WAVES* PARAMS*(PARAMS + 1));
+  LDS(int, ranks, WAVES* PARAMS);
+  LDS(float, weight, GROUP);
+  const int group = first + blockIdx.y, r = blockIdx.x * WAVES + wave(), t = lane();
+  const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
+  float* columns = shared + wave() * (PARAMS + 1) * COLUMN;
+  float* system = systems + wave() * PARAMS * (PARAMS + 1);
+  for (int i = threadIdx.x; i < GROUP; i += ROW_WAVES) weight[i] = weights[group * GROUP + i];
+  float sign[PER_LANE], v[PER_LANE];
+  load_group(sign, signs + GROUP);
+  load_group(v, rows + at);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) v[j] *= sign[j];
+  hadamard(v);
+  store_group(columns + PARAMS * COLUMN, v);
+  const Codes mine = load_codes(codes + at + PER_LANE * t);
+#pragma unroll
+  for (int k = 0; k < PARAMS; k++) {
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+      const int code = code_of(mine, j);
+      v[j] = GRID ? (k ? sign[j] * (float)code : sign[j]) : (code == k ? sign[j] : 0.0f);
+    }
+    hadamard(v);
+    store_group(columns + k * COLUMN, v);
+  }
+  __syncthreads();
+  const int chain = t % 4;
+  for (int base = 0; base < count_runs(); base += WAVE / 4) {
+    const int run = base + t / 4;
+    int k, s;
+    find_run(min(run, count_runs() - 1), k, s);
+    const float* own = columns + k * COLUMN + chain;
+    const float* others[4];
+    float sums[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      others[e] = columns + (s + e <= k ? s + e : PARAMS) * COLUMN + chain;
+      sums[e] = 0.0f;
+    }
+#pragma unroll 8
+    for (int i = 0; i < GROUP; i += 4) {
+      const float weighed = weight[i + chain] * own[i];
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums[e] = fmaf(weighed, others[e][i], sums[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const float sum = join_chains(sums[e]);
+      if (chain == 0 && run < count_runs() && s + e <= k + 1) {
+        system[k * (PARAMS + 1) + (s + e <= k ? s + e : PARAMS)] = sum;
+      }
+    }
+  }
+  __syncthreads();
+  float* param = params + (row * groups + group) * PARAMS;
+  const bool live = r < count;
+  if constexpr (GRID) {
+    refit_grid(param, system[0], system[3], system[4], system[2], system[5], live);
+  } else {
+    refit_book(param, codes + at, system, ranks + wave() * PARAMS, live);
+  }
+}
+
+// New levels under a dense H: pulled f32 [count, 256·groups] holds H·y. For a grid `turned` holds -H·codes, and totals f32
+// [groups] the sums over H; for a codebook rows of H are summed by code. A wave per row.
+KERNEL(256) refit_dense(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ pulled,
+                        const float* __restrict__ turned, const float* __restrict__ matrix,
+                        const float* __restrict__ totals, int count, int groups, int first) {
+  LDS(float, shared, WAVES* DENSE_COLUMNS* COLUMN);
+  LDS(float, systems, WAVES* PARAMS*(PARAMS + 1));
+  LDS(int, ranks, WAVES* PARAMS);
+  LDS(uint8_t, letters, WAVES* GROUP);
+  const int group = first + blockIdx.y, r = blockIdx.x * WAVES + wave(), t = lane();
+  const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
+  float* columns = shared + wave() * DENSE_COLUMNS * COLUMN;
+  float* system = systems + wave() * PARAMS * (PARAMS + 1);
+  uint8_t* letter = letters + wave() * GROUP;
+  float* ys = columns + PARAMS * COLUMN;
+  float* param = params + (row * groups + group) * PARAMS;
+  const bool live = r < count;
+  const Codes mine = load_codes(codes + at + PER_LANE * t);
+  float v[PER_LANE];
+  load_group(v, pulled + at);
+  store_group(ys, v);
+  *reinterpret_cast<Codes*>(letter + PER_LANE * t) = mine;
+  if constexpr (GRID) {
+    load_group(v, turned + at);
+    store_group(columns, v);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) v[j] = (float)code_of(mine, j);
+    store_group(columns + COLUMN, v);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) v[j] = 1.0f;
+    store_group(columns + 3 * COLUMN, v);
+    __syncthreads();
+    // The quartets of lanes: H·y with ones, with the codes; -H·codes with the codes, with ones.
+    const int pair = t / 4 % 4, chain = t % 4;
+    const float* a = (pair < 2 ? ys : columns) + chain;
+    const float* b = columns + (pair == 1 || pair == 2 ? 1 : 3) * COLUMN + chain;
+    float sum = 0.0f;
+    for (int i = 0; i < GROUP; i += 4) sum = fmaf(a[i], b[i], sum);
+    sum = join_chains(sum);
+    const float b0 = __shfl(sum, 0), b1 = __shfl(sum, 4), g11 = -__shfl(sum, 8), g10 = -__shfl(sum, 12);
+    refit_grid(param, totals[group], g10, g11, b0, b1, live);
+  } else {
+    const float* h = matrix + (int64_t)group * SQUARE;
+    for (int k = 0; k < LEVELS; k++) {
+#pragma unroll
+      for (int j = 0; j < PER_LANE; j++) columns[k * COLUMN + t + WAVE * j] = 0.0f;
+    }
+    __syncthreads();
+    float rhs = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < GROUP; i++) {
+      const int code = letter[i];
+      rhs = code == t ? rhs + ys[i] : rhs;
+#pragma unroll
+      for (int j = 0; j < PER_LANE; j++) columns[code * COLUMN + t + WAVE * j] += h[i * GROUP + t + WAVE * j];
+    }
+    if (t < LEVELS) system[t * (LEVELS + 1) + LEVELS] = rhs;
+    __syncthreads();
+    for (int entry = t; entry < LEVELS * LEVELS; entry += WAVE) {
+      const int k = entry / LEVELS, m = entry % LEVELS;
+      float sum = 0.0f;
+      for (int i = 0; i < GROUP; i++) sum = letter[i] == m ? sum + columns[k * COLUMN + i] : sum;
+      if (m <= k) system[k * (LEVELS + 1) + m] = sum;
+    }
+    __syncthreads();
+    refit_book(param, codes + at, system, ranks + wave() * LEVELS, live);
+  }
+}

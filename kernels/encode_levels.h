@@ -1,0 +1,91 @@
+// A group's levels in the format that a module is built for. `params` is what is fitted: all levels, ascending, or the zero
+// and scale of evenly spaced ones, whose level k is zero + scale · k, both rounded.
+#pragma once
+#include "encode_tile.h"
+
+struct MQ4 {
+  static constexpr int BITS = 4;
+  static constexpr bool GRID = true;
+};
+struct MQ6 {
+  static constexpr int BITS = 6;
+  static constexpr bool GRID = true;
+};
+struct MQ2_Lloyd {
+  static constexpr int BITS = 2;
+  static constexpr bool GRID = false;
+};
+struct MQ3_Lloyd {
+  static constexpr int BITS = 3;
+  static constexpr bool GRID = false;
+};
+struct MQ4_Lloyd {
+  static constexpr int BITS = 4;
+  static constexpr bool GRID = false;
+};
+
+constexpr int BITS = FORMAT::BITS;
+constexpr bool GRID = FORMAT::GRID;
+constexpr int LEVELS = 1 << BITS;
+constexpr int PARAMS = GRID ? 2 : LEVELS;
+
+// The level of one code.
+DEVICE float level_of(const float* params, int code) {
+  return GRID ? params[0] + params[1] * (float)code : params[code];
+}
+
+// The levels of one row, ready for many calls of `assign`, which gives the level nearest to a target; between two it is the
+// lower one, and the last one whose midpoint lies below the target.
+template <bool Grid>
+struct Levels;
+
+template <>
+struct Levels<false> {
+  float level[LEVELS], mid[LEVELS - 1];
+};
+
+DEVICE void load_levels(Levels<false>& l, const float* params) {
+#pragma unroll
+  for (int k = 0; k < LEVELS; k++) l.level[k] = params[k];
+#pragma unroll
+  for (int k = 0; k < LEVELS - 1; k++) l.mid[k] = 0.5f * (l.level[k] + l.level[k + 1]);
+}
+
+DEVICE float assign(const Levels<false>& l, float target, int& code) {
+  float value = l.level[0];
+  code = 0;
+#pragma unroll
+  for (int k = 0; k < LEVELS - 1; k++) {
+    const bool beyond = target > l.mid[k];
+    value = beyond ? l.level[k + 1] : value;
+    code = beyond ? k + 1 : code;
+  }
+  return value;
+}
+
+template <>
+struct Levels<true> {
+  float zero, scale, inverse;
+};
+
+DEVICE void load_levels(Levels<true>& l, const float* params) {
+  l.zero = params[0];
+  l.scale = params[1];
+  l.inverse = 1.0f / l.scale;
+}
+
+DEVICE float level(const Levels<true>& l, int k) { return l.zero + l.scale * (float)k; }
+
+DEVICE bool beyond(const Levels<true>& l, float target, int k) {
+  return target > 0.5f * (level(l, k) + level(l, k + 1));
+}
+
+// A guess, from which a walk along the midpoints, which never fall, leads to the code: seldom a step.
+DEVICE float assign(const Levels<true>& l, float target, int& code) {
+  const float q = (target - l.zero) * l.inverse;
+  int k = q > 0.0f ? (q < (float)(LEVELS - 1) ? (int)(q + 0.5f) : LEVELS - 1) : 0;
+  while (k < LEVELS - 1 && beyond(l, target, k)) k++;
+  while (k > 0 && !beyond(l, target, k - 1)) k--;
+  code = k;
+  return level(l, k);
+}

@@ -1,0 +1,169 @@
+// The encoder's kernels that know no format: weights into the rotated basis, products with a dense Hessian, and the
+// Hessians of diagonal importances, all with the bits of formats/fwht.py and lloyd/.
+#include "encode_tile.h"
+
+// out = rotate(weights · scale) of f32 [rows, 256·groups]; scale f32 [256·groups], signs as formats/fwht.py has them. A wave
+// per group, grid (groups, rows).
+KERNEL(32) rotate_rows(float* __restrict__ out, const float* __restrict__ weights, const float* __restrict__ scale,
+                       const float* __restrict__ signs) {
+  const int64_t at = ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * GROUP;
+  float v[PER_LANE], factor[PER_LANE];
+  load_group(v, weights + at);
+  load_group(factor, scale + blockIdx.x * GROUP);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) v[j] = v[j] * factor[j];
+  load_group(factor, signs);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) v[j] = v[j] * factor[j];
+  hadamard(v);
+  load_group(factor, signs + GROUP);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) v[j] = v[j] * (factor[j] * 0.0625f);
+  store_group(out + at, v);
+}
+
+// out = sign · matrix · y for y f32 [count, 256·groups], `matrix` f32 [groups, 256, 256] transposed; sign is -1 as the CPU
+// forms it, or +1, its opposite. Grid (tiles, 8, groups from `first` on).
+KERNEL(32) multiply_rows(float* __restrict__ out, const float* __restrict__ y, const float* __restrict__ matrix,
+                         float sign, int count, int groups, int first) {
+  LDS(float, block, GROUP* PITCH);
+  LDS(Quad, panel, 2 * GROUP);
+  const int group = first + blockIdx.z, tile = blockIdx.x * TILE, t = lane();
+  const int64_t width = (int64_t)groups * GROUP;
+  for (int r = 0; r < TILE; r++) {
+    const float* row = y + min(tile + r, count - 1) * width + group * GROUP;
+#pragma unroll
+    for (int m = 0; m < GROUP / WAVE; m++) block[(t + WAVE * m) * PITCH + r] = row[t + WAVE * m];
+  }
+  float* mine = out + min(tile + t, count - 1) * width + group * GROUP;
+  for (int at = blockIdx.y * PANEL; at < GROUP; at += gridDim.y * PANEL) {
+    __syncthreads();
+    stage_panel(panel, matrix + (int64_t)group * SQUARE, GROUP, at, 0);
+    __syncthreads();
+    float sums[PANEL];
+#pragma unroll
+    for (int n = 0; n < PANEL; n++) sums[n] = 0.0f;
+    subtract_product(sums, panel, block);
+#pragma unroll
+    for (int n = 0; n < PANEL; n++) {
+      if (tile + t < count) mine[at + n] = -sign * sums[n];
+    }
+  }
+}
+
+// out f32 = codes u8, of n elements.
+KERNEL(256) widen_codes(float* __restrict__ out, const uint8_t* __restrict__ codes, int64_t n) {
+  const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) out[i] = (float)codes[i];
+}
+
+// The columns of rows f32 [count, 256·groups] after `group` answer its errors f32 [count, 256]: rows -= errors · answerᵀ,
+// with `answer` transposed, f32 [256, columns after the group]. Grid (tiles, blocks that share the columns).
+KERNEL(32) answer_errors(float* __restrict__ rows, const float* __restrict__ errors, const float* __restrict__ answer,
+                         int count, int groups, int group) {
+  LDS(float, block, GROUP* PITCH);
+  LDS(Quad, panel, 2 * GROUP);
+  const int tile = blockIdx.x * TILE, t = lane(), after = (groups - group - 1) * GROUP;
+  for (int r = 0; r < TILE; r++) {
+    const float* row = errors + (int64_t)min(tile + r, count - 1) * GROUP;
+#pragma unroll
+    for (int m = 0; m < GROUP / WAVE; m++) block[(t + WAVE * m) * PITCH + r] = row[t + WAVE * m];
+  }
+  float* mine = rows + ((int64_t)min(tile + t, count - 1) * groups + group + 1) * GROUP;
+  for (int at = blockIdx.y * PANEL; at < after; at += gridDim.y * PANEL) {
+    __syncthreads();
+    stage_panel(panel, answer, after, at, 0);
+    __syncthreads();
+    float sums[PANEL];
+#pragma unroll
+    for (int n = 0; n < PANEL; n++) sums[n] = mine[at + n];
+    subtract_product(sums, panel, block);
+#pragma unroll
+    for (int n = 0; n < PANEL; n++) {
+      if (tile + t < count) mine[at + n] = sums[n];
+    }
+  }
+}
+
+// The transform of f64 [256] by 256 threads, in place.
+DEVICE void transform(double* x) {
+  for (int stride = 1; stride < GROUP; stride *= 2) {
+    __syncthreads();
+    const int i = threadIdx.x;
+    const double mine = x[i], other = x[i ^ stride];
+    __syncthreads();
+    x[i] = i & stride ? other - mine : mine + other;
+  }
+  __syncthreads();
+}
+
+constexpr int STRIP = 8;             // rows of the factor that are worked on at a time
+
+// The Hessian of each group from channel weights f64 [groups, 256] of mean 1: matrix and feedback f32 [groups, 256, 256] (of
+// the feedback only what lies below the diagonal), weights and 1 / diagonal f32 [groups, 256]; failed i32 [groups] is 1
+// where the factorisation broke down. `upper` f64 [groups, 256, 256] is scratch. Grid (groups).
+KERNEL(256) diagonal_hessian(float* __restrict__ matrix, float* __restrict__ feedback, float* __restrict__ weights,
+                             float* __restrict__ inverse, int32_t* __restrict__ failed, double* __restrict__ upper,
+                             const double* __restrict__ given, const float* __restrict__ signs) {
+  LDS(double, spectrum, GROUP);
+  LDS(double, strip, STRIP* GROUP);
+  LDS(float, sign, GROUP);
+  const int k = threadIdx.x;
+  const int64_t square = (int64_t)blockIdx.x * SQUARE;
+  const double w = given[blockIdx.x * GROUP + k];
+  double* u = upper + square;
+  sign[k] = signs[GROUP + k];
+  spectrum[k] = w;
+  transform(spectrum);
+  for (int i = 0; i < GROUP; i++) {
+    matrix[square + i * GROUP + k] = (float)(spectrum[i ^ k] * (double)(sign[i] * sign[k]) / 256.0);
+  }
+  weights[blockIdx.x * GROUP + k] = (float)w;
+  inverse[blockIdx.x * GROUP + k] = 1.0f / (float)(spectrum[0] / 256.0);
+  __syncthreads();
+  spectrum[k] = 1.0 / w;
+  transform(spectrum);
+  bool sound = true;
+  for (int at = 0; at < GROUP; at += STRIP) {
+    double sums[STRIP];
+#pragma unroll
+    for (int r = 0; r < STRIP; r++) {
+      sums[r] = spectrum[(at + r) ^ k] * (double)(sign[at + r] * sign[k]) / 256.0;
+    }
+#pragma unroll 4
+    for (int j = 0; j < at; j++) {
+      const double mine = u[j * GROUP + k];
+#pragma unroll
+      for (int r = 0; r < STRIP; r++) sums[r] = sums[r] - u[j * GROUP + at + r] * mine;
+    }
+#pragma unroll
+    for (int r = 0; r < STRIP; r++) {
+      double* row = strip + r * GROUP;
+      row[k] = sums[r];
+      __syncthreads();
+      const double pivot = row[at + r];
+      sound = sound && pivot > 0.0;
+      const double factor = sums[r] * (1.0 / sqrt(pivot > 0.0 ? pivot : 1.0));
+      __syncthreads();
+      row[k] = factor;
+      __syncthreads();
+      sums[r] = factor;
+#pragma unroll
+      for (int below = r + 1; below < STRIP; below++) sums[below] = sums[below] - row[at + below] * factor;
+    }
+    float out[STRIP];
+#pragma unroll
+    for (int r = 0; r < STRIP; r++) {
+      u[(at + r) * GROUP + k] = sums[r];
+      out[r] = (float)(sums[r] / strip[r * GROUP + at + r]);
+    }
+    if (k > at) {
+#pragma unroll
+      for (int r = 0; r < STRIP; r++) {
+        if (k > at + r) feedback[square + k * GROUP + at + r] = out[r];
+      }
+    }
+    __syncthreads();
+  }
+  if (k == 0) failed[blockIdx.x] = sound ? 0 : 1;
+}

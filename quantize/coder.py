@@ -1,0 +1,116 @@
+"""Who encodes matrices: the compiled loops of lloyd on the CPU, or the kernels on a GPU. Both give the same bytes.
+
+A device has one thread of its own, which opened it and runs every launch; what the CPU has to do for a matrix happens
+on the thread that asks. Depends on lloyd, kernels and encode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..awq.importance import Importance
+from ..formats.blocks import AffineFormat, LloydFormat
+from ..formats.errors import BackendError
+from ..kernels.encoder import Encoder, HostHessian
+from ..kernels.host import Backend, has_device, open_backend
+from ..lloyd.hessian import GROUP, UNUSABLE, bounded
+from ..lloyd.whole_row import RowHessian, counted
+from .encode import CPU, Coder, MatrixTask, row_hessian
+
+DEVICES = ("cpu", "cuda", "hip")
+
+
+def on_device(hessian: RowHessian | NDArray[np.float64]) -> HostHessian:
+    """A Hessian as the kernels take it; from damped channel weights f64 [K] they make its factors themselves."""
+    if isinstance(hessian, RowHessian):
+        groups = hessian.groups
+        return HostHessian(
+            matrices=tuple(g.matrix for g in groups),
+            feedbacks=tuple(g.feedback for g in groups),
+            diagonals=tuple(g.diagonal for g in groups),
+            answers=hessian.answers,
+            notes=hessian.notes,
+        )
+    found = [bounded(hessian[i : i + GROUP]) for i in range(0, len(hessian), GROUP)]
+    notes = [UNUSABLE for w in found if w is None]
+    usable = [np.ones(GROUP) if w is None else w for w in found]
+    return HostHessian(weights=np.stack(usable), notes=counted(notes, len(found)))
+
+
+class DeviceCoder:
+    """Encodes on the device of a back end, which `open_it` opens; the fit `reference` stays on the CPU."""
+
+    def __init__(self, open_it: Callable[[], Backend]) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        try:
+            self._backend = self._thread.submit(open_it).result()
+            self._encoder = self._thread.submit(Encoder, self._backend).result()
+        except BaseException:
+            self._thread.shutdown()
+            raise
+        self.device = self._backend.device
+
+    def hessian(self, importance: Importance, scale: NDArray[np.float32] | None) -> HostHessian:
+        """The Hessian of the rows that see these inputs divided by scale f32 [K]."""
+        if importance.moment is None:
+            return on_device(importance.channel_weights(scale))
+        return on_device(row_hessian(importance, scale))
+
+    def encode(self, tasks: Sequence[MatrixTask]) -> list[NDArray[np.uint8]]:
+        """Payloads u8 [bytes] of some matrices, which share the device with those of other threads."""
+        if any(task.fit == "reference" for task in tasks):
+            return CPU.encode(tasks)
+        return self._thread.submit(self._encode, tasks).result()
+
+    def _encode(self, tasks: Sequence[MatrixTask]) -> list[NDArray[np.uint8]]:
+        return [
+            self._encoder.encode(
+                task.weights,
+                cast(LloydFormat | AffineFormat, task.fmt),
+                task.fit,
+                task.scale,
+                cast(HostHessian | None, task.hessian),
+                task.gain,
+            )
+            for task in tasks
+        ]
+
+    def close(self) -> None:
+        """Wait for what is under way and give the device back."""
+        self._thread.submit(self._backend.close)
+        self._thread.shutdown()
+
+
+@contextmanager
+def open_coder(device: str) -> Iterator[Coder]:
+    """The coder of `cpu`, `hip`, or `cuda`, which is either make of GPU, as in torch.
+
+    BackendError says what is missing.
+    """
+    if device not in DEVICES:
+        raise BackendError(f"there is no device {device!r}", hint=f"choose one of {', '.join(DEVICES)}")
+    if device == "cpu":
+        yield CPU
+        return
+    try:
+        coder = DeviceCoder(lambda: _open_gpu(device))
+    except BackendError as e:
+        raise BackendError(
+            e.problem, hint="use --device cpu, or `mq-quant doctor` to see what is here"
+        ) from None
+    try:
+        yield coder
+    finally:
+        coder.close()
+
+
+def _open_gpu(device: str) -> Backend:
+    if device == "cuda" and not has_device("cuda") and has_device("hip"):
+        device = "hip"
+    return open_backend(device)
