@@ -131,9 +131,7 @@ class CalibratedModel:
     @property
     def coverage(self) -> float:
         """Share of experts that saw a token."""
-        experts = self.config.num_local_experts
-        seen = [experts - len(r.get("unseen", [])) for r in self.calibration.manifest["layers"]]
-        return sum(seen) / (experts * self.config.num_hidden_layers)
+        return coverage_of(self.config, self.calibration.manifest["layers"])
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -142,13 +140,25 @@ class CalibratedModel:
 
     def record(self) -> dict[str, Any]:
         """What a file made with it says of it."""
-        manifest = self.calibration.manifest
-        return {
-            "sha256": self.calibration.sha256,
-            "tokens": manifest.get("tokens"),
-            "down": self.calibration.down,
-            "coverage": self.coverage,
-        }
+        tokens = self.calibration.manifest.get("tokens")
+        return calibration_record(self.calibration.sha256, tokens, self.calibration.down, self.coverage)
+
+
+def coverage_of(config: ModelConfig, records: Sequence[Mapping[str, Any]]) -> float:
+    """Share of experts that saw a token, from the manifest's records of all layers."""
+    experts = config.num_local_experts
+    seen = [experts - len(r.get("unseen", [])) for r in records]
+    return sum(seen) / (experts * config.num_hidden_layers)
+
+
+def calibration_record(sha256: str, tokens: Any, down: str, coverage: float) -> dict[str, Any]:
+    """What a file says of the calibration that it was made with; `sha256` is the manifest's."""
+    return {"sha256": sha256, "tokens": tokens, "down": down, "coverage": coverage}
+
+
+def blank_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what is known only when all layers are gathered: of one length however that was done."""
+    return {**record, "sha256": "0" * 64, "coverage": 0.0}
 
 
 def load_calibration(

@@ -14,8 +14,8 @@ import numpy as np
 from .importance import F64, Importance, LayerImportance
 
 TOKENS_PER_CHANNEL = 4
-"""Fewer tokens than this times the width make a moment thin. On a trained model of width 256 the imatrix behind it
-lowered KLD by 6 % at 0.5 and by 4 % at 2 tokens per channel, by 1 % at 4 and by nothing at 64."""
+"""Fewer tokens than this times the width make a moment thin. On a trained model of width 256 (README, Calibration) the
+imatrix behind it lowered KLD by 14 % where experts had 0.5 tokens per channel, by 2 % at 2 and by nothing from 8 on."""
 KAPPA = 256.0
 """Tokens that the imatrix is worth behind a thin moment."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from ..formats.hfq import layout
+from .calibration_folder import discard_folder
 from .encode import CPU, Coder
 from .engine import Encoded, run_units, schedule
 from .fallbacks import Notes, with_notes
@@ -26,7 +27,7 @@ from .hashing import Follower
 from .job import Job
 from .journal import Journal
 from .metadata import Outcome, complete
-from .output import JOURNAL, PARTIAL, PartialOutput, beside, check_output
+from .output import CALIBRATION, JOURNAL, PARTIAL, PartialOutput, beside, check_output
 from .progress import Progress
 from .units import Unit, units
 
@@ -58,27 +59,35 @@ def build(job: Job, options: Options) -> dict[str, Any]:
     """
     began = time.monotonic()
     final = options.path(job.output_name)
-    partial, log = beside(final, PARTIAL), beside(final, JOURNAL)
-    options.check(job.output_name, job.plan.total_bytes, job.source.disk_bytes())
+    partial, log, moments = (beside(final, suffix) for suffix in (PARTIAL, JOURNAL, CALIBRATION))
+    options.check(job.output_name, job.plan.total_bytes, job.disk_bytes())
+
+    def discard() -> None:
+        for mine in (partial, log):
+            mine.unlink(missing_ok=True)
+        discard_folder(moments)
+
     if options.restart or not (partial.exists() and log.exists()):
-        for stale in (partial, log):
-            stale.unlink(missing_ok=True)
+        discard()
     journal = Journal(log, job.signature)
     try:
         output = PartialOutput(final, job.plan.total_bytes)
         try:
+            if job.inline is not None:
+                job.inline.open(moments)
             run = _write(job, options, journal, output)
             laid = layout(complete(job.metadata, run.outcome), [t.meta() for t in job.plan.tensors])
             output.write(0, memoryview(laid.header))
             output.commit()
         finally:
             output.close()
-        log.unlink()
+        discard()
     finally:
+        if job.inline is not None:
+            job.inline.close()
         journal.close()
         if not journal.done:
-            for nothing in (partial, log):
-                nothing.unlink(missing_ok=True)
+            discard()
     seconds = time.monotonic() - began
     return {
         "path": str(final),
@@ -131,8 +140,16 @@ def _write(job: Job, options: Options, journal: Journal, output: PartialOutput) 
             follower.advance(unit)
             progress.advance(unit.weights, unit.key)
 
-        run_units(job, options.jobs, todo, deliver, options.coder)
-    outcome = Outcome(follower.hash.hexdigest, follower.checksums, _reports(job, journal, in_file))
+        def gather(layer: int) -> None:
+            # Moments of earlier layers are dropped now, so what was encoded with them must be on the disk.
+            output.sync()
+            assert job.inline is not None
+            job.inline.begin_layer(layer)
+
+        run_units(job, options.jobs, todo, deliver, options.coder, gather if job.inline else None)
+    reports = _reports(job, journal, in_file)
+    calibration = job.inline.finish() if job.inline else job.calibration
+    outcome = Outcome(follower.hash.hexdigest, follower.checksums, reports, calibration)
     return _Run(outcome, weights, len(in_file), len(kept))
 
 

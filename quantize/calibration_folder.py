@@ -7,6 +7,7 @@ awq.calibration, journal and output.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..awq.calibration import CalibratedLayer, read_layer
+from ..awq.importance import LayerImportance
 from ..formats.calibration import (
     IMATRIX,
     MANIFEST,
@@ -87,12 +89,25 @@ class CalibrationFolder:
         """The records of the layers that an earlier run finished, their files checked; ResumeError if damaged."""
         records = []
         for layer in range(len(self.journal.done)):
-            record = self.journal.done.get(f"layer.{layer}")
-            file = self.path / layer_file(layer)
-            if record is None or not file.is_file() or file_record(file)["sha256"] != record["sha256"]:
-                raise ResumeError("is not as the earlier run left it", file=file, hint=_RESTART)
-            records.append(record)
+            if not self.intact(layer):
+                raise ResumeError(
+                    "is not as the earlier run left it", file=self.path / layer_file(layer), hint=_RESTART
+                )
+            records.append(self.record(layer))
         return records
+
+    def record(self, layer: int) -> dict[str, Any]:
+        """What the journal says of a finished layer."""
+        return self.journal.done[f"layer.{layer}"]
+
+    def intact(self, layer: int) -> bool:
+        """Whether a layer is finished, and its file is there as it was written."""
+        record, file = self.journal.done.get(f"layer.{layer}"), self.path / layer_file(layer)
+        return record is not None and file.is_file() and file_record(file)["sha256"] == record["sha256"]
+
+    def drop(self, layer: int) -> None:
+        """Remove a finished layer's moments; its record stays."""
+        (self.path / layer_file(layer)).unlink(missing_ok=True)
 
     def hidden(self, layer: int, shape: Sequence[int]) -> NDArray[np.float32]:
         """The residual stream f32 that enters a layer, as saved; ResumeError where it is damaged."""
@@ -106,10 +121,19 @@ class CalibrationFolder:
         """Make one layer's file durable; returns its bytes and hash for `finish_layer`."""
         return write_atomic(self.path / layer_file(layer), encode_layer(arrays))
 
-    def layer(self, layer: int, config: ModelConfig, down: DownForm) -> CalibratedLayer:
-        """The importances in a layer's file."""
+    def layer(
+        self,
+        layer: int,
+        config: ModelConfig,
+        down: DownForm,
+        record: Mapping[str, Any] | None = None,
+        imatrix: LayerImportance | None = None,
+    ) -> CalibratedLayer:
+        """The importances in a layer's file; the notes are those of `record`."""
         path = self.path / layer_file(layer)
-        return read_layer(LayerFile(path, layer_infos(path, config, down)), config, layer, {})
+        return read_layer(
+            LayerFile(path, layer_infos(path, config, down)), config, layer, record or {}, imatrix
+        )
 
     def finish_layer(self, layer: int, hidden: NDArray[np.float32] | None, record: dict[str, Any]) -> None:
         """Make the residual stream behind a written layer durable (None after the last), then the journal's line."""
@@ -124,6 +148,7 @@ class CalibrationFolder:
     ) -> None:
         """Write the imatrix and, last, the manifest; then drop what only an unfinished run needs."""
         tokens = manifest["tokens"]
+        text = manifest_text(manifest, records)
         write_imatrix(
             self.path / IMATRIX,
             imatrix_entries(self.path, config, manifest["down"]),
@@ -131,12 +156,27 @@ class CalibrationFolder:
             tokens["sequences"],
             tokens["length"],
         )
-        keep = ("bytes", "sha256", "tokens", "unseen", "notes")
-        layers = [{key: record[key] for key in keep} for record in records]
-        whole = {"schema": SCHEMA, **manifest, "layers": layers}
-        text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(self.path / MANIFEST, [memoryview(text.encode())])
+        write_atomic(self.path / MANIFEST, [memoryview(text)])
         (self.path / JOURNAL).unlink()
+
+
+def manifest_text(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bytes:
+    """The bytes of the manifest of these layers."""
+    keep = ("bytes", "sha256", "tokens", "unseen", "notes")
+    layers = [{key: record[key] for key in keep} for record in records]
+    whole = {"schema": SCHEMA, **manifest, "layers": layers}
+    return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def discard_folder(path: Path) -> None:
+    """Remove a calibration folder and what is ours in it; anything else stays, and the folder with it."""
+    if not path.is_dir():
+        return
+    for file in path.iterdir():
+        if _OURS.fullmatch(file.name):
+            file.unlink()
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def begin_folder(path: Path, force: bool, restart: bool) -> None:

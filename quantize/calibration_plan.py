@@ -35,3 +35,15 @@ def estimate(config: ModelConfig, tokens: int, down: DownForm) -> dict[str, int]
         "folder_bytes": layer * config.num_hidden_layers,
         "unfinished_bytes": stream,
     }
+
+
+def inline_estimate(config: ModelConfig, tokens: int) -> dict[str, int]:
+    """Bytes of memory at the peak of a layer's run, and of disk beside the output, for a build that calibrates itself.
+
+    Full moments of one layer lie on the disk, with the residual streams before and after it.
+    """
+    sizes = estimate(config, tokens, "full")
+    return {
+        "memory_bytes": sizes["memory_bytes"],
+        "disk_bytes": sizes["layer_bytes"] + 2 * sizes["unfinished_bytes"],
+    }

@@ -12,6 +12,7 @@ from .console import INTERRUPTED, emit, gigabytes, note, table
 
 if TYPE_CHECKING:
     from .recipe import Fit
+    from .tokens import TokenRequest
 
 SHOWN = 8
 FITS = ("reference", "exact", "hessian")
@@ -48,6 +49,23 @@ def build(
             help="A folder of `mq-quant calibrate` instead of the recipe's imatrix; --imatrix then backs thin moments."
         ),
     ] = None,
+    calibrate_inline: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate-inline",
+            help="Gather each layer's moments from --text or --tokens just before it is encoded, and keep none.",
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="For --calibrate-inline: a UTF-8 text, cut into sequences.")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="For --calibrate-inline: a .npy of token ids [sequences, length].")
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="Use this many sequences. Default: all there are.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence of a --text.")] = 512,
     fit: Annotated[
         str | None, typer.Option(help="reference, exact or hessian, instead of the recipe's.")
     ] = None,
@@ -60,11 +78,18 @@ def build(
     device: Annotated[
         str,
         typer.Option(
-            help="cpu, cuda (which is ROCm's name too) or hip. The file is the same; `reference` stays on the CPU."
+            help="cpu, cuda (which is ROCm's name too) or hip. The file is the same, but for the last bits of moments "
+            "that --calibrate-inline gathers; `reference` stays on the CPU."
         ),
     ] = "cpu",
     jobs: Jobs = None,
-    shard_cache: ShardCache = 2,
+    shard_cache: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Shards of a hub source that may be on the disk at once. Default: 2, or 4 with --calibrate-inline.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished build.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no result.")] = False,
@@ -78,6 +103,7 @@ def build(
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf -o /data/m27.mq3
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --imatrix imatrix.gguf --device cuda
+      mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibrate-inline --text corpus.txt --sequences 128
       mq-quant build --recipe mine.yaml --jobs 8 --json
     """
     from .build import Options
@@ -87,19 +113,36 @@ def build(
     from .offline import cores
     from .sources import choose_recipe
 
-    changes = Changes(_fit(fit), False if no_gain else None, awq_alpha, imatrix, no_imatrix, calibration)
+    inline = _inline(calibrate_inline, text, tokens, sequences, length)
+    gain, where = False if no_gain else None, "cpu" if device == "cpu" else "cuda"
+    changes = Changes(_fit(fit), gain, awq_alpha, imatrix, no_imatrix, calibration, inline, where)
     try:
         chosen = choose_recipe(tier, recipe, source)
-        scratch = output.parent if output else Path()
+        scratch, shards = output.parent if output else Path(), shard_cache or (4 if inline else 2)
         with open_coder(device) as coder:
             options = Options(output, jobs or cores(), force, restart, quiet or as_json, coder)
-            with open_job(chosen, changes, options.check, shard_cache, scratch) as job:
+            with open_job(chosen, changes, options.check, shards, scratch) as job:
                 result = run(job, options)
     except KeyboardInterrupt:
         note("interrupted; the same command continues the build, with --restart it begins anew")
         raise typer.Exit(INTERRUPTED) from None
     if as_json or not quiet:
         emit(result, as_json, _render_build)
+
+
+def _inline(
+    wanted: bool, text: Path | None, tokens: Path | None, sequences: int | None, length: int
+) -> TokenRequest | None:
+    from .tokens import TokenRequest
+
+    given = [name for name, value in (("--text", text), ("--tokens", tokens)) if value is not None]
+    if not wanted and (given or sequences is not None):
+        raise typer.BadParameter(f"{given[0] if given else '--sequences'} goes with --calibrate-inline")
+    if not wanted:
+        return None
+    if len(given) != 1:
+        raise typer.BadParameter("--calibrate-inline needs either --text or --tokens")
+    return TokenRequest(text, tokens, sequences, length)
 
 
 def _fit(name: str | None) -> Fit | None:

@@ -60,11 +60,12 @@ def calibrate(
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
     """
     from ..formats.calibration import DOWN_FORMS, DownForm
-    from .calibrate import CalibrationOptions, read_tokens, tokenize
+    from .calibrate import CalibrationOptions
     from .calibrate import calibrate as run
     from .calibration_plan import estimate
     from .offline import cores
     from .sources import choose_recipe, open_place
+    from .tokens import TokenRequest, load_tokens
 
     _one_of("--down", down, DOWN_FORMS)
     _one_of("--device", device, DEVICES)
@@ -77,11 +78,7 @@ def calibrate(
     opened = open_place(source, revision, shard_cache, output.parent)
     try:
         opened.validate()
-        if text is not None:
-            ids = tokenize(text, opened, length, sequences)
-        else:
-            assert tokens is not None
-            ids = read_tokens(tokens, opened.config, sequences)
+        ids = load_tokens(opened, TokenRequest(text, tokens, sequences, length))
         form = cast(DownForm, down)
         sizes = estimate(opened.config, ids.size, form)
         if dry_run:

@@ -109,8 +109,13 @@ def run_units(
     todo: Sequence[Unit],
     deliver: Callable[[Unit, Encoded], None],
     coder: Coder = CPU,
+    before_layer: Callable[[int], None] | None = None,
 ) -> None:
-    """Encode units on `jobs` threads and deliver each on the calling one, in the given order, with few in flight."""
+    """Encode units on `jobs` threads and deliver each on the calling one, in the given order, with few in flight.
+
+    `before_layer`, where given, is called on the calling thread before anything of a layer begins, when all that comes
+    before it is delivered.
+    """
     job.source.schedule([t.name for unit in todo for t in unit.tensors if t.spec and unit.is_last])
     with ThreadPoolExecutor(jobs, thread_name_prefix="encode") as pool:
         layers = Layers(job, pool, coder)
@@ -128,11 +133,19 @@ def run_units(
                 if tensor.spec and unit.is_last:
                     job.source.release(tensor.name)
 
+        begun: int | None = None
         try:
             for unit, coming in zip(todo, [*todo[PREPARE * jobs :], *todo[-PREPARE * jobs :]], strict=False):
+                if before_layer is not None and unit.layer not in (None, begun):
+                    while pending:
+                        finish()
+                    begun = unit.layer
+                    layers.drop_before(begun)
+                    before_layer(begun)
                 # Encoders are queued before the units that wait for them, so the pool cannot fill up with waiting ones.
                 encoder = layers.of(unit)
-                layers.of(coming)
+                if before_layer is None or coming.layer == begun:
+                    layers.of(coming)
                 pending.append((unit, pool.submit(work, unit, encoder)))
                 if len(pending) > AHEAD * jobs:
                     finish()

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..awq.calibration import CalibratedModel, load_calibration
+from ..awq.calibration import CalibratedModel, blank_record, load_calibration
 from ..awq.importance import ModelImportance, load_importance
 from ..formats.checkpoint import Source
 from ..formats.errors import CheckpointError, ImatrixError, RecipeError
@@ -24,6 +24,10 @@ from .plan import Plan, make_plan, plan_tensors
 from .provenance import flatten, program
 from .recipe import Fit, Recipe
 from .sources import local_folder, open_place, side_files
+from .tokens import TokenRequest, load_tokens
+
+if TYPE_CHECKING:
+    from .inline import InlineCalibration
 
 CheckOutput = Callable[[str, int, int], None]
 
@@ -38,19 +42,30 @@ class Changes:
     imatrix: Path | None = None
     no_imatrix: bool = False
     calibration: Path | None = None
+    inline: TokenRequest | None = None
+    inline_device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides a file's bytes. `signature` names each part, so that two jobs can be told apart."""
+    """Everything that decides a file's bytes. `signature` names each part, so that two jobs can be told apart.
+
+    `calibration` is what the file will say of the folder in use; `inline` is the importance where the build gathers it.
+    """
 
     recipe: Recipe
     source: Source
-    importance: ModelImportance | CalibratedModel | None
+    importance: ModelImportance | CalibratedModel | InlineCalibration | None
     settings: FitSettings
     plan: Plan
     metadata: Mapping[str, Any]
     signature: Mapping[str, Any]
+    calibration: Mapping[str, Any] | None = None
+    inline: InlineCalibration | None = None
+
+    def disk_bytes(self) -> int:
+        """The most disk that the build takes besides its output."""
+        return self.source.disk_bytes() + (self.inline.disk_bytes if self.inline else 0)
 
     @property
     def output_name(self) -> str:
@@ -71,8 +86,10 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
         raise RecipeError(
             "--no-imatrix leaves nothing for --imatrix, --fit hessian or --awq-alpha to work with"
         )
-    if changes.calibration and changes.no_imatrix:
-        raise RecipeError("--calibration is an importance, --no-imatrix asks for none: give one of the two")
+    if (changes.calibration or changes.inline) and changes.no_imatrix:
+        raise RecipeError("a calibration is an importance, --no-imatrix asks for none: give one of the two")
+    if changes.calibration and changes.inline:
+        raise RecipeError("--calibrate-inline gathers what --calibration has already: give one of the two")
     fit = changes.fit or recipe.fit
     alpha = changes.alpha if changes.alpha is not None else recipe.awq.alpha
     if changes.no_imatrix:
@@ -94,7 +111,7 @@ def open_source(recipe: Recipe, shard_cache: int, scratch: Path | None) -> Sourc
 def _imatrix_file(recipe: Recipe, changes: Changes) -> Path | None:
     if changes.imatrix is not None:
         return changes.imatrix
-    if changes.no_imatrix or changes.calibration:
+    if changes.no_imatrix or changes.calibration or changes.inline:
         return None
     ref = recipe.model.imatrix
     if ref is None:
@@ -169,11 +186,22 @@ def open_job(
         source.close()
 
 
+def _inline(changes: Changes, source: Source) -> InlineCalibration | None:
+    """The calibration that the build will gather, its tokens and device checked; torch is loaded for it alone."""
+    if changes.inline is None:
+        return None
+    from .inline import InlineCalibration
+
+    return InlineCalibration(source, load_tokens(source, changes.inline), changes.inline_device)
+
+
 def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | None) -> Job:
     config = source.config
     tensors = plan_tensors(recipe, config)
+    inline = _inline(changes, source)
     if check is not None:
-        check(output_name(recipe), sum(t.nbytes for t in tensors), source.disk_bytes())
+        gathered = inline.disk_bytes if inline else 0
+        check(output_name(recipe), sum(t.nbytes for t in tensors), source.disk_bytes() + gathered)
     path = _imatrix_file(recipe, changes)
     recipe = _pinned(recipe, changes, source, path)
     imatrix = read_imatrix(path) if path else None
@@ -184,16 +212,21 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
             "has no tokenizer.json, which the engine reads from the file", file=recipe.model.source.place
         )
     skipped = sum(math.prod(source.tensors[name].shape) for name in source.skipped_mtp)
-    made_from = {
+    made_from: dict[str, Any] = {
         "recipe": recipe.resolved(),
         "source": {"origin": source.origin, "files": source.fingerprint()},
         "imatrix": _imatrix_record(imatrix, from_imatrix),
     }
-    calibrated = None
+    calibrated, record, stated = None, None, made_from
     if changes.calibration is not None:
         calibrated = load_calibration(changes.calibration, config, made_from["source"], from_imatrix)
-        made_from["calibration"] = calibrated.record()
-    provenance = {"program": program(), **made_from, "skipped_tensors": len(source.skipped_mtp)}
+        record = made_from["calibration"] = calibrated.record()
+        stated = {**made_from, "calibration": blank_record(record)}
+    elif inline is not None:
+        inline.bind(made_from["source"], from_imatrix)
+        made_from["calibration"] = inline.signature()
+        stated = {**made_from, "calibration": blank_record(inline.record())}
+    provenance = {"program": program(), **stated, "skipped_tensors": len(source.skipped_mtp)}
     metadata = template(source.raw_config, side, config, tensors, provenance, skipped)
     plan = make_plan(recipe, config, tensors, metadata)
     settings = fit_settings(recipe)
@@ -203,5 +236,6 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
         "config": normalize_config(source.raw_config),
         **made_from,
     }
-    importance = calibrated or from_imatrix
-    return Job(recipe, source, importance, settings, plan, metadata, dict(flatten(signature)))
+    importance = calibrated or inline or from_imatrix
+    keys = dict(flatten(signature))
+    return Job(recipe, source, importance, settings, plan, metadata, keys, record, inline)

@@ -39,11 +39,14 @@ class SideFiles:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known when the last payload is written: hashes and what the encoder reports of each layer."""
+    """What is known when the last payload is written: hashes, what the encoder reports of each layer, and the record of
+    the calibration where there is one.
+    """
 
     quantization_hash: str
     checksums: Sequence[str]
     layers: Sequence[Mapping[str, Any]]
+    calibration: Mapping[str, Any] | None = None
 
 
 def parameter_counts(config: ModelConfig, tensors: Sequence[PlannedTensor], skipped: int) -> dict[str, Any]:
@@ -130,7 +133,8 @@ def complete(laid_out: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
 
     Raises OutputError where the layers' reports do not fit into the room that was kept for them.
     """
-    provenance = {**laid_out[PROVENANCE], **_outcome(outcome)}
+    calibration = {} if outcome.calibration is None else {"calibration": dict(outcome.calibration)}
+    provenance = {**laid_out[PROVENANCE], **calibration, **_outcome(outcome)}
     done = {
         **laid_out,
         "quantization_hash": {**laid_out["quantization_hash"], "value": outcome.quantization_hash},

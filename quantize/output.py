@@ -16,6 +16,7 @@ from ..formats.errors import OutputError
 
 PARTIAL = ".partial"
 JOURNAL = ".partial.journal"
+CALIBRATION = ".partial.calibration"
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -34,17 +34,12 @@ from mq_quant.formats.errors import (
 )
 from mq_quant.formats.imatrix import check_imatrix, expert_entry, read_imatrix
 from mq_quant.formats.minimax import expert_name
-from mq_quant.quantize.calibrate import (
-    CalibrationOptions,
-    calibrate,
-    check_tokens,
-    open_device,
-    read_tokens,
-    tokenize,
-)
+from mq_quant.quantize.calibrate import CalibrationOptions, calibrate
 from mq_quant.quantize.calibration_folder import JOURNAL, hidden_file
 from mq_quant.quantize.calibration_plan import estimate
+from mq_quant.quantize.gather import open_device
 from mq_quant.quantize.moments import LayerMoments, mean_squares, second_moment
+from mq_quant.quantize.tokens import check_tokens, read_tokens, tokenize
 from mq_quant.verify.reference import Observer, Routing, layer_by_layer, layer_forward
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (3, 20)).astype(np.int32)
