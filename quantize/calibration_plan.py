@@ -37,13 +37,19 @@ def estimate(config: ModelConfig, tokens: int, down: DownForm) -> dict[str, int]
     }
 
 
-def inline_estimate(config: ModelConfig, tokens: int) -> dict[str, int]:
-    """Bytes of memory at the peak of a layer's run, and of disk beside the output, for a build that calibrates itself.
+def moment_bytes(config: ModelConfig, jobs: int) -> int:
+    """Bytes of memory that rounding under full moments takes besides a build's own: of a layer, and of each worker."""
+    return 8 * (4 * config.hidden_size**2 + jobs * 6 * config.intermediate_size**2)
 
-    Full moments of one layer lie on the disk, with the residual streams before and after it.
+
+def inline_estimate(config: ModelConfig, tokens: int, build: int = 0) -> dict[str, int]:
+    """Bytes of memory at the peak, and of disk beside the output, for a build that calibrates itself.
+
+    A layer is run and then encoded, never both at once; `build` is the memory of the encoding, moments included. Full
+    moments of one layer lie on the disk, with the residual streams before and after it.
     """
     sizes = estimate(config, tokens, "full")
     return {
-        "memory_bytes": sizes["memory_bytes"],
+        "memory_bytes": max(sizes["memory_bytes"], build),
         "disk_bytes": sizes["layer_bytes"] + 2 * sizes["unfinished_bytes"],
     }

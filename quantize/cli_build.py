@@ -211,6 +211,11 @@ def _render_plan(result: Mapping[str, Any]) -> str:
         f"to calibrate on {sizes['tokens']} tokens: memory about {gigabytes(sizes['memory_bytes'])}, "
         f"disk {gigabytes(sizes['folder_bytes'] + sizes['unfinished_bytes'])}"
     )
+    inline = result["calibrate_inline"]
+    calibration += (
+        f"\nto calibrate on them inside the build: memory about {gigabytes(inline['memory_bytes'])}, "
+        f"{gigabytes(inline['disk_bytes'])} of disk beside the file"
+    )
     return "\n".join([head, table(("format", "tensors", "weights", "size"), rows), memory, disk, calibration])
 
 

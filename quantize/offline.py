@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.minimax import ModelConfig, inventory, parse_config
-from .calibration_plan import USUAL_TOKENS, estimate
+from .calibration_plan import USUAL_TOKENS, estimate, inline_estimate, moment_bytes
 from .metadata import template
 from .plan import Plan, make_plan, plan_tensors, summary
 from .recipe import Recipe, load_tier
@@ -38,10 +38,13 @@ def plan_summary(
     shards = recipe.model.source.shards
     streamed = shard_cache * -(-source_bytes(plan.config) // shards) if shards else 0
     known = shards is not None or local_folder(recipe.model.source.place) is not None
+    workers, sizes = jobs or cores(), summary(plan, jobs or cores())
+    encoding = sizes["peak_memory_bytes"] + moment_bytes(plan.config, workers)
     return {
-        **summary(plan, jobs or cores()),
+        **sizes,
         "disk_bytes": plan.total_bytes + streamed if known else None,
         "calibration": {"tokens": USUAL_TOKENS, **estimate(plan.config, USUAL_TOKENS, "compact")},
+        "calibrate_inline": {"tokens": USUAL_TOKENS, **inline_estimate(plan.config, USUAL_TOKENS, encoding)},
         "metadata_complete": files.complete,
     }
 

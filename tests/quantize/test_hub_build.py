@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hub_server
+import numpy as np
 import pytest
 import small_model
 from hub_server import MAIN, REPO
@@ -20,6 +21,7 @@ from mq_quant.quantize.job import Changes, open_job
 from mq_quant.quantize.output import JOURNAL
 from mq_quant.quantize.recipe import Recipe, load_tier
 from mq_quant.quantize.reproduce import reproduce
+from mq_quant.quantize.tokens import TokenRequest
 
 Build = Callable[..., dict[str, Any]]
 
@@ -72,6 +74,22 @@ def test_streamed_payloads_are_those_of_the_folder(
     assert record["source"]["files"] == provenance(tmp_path / "local")["source"]["files"]
     assert record["recipe"]["model"]["source"]["revision"] == MAIN
     assert record["recipe"]["model"]["imatrix"]["revision"] == MAIN
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_streamed_build_can_calibrate_itself(
+    shards: int, hub: hub_server.HubServer, run: Build, tmp_path: Path
+) -> None:
+    """A layer is read twice, by the model and by the encoder, however few of its shards fit on the disk."""
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, (2, 16)))
+    inline = TokenRequest(tokens=tmp_path / "tokens.npy")
+    local = run("local", imatrix=None, inline=inline)
+    options = Options(tmp_path / "out", 2, quiet=True)
+    changes = Changes(alpha=0.3, inline=inline)
+    with open_job(recipe(), changes, options.check, shards, scratch=tmp_path) as job:
+        streamed = build(job, options)
+    assert streamed["quantization_hash"] == local["quantization_hash"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "local", "out", "tokens.npy"]
 
 
 def test_a_streamed_file_is_reproduced_from_what_it_says_alone(
