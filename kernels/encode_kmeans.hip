@@ -5,6 +5,7 @@
 
 constexpr int ROWS = 8;
 constexpr int ENDS = GROUP + 1;
+constexpr int SPAN = GROUP + 2;      // doubles from one row's sums to the next: the place of a row's values too, in 16 bytes
 constexpr uint32_t SIGN = 0x80000000;
 
 // One row's place in LDS, as both kernels use it.
@@ -179,14 +180,14 @@ DEVICE void centroids(float* levels, const Row& row, double mean) {
 KERNEL(256) kmeans_pairs(float* __restrict__ params, const float* __restrict__ rows, const int32_t* __restrict__ chosen,
                          const int32_t* __restrict__ quantiles, int count, int groups) {
   LDS(float, values, ROWS* GROUP);
-  LDS(double, sums, ROWS* ENDS);
+  LDS(double, sums, ROWS* SPAN);
   LDS(double, inverse, ENDS);
   LDS(int, bounds, ROWS*(LEVELS + 1));
   const int w = wave(), r = blockIdx.x * ROWS + w;
   const int64_t at = (int64_t)min(r, count - 1) * groups + chosen[blockIdx.y];
   for (int n = threadIdx.x; n < ENDS; n += ROWS * WAVE) inverse[n] = n ? 1.0 / (double)n : 0.0;
   __syncthreads();
-  const Row row{values + w * GROUP, sums + w * ENDS, inverse, bounds + w * (LEVELS + 1)};
+  const Row row{values + w * GROUP, sums + w * SPAN, inverse, bounds + w * (LEVELS + 1)};
   const double mean = start(row, rows + at * GROUP, quantiles);
   if (r < count && lane() == 0) centroids(params + at * LEVELS, row, mean);
 }
@@ -223,8 +224,8 @@ DEVICE double scan(const double* sums, const double* previous, const double* inv
 KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energies, uint8_t* __restrict__ paths,
                          const float* __restrict__ rows, const int32_t* __restrict__ chosen,
                          const int32_t* __restrict__ quantiles, int count, int groups) {
-  LDS(double, all_sums, ROWS* ENDS);
-  LDS(double, all_previous, ROWS* ENDS);
+  LDS(double, all_sums, ROWS* SPAN);
+  LDS(double, all_previous, ROWS* SPAN);
   LDS(double, inverse, ENDS);
   LDS(int, bounds, ROWS*(LEVELS + 1));
   LDS(uint8_t, starts, ROWS* GROUP);
@@ -237,7 +238,7 @@ KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energi
   const int64_t block = (int64_t)blockIdx.y * gridDim.x + blockIdx.x;
   double* energy = energies + (block * ROWS + w) * ENDS;
   uint8_t* path = paths + block * LEVELS * ROWS * GROUP + w * GROUP;
-  double *sums = all_sums + w * ENDS, *previous = all_previous + w * ENDS;
+  double *sums = all_sums + w * SPAN, *previous = all_previous + w * SPAN;
   for (int n = threadIdx.x; n < ENDS; n += ROWS * WAVE) inverse[n] = n ? 1.0 / (double)n : 0.0;
   __syncthreads();
   // The sorted values lie where the first layer will.

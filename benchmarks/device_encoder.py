@@ -1,0 +1,200 @@
+"""Speed of the encoder on a GPU beside one core of the CPU's, in one run, and whether their bytes are equal.
+
+    python benchmarks/device_encoder.py --device cuda            # every format and fit, then a slice of a layer
+    python benchmarks/device_encoder.py --device cuda --kernels  # where the device's time goes
+
+A down matrix of M2.7 (3072 × 1536), scaled, rotated, its Hessian made and its groups encoded: on the device from
+weights and to a payload in the machine's memory. The slice is what a build does with 16 experts that lie in memory as
+FP8, on all cores. Wall-clock medians, the CPU's of its thread's own clock. Depends on the installed mq_quant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from mq_quant.awq.importance import Importance, LayerImportance
+from mq_quant.formats.blocks import BY_NAME
+from mq_quant.formats.fp8 import dequantize, quantize
+from mq_quant.formats.minimax import ModelConfig
+from mq_quant.kernels.encoder import Encoder
+from mq_quant.kernels.host import Backend, open_backend
+from mq_quant.quantize.coder import DeviceCoder, on_device
+from mq_quant.quantize.encode import CPU, Coder, FitSettings, LayerEncoder, MatrixTask
+
+FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ4-Lloyd", "MQ6")
+FITS = ("exact", "hessian", "calibrated")
+HIDDEN, INTERMEDIATE, EXPERTS = 3072, 1536, 16
+SHAPE = (HIDDEN, INTERMEDIATE)
+
+
+def median(work: Callable[[], object], runs: int, clock: Callable[[], float]) -> float:
+    """Median seconds of `work`, after one call that compiles."""
+    work()
+    times = []
+    for _ in range(runs):
+        start = clock()
+        work()
+        times.append(clock() - start)
+    return statistics.median(times)
+
+
+def importance(fit: str, columns: int, seed: int = 0) -> Importance:
+    """Unequal channels; for `calibrated` with their correlations."""
+    rng = np.random.default_rng(seed)
+    diagonal = np.exp(rng.normal(0, 1, columns))
+    if fit != "calibrated":
+        return Importance(diagonal, count=1000.0)
+    mix = np.eye(columns) + rng.normal(0, 0.3 / np.sqrt(columns), (columns, columns))
+    moment = (mix * diagonal) @ mix.T
+    return Importance(np.diag(moment).copy(), moment, 1000.0)
+
+
+def matrices(device: Coder, size: tuple[int, int], runs: int, formats: list[str]) -> list[dict[str, Any]]:
+    """Weights/s of each format and fit on the device and on one core."""
+    rng = np.random.default_rng(1)
+    weights = (0.02 * rng.standard_t(5, size)).astype(np.float32)
+    scale = np.exp(rng.normal(0, 0.3, size[1])).astype(np.float32)
+    out = []
+    for name in formats:
+        fmt = BY_NAME[name]
+        for fit in FITS:
+            given = None if fit == "exact" else importance(fit, size[1])
+            dense = (
+                {c: c.hessian(given, scale) for c in (device, CPU)}
+                if given and given.moment is not None
+                else {}
+            )
+
+            def work(
+                coder: Coder, given: Any = given, fit: Any = fit, fmt: Any = fmt, dense: Any = dense
+            ) -> Any:
+                # A dense Hessian's factors are LAPACK's on the CPU in both cases, and left out.
+                hessian = dense.get(coder) or (coder.hessian(given, scale) if given else None)
+                kind: Any = "exact" if fit == "exact" else "hessian"
+                return coder.encode([MatrixTask(weights, fmt, kind, scale, hessian, given is not None)])[0]
+
+            equal = bool(np.array_equal(work(device), work(CPU)))
+            fast = median(lambda work=work: work(device), runs, time.perf_counter)  # type: ignore[misc]
+            slow = median(lambda work=work: work(CPU), 1, time.thread_time)  # type: ignore[misc]
+            row = {"format": name, "fit": fit, "device": weights.size / fast, "core": weights.size / slow}
+            out.append(row | {"ratio": slow / fast, "equal": equal})
+            print(
+                f"{name:10} {fit:10} {row['device'] / 1e6:9.1f} M/s {row['core'] / 1e6:7.2f} M/s per core "
+                f"{slow / fast:7.1f} x  {'equal bytes' if equal else 'DIFFERENT BYTES'}",
+                flush=True,
+            )
+    return out
+
+
+def kernel_times(backend: Backend, size: tuple[int, int], formats: list[str]) -> dict[str, dict[str, float]]:
+    """Milliseconds of each kernel for one matrix, by format and fit."""
+    rng = np.random.default_rng(1)
+    weights = (0.02 * rng.standard_t(5, size)).astype(np.float32)
+    encoder, launch = Encoder(backend), backend.launch
+    marks: list[tuple[str, Any, Any]] = []
+
+    def timed(kernel: Any, *args: Any, **kw: Any) -> None:
+        first = backend.mark()
+        launch(kernel, *args, **kw)
+        marks.append((kernel.name, first, backend.mark()))
+
+    out = {}
+    for name in formats:
+        for fit in FITS:
+            given = None if fit == "exact" else importance(fit, size[1])
+            hessian = None
+            if given is not None:
+                dense = fit == "calibrated"
+                hessian = cast(Any, on_device(CPU.hessian(given, None) if dense else given.channel_weights()))  # type: ignore[arg-type]
+            kind = "exact" if given is None else "hessian"
+            encoder.encode(weights, cast(Any, BY_NAME[name]), kind, None, hessian)
+            encoder._slots.clear()
+            marks.clear()
+            backend.launch = timed  # type: ignore[method-assign]
+            encoder.encode(weights, cast(Any, BY_NAME[name]), kind, None, hessian)
+            backend.launch = launch  # type: ignore[method-assign]
+            spent: dict[str, float] = defaultdict(float)
+            for kernel, first, last in marks:
+                spent[kernel] += 1e3 * backend.seconds_between(first, last)
+            out[f"{name} {fit}"] = dict(spent)
+            total = sum(spent.values())
+            listed = "  ".join(f"{k} {v:.3f}" for k, v in sorted(spent.items(), key=lambda kv: -kv[1]))
+            print(
+                f"{name} {fit}: {total:.2f} ms, {weights.size / total / 1e6:.2f} G/s\n  {listed}", flush=True
+            )
+    return out
+
+
+def layer_slice(coder: Coder, tier: dict[str, str], fit: str, jobs: int, passes: int, runs: int) -> float:
+    """Weights/s of 16 experts, `passes` times over, from FP8 in memory to payloads, on `jobs` threads."""
+    rng = np.random.default_rng(2)
+    config = ModelConfig(2048, HIDDEN, 1, 48, 8, INTERMEDIATE, EXPERTS, 8, 128, 64, 5e6, 1e-6, 4096)
+    widths = {"w1": HIDDEN, "w3": HIDDEN, "w2": INTERMEDIATE}
+    diagonals = {p: np.exp(rng.normal(0, 1, (EXPERTS, k))) for p, k in widths.items()}
+    counts = {p: np.full(EXPERTS, 1000.0) for p in widths}
+    given = LayerImportance(0, diagonals, counts, ()) if fit == "hessian" else None
+    formats = {p: BY_NAME[tier[p]] for p in widths}
+    encoder = LayerEncoder(config, 0, given, formats, FitSettings(fit=cast(Any, fit), awq_alpha=0.0), coder)
+    encoder.prepare({})
+    up = quantize((0.02 * rng.standard_t(5, (INTERMEDIATE, HIDDEN))).astype(np.float32))
+    down = quantize((0.02 * rng.standard_t(5, (HIDDEN, INTERMEDIATE))).astype(np.float32))
+
+    def expert(number: int) -> int:
+        w1, w3, w2 = (dequantize(*codes) for codes in (up, up, down))
+        return sum(p.nbytes for p in encoder.encode_expert(number % EXPERTS, w1, w3, w2).values())
+
+    def work() -> None:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(expert, range(EXPERTS * passes)))
+
+    seconds = median(work, runs, time.perf_counter)
+    return EXPERTS * passes * 3 * HIDDEN * INTERMEDIATE / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The encoder on a GPU beside one core.")
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, hip, or cpu: the kernels on the CPU, for a test"
+    )
+    parser.add_argument("--rows", type=int, default=HIDDEN)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS))
+    parser.add_argument("--kernels", action="store_true", help="time every kernel instead")
+    parser.add_argument("--no-slice", action="store_true")
+    parser.add_argument("--json", help="write the numbers to this file")
+    args = parser.parse_args()
+    size = (args.rows, INTERMEDIATE)
+    result: dict[str, Any] = {}
+    if args.kernels:
+        with open_backend(args.device) as backend:
+            print(backend.device)
+            result = {"device": backend.device, "milliseconds": kernel_times(backend, size, args.formats)}
+    else:
+        coder = DeviceCoder(lambda: open_backend(args.device))
+        print(coder.device)
+        result = {"device": coder.device, "matrices": matrices(coder, size, args.runs, args.formats)}
+        jobs = len(os.sched_getaffinity(0))
+        tiers = {"mq2-lloyd": ("MQ2-Lloyd", "MQ4"), "mq3": ("MQ3-Lloyd", "MQ3-Lloyd"), "mq4": ("MQ4", "MQ4")}
+        for tier, (up, down) in {} if args.no_slice else tiers.items():
+            for fit in ("exact", "hessian"):
+                chosen = {"w1": up, "w3": up, "w2": down}
+                speed = layer_slice(coder, chosen, fit, jobs, 4, 3)
+                result.setdefault("slices", {})[f"{tier} {fit}"] = speed
+                print(f"slice {tier} {fit}, {jobs} threads: {speed / 1e6:.0f} M weights/s", flush=True)
+        coder.close()
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
