@@ -55,7 +55,7 @@ def test_the_full_size_tiers_have_their_published_sizes(tier: str, gigabytes: fl
 
 
 def test_a_plan_says_what_calibrating_takes() -> None:
-    """Inside a build there is one layer of full moments, 1.25 GB, and the residual streams of 65536 tokens around it."""
+    """Inside a build that is one layer of full moments, 1.25 GB, and the residual streams of 65536 tokens around it."""
     few, many = (plan_summary("mq2", None, None, jobs) for jobs in (1, 64))
     folder, inline = few["calibration"], few["calibrate_inline"]
     assert folder["tokens"] == inline["tokens"] == 65536
