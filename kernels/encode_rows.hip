@@ -107,6 +107,7 @@ KERNEL(256) diagonal_hessian(float* __restrict__ matrix, float* __restrict__ fee
                              const double* __restrict__ given, const float* __restrict__ signs) {
   LDS(double, spectrum, GROUP);
   LDS(double, strip, STRIP* GROUP);
+  LDS(double, factors, STRIP* GROUP);
   LDS(float, sign, GROUP);
   const int k = threadIdx.x;
   const int64_t square = (int64_t)blockIdx.x * SQUARE;
@@ -125,16 +126,20 @@ KERNEL(256) diagonal_hessian(float* __restrict__ matrix, float* __restrict__ fee
   transform(spectrum);
   bool sound = true;
   for (int at = 0; at < GROUP; at += STRIP) {
+    for (int q = k; q < at * STRIP; q += GROUP) factors[q] = u[q / STRIP * GROUP + at + q % STRIP];
+    __syncthreads();
     double sums[STRIP];
 #pragma unroll
     for (int r = 0; r < STRIP; r++) {
       sums[r] = spectrum[(at + r) ^ k] * (double)(sign[at + r] * sign[k]) / 256.0;
     }
-#pragma unroll 4
-    for (int j = 0; j < at; j++) {
+    // Waves whose columns all lie below the diagonal have nothing to sum.
+    const int rows = at < (k | (WAVE - 1)) ? at : 0;
+#pragma unroll 8
+    for (int j = 0; j < rows; j++) {
       const double mine = u[j * GROUP + k];
 #pragma unroll
-      for (int r = 0; r < STRIP; r++) sums[r] = sums[r] - u[j * GROUP + at + r] * mine;
+      for (int r = 0; r < STRIP; r++) sums[r] = sums[r] - factors[j * STRIP + r] * mine;
     }
 #pragma unroll
     for (int r = 0; r < STRIP; r++) {

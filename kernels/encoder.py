@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -28,7 +28,7 @@ DENSE_ROUNDS = 4
 SHRINK = np.array([0.0, 0.03, 0.07, 0.11, 0.16, 0.22, 0.3], np.float32)
 REFINE_STEPS = 3
 SLOTS = 3
-"""Hessians that stay on the device: gate and up share one."""
+"""Sets of Hessians that stay on the device: where all experts share one, it stays."""
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -75,6 +75,14 @@ class _Hessian:
     weights: Buffer
     totals: Buffer
     answers: tuple[Buffer, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Hessians that were brought together; `slot` names their buffers."""
+
+    slot: int
+    found: dict[HostHessian, _Hessian]
 
 
 @dataclass
@@ -133,7 +141,7 @@ class Encoder:
         self._signs = backend.upload(np.stack([SIGNS1, SIGNS2]))
         self._shrink = backend.upload(SHRINK)
         self._quantiles = {count: backend.upload(gaussian_bounds(count)) for count in (4, 8, 16)}
-        self._slots: list[tuple[HostHessian, _Hessian, int]] = []
+        self._slots: list[_Slot] = []
 
     def encode(
         self,
@@ -143,10 +151,11 @@ class Encoder:
         scale: F32 | None = None,
         hessian: HostHessian | None = None,
         gain: bool = True,
+        out: U8 | None = None,
     ) -> U8:
         """Payload u8 [bytes] of weights f32 [R, K] multiplied by scale f32 [K] and rotated; K a multiple of 256.
 
-        `fit` is exact or hessian; without a Hessian the latter is the former.
+        `fit` is exact or hessian; without a Hessian the latter is the former. `out` receives the payload, if given.
         """
         if fit not in ("exact", "hessian"):
             raise BackendError(f"the fit {fit!r} does not run on a device")
@@ -163,7 +172,7 @@ class Encoder:
             self._launch("nearest", grid, (work.codes, work.rows, work.params, work.groups, 0), work.fmt)
         payload = self._space.take("payload", (fmt.nbytes(weights.size),), np.uint8)
         self._launch("pack", (columns // GROUP * count,), (payload, work.params, work.codes), fmt)
-        return self.backend.download(payload)
+        return self.backend.download(payload, out)
 
     def _launch(
         self,
@@ -290,40 +299,63 @@ class Encoder:
         answered = (work.rows, errors, h.answers[group], work.count, work.groups, group)
         self._launch("answer_errors", grid, answered)
 
-    def _load(self, hessian: HostHessian) -> _Hessian:
-        """A Hessian on the device, brought there unless it is there still."""
-        for n, (key, loaded, _) in enumerate(self._slots):
-            if key is hessian:
-                self._slots.append(self._slots.pop(n))
-                return loaded
-        slot = self._slots.pop(0)[2] if len(self._slots) == SLOTS else len(self._slots)
-        loaded = (
-            self._from_weights(hessian, slot) if hessian.weights is not None else self._put(hessian, slot)
-        )
-        self._slots.append((hessian, loaded, slot))
-        return loaded
+    def bring(self, hessians: Sequence[HostHessian]) -> None:
+        """Bring Hessians to the device, those of one call all at once, unless they are there still.
 
-    def _from_weights(self, hessian: HostHessian, slot: int) -> _Hessian:
-        assert hessian.weights is not None
-        groups = len(hessian.weights)
+        BackendError where one cannot be factored, which for weights that are bounded does not happen.
+        """
+        new = [h for h in dict.fromkeys(hessians) if not any(h in kept.found for kept in self._slots)]
+        if not new:
+            return
+        slot = self._slots.pop(0).slot if len(self._slots) == SLOTS else len(self._slots)
+        made = self._from_weights([h for h in new if h.weights is not None], slot)
+        made |= {h: self._put(h, f"{slot} {n}") for n, h in enumerate(new) if h.weights is None}
+        self._slots.append(_Slot(slot, made))
+
+    def _load(self, hessian: HostHessian) -> _Hessian:
+        """A Hessian on the device; the ones used last stay longest."""
+        self.bring([hessian])
+        slot = next(n for n, kept in enumerate(self._slots) if hessian in kept.found)
+        self._slots.append(self._slots.pop(slot))
+        return self._slots[-1].found[hessian]
+
+    def _from_weights(self, hessians: Sequence[HostHessian], slot: int) -> dict[HostHessian, _Hessian]:
+        if not hessians:
+            return {}
+        given = np.concatenate([cast(F64, h.weights) for h in hessians])
+        groups = len(given)
         square, row = (groups, GROUP, GROUP), (groups, GROUP)
 
-        def take(name: str, shape: Sequence[int], dtype: DTypeLike = np.float32) -> Buffer:
-            return self._space.take(f"{name} {slot}", shape, dtype)
+        def take(name: str, shape: Sequence[int]) -> Buffer:
+            return self._space.take(f"{name} {slot}", shape, np.float32)
 
         matrix, feedback = take("matrix", square), take("feedback", square)
         weights, inverse = take("channels", row), take("inverse", row)
         failed = self._space.take("failed", (groups,), np.int32)
         upper = self._space.take("upper", square, np.float64)
-        given = self._space.put("given", hessian.weights)
-        args = (matrix, feedback, weights, inverse, failed, upper, given, self._signs)
+        args = (
+            matrix,
+            feedback,
+            weights,
+            inverse,
+            failed,
+            upper,
+            self._space.put("given", given),
+            self._signs,
+        )
         self._launch("diagonal_hessian", (groups,), args)
-        broken = np.flatnonzero(self.backend.download(failed))
-        if len(broken):
-            raise BackendError(f"the Hessians of {len(broken)} of {groups} groups cannot be factored")
-        return _Hessian(hessian, matrix, matrix, feedback, inverse, weights, inverse)
+        broken = np.count_nonzero(self.backend.download(failed))
+        if broken:
+            raise BackendError(f"the Hessians of {broken} of {groups} groups cannot be factored")
+        found, start = {}, 0
+        for h in hessians:
+            stop = start + len(cast(F64, h.weights))
+            m, f, w, i = (b.rows(start, stop) for b in (matrix, feedback, weights, inverse))
+            found[h] = _Hessian(h, m, m, f, i, w, i)
+            start = stop
+        return found
 
-    def _put(self, hessian: HostHessian, slot: int) -> _Hessian:
+    def _put(self, hessian: HostHessian, slot: str) -> _Hessian:
         def put(name: str, arrays: Sequence[NDArray[Any]]) -> Buffer:
             return self._space.put(f"{name} {slot}", np.stack(arrays).astype(np.float32, copy=False))
 

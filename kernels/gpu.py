@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.errors import BackendError
@@ -35,6 +36,8 @@ class Driver:
     count: str
     alloc: str
     free: str
+    host_alloc: str
+    host_free: str
     copy_in: str
     copy_out: str
     copy: str
@@ -135,6 +138,7 @@ class GpuBackend(Backend):
         self.library = library
         self._pool: dict[int, list[int]] = {}
         self._held: dict[int, int] = {}
+        self._pinned: list[ctypes.c_void_p] = []
         self._functions: dict[Kernel, ctypes.c_void_p] = {}
         self._modules: dict[Module, ctypes.c_void_p] = {}
         self.call(self.driver.init, ctypes.c_uint(0))
@@ -214,6 +218,16 @@ class GpuBackend(Backend):
             del self._held[address]
             self.call(self.driver.free, ctypes.c_void_p(address))
 
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Page-locked memory; BackendError where the machine gives no more of it."""
+        pointer = ctypes.c_void_p()
+        self.call(self.driver.host_alloc, ctypes.byref(pointer), ctypes.c_size_t(nbytes), ctypes.c_uint(0))
+        self._pinned.append(pointer)
+        memory: NDArray[np.uint8] = np.ctypeslib.as_array(
+            (ctypes.c_uint8 * nbytes).from_address(pointer.value or 0)
+        )
+        return memory
+
     def mark(self) -> ctypes.c_void_p:
         event = ctypes.c_void_p()
         self.call(self.driver.event, ctypes.byref(event), ctypes.c_uint(0))
@@ -257,3 +271,6 @@ class GpuBackend(Backend):
         held, self._held, self._pool = list(self._held), {}, {}
         for address in held:
             self.call(self.driver.free, ctypes.c_void_p(address))
+        pinned, self._pinned = self._pinned, []
+        for pointer in pinned:
+            self.call(self.driver.host_free, pointer)

@@ -121,14 +121,21 @@ class Backend(ABC):
         if array.size:
             self._copy_in(buffer.address + offset * buffer.dtype.itemsize, np.ascontiguousarray(array))
 
-    def download(self, buffer: Buffer) -> NDArray[Any]:
-        """The buffer's content, once every launch before has run."""
+    def download(self, buffer: Buffer, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """The buffer's content, once every launch before has run; into `out`, contiguous, where it is given."""
         self._own(buffer)
+        if out is None:
+            out = np.empty(buffer.shape, buffer.dtype)
+        elif (out.shape, out.dtype) != (buffer.shape, buffer.dtype) or not out.flags.c_contiguous:
+            raise BackendError(f"{buffer.dtype}{buffer.shape} cannot be read into {out.dtype}{out.shape}")
         self.synchronize()
-        out = np.empty(buffer.shape, buffer.dtype)
         if out.size:
             self._copy_out(out, buffer.address)
         return out
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Memory of the machine, u8 [nbytes], from and to which copies are fast; it goes with the back end."""
+        return np.empty(nbytes, np.uint8)
 
     def copy(self, target: Buffer, source: Buffer) -> None:
         """Copy a buffer's content into another of its size and dtype."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from queue import Queue
 from typing import cast
 
 import numpy as np
@@ -24,6 +26,8 @@ from ..lloyd.whole_row import RowHessian, counted
 from .encode import CPU, Coder, MatrixTask, row_hessian
 
 DEVICES = ("cpu", "cuda", "hip")
+STAGES = 4
+"""Calls that may hold page-locked memory: one that runs, and others that get ready."""
 
 
 def on_device(hessian: RowHessian | NDArray[np.float64]) -> HostHessian:
@@ -55,6 +59,9 @@ class DeviceCoder:
             self._thread.shutdown()
             raise
         self.device = self._backend.device
+        self._stages: Queue[NDArray[np.uint8]] = Queue()
+        for _ in range(STAGES):
+            self._stages.put(np.empty(0, np.uint8))
 
     def hessian(self, importance: Importance, scale: NDArray[np.float32] | None) -> HostHessian:
         """The Hessian of the rows that see these inputs divided by scale f32 [K]."""
@@ -66,25 +73,40 @@ class DeviceCoder:
         """Payloads u8 [bytes] of some matrices, which share the device with those of other threads."""
         if any(task.fit == "reference" for task in tasks):
             return CPU.encode(tasks)
-        return self._thread.submit(self._encode, tasks).result()
+        sizes = [(task.weights.size * 4, task.fmt.nbytes(task.weights.size)) for task in tasks]
+        needed = sum(_aligned(n) for pair in sizes for n in pair)
+        stage = self._stages.get()
+        try:
+            if len(stage) < needed:
+                stage = self._thread.submit(self._backend.pinned, needed).result()
+            staged, outs, at = [], [], 0
+            for task, (given, payload) in zip(tasks, sizes, strict=True):
+                weights = stage[at : at + given].view(np.float32).reshape(task.weights.shape)
+                np.copyto(weights, task.weights)
+                at += _aligned(given)
+                outs.append(stage[at : at + payload])
+                at += _aligned(payload)
+                staged.append(replace(task, weights=weights))
+            self._thread.submit(self._encode, staged, outs).result()
+            return [out.copy() for out in outs]
+        finally:
+            self._stages.put(stage)
 
-    def _encode(self, tasks: Sequence[MatrixTask]) -> list[NDArray[np.uint8]]:
-        return [
-            self._encoder.encode(
-                task.weights,
-                cast(LloydFormat | AffineFormat, task.fmt),
-                task.fit,
-                task.scale,
-                cast(HostHessian | None, task.hessian),
-                task.gain,
-            )
-            for task in tasks
-        ]
+    def _encode(self, tasks: Sequence[MatrixTask], outs: Sequence[NDArray[np.uint8]]) -> None:
+        self._encoder.bring([cast(HostHessian, task.hessian) for task in tasks if task.hessian is not None])
+        for task, out in zip(tasks, outs, strict=True):
+            fmt = cast(LloydFormat | AffineFormat, task.fmt)
+            hessian = cast(HostHessian | None, task.hessian)
+            self._encoder.encode(task.weights, fmt, task.fit, task.scale, hessian, task.gain, out)
 
     def close(self) -> None:
         """Wait for what is under way and give the device back."""
         self._thread.submit(self._backend.close)
         self._thread.shutdown()
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 256) * 256
 
 
 @contextmanager
