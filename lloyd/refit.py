@@ -14,6 +14,7 @@ from .lanes import GROUP
 from .rounding import product
 from .vec import LANES, fma, load, root, splat, store, where_eq, where_gt
 
+HALF = GROUP // 2
 RIDGE = np.float32(1e-3)
 """Share of the mean diagonal that ties each level to its old place; it alone decides a level that no code uses."""
 
@@ -67,23 +68,91 @@ def normal_equations(ys, basis, weights, gram, rhs):
 
 
 @njit(cache=True, nogil=True)
-def dense_equations(pulled, codes, matrix, sums, gram, rhs):
-    """gram and rhs from a dense H: pulled [256, 16] holds H·y, sums f32 [K, 256] is scratch."""
-    gram[:] = 0.0
-    rhs[:] = 0.0
+def members(codes, order, bounds):
+    """order u8 [16, 256] lists each lane's columns by code, ascending; bounds i64 [16, K, 3] where each code's list
+    begins, leaves the first half of the columns, and ends."""
     for r in range(LANES):
-        sums[:] = 0.0
+        bounds[r] = 0
         for i in range(GROUP):
             k = int(codes[i, r])
-            rhs[k, r] += pulled[i, r]
-            row = sums[k]
-            for j in range(GROUP):
-                row[j] += matrix[i, j]
-        for k in range(sums.shape[0]):
-            for i in range(GROUP):
-                m = int(codes[i, r])
-                if m <= k:
-                    gram[k, m, r] += sums[k, i]
+            bounds[r, k, 1 if i < HALF else 2] += 1
+        start = 0
+        for k in range(bounds.shape[1]):
+            bounds[r, k, 0] = start
+            bounds[r, k, 1] += start
+            start = bounds[r, k, 1] + bounds[r, k, 2]
+            bounds[r, k, 2] = bounds[r, k, 0]
+        for i in range(GROUP):
+            k = int(codes[i, r])
+            order[r, bounds[r, k, 2]] = i
+            bounds[r, k, 2] += 1
+
+
+@njit(cache=True, nogil=True)
+def row_sums(matrix, order, bounds, sums):
+    """sums f32 [16, K, 256]: for each lane and code, the sum of the matrix's rows on its list, in the list's order.
+
+    Sixty-four columns of half the rows are walked at a time, for all lanes: they stay in the innermost cache.
+    """
+    width, count = GROUP // LANES, bounds.shape[1]
+    lines = matrix.reshape(GROUP * width, LANES)
+    out = sums.reshape(LANES * count * width, LANES)
+    sums[:] = 0.0
+    for half in range(2):
+        for tile in range(0, width, 4):
+            for r in range(LANES):
+                for k in range(count):
+                    at = (r * count + k) * width + tile
+                    s0 = load(out, at)
+                    s1 = load(out, at + 1)
+                    s2 = load(out, at + 2)
+                    s3 = load(out, at + 3)
+                    for n in range(bounds[r, k, half], bounds[r, k, half + 1]):
+                        line = order[r, n] * width + tile
+                        s0 = s0 + load(lines, line)
+                        s1 = s1 + load(lines, line + 1)
+                        s2 = s2 + load(lines, line + 2)
+                        s3 = s3 + load(lines, line + 3)
+                    store(out, at, s0)
+                    store(out, at + 1, s1)
+                    store(out, at + 2, s2)
+                    store(out, at + 3, s3)
+
+
+@njit(cache=True, nogil=True)
+def dense_equations(pulled, codes, matrix, sums, gram, rhs):
+    """gram (lower part) and rhs from a dense H: pulled [256, 16] holds H·y, sums f32 [16, K, 256] is scratch, K a
+    multiple of 4.
+
+    Every sum runs over columns in ascending order, whatever is done at a time.
+    """
+    count = sums.shape[1]
+    order = np.empty((LANES, GROUP), np.uint8)
+    bounds = np.empty((LANES, count, 3), np.int64)
+    members(codes, order, bounds)
+    row_sums(matrix, order, bounds, sums)
+    for r in range(LANES):
+        for m in range(count):
+            first, last = bounds[r, m, 0], bounds[r, m, 2]
+            total = np.float32(0)
+            for n in range(first, last):
+                total += pulled[order[r, n], r]
+            rhs[m, r] = total
+            for k in range(m - m % 4, count, 4):
+                s0 = np.float32(0)
+                s1 = np.float32(0)
+                s2 = np.float32(0)
+                s3 = np.float32(0)
+                for n in range(first, last):
+                    i = order[r, n]
+                    s0 += sums[r, k, i]
+                    s1 += sums[r, k + 1, i]
+                    s2 += sums[r, k + 2, i]
+                    s3 += sums[r, k + 3, i]
+                gram[k, m, r] = s0
+                gram[k + 1, m, r] = s1
+                gram[k + 2, m, r] = s2
+                gram[k + 3, m, r] = s3
 
 
 @njit(cache=True, nogil=True)

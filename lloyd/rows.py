@@ -97,7 +97,7 @@ def fit_rows(rows, column, matrix, factor, weights, signs, grid, rounds, levels_
     levels = np.zeros((count, LANES), np.float32)
     mids = np.empty((count - 1, LANES), np.float32)
     basis = np.empty((unknowns, GROUP, LANES), np.float32)
-    sums = np.empty((unknowns, GROUP), np.float32)
+    sums = np.empty((LANES, unknowns, GROUP), np.float32)
     gram = np.zeros((unknowns, unknowns, LANES), np.float32)
     rhs = np.empty((unknowns, LANES), np.float32)
     pull = np.empty((8, LANES), np.float32)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from lanes_problem import EMPTY, Problem, problem
 from mq_quant.formats.fwht import SIGNS2
-from mq_quant.lloyd.refit import RIDGE, multiply
+from mq_quant.lloyd.refit import RIDGE, dense_equations, multiply
 from mq_quant.lloyd.rows import pulled, refit_levels
+from mq_quant.lloyd.vec import LANES
 
 
 def refit(p: Problem, codes: np.ndarray, grid: bool, dense: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +27,7 @@ def refit(p: Problem, codes: np.ndarray, grid: bool, dense: bool) -> tuple[np.nd
         SIGNS2,
         grid,
         np.empty((unknowns, 256, 16), np.float32),
-        np.empty((unknowns, 256), np.float32),
+        np.empty((16, unknowns, 256), np.float32),
         np.zeros((unknowns, unknowns, 16), np.float32),
         np.empty((unknowns, 16), np.float32),
         levels,
@@ -147,3 +148,29 @@ def test_multiply_is_minus_the_product() -> None:
     out = np.empty((256, 16), np.float32)
     multiply(p.h.matrix, p.y, out)
     np.testing.assert_allclose(out, -(p.h64 @ p.y.astype(np.float64)), atol=1e-4 * np.abs(p.y).max())
+
+
+@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("used", ["all", "one", "first and last"])
+def test_dense_equations_add_in_ascending_order_to_the_last_bit(count: int, used: str) -> None:
+    random = np.random.default_rng(count)
+    mix = random.standard_normal((256, 300)).astype(np.float32)
+    h = np.ascontiguousarray(mix @ mix.T / 300, np.float32)
+    allowed = {"all": np.arange(count), "one": np.array([1]), "first and last": np.array([0, count - 1])}[
+        used
+    ]
+    codes = allowed[random.integers(0, len(allowed), (256, LANES))].astype(np.float32)
+    pulled = random.standard_normal((256, LANES)).astype(np.float32)
+    gram, rhs = np.full((count, count, LANES), np.nan, np.float32), np.empty((count, LANES), np.float32)
+    dense_equations(pulled, codes, h, np.empty((LANES, count, 256), np.float32), gram, rhs)
+    for r in range(0, LANES, 5):
+        sums, want = np.zeros((count, 256), np.float32), np.zeros((count, count), np.float32)
+        right = np.zeros(count, np.float32)
+        for i in range(256):
+            k = int(codes[i, r])
+            sums[k] += h[i]
+            right[k] += pulled[i, r]
+        for i in range(256):
+            want[:, int(codes[i, r])] += sums[:, i]
+        np.testing.assert_array_equal(rhs[:, r], right)
+        np.testing.assert_array_equal(np.tril(gram[:, :, r]), np.tril(want))
