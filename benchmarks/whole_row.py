@@ -1,27 +1,38 @@
 """What rounding whole rows costs at M2.7's width: seconds per matrix, and the share of matrix products in it.
 
-    python benchmarks/whole_row.py
+    python benchmarks/whole_row.py                     # one core: one matrix of each kind; then 16 experts on all cores
+    python benchmarks/whole_row.py --device cuda       # and the 16 experts with a GPU beside the cores
 
-One expert's gate matrix under the layer's shared second moment, and its down matrix under its own. Times are of the
-thread's own CPU clock. The extrapolation to the whole model is arithmetic on these numbers: 62 layers × 256 experts,
-factors of gate/up once per layer and of down once per expert, on 16 cores that are each as fast as this one.
-Depends on the installed mq_quant.
+Gate and up share their layer's second moment, each expert's down matrix has its own. The first table is on the
+thread's own CPU clock, and `products` is what later groups do about the errors of earlier ones; feedback and descent
+inside a group are products too, of 256 columns, and not counted. The slice is 16 experts in wall-clock time, moments
+and weights in memory, factors included. The extrapolation is that time by 62 layers of 16 such slices; reading weights
+and moments, and writing, are left out. Depends on the installed mq_quant.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import resource
+import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-from mq_quant.awq.importance import Importance
+from mq_quant.awq.importance import Importance, LayerImportance
 from mq_quant.formats.blocks import BY_NAME, Format
 from mq_quant.formats.fwht import rotate
+from mq_quant.formats.minimax import ModelConfig
 from mq_quant.lloyd import whole_row
 from mq_quant.lloyd.encode import encode_rotated
+from mq_quant.quantize.coder import DEVICES, open_coder
+from mq_quant.quantize.encode import Coder, FitSettings, LayerEncoder
 
-LAYERS, EXPERTS, CORES = 62, 256, 16
+LAYERS, EXPERTS, SLICE = 62, 256, 16
+HIDDEN, INTERMEDIATE = 3072, 1536
 MATRICES = {"gate (up alike)": (1536, 3072, "MQ2-Lloyd"), "down": (3072, 1536, "MQ3-Lloyd")}
 
 
@@ -31,11 +42,53 @@ def timed(work: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
+def moment(columns: int, seed: int) -> np.ndarray:
+    """E[x xᵀ] f64 [K, K] of correlated inputs."""
+    basis = (
+        np.random.default_rng(seed).standard_normal((columns, columns)) * np.arange(1, columns + 1) ** -0.5
+    )
+    out: np.ndarray = basis @ basis.T / columns
+    return out
+
+
+@dataclass(frozen=True)
+class Moments(LayerImportance):
+    """One layer whose moments are in memory."""
+
+    gate_up: Importance
+    down: tuple[Importance, ...]
+
+    def of(self, expert: int, projection: str) -> Importance:
+        return self.down[expert] if projection == "w2" else self.gate_up
+
+
+def layer_slice(coder: Coder, jobs: int, runs: int) -> float:
+    """Median wall-clock seconds of 16 experts of mq2 on `jobs` threads, the factors of the layer's moment included."""
+    rng = np.random.default_rng(1)
+    config = ModelConfig(2048, HIDDEN, 1, 48, 8, INTERMEDIATE, SLICE, 8, 128, 64, 5e6, 1e-6, 4096)
+    downs = tuple(Importance(np.ones(INTERMEDIATE), moment(INTERMEDIATE, e), 2000.0) for e in range(SLICE))
+    gate_up = Importance(np.ones(HIDDEN), moment(HIDDEN, 99), 65536.0)
+    given = Moments(0, {"w1": np.ones((SLICE, HIDDEN))}, {"w1": np.ones(SLICE)}, (), gate_up, downs)
+    formats = {"w1": BY_NAME["MQ2-Lloyd"], "w3": BY_NAME["MQ2-Lloyd"], "w2": BY_NAME["MQ3-Lloyd"]}
+    up = (0.02 * rng.standard_t(5, (INTERMEDIATE, HIDDEN))).astype(np.float32)
+    down = (0.02 * rng.standard_t(5, (HIDDEN, INTERMEDIATE))).astype(np.float32)
+
+    def work() -> float:
+        encoder = LayerEncoder(config, 0, given, formats, FitSettings(awq_alpha=0.0), coder)
+        began = time.perf_counter()
+        encoder.prepare({})
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda e: encoder.encode_expert(e, up, up, down), range(SLICE)))
+        return time.perf_counter() - began
+
+    work()
+    return statistics.median(work() for _ in range(runs))
+
+
 def measure(rows: int, columns: int, fmt: Format) -> dict[str, float]:
     """Seconds of one core: rotating and factoring the moment, encoding one matrix, and the products inside that."""
     rng = np.random.default_rng(0)
-    basis = rng.standard_normal((columns, columns)) * np.arange(1, columns + 1) ** -0.5
-    importance = Importance(np.ones(columns), basis @ basis.T / columns, 1e5)
+    importance = Importance(np.ones(columns), moment(columns, 0), 1e5)
     weights = rotate(rng.standard_t(5, (rows, columns)).astype(np.float32))
     made: list[whole_row.RowHessian] = []
     factor = timed(lambda: made.append(whole_row.from_moment(importance.rotated_moment())))
@@ -52,24 +105,30 @@ def measure(rows: int, columns: int, fmt: Format) -> dict[str, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=DEVICES, help="time the slice on this one too")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
     print("| matrix | format | factor (s) | encode (s) | of it products | million weights/s |")
     print("|---|---|---|---|---|---|")
-    total = 0.0
     for name, (rows, columns, fmt) in MATRICES.items():
         t = measure(rows, columns, BY_NAME[fmt])
-        speed = rows * columns / t["encode"] / 1e6
-        share = t["products"] / t["encode"]
+        speed, share = rows * columns / t["encode"] / 1e6, t["products"] / t["encode"]
+        size = f"{rows} × {columns}"
         print(
-            f"| {name} {rows} × {columns} | {fmt} | {t['factor']:.2f} | {t['encode']:.2f} | {share:.0%} | {speed:.1f} |"
+            f"| {name} {size} | {fmt} | {t['factor']:.2f} | {t['encode']:.2f} | {share:.0%} | {speed:.1f} |",
+            flush=True,
         )
-        down = name == "down"
-        total += LAYERS * (
-            t["factor"] * (EXPERTS if down else 1) + EXPERTS * (1 if down else 2) * t["encode"]
-        )
-    print(
-        f"\nwhole model, mq2: {total / 3600:.1f} core hours, {total / 3600 / CORES:.1f} h on {CORES} such cores"
-    )
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    print(f"\n| {SLICE} experts of mq2 on | seconds | per matrix | whole model |")
+    print("|---|---|---|---|")
+    for device in dict.fromkeys(("cpu", args.device)):
+        with open_coder(device) as coder:
+            seconds = layer_slice(coder, args.jobs, args.runs)
+            where = f"{args.jobs} threads" + ("" if device == "cpu" else f", {coder.device}")
+        whole = seconds * LAYERS * EXPERTS / SLICE / 3600
+        print(f"| {where} | {seconds:.2f} | {seconds / SLICE / 3:.3f} | {whole:.2f} h |", flush=True)
+    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
 if __name__ == "__main__":
