@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--tier", default="mq2-lloyd")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or hip")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "full-width"
@@ -77,10 +78,12 @@ def main() -> None:
         write_checkpoint(folder, given.experts)
         command = Path(sys.executable).with_name("mq-quant")
         options = ["--tier", given.tier, "--source", folder, "--imatrix", folder / "imatrix.gguf", "--json"]
-        options += ["--jobs", str(given.jobs), "--output", Path(name) / "out"]
+        options += ["--jobs", str(given.jobs), "--output", Path(name) / "out", "--device", given.device]
         done = subprocess.run([command, "build", *options], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
-    print(f"tier {given.tier}, {given.experts} experts, {given.jobs} jobs, full vocabulary")
+    print(
+        f"tier {given.tier}, {given.experts} experts, {given.jobs} jobs, full vocabulary, on {result['device']}"
+    )
     print(f"seconds      {result['seconds']:.1f}")
     print(f"weights/s    {result['weights_per_second'] / 1e6:.1f} M")
     print(f"peak memory  {result['peak_rss_bytes'] / 2**30:.2f} GiB")

@@ -36,6 +36,11 @@ DRIVER = Driver(
     launch="cuLaunchKernel",
     synchronize="cuCtxSynchronize",
     error="cuGetErrorString",
+    stream="cuStreamCreate",
+    stream_copy_in="cuMemcpyHtoDAsync_v2",
+    stream_copy_out="cuMemcpyDtoHAsync_v2",
+    stream_copy="cuMemcpyDtoDAsync_v2",
+    stream_wait="cuStreamSynchronize",
 )
 NVRTC = Compiler(
     name="nvrtc",

@@ -1,7 +1,8 @@
 """What the hip and cuda back ends share: the two driver interfaces are one but for names, and so are their compilers'.
 
 A `Driver` names a vendor's functions; `GpuBackend` runs kernels through it on device 0, in order, on the default
-stream. A back end is used from the thread that opened it. Depends on host, through ctypes on the vendor's libraries.
+stream, or on one of its own beside other back ends. A back end is used from the thread that opened it. Depends on host,
+through ctypes on the vendor's libraries.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .sources import Kernel, Module, Sources
 
 _POOLED = 1 << 20
 _SMALLEST = 512
+_NON_BLOCKING = 1
+_PORTABLE = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Driver:
     launch: str
     synchronize: str
     error: str
+    stream: str
+    stream_copy_in: str
+    stream_copy_out: str
+    stream_copy: str
+    stream_wait: str
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class GpuBackend(Backend):
 
     driver: Driver
 
-    def __init__(self, sources: Sources | None = None) -> None:
+    def __init__(self, sources: Sources | None = None, own_stream: bool = False) -> None:
         super().__init__(sources)
         library = load_library(self.driver.libraries)
         if library is None:
@@ -149,6 +157,9 @@ class GpuBackend(Backend):
                 f"the {self.name} back end finds no {self.driver.vendor} GPU", hint="use --backend cpu"
             )
         self._select()
+        self._stream = ctypes.c_void_p(None)
+        if own_stream:
+            self.call(self.driver.stream, ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
 
     @classmethod
     def available(cls) -> bool:
@@ -221,7 +232,9 @@ class GpuBackend(Backend):
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Page-locked memory; BackendError where the machine gives no more of it."""
         pointer = ctypes.c_void_p()
-        self.call(self.driver.host_alloc, ctypes.byref(pointer), ctypes.c_size_t(nbytes), ctypes.c_uint(0))
+        self.call(
+            self.driver.host_alloc, ctypes.byref(pointer), ctypes.c_size_t(nbytes), ctypes.c_uint(_PORTABLE)
+        )
         self._pinned.append(pointer)
         memory: NDArray[np.uint8] = np.ctypeslib.as_array(
             (ctypes.c_uint8 * nbytes).from_address(pointer.value or 0)
@@ -231,7 +244,7 @@ class GpuBackend(Backend):
     def mark(self) -> ctypes.c_void_p:
         event = ctypes.c_void_p()
         self.call(self.driver.event, ctypes.byref(event), ctypes.c_uint(0))
-        self.call(self.driver.record, event, ctypes.c_void_p(None))
+        self.call(self.driver.record, event, self._stream)
         return event
 
     def seconds_between(self, first: ctypes.c_void_p, last: ctypes.c_void_p) -> float:
@@ -241,16 +254,24 @@ class GpuBackend(Backend):
         return milliseconds.value / 1000
 
     def _copy(self, target: int, source: int, nbytes: int) -> None:
-        size = ctypes.c_size_t(nbytes)
-        self.call(self.driver.copy, ctypes.c_void_p(target), ctypes.c_void_p(source), size)
+        where = (ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(nbytes))
+        self._transfer(self.driver.copy, self.driver.stream_copy, *where)
 
     def _copy_in(self, address: int, array: NDArray[Any]) -> None:
-        size = ctypes.c_size_t(array.nbytes)
-        self.call(self.driver.copy_in, ctypes.c_void_p(address), ctypes.c_void_p(array.ctypes.data), size)
+        where = (ctypes.c_void_p(address), ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+        self._transfer(self.driver.copy_in, self.driver.stream_copy_in, *where)
 
     def _copy_out(self, array: NDArray[Any], address: int) -> None:
-        size = ctypes.c_size_t(array.nbytes)
-        self.call(self.driver.copy_out, ctypes.c_void_p(array.ctypes.data), ctypes.c_void_p(address), size)
+        where = (ctypes.c_void_p(array.ctypes.data), ctypes.c_void_p(address), ctypes.c_size_t(array.nbytes))
+        self._transfer(self.driver.copy_out, self.driver.stream_copy_out, *where)
+
+    def _transfer(self, plain: str, on_stream: str, *where: Any) -> None:
+        """One copy, done when it returns; on a stream of its own it waits for nothing of other streams."""
+        if self._stream.value is None:
+            self.call(plain, *where)
+        else:
+            self.call(on_stream, *where, self._stream)
+            self.synchronize()
 
     def _dispatch(
         self,
@@ -262,10 +283,13 @@ class GpuBackend(Backend):
     ) -> None:
         dims = [ctypes.c_uint(n) for n in (*grid, *block, lds)]
         none = ctypes.c_void_p(None)
-        self.call(self.driver.launch, self._function(kernel), *dims, none, arguments(values), none)
+        self.call(self.driver.launch, self._function(kernel), *dims, self._stream, arguments(values), none)
 
     def synchronize(self) -> None:
-        self.call(self.driver.synchronize)
+        if self._stream.value is None:
+            self.call(self.driver.synchronize)
+        else:
+            self.call(self.driver.stream_wait, self._stream)
 
     def close(self) -> None:
         held, self._held, self._pool = list(self._held), {}, {}

@@ -40,6 +40,11 @@ DRIVER = Driver(
     launch="hipModuleLaunchKernel",
     synchronize="hipDeviceSynchronize",
     error="hipGetErrorString",
+    stream="hipStreamCreateWithFlags",
+    stream_copy_in="hipMemcpyHtoDAsync",
+    stream_copy_out="hipMemcpyDtoHAsync",
+    stream_copy="hipMemcpyDtoDAsync",
+    stream_wait="hipStreamSynchronize",
 )
 HIPRTC = Compiler(
     name="hiprtc",

@@ -1,7 +1,7 @@
 """Who encodes matrices: the compiled loops of lloyd on the CPU, or the kernels on a GPU. Both give the same bytes.
 
-A device has one thread of its own, which opened it and runs every launch; what the CPU has to do for a matrix happens
-on the thread that asks. Depends on lloyd, kernels and encode.
+A device has threads of its own, which opened it and run every launch; what the CPU has to do for a matrix happens on
+the thread that asks. Depends on lloyd, kernels and encode.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from ..lloyd.whole_row import RowHessian, counted
 from .encode import CPU, Coder, MatrixTask, row_hessian
 
 DEVICES = ("cpu", "cuda", "hip")
-STAGES = 4
-"""Calls that may hold page-locked memory: one that runs, and others that get ready."""
+LANES = 2
+STAGES = LANES + 4
+"""Calls that may hold page-locked memory: those that run, and others that get ready."""
 
 
 def on_device(hessian: RowHessian | NDArray[np.float64]) -> HostHessian:
@@ -47,19 +48,53 @@ def on_device(hessian: RowHessian | NDArray[np.float64]) -> HostHessian:
     return HostHessian(weights=np.stack(usable), notes=counted(notes, len(found)))
 
 
-class DeviceCoder:
-    """Encodes on the device of a back end, which `open_it` opens; the fit `reference` stays on the CPU."""
+class _Lane:
+    """A thread, the back end that it opened, and an encoder there."""
 
     def __init__(self, open_it: Callable[[], Backend]) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         try:
-            self._backend = self._thread.submit(open_it).result()
-            self._encoder = self._thread.submit(Encoder, self._backend).result()
+            self.backend = self.thread.submit(open_it).result()
+            self._encoder = self.thread.submit(Encoder, self.backend).result()
         except BaseException:
-            self._thread.shutdown()
+            self.thread.shutdown()
             raise
-        self.device = self._backend.device
+
+    def encode(self, tasks: Sequence[MatrixTask], outs: Sequence[NDArray[np.uint8]]) -> None:
+        """Write the payloads of some matrices to `outs`."""
+        self.thread.submit(self._encode, tasks, outs).result()
+
+    def _encode(self, tasks: Sequence[MatrixTask], outs: Sequence[NDArray[np.uint8]]) -> None:
+        self._encoder.bring([cast(HostHessian, task.hessian) for task in tasks if task.hessian is not None])
+        for task, out in zip(tasks, outs, strict=True):
+            fmt = cast(LloydFormat | AffineFormat, task.fmt)
+            hessian = cast(HostHessian | None, task.hessian)
+            self._encoder.encode(task.weights, fmt, task.fit, task.scale, hessian, task.gain, out)
+
+    def close(self) -> None:
+        self.thread.submit(self.backend.close)
+        self.thread.shutdown()
+
+
+class DeviceCoder:
+    """Encodes on the device of a back end, which `open_it` opens, once per lane; `reference` stays on the CPU.
+
+    While one lane computes, another copies.
+    """
+
+    def __init__(self, open_it: Callable[[], Backend]) -> None:
+        self._all: list[_Lane] = []
+        try:
+            for _ in range(LANES):
+                self._all.append(_Lane(open_it))
+        except BaseException:
+            self.close()
+            raise
+        self.device = self._all[0].backend.device
+        self._lanes: Queue[_Lane] = Queue()
         self._stages: Queue[NDArray[np.uint8]] = Queue()
+        for lane in self._all:
+            self._lanes.put(lane)
         for _ in range(STAGES):
             self._stages.put(np.empty(0, np.uint8))
 
@@ -73,12 +108,12 @@ class DeviceCoder:
         """Payloads u8 [bytes] of some matrices, which share the device with those of other threads."""
         if any(task.fit == "reference" for task in tasks):
             return CPU.encode(tasks)
-        sizes = [(task.weights.size * 4, task.fmt.nbytes(task.weights.size)) for task in tasks]
-        needed = sum(_aligned(n) for pair in sizes for n in pair)
         stage = self._stages.get()
         try:
+            sizes = [(task.weights.size * 4, task.fmt.nbytes(task.weights.size)) for task in tasks]
+            needed = sum(_aligned(n) for pair in sizes for n in pair)
             if len(stage) < needed:
-                stage = self._thread.submit(self._backend.pinned, needed).result()
+                stage = self._all[0].thread.submit(self._all[0].backend.pinned, needed).result()
             staged, outs, at = [], [], 0
             for task, (given, payload) in zip(tasks, sizes, strict=True):
                 weights = stage[at : at + given].view(np.float32).reshape(task.weights.shape)
@@ -87,22 +122,19 @@ class DeviceCoder:
                 outs.append(stage[at : at + payload])
                 at += _aligned(payload)
                 staged.append(replace(task, weights=weights))
-            self._thread.submit(self._encode, staged, outs).result()
+            lane = self._lanes.get()
+            try:
+                lane.encode(staged, outs)
+            finally:
+                self._lanes.put(lane)
             return [out.copy() for out in outs]
         finally:
             self._stages.put(stage)
 
-    def _encode(self, tasks: Sequence[MatrixTask], outs: Sequence[NDArray[np.uint8]]) -> None:
-        self._encoder.bring([cast(HostHessian, task.hessian) for task in tasks if task.hessian is not None])
-        for task, out in zip(tasks, outs, strict=True):
-            fmt = cast(LloydFormat | AffineFormat, task.fmt)
-            hessian = cast(HostHessian | None, task.hessian)
-            self._encoder.encode(task.weights, fmt, task.fit, task.scale, hessian, task.gain, out)
-
     def close(self) -> None:
         """Wait for what is under way and give the device back."""
-        self._thread.submit(self._backend.close)
-        self._thread.shutdown()
+        for lane in self._all:
+            lane.close()
 
 
 def _aligned(nbytes: int) -> int:
@@ -135,4 +167,4 @@ def open_coder(device: str) -> Iterator[Coder]:
 def _open_gpu(device: str) -> Backend:
     if device == "cuda" and not has_device("cuda") and has_device("hip"):
         device = "hip"
-    return open_backend(device)
+    return open_backend(device, own_stream=True)

@@ -22,6 +22,14 @@ int hipFree(void *address) { return free(address), 0; }
 int hipMemcpyHtoD(void *to, const void *from, size_t n) { return memcpy(to, from, n), 0; }
 int hipMemcpyDtoH(void *to, const void *from, size_t n) { return memcpy(to, from, n), 0; }
 int hipMemcpyDtoD(void *to, const void *from, size_t n) { return memcpy(to, from, n), 0; }
+// The one stream is 64; copies and launches beside the default stream name it.
+int hipStreamCreateWithFlags(void **stream, unsigned flags) { return *stream = (void *)64, flags == 1 ? 0 : 1; }
+int hipStreamSynchronize(void *stream) { return stream == (void *)64 ? 0 : 1; }
+int hipMemcpyHtoDAsync(void *to, const void *from, size_t n, void *s) { return memcpy(to, from, n), s == (void *)64 ? 0 : 1; }
+int hipMemcpyDtoHAsync(void *to, const void *from, size_t n, void *s) { return memcpy(to, from, n), s == (void *)64 ? 0 : 1; }
+int hipMemcpyDtoDAsync(void *to, const void *from, size_t n, void *s) { return memcpy(to, from, n), s == (void *)64 ? 0 : 1; }
+int hipHostMalloc(void **address, size_t size, unsigned flags) { return (*address = malloc(size)) && flags == 1 ? 0 : 2; }
+int hipHostFree(void *address) { return free(address), 0; }
 int hipModuleLoadData(void **module, const char *image) { return *module = (void *)image, strncmp(image, "code", 4) ? 200 : 0; }
 int hipModuleGetFunction(void **function, void *module, const char *name) {
   *function = "add";
@@ -29,7 +37,8 @@ int hipModuleGetFunction(void **function, void *module, const char *name) {
 }
 int hipModuleLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned lds, void *stream, void **args, void **extra) {
-  if (strcmp(function, "add") || gy * gz * by * bz != 1 || lds || stream || extra) return 1;
+  if (strcmp(function, "add") || gy * gz * by * bz != 1 || lds || extra) return 1;
+  if (stream && stream != (void *)64) return 1;
   float *h = *(float **)args[0];
   const float *x = *(const float **)args[1];
   const int64_t n = *(int64_t *)args[2];
@@ -38,7 +47,7 @@ int hipModuleLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz,
 }
 int hipDeviceSynchronize(void) { return 0; }
 int hipEventCreateWithFlags(void **event, unsigned flags) { return *event = malloc(8), (int)flags; }
-int hipEventRecord(void *event, void *stream) { return event && !stream ? 0 : 1; }
+int hipEventRecord(void *event, void *stream) { return event && (!stream || stream == (void *)64) ? 0 : 1; }
 int hipEventSynchronize(void *event) { return event ? 0 : 1; }
 int hipEventElapsedTime(float *milliseconds, void *a, void *b) { return *milliseconds = 2.0f, a && b ? 0 : 1; }
 const char *hipGetErrorString(int status) { return status == 2 ? "out of memory" : "some error"; }

@@ -126,8 +126,9 @@ def test_what_hipcc_says_is_shown(hipcc, tmp_path):
         hip.compile_module(Sources(tmp_path), Module("k.hip"), "gfx1151")
 
 
-def test_a_launch_passes_its_arguments_as_hip_takes_them(runtime, hipcc):
-    with backend_with(runtime)() as gpu:
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_a_launch_passes_its_arguments_as_hip_takes_them(runtime, hipcc, own_stream):
+    with backend_with(runtime)(own_stream=own_stream) as gpu:
         assert (gpu.name, gpu.arch, gpu.device) == ("hip", "gfx1151", "Fake Radeon (gfx1151)")
         h, x = gpu.upload(np.arange(300, dtype=np.float32)), gpu.upload(np.full(300, 0.5, np.float32))
         ops.add(gpu, h, x)
@@ -135,6 +136,18 @@ def test_a_launch_passes_its_arguments_as_hip_takes_them(runtime, hipcc):
         gpu.copy(x, h)
         assert np.array_equal(gpu.download(x), gpu.download(h))
         assert gpu.seconds_between(gpu.mark(), gpu.mark()) == pytest.approx(0.002)
+
+
+def test_page_locked_memory_is_plain_memory_to_numpy(runtime):
+    with backend_with(runtime)() as gpu:
+        memory = gpu.pinned(64)
+        memory[:] = np.arange(64)
+        target = gpu.alloc((64,), np.uint8)
+        gpu.write(target, memory)
+        out = gpu.download(target, gpu.pinned(64))
+        assert out.sum() == np.arange(64).sum()
+        with pytest.raises(BackendError, match=r"uint8\(64,\) cannot be read into int8\(64,\)"):
+            gpu.download(target, out.view(np.int8))
 
 
 def test_memory_is_pooled_and_errors_are_in_the_drivers_words(runtime):

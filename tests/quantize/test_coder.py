@@ -97,7 +97,7 @@ def test_a_name_that_is_no_device_is_refused() -> None:
 def test_what_a_device_lacks_is_said_before_anything_is_read(
     name: str, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(kind: str) -> Any:
+    def missing(kind: str, **_: bool) -> Any:
         raise BackendError(f"the {kind} back end finds no driver")
 
     monkeypatch.setattr(coders, "has_device", lambda kind: False)
@@ -112,6 +112,7 @@ def test_what_a_device_lacks_is_said_before_anything_is_read(
 def test_cuda_is_an_amd_gpu_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in torch."""
     monkeypatch.setattr(coders, "has_device", lambda kind: kind == "hip")
-    monkeypatch.setattr(coders, "open_backend", lambda kind: open_backend("cpu") if kind == "hip" else 1 / 0)
+    opened = {"hip": lambda: open_backend("cpu")}
+    monkeypatch.setattr(coders, "open_backend", lambda kind, **_: opened[kind]())
     with open_coder("cuda") as found:
         assert found.device.startswith("CPU")
