@@ -28,7 +28,7 @@ from mq_quant.formats.fp8 import dequantize, quantize
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.kernels.encoder import Encoder
 from mq_quant.kernels.host import Backend, open_backend
-from mq_quant.quantize.coder import DeviceCoder, on_device
+from mq_quant.quantize.coder import LANES, DeviceCoder, on_device
 from mq_quant.quantize.encode import CPU, Coder, FitSettings, LayerEncoder, MatrixTask
 from numpy.typing import NDArray
 
@@ -169,7 +169,8 @@ def main() -> None:
         "--device", default="cuda", help="cuda, hip, or cpu: the kernels on the CPU, for a test"
     )
     parser.add_argument("--rows", type=int, default=HIDDEN)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--lanes", type=int, default=LANES, help="streams of the device")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
     parser.add_argument("--kernels", action="store_true", help="time every kernel instead")
     parser.add_argument("--no-slice", action="store_true")
@@ -183,7 +184,7 @@ def main() -> None:
             result = {"device": backend.device, "milliseconds": kernel_times(backend, size, args.formats)}
     else:
         options = {} if args.device == "cpu" else {"own_stream": True}
-        coder = DeviceCoder(lambda: open_backend(args.device, **options))
+        coder = DeviceCoder(lambda: open_backend(args.device, **options), args.lanes)
         print(coder.device)
         result = {"device": coder.device, "matrices": matrices(coder, size, args.runs, args.formats)}
         jobs = len(os.sched_getaffinity(0))

@@ -219,7 +219,7 @@ DEVICE double scan(const double* sums, const double* previous, const double* inv
   return best;
 }
 
-// As kmeans_pairs, by dynamic programming from there. `energies` f64 [blocks, 8, 257] and `paths` u8 [blocks, LEVELS, 8,
+// As kmeans_pairs, by dynamic programming from there. `energies` f64 [blocks, 8, 2, 257] and `paths` u8 [blocks, LEVELS, 8,
 // 256] are scratch.
 KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energies, uint8_t* __restrict__ paths,
                          const float* __restrict__ rows, const int32_t* __restrict__ chosen,
@@ -236,7 +236,8 @@ KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energi
   const int w = wave(), t = lane(), r = blockIdx.x * ROWS + w;
   const int64_t at = (int64_t)min(r, count - 1) * groups + chosen[blockIdx.y];
   const int64_t block = (int64_t)blockIdx.y * gridDim.x + blockIdx.x;
-  double* energy = energies + (block * ROWS + w) * ENDS;
+  double* energy = energies + (block * ROWS + w) * 2 * ENDS;
+  double* kept = energy + ENDS;
   uint8_t* path = paths + block * LEVELS * ROWS * GROUP + w * GROUP;
   double *sums = all_sums + w * SPAN, *previous = all_previous + w * SPAN;
   for (int n = threadIdx.x; n < ENDS; n += ROWS * WAVE) inverse[n] = n ? 1.0 / (double)n : 0.0;
@@ -304,18 +305,15 @@ KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energi
       least[LAST] = (uint8_t)low;
       most[LAST] = (uint8_t)high;
     }
-    // A lane keeps what its ends explain until the layer is done, since the layer reads the one before.
-    double kept[12];
-#pragma unroll
+    // What the ends explain is kept aside until the layer is done, since the layer reads the one before.
+#pragma unroll 1
     for (int level = 0; level < 8; level++) {
-      const int stride = 128 >> level, ends = 1 << level;
-      const int share = ends < WAVE ? WAVE / ends : 1, each = ends < WAVE ? 1 : ends / WAVE;
-      const int slot = level < 6 ? level : level == 6 ? 6 : 8;
+      const int stride = 128 >> level, ends = 1 << level, share = ends < WAVE ? WAVE / ends : 1;
       __syncthreads();
       const int cut = limits[ROWS];
-#pragma unroll
-      for (int n = 0; n < each; n++) {
-        const int end = stride * (2 * (t / share + WAVE * n) + 1);
+#pragma unroll 1
+      for (int n = t / share; n < ends; n += WAVE) {
+        const int end = stride * (2 * n + 1);
         const bool live = end < min(LAST, cut);
         const int upper = min(end + stride, LAST);
         int high = live ? (upper < cut ? most[upper] : reach) : -1;
@@ -323,10 +321,9 @@ KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energi
         const int low = live ? min((int)least[end - stride], high) : 0;
         int place;
         double best = scan(sums, previous, inverse, end, low, high, share, place);
-#pragma unroll
         for (int mask = 1; mask < share; mask *= 2) best_of(best, place, mask);
-        kept[slot + n] = best;
         if (live && t % share == 0) {
+          kept[end] = best;
           starts[w * GROUP + end] = (uint8_t)place;
           within[w * GROUP + end] = energy[end] - best <= bound;
         }
@@ -355,17 +352,9 @@ KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energi
       }
     }
     __syncthreads();
-#pragma unroll
-    for (int level = 0; level < 8; level++) {
-      const int stride = 128 >> level, ends = 1 << level;
-      const int share = ends < WAVE ? WAVE / ends : 1, each = ends < WAVE ? 1 : ends / WAVE;
-      const int slot = level < 6 ? level : level == 6 ? 6 : 8;
-#pragma unroll
-      for (int n = 0; n < each; n++) {
-        const int end = stride * (2 * (t / share + WAVE * n) + 1);
-        if (t % share == 0 && end < LAST) previous[end] = kept[slot + n];
-      }
-    }
+    const int cut = limits[ROWS];
+    reach = cut < GROUP ? cut - 1 : LAST;
+    for (int end = 1 + t; end < min(LAST, cut); end += WAVE) previous[end] = kept[end];
     if (t == 0) {
       previous[0] = 0.0;
       previous[LAST] = last;
@@ -374,8 +363,6 @@ KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energi
     for (int n = 0; n < GROUP / WAVE; n++) {
       path[k * ROWS * GROUP + t + WAVE * n] = starts[w * GROUP + t + WAVE * n];
     }
-    const int cut = limits[ROWS];
-    reach = cut < GROUP ? cut - 1 : LAST;
     __syncthreads();
   }
   int place;

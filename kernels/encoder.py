@@ -213,7 +213,7 @@ class Encoder:
                 total = blocks * len(chosen)
                 paths = (total, work.fmt.levels, KMEANS_ROWS, GROUP)
                 scratch = (
-                    self._space.take("energies", (total, KMEANS_ROWS, GROUP + 1), np.float64),
+                    self._space.take("energies", (total, KMEANS_ROWS, 2, GROUP + 1), np.float64),
                     self._space.take("paths", paths, np.uint8),
                 )
             listed = self._space.put(name, np.array(chosen, np.int32))

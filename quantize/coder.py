@@ -27,8 +27,8 @@ from .encode import CPU, Coder, MatrixTask, row_hessian
 
 DEVICES = ("cpu", "cuda", "hip")
 LANES = 2
-STAGES = LANES + 4
-"""Calls that may hold page-locked memory: those that run, and others that get ready."""
+WAITING = 4
+"""Calls that may hold page-locked memory beside those that run."""
 
 
 def on_device(hessian: RowHessian | NDArray[np.float64]) -> HostHessian:
@@ -82,10 +82,10 @@ class DeviceCoder:
     While one lane computes, another copies.
     """
 
-    def __init__(self, open_it: Callable[[], Backend]) -> None:
+    def __init__(self, open_it: Callable[[], Backend], lanes: int = LANES) -> None:
         self._all: list[_Lane] = []
         try:
-            for _ in range(LANES):
+            for _ in range(lanes):
                 self._all.append(_Lane(open_it))
         except BaseException:
             self.close()
@@ -95,7 +95,7 @@ class DeviceCoder:
         self._stages: Queue[NDArray[np.uint8]] = Queue()
         for lane in self._all:
             self._lanes.put(lane)
-        for _ in range(STAGES):
+        for _ in range(lanes + WAITING):
             self._stages.put(np.empty(0, np.uint8))
 
     def hessian(self, importance: Importance, scale: NDArray[np.float32] | None) -> HostHessian:
