@@ -6,8 +6,9 @@
 Gate and up share their layer's second moment, each expert's down matrix has its own. The first table is on the
 thread's own CPU clock, and `products` is what later groups do about the errors of earlier ones; feedback and descent
 inside a group are products too, of 256 columns, and not counted. The slice is 16 experts in wall-clock time, moments
-and weights in memory, factors included. The extrapolation is that time by 62 layers of 16 such slices; reading weights
-and moments, and writing, are left out. Depends on the installed mq_quant.
+and weights in memory, factors of down included. The extrapolation is 62 layers of 16 such slices and one factor of gate
+and up; reading weights and moments, searching the AWQ exponent and writing are left out. Depends on the installed
+mq_quant.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Moments(LayerImportance):
         return self.down[expert] if projection == "w2" else self.gate_up
 
 
-def layer_slice(coder: Coder, jobs: int, runs: int) -> float:
-    """Median wall-clock seconds of 16 experts of mq2 on `jobs` threads, the factors of the layer's moment included."""
+def layer_slice(coder: Coder, jobs: int, runs: int) -> tuple[float, float]:
+    """Median wall-clock seconds of 16 experts of mq2 on `jobs` threads, and of what their layer needs once."""
     rng = np.random.default_rng(1)
     config = ModelConfig(2048, HIDDEN, 1, 48, 8, INTERMEDIATE, SLICE, 8, 128, 64, 5e6, 1e-6, 4096)
     downs = tuple(Importance(np.ones(INTERMEDIATE), moment(INTERMEDIATE, e), 2000.0) for e in range(SLICE))
@@ -73,16 +74,21 @@ def layer_slice(coder: Coder, jobs: int, runs: int) -> float:
     up = (0.02 * rng.standard_t(5, (INTERMEDIATE, HIDDEN))).astype(np.float32)
     down = (0.02 * rng.standard_t(5, (HIDDEN, INTERMEDIATE))).astype(np.float32)
 
-    def work() -> float:
+    def work() -> tuple[float, float]:
         encoder = LayerEncoder(config, 0, given, formats, FitSettings(awq_alpha=0.0), coder)
-        began = time.perf_counter()
         encoder.prepare({})
+        began = time.perf_counter()
+        coder.hessian(gate_up, encoder.scale.astype(np.float32))
+        once = time.perf_counter() - began
+        encoder.encode_expert(0, up, up, down)  # the encoder's own Hessian of gate and up is made here
+        began = time.perf_counter()
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda e: encoder.encode_expert(e, up, up, down), range(SLICE)))
-        return time.perf_counter() - began
+        return time.perf_counter() - began, once
 
     work()
-    return statistics.median(work() for _ in range(runs))
+    seconds, once = zip(*(work() for _ in range(runs)), strict=True)
+    return statistics.median(seconds), statistics.median(once)
 
 
 def measure(rows: int, columns: int, fmt: Format) -> dict[str, float]:
@@ -124,9 +130,9 @@ def main() -> None:
     print("|---|---|---|---|")
     for device in dict.fromkeys(("cpu", args.device)):
         with open_coder(device) as coder:
-            seconds = layer_slice(coder, args.jobs, args.runs)
+            seconds, once = layer_slice(coder, args.jobs, args.runs)
             where = f"{args.jobs} threads" + ("" if device == "cpu" else f", {coder.device}")
-        whole = seconds * LAYERS * EXPERTS / SLICE / 3600
+        whole = LAYERS * (seconds * EXPERTS / SLICE + once) / 3600
         print(f"| {where} | {seconds:.2f} | {seconds / SLICE / 3:.3f} | {whole:.2f} h |", flush=True)
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
