@@ -26,7 +26,8 @@ from ..lloyd.whole_row import RowHessian, counted
 from .encode import CPU, Coder, MatrixTask, row_hessian
 
 DEVICES = ("cpu", "cuda", "hip")
-LANES = 2
+LANES = 4
+"""Streams of a device: while one copies others compute, and small launches share it."""
 WAITING = 4
 """Calls that may hold page-locked memory beside those that run."""
 
@@ -79,7 +80,7 @@ class _Lane:
 class DeviceCoder:
     """Encodes on the device of a back end, which `open_it` opens, once per lane; `reference` stays on the CPU.
 
-    While one lane computes, another copies.
+    What lanes copy and compute overlaps.
     """
 
     def __init__(self, open_it: Callable[[], Backend], lanes: int = LANES) -> None:

@@ -68,7 +68,9 @@ def _device() -> Finding:
 
     if not torch.cuda.is_available():
         return Finding("device", "limited", "no GPU", "everything runs on the CPU")
-    return Finding("device", "ok", torch.cuda.get_device_name(), "calibrate can use it with --device cuda")
+    return Finding(
+        "device", "ok", torch.cuda.get_device_name(), "calibrate and build can use it with --device cuda"
+    )
 
 
 def _first_line(command: str) -> str:
