@@ -78,9 +78,9 @@ struct alignas(16) Quad {
   float v[4];
 };
 
-// A lane's eight of a run of 256 activations, whose rows begin at multiples of 16 bytes.
-DEVICE void load_eight(const float* run, int t, float (&x)[PER_LANE]) {
-  const Quad* quads = reinterpret_cast<const Quad*>(run) + 2 * t;
+// Eight of a run of activations, which begins at a multiple of 16 bytes.
+DEVICE void load_eight(const float* run, int i, float (&x)[PER_LANE]) {
+  const Quad* quads = reinterpret_cast<const Quad*>(run) + 2 * i;
   const Quad a = quads[0], b = quads[1];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -88,3 +88,55 @@ DEVICE void load_eight(const float* run, int t, float (&x)[PER_LANE]) {
     x[4 + j] = b.v[j];
   }
 }
+
+struct alignas(8) Pair {
+  uint32_t v[2];
+};
+
+// Loads of weights. Where a compiler would move them to their first use, and so wait there, the shims keep them in place.
+#ifndef MQ_FETCH
+DEVICE uint16_t fetch_u16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
+DEVICE uint32_t fetch_u32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
+DEVICE void fetch_pair(const uint8_t* p, uint32_t& a, uint32_t& b) {
+  const Pair pair = *reinterpret_cast<const Pair*>(p);
+  a = pair.v[0];
+  b = pair.v[1];
+}
+#endif
+
+// N words that lie at a multiple of 8 bytes, or of 4 where N is odd.
+template <int N>
+DEVICE void fetch_words(const uint8_t* p, uint32_t (&words)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    if constexpr (N % 2 == 0) {
+      fetch_pair(p + 4 * i, words[i], words[i + 1]);
+    } else {
+      words[i] = fetch_u32(p + 4 * i);
+      if (i + 1 < N) words[i + 1] = fetch_u32(p + 4 * i + 4);
+    }
+  }
+}
+
+// Eight f16 levels in registers. pick4 looks up the four whose numbers (below 8) are the lowest nibbles of `codes`; higher
+// nibbles are ignored. AMD's way: levels are held as their low and their high bytes, and one instruction picks four bytes.
+#ifndef MQ_BOOK
+struct Book {
+  uint32_t low[2], high[2];
+};
+DEVICE Book make_book(uint32_t l01, uint32_t l23, uint32_t l45, uint32_t l67) {
+  return {{__builtin_amdgcn_perm(l23, l01, 0x06040200), __builtin_amdgcn_perm(l67, l45, 0x06040200)},
+          {__builtin_amdgcn_perm(l23, l01, 0x07050301), __builtin_amdgcn_perm(l67, l45, 0x07050301)}};
+}
+DEVICE void pick4(const Book& book, uint32_t codes, float (&w)[4]) {
+  codes = (codes | codes << 8) & 0x00ff00ff;
+  codes = (codes | codes << 4) & 0x0f0f0f0f;
+  const uint32_t low = __builtin_amdgcn_perm(book.low[1], book.low[0], codes);
+  const uint32_t high = __builtin_amdgcn_perm(book.high[1], book.high[0], codes);
+  const uint32_t a = __builtin_amdgcn_perm(high, low, 0x05010400), b = __builtin_amdgcn_perm(high, low, 0x07030602);
+  w[0] = half_to_float((uint16_t)a);
+  w[1] = half_to_float((uint16_t)(a >> 16));
+  w[2] = half_to_float((uint16_t)b);
+  w[3] = half_to_float((uint16_t)(b >> 16));
+}
+#endif

@@ -1,19 +1,19 @@
-// The block formats as a wave reads them: lane t holds elements 8t .. 8t+7 of a run of 256. One struct per format, named as
-// in mq_quant.formats.blocks with '-' written '_'. BYTES counts a run of 256 (eight blocks for Q8F16); LEVELS is the size of
-// the codebook that lies in LDS at books[at], 0 where there is none; VALUE the bytes of a value in formats of single values.
-//   load     what a lane needs of a run, and nothing computed, so that many loads can be under way
+// The block formats as lanes read them: a group of 256 is cut into slices of SLICE elements, one a lane, and a lane works
+// on ROWS rows at a time. One struct per format, named as in mq_quant.formats.blocks with '-' written '_'. BYTES counts a
+// group of 256 (eight blocks for Q8F16), VALUE the bytes of a value in formats of single values.
+//   load     what a lane needs of a group for slice s, and nothing computed, so that many loads can be under way
 //   weights  the decoded elements, with the bits of blocks.py
 //   dot      their product with x, added to `sum`; affine formats take scale and zero out of it (x_sum is the sum of x)
-// Alignment: 8 bytes for MQ4 and MQ6, 4 for MQ4_Lloyd, 2 for Q8F16, MQ2_Lloyd and MQ3_Lloyd, else that of the value.
+// Alignment: 8 bytes for the MQ formats, 2 for Q8F16, else that of the value.
 #pragma once
 #include "device.h"
 
 template <class Format>
-DEVICE float dot_weights(const typename Format::Raw& raw, const float* books, int at, const float (&x)[PER_LANE], float sum) {
-  float w[PER_LANE];
-  Format::weights(raw, books, at, w);
+DEVICE float dot_weights(const typename Format::Raw& raw, const float (&x)[Format::SLICE], float sum) {
+  float w[Format::SLICE];
+  Format::weights(raw, w);
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++) sum = fmaf(w[j], x[j], sum);
+  for (int j = 0; j < Format::SLICE; j++) sum = fmaf(w[j], x[j], sum);
   return sum;
 }
 
@@ -25,161 +25,185 @@ DEVICE float lifted(uint32_t codes, int shift) {
   return __int_as_float(and_or(placed, ((1u << BITS) - 1) << (23 - BITS), (127u + BITS) << 23));
 }
 
+// Bits 24k .. 24k+23 of a little-endian stream of words; what lies above them is left there.
+DEVICE uint32_t bits24(const uint32_t* words, int k) {
+  const int word = 24 * k / 32, shift = 24 * k % 32;
+  return shift <= 8 ? words[word] >> shift : words[word] >> shift | words[word + 1] << (32 - shift);
+}
+
 struct F32 {
-  static constexpr int BYTES = 1024, LEVELS = 0, VALUE = 4;
+  static constexpr int BYTES = 1024, SLICE = 8, ROWS = 2, VALUE = 4;
   struct Raw {
-    float w[PER_LANE];
+    float w[SLICE];
   };
   DEVICE float value(const uint8_t* payload, int64_t i) { return load_f32(payload + 4 * i); }
-  DEVICE Raw load(const uint8_t* run, int t) {
+  DEVICE Raw load(const uint8_t* group, int s) {
     Raw raw;
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) raw.w[j] = load_f32(run + 4 * (PER_LANE * t + j));
+    for (int j = 0; j < SLICE; j++) raw.w[j] = load_f32(group + 4 * (SLICE * s + j));
     return raw;
   }
-  DEVICE void weights(const Raw& raw, const float*, int, float (&w)[PER_LANE]) {
+  DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) w[j] = raw.w[j];
+    for (int j = 0; j < SLICE; j++) w[j] = raw.w[j];
   }
-  DEVICE float dot(const Raw& raw, const float* books, int at, const float (&x)[PER_LANE], float, float sum) {
-    return dot_weights<F32>(raw, books, at, x, sum);
-  }
+  DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float, float sum) { return dot_weights<F32>(raw, x, sum); }
 };
 
 struct F16 {
-  static constexpr int BYTES = 512, LEVELS = 0, VALUE = 2;
+  static constexpr int BYTES = 512, SLICE = 8, ROWS = 2, VALUE = 2;
   struct Raw {
-    uint16_t bits[PER_LANE];
+    uint16_t bits[SLICE];
   };
   DEVICE float value(const uint8_t* payload, int64_t i) { return load_f16(payload + 2 * i); }
-  DEVICE Raw load(const uint8_t* run, int t) {
+  DEVICE Raw load(const uint8_t* group, int s) {
     Raw raw;
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) raw.bits[j] = load_u16(run + 2 * (PER_LANE * t + j));
+    for (int j = 0; j < SLICE; j++) raw.bits[j] = fetch_u16(group + 2 * (SLICE * s + j));
     return raw;
   }
-  DEVICE void weights(const Raw& raw, const float*, int, float (&w)[PER_LANE]) {
+  DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) w[j] = half_to_float(raw.bits[j]);
+    for (int j = 0; j < SLICE; j++) w[j] = half_to_float(raw.bits[j]);
   }
-  DEVICE float dot(const Raw& raw, const float* books, int at, const float (&x)[PER_LANE], float, float sum) {
-    return dot_weights<F16>(raw, books, at, x, sum);
-  }
+  DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float, float sum) { return dot_weights<F16>(raw, x, sum); }
 };
 
 // Blocks of 34 bytes: f16 scale, 32 signed bytes; four lanes to a block.
 struct Q8F16 {
-  static constexpr int BYTES = 272, LEVELS = 0, VALUE = 0;
+  static constexpr int BYTES = 272, SLICE = 8, ROWS = 4, VALUE = 0;
   struct Raw {
-    uint16_t scale, pairs[PER_LANE / 2];
+    uint16_t scale, pairs[SLICE / 2];
   };
-  DEVICE Raw load(const uint8_t* run, int t) {
-    const uint8_t* block = run + 34 * (t / 4);
+  DEVICE Raw load(const uint8_t* group, int s) {
+    const uint8_t* block = group + 34 * (s / 4);
     Raw raw;
-    raw.scale = load_u16(block);
+    raw.scale = fetch_u16(block);
 #pragma unroll
-    for (int j = 0; j < PER_LANE / 2; j++) raw.pairs[j] = load_u16(block + 2 + PER_LANE * (t % 4) + 2 * j);
+    for (int j = 0; j < SLICE / 2; j++) raw.pairs[j] = fetch_u16(block + 2 + SLICE * (s % 4) + 2 * j);
     return raw;
   }
-  DEVICE void weights(const Raw& raw, const float*, int, float (&w)[PER_LANE]) {
+  DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
     const float scale = half_to_float(raw.scale);
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) w[j] = scale * (float)(int8_t)(raw.pairs[j / 2] >> (8 * (j % 2)) & 0xff);
+    for (int j = 0; j < SLICE; j++) w[j] = scale * (float)(int8_t)(raw.pairs[j / 2] >> (8 * (j % 2)) & 0xff);
   }
-  DEVICE float dot(const Raw& raw, const float*, int, const float (&x)[PER_LANE], float x_sum, float sum) {
+  DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float x_sum, float sum) {
     float part = -384.0f * x_sum;    // the 256 of lifted codes, and the 128 that makes them unsigned
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
+    for (int j = 0; j < SLICE; j++) {
       part = fmaf(lifted<8>(raw.pairs[j / 2] ^ 0x8080u, 8 * (j % 2)), x[j], part);
     }
     return fmaf(half_to_float(raw.scale), part, sum);
   }
 };
 
+// A group as words: HEAD bytes of scale and zero or of levels, then the codes; a lane takes the head and WORDS words of codes.
+template <int HEAD, int WORDS>
+struct Packed {
+  static constexpr int BYTES = HEAD + 32 * WORDS, SLICE = 32, ROWS = 2, VALUE = 0;
+  struct Raw {
+    uint32_t head[HEAD / 4], codes[WORDS];
+  };
+  DEVICE Raw load(const uint8_t* group, int s) {
+    Raw raw;
+    fetch_words(group, raw.head);
+    fetch_words(group + HEAD + 4 * WORDS * s, raw.codes);
+    return raw;
+  }
+};
+
 // Groups of f32 scale, f32 zero and codes: w = zero + scale · q, the product rounded before the sum.
-template <class Format, class Fields>
-struct Affine {
-  using Raw = Fields;
-  static constexpr int LEVELS = 0, VALUE = 0;
-  DEVICE void weights(const Raw& raw, const float*, int, float (&w)[PER_LANE]) {
+template <class Format, int BITS>
+struct Affine : Packed<8, BITS> {
+  using typename Packed<8, BITS>::Raw;
+  static constexpr int SLICE = 32;
+  DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
+    const float scale = __int_as_float(raw.head[0]), zero = __int_as_float(raw.head[1]);
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-      const uint32_t codes = Format::codes(raw, j), mask = (1u << Format::BITS) - 1;
-      w[j] = raw.head.zero + raw.head.scale * (float)(int)(codes >> Format::shift(j) & mask);
+    for (int j = 0; j < SLICE; j++) {
+      w[j] = zero + scale * (float)(int)(Format::codes(raw, j) >> Format::shift(j) & ((1u << BITS) - 1));
     }
   }
-  DEVICE float dot(const Raw& raw, const float*, int, const float (&x)[PER_LANE], float x_sum, float sum) {
-    float part = -(float)(1 << Format::BITS) * x_sum;
+  DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float x_sum, float sum) {
+    const float scale = __int_as_float(raw.head[0]), zero = __int_as_float(raw.head[1]);
+    float part = -(float)(1 << BITS) * x_sum;
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-      part = fmaf(lifted<Format::BITS>(Format::codes(raw, j), Format::shift(j)), x[j], part);
+    for (int j = 0; j < SLICE; j++) {
+      part = fmaf(lifted<BITS>(Format::codes(raw, j), Format::shift(j)), x[j], part);
     }
-    return fmaf(raw.head.scale, part, fmaf(raw.head.zero, x_sum, sum));
+    return fmaf(scale, part, fmaf(zero, x_sum, sum));
   }
 };
 
-struct alignas(8) Head {
-  float scale, zero;
+struct MQ4 : Affine<MQ4, 4> {
+  DEVICE uint32_t codes(const Raw& raw, int j) { return raw.codes[j / 8]; }
+  DEVICE int shift(int j) { return 4 * (j % 8); }
 };
 
-DEVICE Head load_head(const uint8_t* group) { return *reinterpret_cast<const Head*>(group); }
-
-struct MQ4_Fields {
-  Head head;
-  uint32_t codes;
-};
-struct MQ4 : Affine<MQ4, MQ4_Fields> {
-  static constexpr int BYTES = 136, BITS = 4;
-  DEVICE Raw load(const uint8_t* group, int t) { return {load_head(group), load_u32(group + 8 + 4 * t)}; }
-  DEVICE uint32_t codes(const Raw& raw, int) { return raw.codes; }
-  DEVICE int shift(int j) { return 4 * j; }
-};
-
-struct MQ6_Fields {
-  Head head;
-  uint32_t low, high;
-};
-struct MQ6 : Affine<MQ6, MQ6_Fields> {
-  static constexpr int BYTES = 200, BITS = 6;
-  DEVICE Raw load(const uint8_t* group, int t) {
-    const uint8_t* p = group + 8 + 6 * t;
-    const uint32_t a = load_u16(p), b = load_u16(p + 2), c = load_u16(p + 4);
-    return {load_head(group), a | (b & 0xff) << 16, b >> 8 | c << 8};
-  }
-  DEVICE uint32_t codes(const Raw& raw, int j) { return j < 4 ? raw.low : raw.high; }
+struct MQ6 : Affine<MQ6, 6> {
+  DEVICE uint32_t codes(const Raw& raw, int j) { return bits24(raw.codes, j / 4); }
   DEVICE int shift(int j) { return 6 * (j % 4); }
 };
 
 // Groups of an ascending f16 codebook and codes: w = codebook[code].
-template <class Format, int BITS>
-struct Lloyd {
-  static constexpr int LEVELS = 1 << BITS, VALUE = 0;
-  struct Raw {
-    uint32_t codes;
-  };
-  DEVICE void weights(const Raw& raw, const float* books, int at, float (&w)[PER_LANE]) {
+struct MQ2_Lloyd : Packed<8, 2> {
+  DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
+    const Book book = make_book(raw.head[0], raw.head[1], 0, 0);
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) w[j] = books[at | (raw.codes >> (BITS * j) & (LEVELS - 1))];
+    for (int i = 0; i < SLICE / 8; i++) {
+      const uint32_t even = raw.codes[i / 2] & 0x33333333, odd = raw.codes[i / 2] >> 2 & 0x33333333;
+      float at_even[4], at_odd[4];
+      pick4(book, even >> (16 * (i % 2)), at_even);
+      pick4(book, odd >> (16 * (i % 2)), at_odd);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        w[8 * i + 2 * j] = at_even[j];
+        w[8 * i + 2 * j + 1] = at_odd[j];
+      }
+    }
   }
-  DEVICE float dot(const Raw& raw, const float* books, int at, const float (&x)[PER_LANE], float, float sum) {
-    return dot_weights<Format>(raw, books, at, x, sum);
-  }
-};
-
-struct MQ2_Lloyd : Lloyd<MQ2_Lloyd, 2> {
-  static constexpr int BYTES = 72;
-  DEVICE Raw load(const uint8_t* group, int t) { return {load_u16(group + 8 + 2 * t)}; }
-};
-
-struct MQ3_Lloyd : Lloyd<MQ3_Lloyd, 3> {
-  static constexpr int BYTES = 112;
-  DEVICE Raw load(const uint8_t* group, int t) {
-    const uint8_t* pair = group + 16 + (3 * t & ~1);    // three bytes within two aligned halfwords
-    return {(load_u16(pair) | load_u16(pair + 2) << 16) >> (8 * (t & 1)) & 0xffffff};
+  DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float, float sum) {
+    return dot_weights<MQ2_Lloyd>(raw, x, sum);
   }
 };
 
-struct MQ4_Lloyd : Lloyd<MQ4_Lloyd, 4> {
-  static constexpr int BYTES = 160;
-  DEVICE Raw load(const uint8_t* group, int t) { return {load_u32(group + 32 + 4 * t)}; }
+struct MQ3_Lloyd : Packed<16, 3> {
+  // Eight codes of three bits, each in a nibble: the halves are moved apart, then their halves, then theirs.
+  DEVICE uint32_t nibbles(uint32_t codes) {
+    codes = (codes & 0xfff) + 16 * (codes & 0xfff000);
+    codes += 3 * (codes & 0x0fc00fc0);
+    return codes + (codes & 0x38383838);
+  }
+  DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
+    const Book book = make_book(raw.head[0], raw.head[1], raw.head[2], raw.head[3]);
+#pragma unroll
+    for (int i = 0; i < SLICE / 8; i++) {
+      const uint32_t eight = nibbles(bits24(raw.codes, i));
+      pick4(book, eight, reinterpret_cast<float(&)[4]>(w[8 * i]));
+      pick4(book, eight >> 16, reinterpret_cast<float(&)[4]>(w[8 * i + 4]));
+    }
+  }
+  DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float, float sum) {
+    return dot_weights<MQ3_Lloyd>(raw, x, sum);
+  }
+};
+
+struct MQ4_Lloyd : Packed<32, 4> {
+  DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
+    const Book lower = make_book(raw.head[0], raw.head[1], raw.head[2], raw.head[3]);
+    const Book upper = make_book(raw.head[4], raw.head[5], raw.head[6], raw.head[7]);
+#pragma unroll
+    for (int i = 0; i < SLICE / 4; i++) {
+      const uint32_t four = raw.codes[i / 2] >> (16 * (i % 2));
+      float low[4], high[4];
+      pick4(lower, four & 0x7777, low);
+      pick4(upper, four & 0x7777, high);
+#pragma unroll
+      for (int j = 0; j < 4; j++) w[4 * i + j] = four >> (4 * j + 3) & 1 ? high[j] : low[j];
+    }
+  }
+  DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float, float sum) {
+    return dot_weights<MQ4_Lloyd>(raw, x, sum);
+  }
 };

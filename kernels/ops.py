@@ -21,7 +21,8 @@ from .host import Argument, Backend, Buffer
 
 GROUP = 256
 MAX_HEAD_DIM = 256
-_ROWS_PER_BLOCK = 16
+_LANES = {"F32": (8, 2), "F16": (8, 2), "Q8F16": (8, 4)}
+"""(SLICE, ROWS) of a format's struct in formats.h where they are not (32, 2)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def decode(backend: Backend, payload: Buffer, fmt: str, n: int, out: Buffer | No
     if payload.nbytes != expected:
         raise BackendError(f"{n} weights of {fmt} have {expected} bytes, the payload {payload.nbytes}")
     out = _out(backend, out, (n,), np.float32)
-    _launch(backend, "decode", (_ceil(n, 4 * GROUP),), (out, payload, n), fmt)
+    _launch(backend, "decode", (_ceil(n, 128 * _slice(fmt)),), (out, payload, n), fmt)
     return out
 
 
@@ -108,7 +109,8 @@ def embed(backend: Backend, table: Matrix, ids: Buffer, out: Buffer | None = Non
     (tokens,) = _shape(ids, "ids", 1)
     out = _out(backend, out, (tokens, table.cols), np.float32)
     groups = table.cols // GROUP
-    _launch(backend, "embed", (groups, tokens), (out, table.data, ids, table.rows, groups), table.format)
+    grid = (_ceil(table.cols, 128 * _slice(table.format)), tokens)
+    _launch(backend, "embed", grid, (out, table.data, ids, table.rows, groups), table.format)
     return out
 
 
@@ -126,7 +128,7 @@ def matvec(backend: Backend, w: Matrix, x: Buffer, out: Buffer | None = None) ->
     tokens, cols = _shape(x, "x", 2)
     _fits(x, "x", (tokens, w.cols))
     out = _out(backend, out, (tokens, w.rows), np.float32)
-    grid = (_ceil(w.rows, _ROWS_PER_BLOCK), tokens)
+    grid = (_ceil(w.rows, _block_rows(backend, "matvec", w.format)), tokens)
     _launch(backend, "matvec", grid, (out, w.data, x, w.rows, cols // GROUP), w.format)
     return out
 
@@ -245,7 +247,7 @@ def expert_gate_up(
     _fits(w3.offsets, "offsets of w3", w1.offsets.shape)
     gate = backend.alloc((tokens, slots, w1.rows), np.float32)
     up = backend.alloc((tokens, slots, w1.rows), np.float32)
-    grid = (_ceil(w1.rows, _ROWS_PER_BLOCK // 2), slots, tokens)
+    grid = (_ceil(w1.rows, _block_rows(backend, "expert_gate_up", w1.format) // 2), slots, tokens)
     args = (gate, up, w1.data, w1.offsets, w3.data, w3.offsets, ids, x)
     _launch(backend, "expert_gate_up", grid, (*args, w1.offsets.size, w1.rows, w1.cols // GROUP), w1.format)
     return gate, up
@@ -256,7 +258,7 @@ def expert_down(backend: Backend, w2: Experts, ids: Buffer, x: Buffer, out: Buff
     tokens, slots = _shape(ids, "ids", 2)
     _fits(x, "x", (tokens, slots, w2.cols))
     out = _out(backend, out, (tokens, slots, w2.rows), np.float32)
-    grid = (_ceil(w2.rows, _ROWS_PER_BLOCK), slots, tokens)
+    grid = (_ceil(w2.rows, _block_rows(backend, "expert_down", w2.format)), slots, tokens)
     args = (out, w2.data, w2.offsets, ids, x, w2.offsets.size, w2.rows, w2.cols // GROUP)
     _launch(backend, "expert_down", grid, args, w2.format)
     return out
@@ -281,6 +283,17 @@ def _launch(
 ) -> None:
     kernel = backend.kernel(name, fmt)
     backend.launch(kernel, grid, (kernel.threads,), args)
+
+
+def _slice(fmt: str) -> int:
+    """Elements of a group that one lane takes."""
+    return _LANES.get(fmt, (32, 2))[0]
+
+
+def _block_rows(backend: Backend, name: str, fmt: str) -> int:
+    """Rows that a block of the kernel makes: some for every GROUP / slice lanes."""
+    lanes, rows = _LANES.get(fmt, (32, 2))
+    return backend.kernel(name, fmt).threads * lanes // GROUP * rows
 
 
 def _ceil(n: int, by: int) -> int:

@@ -184,24 +184,21 @@ def rmsnorm_case(cpu, rng):
 
 
 def lloyd_case(cpu, rng):
-    """Rows long enough that their codebooks go through LDS twice."""
+    """Rows long enough that x goes through LDS more than once."""
     levels = np.sort(rng.standard_normal((5 * 33, 4)), axis=1).astype(np.float16)
     codes = rng.integers(0, 4, (5 * 33, 256)).astype(np.uint8)
     data = BY_NAME["MQ2-Lloyd"].pack(levels, codes)
     w = ops.matrix(cpu, data, "MQ2-Lloyd", 5, 256 * 33)
-    return cpu.download(ops.matvec(cpu, w, cpu.upload(np.ones((1, 256 * 33), np.float32))))
+    x = rng.standard_normal((1, 256 * 33)).astype(np.float32)
+    return cpu.download(ops.matvec(cpu, w, cpu.upload(x)))
 
 
 BARRIER = "__syncthreads();"
 RACES = {
     "weights read before they are written": ("attention.hip", "weight[tid] = p;", attention_case),
     "sums read before they are written": ("device.h", "scratch[wave()] = v;", rmsnorm_case),
-    "codebooks read before they are written": ("matrix.hip", "load_f16(group + 2 * i);", lloyd_case),
-    "codebooks replaced while they are read": (
-        "matrix.hip",
-        "if constexpr (FORMAT::LEVELS > 0) {",
-        lloyd_case,
-    ),
+    "x read before it is staged": ("matrix.hip", "raw[r] = FORMAT::load(", lloyd_case),
+    "x replaced while it is read": ("matrix.hip", "if (STAGED && first > 0) {", lloyd_case),
 }
 
 

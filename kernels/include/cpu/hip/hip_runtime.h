@@ -67,3 +67,16 @@ static inline double __hiloint2double(int high, int low) {
 }
 #define MQ_SYNC_WAVE
 static inline void sync_wave() { __shfl(0, 0); }
+#define MQ_BOOK
+struct Book {
+  float level[8];
+};
+static inline Book make_book(uint32_t l01, uint32_t l23, uint32_t l45, uint32_t l67) {
+  const uint32_t pairs[4] = {l01, l23, l45, l67};
+  Book book;
+  for (int i = 0; i < 8; i++) book.level[i] = half_to_float(pairs[i / 2] >> (16 * (i % 2)) & 0xffff);
+  return book;
+}
+static inline void pick4(const Book& book, uint32_t codes, float (&w)[4]) {
+  for (int i = 0; i < 4; i++) w[i] = book.level[codes >> (4 * i) & 7];
+}

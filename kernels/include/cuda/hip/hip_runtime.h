@@ -7,6 +7,7 @@ typedef int int32_t;
 typedef unsigned int uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
+#define MQ_RESIDENT(threads, blocks) __launch_bounds__(threads, blocks)
 #define HIP_DYNAMIC_SHARED(type, name) extern __shared__ type name[];
 #define __shfl(value, lane) __shfl_sync(0xffffffffu, value, lane)
 #define __shfl_xor(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
@@ -25,4 +26,40 @@ static __device__ __forceinline__ float half_to_float(uint16_t bits) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
   return f;
+}
+// One instruction picks four of eight bytes by nibbles.
+#define MQ_BOOK
+struct Book {
+  uint32_t low[2], high[2];
+};
+static __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t nibbles) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(nibbles));
+  return out;
+}
+static __device__ __forceinline__ Book make_book(uint32_t l01, uint32_t l23, uint32_t l45, uint32_t l67) {
+  return {{permute(l01, l23, 0x6420), permute(l45, l67, 0x6420)}, {permute(l01, l23, 0x7531), permute(l45, l67, 0x7531)}};
+}
+static __device__ __forceinline__ void halves(uint32_t pair, float& a, float& b) {
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(a), "=f"(b) : "r"(pair));
+}
+static __device__ __forceinline__ void pick4(const Book& book, uint32_t codes, float (&w)[4]) {
+  const uint32_t low = permute(book.low[0], book.low[1], codes), high = permute(book.high[0], book.high[1], codes);
+  halves(permute(low, high, 0x5140), w[0], w[1]);
+  halves(permute(low, high, 0x7362), w[2], w[3]);
+}
+// Volatile, or they would be moved to their first use.
+#define MQ_FETCH
+static __device__ __forceinline__ uint16_t fetch_u16(const uint8_t* p) {
+  uint16_t out;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(out) : "l"(p));
+  return out;
+}
+static __device__ __forceinline__ uint32_t fetch_u32(const uint8_t* p) {
+  uint32_t out;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(out) : "l"(p));
+  return out;
+}
+static __device__ __forceinline__ void fetch_pair(const uint8_t* p, uint32_t& a, uint32_t& b) {
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(p));
 }
