@@ -1,4 +1,4 @@
-"""Whole rows on the tiny source, whose rows are of several groups: less is lost than group by group on unseen tokens."""
+"""Whole rows on the tiny source, whose rows are of several groups: less is lost than group by group, on new tokens."""
 
 from __future__ import annotations
 
