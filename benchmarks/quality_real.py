@@ -203,6 +203,12 @@ def divergence(model: Any, reference: list[torch.Tensor], tokens: np.ndarray) ->
     return vars(total.summary())
 
 
+def formats_of(pair: str) -> tuple[str, str, str]:
+    """Formats of w1, w3 and w2."""
+    gate_up, down = pair.split("·")
+    return gate_up, gate_up, down
+
+
 class Bench:
     """The source model with its statistics; `row` measures one pair of formats under one encoding."""
 
@@ -223,15 +229,19 @@ class Bench:
     def encode(self, settings: FitSettings, whole: bool, names: list[str]) -> list[Encoded]:
         return encode_model(self.weights, self.statistics(whole), settings, names)
 
+    def use(self, pair: str, encoded: list[Encoded]) -> None:
+        """Put the decoded matrices into the model."""
+        for n, (decoded, _) in enumerate(encoded):
+            for p, name in zip(("w1", "w3", "w2"), formats_of(pair), strict=True):
+                self.modules[n][p].weight.data = torch.from_numpy(decoded[p, name])
+
     def row(self, pair: str, encoded: list[Encoded]) -> dict[str, Any]:
-        gate_up, down = pair.split("·")
-        chosen = {"w1": gate_up, "w3": gate_up, "w2": down}
+        self.use(pair, encoded)
         snr: dict[str, Fidelity] = {}
         size = 0
         for n, (decoded, _) in enumerate(encoded):
-            for p, name in chosen.items():
+            for p, name in zip(("w1", "w3", "w2"), formats_of(pair), strict=True):
                 new, old = decoded[p, name], self.weights[n][p]
-                self.modules[n][p].weight.data = torch.from_numpy(new)
                 one = measure(old, new, np.diag(self.moments[n][p])[: old.shape[1]].astype(np.float32))
                 snr[p] = snr[p] + one if p in snr else one
                 size += BY_NAME[FORMATS[name]].nbytes(padded(old).size)
