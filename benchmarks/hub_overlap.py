@@ -1,6 +1,6 @@
 """How well download and encoding overlap, and how much disk a streamed build takes, against a throttled loopback hub.
 
-Run `python benchmarks/hub_overlap.py`: it makes a random checkpoint of 100M weights in 16 shards, builds it from the
+Run `python benchmarks/hub_overlap.py`: it makes a random checkpoint of 1.2G weights in 48 shards, builds it from the
 folder, then from a real HTTP server at several link speeds. Bar: wall ≤ 1.15 × max(download, encode), disk ≤ output +
 2 shards + 64 MiB. The machine should be otherwise idle.
 """
@@ -24,8 +24,8 @@ sys.path.insert(0, str(TESTS))
 import hub_server  # noqa: E402
 import small_model  # noqa: E402
 
-SHARDS = 16
-SHAPE = {"num_hidden_layers": 8, "num_local_experts": 64, "vocab_size": 1024}
+SHARDS = 48
+SHAPE = {"num_hidden_layers": 24, "num_local_experts": 256, "vocab_size": 1024}
 
 
 def build(work: Path, source: str, output: str, settings: dict[str, str]) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def build(work: Path, source: str, output: str, settings: dict[str, str]) -> dic
         "mq2-lloyd",
     ]
     command += ["--source", source, "--no-imatrix", "--json", "--force", "--restart", "--output", output]
+    command += sys.argv[1:]
     run = subprocess.run(command, cwd=work, env={**os.environ, **settings}, capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
@@ -78,6 +79,9 @@ def main() -> None:
         small_model.save(folder, small_model.tensors(), SHARDS)
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(SHAPE["vocab_size"])))
         files = hub_server.repository(folder)
+        hub_server.information(
+            hub_server.REPO, hub_server.MAIN, files
+        )  # hashes, as a hub does before anybody asks
         total = sum(len(data) for data in files.values())
         largest = max(len(data) for data in files.values())
         build(work, str(folder), "local", {})  # compiles

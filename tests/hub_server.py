@@ -5,12 +5,13 @@ Large files are served like the real hub does it, by a redirect to another host;
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,7 +77,9 @@ def is_large(name: str) -> bool:
     return name.endswith((".safetensors", ".gguf", ".gguf_file"))
 
 
-def sibling(name: str, data: bytes) -> dict[str, Any]:
+@functools.lru_cache
+def sibling(name: str, data: bytes) -> Mapping[str, Any]:
+    """What the hub states of a file; kept, since the benchmark's files are large and a hub hashes them once."""
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     out: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": blob}
     if is_large(name):
