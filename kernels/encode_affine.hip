@@ -24,10 +24,41 @@ DEVICE float grid_error(const float* y, float zero, float scale) {
   return error;
 }
 
-// params f32 [count, groups, 2] of rows f32 [count, 256·groups]; shrink f32 [trials] are the shares of the range that may be
-// cut off at either end. Lane t has row t of a tile. Grid (tiles, groups from `first` on).
-KERNEL(32) affine_levels(float* __restrict__ params, const float* __restrict__ rows, const float* __restrict__ shrink,
-                         int trials, int steps, int count, int groups, int first) {
+// The best grid so far: its squared error, and the shares of the range that it leaves out at either end.
+struct Best {
+  float error, a, b;
+};
+
+struct Range {
+  float low, width, step;
+};
+
+DEVICE void attempt(Best& best, const float* y, const Range& range, float a, float b) {
+  const float error = grid_error(y, fmaf(a, range.width, range.low), range.step * (1.0f - a - b));
+  if (best.error > error) best = {error, a, b};
+}
+
+// First shares of both ends, then moves of one end at a time, in and out.
+DEVICE Best search(const float* y, const Range& range, const float* both_ends, int both, const float* one_end, int one) {
+  Best best = {__int_as_float(0x7f800000), 0.0f, 0.0f};
+  attempt(best, y, range, 0.0f, 0.0f);
+  for (int i = 0; i < both; i++) attempt(best, y, range, both_ends[i], both_ends[i]);
+  for (int i = 0; i < one; i++) {
+    const float by = one_end[i], a = best.a, b = best.b;
+    attempt(best, y, range, a - by, b);
+    attempt(best, y, range, a + by, b);
+    const float moved = best.a;
+    attempt(best, y, range, moved, b - by);
+    attempt(best, y, range, moved, b + by);
+  }
+  return best;
+}
+
+// params f32 [count, groups, 2] of rows f32 [count, 256·groups]; `both_ends` and `one_end` are the shares of the search, as
+// many as the numbers behind them say. Lane t has row t of a tile. Grid (tiles, groups from `first` on).
+KERNEL(32) affine_levels(float* __restrict__ params, const float* __restrict__ rows, const float* __restrict__ both_ends,
+                         int both, const float* __restrict__ one_end, int one, int steps, int count, int groups,
+                         int first) {
   LDS(float, block, GROUP* PITCH);
   const int group = first + blockIdx.y, tile = blockIdx.x * TILE, t = lane();
   const int64_t width = (int64_t)groups * GROUP;
@@ -44,21 +75,12 @@ KERNEL(32) affine_levels(float* __restrict__ params, const float* __restrict__ r
     low = low > v ? v : low;
     high = v > high ? v : high;
   }
-  const float spacing = 1.0f / TOP, span = high - low;
-  const bool flat = !(span * spacing > SMALLEST);
-  float zero = low, scale = flat ? 1.0f : span * spacing;
-  float best = grid_error(y, zero, scale);
-  for (int trial = 1; trial < trials * trials; trial++) {
-    const float a = shrink[trial / trials], b = shrink[trial % trials];
-    const float tried_zero = fmaf(a, span, low);
-    const float tried = flat ? 1.0f : span * spacing * (1.0f - a - b);
-    const float error = grid_error(y, tried_zero, tried);
-    const bool better = best > error;
-    zero = better ? tried_zero : zero;
-    scale = better ? tried : scale;
-    best = better ? error : best;
-  }
-  zero = flat ? low : zero;
+  const float span = high - low, spacing = span * (1.0f / TOP);
+  const bool flat = !(spacing > SMALLEST);
+  const Range range = {low, span, flat ? 1.0f : spacing};
+  const Best best = search(y, range, both_ends, both, one_end, one);
+  float zero = flat ? low : fmaf(best.a, span, low);
+  float scale = flat ? 1.0f : range.step * (1.0f - best.a - best.b);
   for (int step = 0; step < steps; step++) {
     const float inverse = 1.0f / scale;
     float sq = 0.0f, sqq = 0.0f, sy = 0.0f, syq = 0.0f;

@@ -25,7 +25,8 @@ PANELS = 8
 """Blocks that share the 256 columns of a product."""
 ROUNDS = 2
 DENSE_ROUNDS = 4
-SHRINK = np.array([0.0, 0.03, 0.07, 0.11, 0.16, 0.22, 0.3], np.float32)
+BOTH_ENDS = np.array([0.06, 0.14], np.float32)
+ONE_END = np.array([0.03, 0.015], np.float32)
 REFINE_STEPS = 3
 SLOTS = 3
 """Sets of Hessians that stay on the device: where all experts share one, it stays."""
@@ -139,7 +140,7 @@ class Encoder:
         self.backend = backend
         self._space = _Space(backend)
         self._signs = backend.upload(np.stack([SIGNS1, SIGNS2]))
-        self._shrink = backend.upload(SHRINK)
+        self._both_ends, self._one_end = backend.upload(BOTH_ENDS), backend.upload(ONE_END)
         self._quantiles = {count: backend.upload(gaussian_bounds(count)) for count in (4, 8, 16)}
         self._slots: list[_Slot] = []
 
@@ -200,7 +201,8 @@ class Encoder:
         """Levels of the groups from `first` on, best in plain squared error, or nearly so where not `exact`."""
         if isinstance(work.fmt, AffineFormat):
             shape = (work.count, work.groups, first)
-            args = (work.params, work.rows, self._shrink, len(SHRINK), REFINE_STEPS, *shape)
+            ends = (self._both_ends, len(BOTH_ENDS), self._one_end, len(ONE_END))
+            args = (work.params, work.rows, *ends, REFINE_STEPS, *shape)
             self._launch("affine_levels", (work.tiles, len(exact)), args, work.fmt)
             return
         blocks = -(-work.count // KMEANS_ROWS)

@@ -1,4 +1,4 @@
-"""Evenly spaced levels for a group (MQ4, MQ6): a search over both ends of the range, then least squares, on lanes.
+"""Evenly spaced levels for a group (MQ4, MQ6): a search over both ends of the range, then least squares; the codes.
 
 Plain squared error; rounding under a Hessian starts from here. Depends on lanes, vec and numba.
 """
@@ -8,15 +8,21 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .lanes import GROUP, gather
+from .lanes import GROUP, assign, gather, midpoints, scatter
 from .vec import LANES, fma, load, splat, store, where_gt
 
 _MAGIC = np.float32(12582912.0)
 """1.5 · 2²³: adding and subtracting it rounds to the nearest whole number, ties to even."""
 _SMALLEST = np.float32(2.0**-124)
 """Scales beyond this have a finite reciprocal; a group too narrow for one counts as constant."""
-SHRINK = np.array([0.0, 0.03, 0.07, 0.11, 0.16, 0.22, 0.3], np.float32)
-"""Shares of the range that the search cuts off at either end."""
+_COARSE = np.float32(2.0**-20)
+"""Scales beyond this share of the largest level keep neighbouring levels well apart in f32."""
+BOTH_ENDS = (0.06, 0.14)
+"""Shares of the range that the search first cuts off at both ends."""
+ONE_END = (0.03, 0.015)
+"""Shares by which it then moves one end at a time, in and out."""
+STEPS = 3
+"""Least-squares steps that follow the search."""
 
 
 @njit(cache=True, nogil=True)
@@ -67,18 +73,48 @@ def refine(y, zero, scale, top, out):
 
 
 @njit(cache=True, nogil=True)
-def affine_rows(rows, column, count, shrink, steps, params):
+def attempt(y, low, width, step, a, b, top, best):
+    """Try the grid without the shares a and b of the range; best [3, 16] holds the least error so far, its a and b."""
+    one = splat(np.float32(1))
+    scale = step * (one - a - b)
+    error = grid_error(y, fma(a, width, low), scale, one / scale, top)
+    least = load(best, 0)
+    store(best, 0, where_gt(least, error, error, least))
+    store(best, 1, where_gt(least, error, a, load(best, 1)))
+    store(best, 2, where_gt(least, error, b, load(best, 2)))
+
+
+@njit(cache=True, nogil=True)
+def search(y, low, width, step, top, best):
+    """Leave in best [3, 16] the error and the cut-off shares of the best grid: both ends together, then one by one."""
+    best[0] = np.inf
+    best[1:] = 0.0
+    none = splat(np.float32(0))
+    attempt(y, low, width, step, none, none, top, best)
+    for share in BOTH_ENDS:
+        attempt(y, low, width, step, splat(share), splat(share), top, best)
+    for share in ONE_END:
+        by = splat(share)
+        a, b = load(best, 1), load(best, 2)
+        attempt(y, low, width, step, a - by, b, top, best)
+        attempt(y, low, width, step, a + by, b, top, best)
+        a = load(best, 1)
+        attempt(y, low, width, step, a, b - by, top, best)
+        attempt(y, low, width, step, a, b + by, top, best)
+
+
+@njit(cache=True, nogil=True)
+def affine_rows(rows, column, count, steps, params):
     """(zero, scale) f32 [R, 2] of `count` even levels for the group at `column` of each row of rows f32 [R, K_in].
 
     `steps` least-squares steps follow the search. A constant group takes scale 1.
     """
     y = np.empty((GROUP, LANES), np.float32)
+    best = np.empty((3, LANES), np.float32)
     out = np.empty((2, LANES), np.float32)
     none = splat(np.float32(0))
     one = splat(np.float32(1))
     top = splat(np.float32(count - 1))
-    spacing = splat(np.float32(1) / np.float32(count - 1))
-    smallest = splat(_SMALLEST)
     for first in range(0, rows.shape[0], LANES):
         gather(rows, first, column, y)
         low = load(y, 0)
@@ -88,27 +124,61 @@ def affine_rows(rows, column, count, shrink, steps, params):
             low = where_gt(low, v, v, low)
             high = where_gt(v, high, v, high)
         width = high - low
-        flat = where_gt(width * spacing, smallest, none, one)
-        zero = low
-        scale = where_gt(flat, none, one, width * spacing)
-        best = grid_error(y, zero, scale, one / scale, top)
-        for a in range(shrink.shape[0]):
-            for b in range(shrink.shape[0]):
-                if a + b == 0:
-                    continue
-                tried_zero = fma(splat(shrink[a]), width, low)
-                tried = where_gt(
-                    flat, none, one, width * spacing * splat(np.float32(1) - shrink[a] - shrink[b])
-                )
-                error = grid_error(y, tried_zero, tried, one / tried, top)
-                zero = where_gt(best, error, tried_zero, zero)
-                scale = where_gt(best, error, tried, scale)
-                best = where_gt(best, error, error, best)
-        zero = where_gt(flat, none, low, zero)
-        store(out, 0, zero)
-        store(out, 1, scale)
+        step = width * splat(np.float32(1) / np.float32(count - 1))
+        flat = where_gt(step, splat(_SMALLEST), none, one)
+        step = where_gt(flat, none, one, step)
+        search(y, low, width, step, top, best)
+        a, b = load(best, 1), load(best, 2)
+        store(out, 0, where_gt(flat, none, low, fma(a, width, low)))
+        store(out, 1, where_gt(flat, none, one, step * (one - a - b)))
         for _ in range(steps):
             refine(y, load(out, 0), load(out, 1), top, out)
         for r in range(min(LANES, rows.shape[0] - first)):
             params[first + r, 0] = out[0, r]
             params[first + r, 1] = out[1, r]
+
+
+@njit(cache=True, nogil=True)
+def nearest_grid_rows(rows, column, params, count, codes_out):
+    """Codes u8 [R, 256] of the nearest of `count` levels zero + scale · k, given (zero, scale) f32 [R, 2]; a tie takes
+    the lower code.
+
+    A guess by division is at most one code off while the levels' rounding is small beside the scale; other rows
+    compare with every midpoint.
+    """
+    y = np.empty((GROUP, LANES), np.float32)
+    codes = np.empty((GROUP, LANES), np.float32)
+    zeros = np.zeros((1, LANES), np.float32)
+    scales = np.ones((1, LANES), np.float32)
+    levels = np.empty((count, LANES), np.float32)
+    mids = np.empty((count - 1, LANES), np.float32)
+    none = splat(np.float32(0))
+    one = splat(np.float32(1))
+    half = splat(np.float32(0.5))
+    top = splat(np.float32(count - 1))
+    for first in range(0, rows.shape[0], LANES):
+        gather(rows, first, column, y)
+        coarse = False
+        for r in range(min(LANES, rows.shape[0] - first)):
+            zeros[0, r], scales[0, r] = params[first + r, 0], params[first + r, 1]
+            reach = abs(zeros[0, r]) + scales[0, r] * np.float32(count)
+            coarse = coarse or not scales[0, r] > reach * np.float32(_COARSE)
+        zero, scale = load(zeros, 0), load(scales, 0)
+        if coarse:
+            for k in range(count):
+                store(levels, k, zero + scale * splat(np.float32(k)))
+            midpoints(levels, mids)
+            for i in range(GROUP):
+                assign(load(y, i), levels, mids, codes, i)
+        else:
+            inverse = one / scale
+            for i in range(GROUP):
+                v = load(y, i)
+                q = grid_code(v, zero, inverse, top)
+                here = zero + scale * q
+                above = half * (here + (zero + scale * (q + one)))
+                below = half * (here + (zero + scale * (q - one)))
+                up = where_gt(v, above, where_gt(top, q, one, none), none)
+                down = where_gt(v, below, none, where_gt(q, none, one, none))
+                store(codes, i, q + up - down)
+        scatter(codes, codes_out, first)

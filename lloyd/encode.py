@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..formats.blocks import AffineFormat, FloatFormat, Format, LloydFormat, Q8Format
 from ..formats.fwht import SIGNS2
 from . import reference
-from .affine import SHRINK, affine_rows
+from .affine import STEPS, affine_rows, nearest_grid_rows
 from .hessian import GroupHessian
 from .kmeans import kmeans_rows
 from .rows import fit_rows, nearest_rows, settle_rows
@@ -94,7 +94,10 @@ def _plain_group(rows: F32, column: int, fmt: LloydFormat | AffineFormat, fit: F
         reference.lloyd_rows(rows, column, levels, codes)
         return _pack(fmt, _stored(fmt, levels), codes)
     stored = _stored(fmt, _initial_levels(rows, column, fmt, exact=True))
-    nearest_rows(rows, column, _expand(fmt, stored), codes)
+    if isinstance(fmt, AffineFormat):
+        nearest_grid_rows(rows, column, stored, fmt.levels, codes)
+    else:
+        nearest_rows(rows, column, stored, codes)
     return _pack(fmt, stored, codes)
 
 
@@ -119,7 +122,7 @@ def _initial_levels(rows: F32, column: int, fmt: LloydFormat | AffineFormat, exa
     """Centroids f32 [R, K], or (zero, scale) f32 [R, 2], best in plain squared error."""
     if isinstance(fmt, AffineFormat):
         params = np.empty((len(rows), 2), np.float32)
-        affine_rows(rows, column, fmt.levels, SHRINK, 3, params)
+        affine_rows(rows, column, fmt.levels, STEPS, params)
         return params
     levels = np.empty((len(rows), fmt.levels), np.float32)
     kmeans_rows(rows, column, exact, levels)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from mq_quant.formats.fwht import rotate
-from mq_quant.lloyd.affine import SHRINK, affine_rows
+from mq_quant.lloyd.affine import STEPS, affine_rows
 from mq_quant.lloyd.hessian import GroupHessian, from_diagonal
 from mq_quant.lloyd.kmeans import kmeans_rows
 
@@ -57,7 +57,7 @@ def problem(count: int, sigma: float, seed: int = 0, grid: bool = False) -> Prob
     h = from_diagonal(unequal_weights(sigma, seed))
     if grid:
         params = np.empty((LANES, 2), np.float32)
-        affine_rows(rows, 0, count, SHRINK, 3, params)
+        affine_rows(rows, 0, count, STEPS, params)
         levels = params[:, :1] + params[:, 1:] * np.arange(count, dtype=np.float32)
     else:
         levels = np.empty((LANES, count), np.float32)

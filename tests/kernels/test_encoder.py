@@ -116,5 +116,7 @@ def test_the_engines_own_fit_is_refused(encoder):
 def test_constants_are_those_of_the_cpu():
     for count in (4, 8, 16):
         np.testing.assert_array_equal(gaussian_bounds(count), kmeans.gaussian_bounds(count))
-    np.testing.assert_array_equal(encoder_module.SHRINK, affine.SHRINK)
+    np.testing.assert_array_equal(encoder_module.BOTH_ENDS, np.float32(affine.BOTH_ENDS))
+    np.testing.assert_array_equal(encoder_module.ONE_END, np.float32(affine.ONE_END))
+    assert encoder_module.REFINE_STEPS == affine.STEPS
     assert (encoder_module.ROUNDS, encoder_module.DENSE_ROUNDS) == (encode.ROUNDS, encode.DENSE_ROUNDS)

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from mq_quant.lloyd.affine import SHRINK, affine_rows
+from mq_quant.lloyd.affine import STEPS, affine_rows, nearest_grid_rows
+from mq_quant.lloyd.rows import nearest_rows
 
 RANDOM = np.random.default_rng(11)
 COUNTS = (16, 64)
@@ -22,9 +23,9 @@ FAMILIES = {
 FLAT = {"zero": 0.0, "minus zero": -0.0, "positive": 3.5, "negative": -2e-20, "subnormal": 2.0**-149}
 
 
-def fit(groups: np.ndarray, count: int, steps: int = 3) -> np.ndarray:
+def fit(groups: np.ndarray, count: int, steps: int = STEPS) -> np.ndarray:
     params = np.full((len(groups), 2), np.nan, np.float32)
-    affine_rows(np.ascontiguousarray(groups, np.float32), 0, count, SHRINK, steps, params)
+    affine_rows(np.ascontiguousarray(groups, np.float32), 0, count, steps, params)
     return params
 
 
@@ -89,5 +90,24 @@ def test_groups_inside_a_row_are_read_at_their_column() -> None:
     groups = FAMILIES["normal"][:3].astype(np.float32)
     rows = np.concatenate([np.zeros_like(groups), groups], axis=1)
     params = np.empty((3, 2), np.float32)
-    affine_rows(rows, 256, 16, SHRINK, 3, params)
+    affine_rows(rows, 256, 16, STEPS, params)
     np.testing.assert_array_equal(params, fit(groups, 16))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("family", [*FAMILIES, "levels that f32 hardly tells apart", "ties"])
+def test_codes_are_those_of_the_nearest_level(family: str, count: int) -> None:
+    if family == "ties":
+        groups = np.tile(np.arange(256) / 2, (17, 1)).astype(np.float32)
+        params = np.tile(np.float32([3, 1]), (17, 1))
+    elif family in FAMILIES:
+        groups = FAMILIES[family].astype(np.float32)
+        params = fit(groups, count)
+    else:
+        groups = (2.0**20 + RANDOM.integers(0, 16, (33, 256)) / 8).astype(np.float32)
+        params = np.stack([groups.min(axis=1), np.full(33, 0.031)], axis=1).astype(np.float32)
+    levels = params[:, :1] + params[:, 1:] * np.arange(count, dtype=np.float32)
+    want, codes = np.empty((len(groups), 256), np.uint8), np.empty((len(groups), 256), np.uint8)
+    nearest_rows(groups, 0, levels, want)
+    nearest_grid_rows(groups, 0, params, count, codes)
+    np.testing.assert_array_equal(codes, want)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lanes_problem import EMPTY, heavy_rows, unequal_weights
 from mq_quant.formats.fwht import SIGNS2
-from mq_quant.lloyd.affine import SHRINK, affine_rows
+from mq_quant.lloyd.affine import STEPS, affine_rows
 from mq_quant.lloyd.hessian import GroupHessian, from_diagonal
 from mq_quant.lloyd.kmeans import kmeans_rows
 from mq_quant.lloyd.rows import fit_rows, nearest_rows, settle_rows
@@ -18,7 +18,7 @@ CASES = [(4, False), (8, False), (16, False), (16, True), (64, True)]
 def initial(rows: np.ndarray, count: int, grid: bool) -> np.ndarray:
     if grid:
         params = np.empty((len(rows), 2), np.float32)
-        affine_rows(rows, 0, count, SHRINK, 3, params)
+        affine_rows(rows, 0, count, STEPS, params)
         return params[:, :1] + params[:, 1:] * np.arange(count, dtype=np.float32)
     levels = np.empty((len(rows), count), np.float32)
     kmeans_rows(rows, 0, False, levels)
