@@ -161,7 +161,7 @@ DEVICE double start(const Row& row, const float* group, const int32_t* quantiles
 }
 
 DEVICE void centroids(float* levels, const Row& row, double mean) {
-  float last = row.values[0];
+  float last = row.values[0] + 0.0f;
   for (int k = 0; k < LEVELS; k++) {
     const int n = row.bounds[k + 1] - row.bounds[k];
     float level = last;

@@ -5,7 +5,7 @@ inequality, so the best last boundary moves monotonically with the end of the pr
 programme is a divide and conquer. Eight rows run in step: each looks at the union of their boundary ranges, which
 differ little after the rotation, and no row's result depends on its neighbours. A few Lloyd iterations on the sorted
 values give a bound first; prefixes whose own distortion exceeds it in all rows are never continued. Ties go to the
-lower boundary. All sums are f64. Depends on vec and numba.
+lower boundary. All sums are f64. Depends on lanes, vec and numba.
 
 Source: Wu, "Optimal quantization by matrix searching", J. Algorithms 12 (1991), for the monotone boundaries.
 """
@@ -15,57 +15,47 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .vec import WIDE_LANES, fma, load, splat_wide, store, where_gt
-
-GROUP = 256
-
-
-@njit(cache=True, nogil=True)
-def sort_group(values, keys, spare, counts):
-    """Sort f32 values [256] ascending, in place: a radix sort of their order-preserving bits, four passes of eight.
-
-    `keys` and `spare` u32 [256] and `counts` i32 [4, 256] are scratch.
-    """
-    bits = values.view(np.uint32)
-    counts[:] = 0
-    for i in range(GROUP):
-        b = bits[i]
-        key = ~b if b >> np.uint32(31) else b | np.uint32(0x80000000)
-        keys[i] = key
-        counts[0, key & np.uint32(255)] += 1
-        counts[1, (key >> np.uint32(8)) & np.uint32(255)] += 1
-        counts[2, (key >> np.uint32(16)) & np.uint32(255)] += 1
-        counts[3, key >> np.uint32(24)] += 1
-    source, target = keys, spare
-    for step in range(4):
-        shift = np.uint32(8 * step)
-        start = np.int32(0)
-        for d in range(256):
-            n = counts[step, d]
-            counts[step, d] = start
-            start += n
-        for i in range(GROUP):
-            key = source[i]
-            digit = (key >> shift) & np.uint32(255)
-            target[counts[step, digit]] = key
-            counts[step, digit] += 1
-        source, target = target, source
-    for i in range(GROUP):
-        key = keys[i]
-        bits[i] = key & np.uint32(0x7FFFFFFF) if key >> np.uint32(31) else ~key
+from .lanes import GROUP, gather, sort_lanes
+from .vec import (
+    LANES,
+    WIDE_LANES,
+    any_le,
+    fma,
+    greatest,
+    least,
+    load,
+    load_run,
+    load_wide,
+    splat_wide,
+    store,
+    where_eq,
+    where_gt,
+)
 
 
 @njit(cache=True, nogil=True)
-def prefix_sums(values, sums):
-    """sums f64 [257] of values f32 [256] about their mean, which is returned; centring keeps differences exact."""
-    mean = 0.0
+def prefix_sums(block, half, sums, means):
+    """sums f64 [257, 8] of eight lanes of a block about their means f64 [1, 8]; centring keeps differences exact."""
+    total = splat_wide(0.0)
     for i in range(GROUP):
-        mean += np.float64(values[i])
-    mean /= GROUP
-    sums[0] = 0.0
+        total = total + load_wide(block, i, half)
+    mean = total * splat_wide(1.0 / GROUP)
+    store(means, 0, mean)
+    total = splat_wide(0.0)
     for i in range(GROUP):
-        sums[i + 1] = sums[i] + (np.float64(values[i]) - mean)
-    return mean
+        total = total + (load_wide(block, i, half) - mean)
+        store(sums, i + 1, total)
+
+
+@njit(cache=True, nogil=True)
+def squares(block, half, means, energy):
+    """energy f64 [257, 8]: running sums of the squares of eight lanes of a block about their means."""
+    mean = load(means, 0)
+    total = splat_wide(0.0)
+    for i in range(GROUP):
+        d = load_wide(block, i, half) - mean
+        total = total + d * d
+        store(energy, i + 1, total)
 
 
 @njit(cache=True, nogil=True)
@@ -95,23 +85,37 @@ def lloyd_bounds(values, sums, mean, bounds, iterations):
 
 
 @njit(cache=True, nogil=True)
-def split_pairs(sums, inverse, bounds, sweeps):
-    """Improve bounds i64 [K+1]: each boundary moves to the best place between its neighbours, until nothing moves."""
+def split_pairs(sums, inverse, falling, bounds, sweeps):
+    """Improve bounds i64 [K+1]: each boundary moves to the best place between its neighbours, until nothing moves.
+
+    sums f64 [264] and the others are padded to whole vectors; falling[256 - n] = inverse[n] = 1 / n.
+    """
     count = bounds.shape[0] - 1
+    steps = np.arange(np.float64(WIDE_LANES))
+    lane = load_run(steps, 0)
+    nothing = splat_wide(-1.0)
     for _ in range(sweeps):
         moved = False
         for k in range(1, count):
             left, right = bounds[k - 1], bounds[k + 1]
-            from_left, from_right = sums[left], sums[right]
-            best = -1.0
-            at = bounds[k]
-            for b in range(left + 1, right):
-                d = sums[b] - from_left
-                e = from_right - sums[b]
-                value = d * d * inverse[b - left] + e * e * inverse[right - b]
-                if value > best:
-                    best = value
-                    at = b
+            if right - left < 2:
+                continue
+            from_left, from_right, end = (
+                splat_wide(sums[left]),
+                splat_wide(sums[right]),
+                splat_wide(np.float64(right)),
+            )
+            best = nothing
+            places = nothing
+            for b in range(left + 1, right, WIDE_LANES):
+                place = lane + splat_wide(np.float64(b))
+                d = load_run(sums, b) - from_left
+                e = from_right - load_run(sums, b)
+                value = d * d * load_run(inverse, b - left) + e * e * load_run(falling, GROUP - right + b)
+                value = where_gt(end, place, value, nothing)
+                places = where_gt(value, best, place, places)
+                best = where_gt(value, best, value, best)
+            at = int(least(where_eq(best, splat_wide(greatest(best)), places, end)))
             moved = moved or at != bounds[k]
             bounds[k] = at
         if not moved:
@@ -135,44 +139,41 @@ def scan(previous, sums, inverse, end, low, high, gains, starts):
         best = where_gt(value, best, value, best)
     store(gains, end, best)
     store(starts, end, at)
-    least = starts[end, 0]
-    most = least
-    for r in range(1, WIDE_LANES):
-        least = min(least, starts[end, r])
-        most = max(most, starts[end, r])
-    return int(least), int(most)
+    return int(least(at)), int(greatest(at))
 
 
 @njit(cache=True, nogil=True)
 def within(energy, gains, end, bound):
-    """Whether in some lane the distortion of prefix `end` does not exceed the bound f64 [8]."""
-    found = False
-    for r in range(WIDE_LANES):
-        found = found or energy[end, r] - gains[end, r] <= bound[r]
-    return found
+    """Whether in some lane the distortion of prefix `end` does not exceed the bound f64 [1, 8]."""
+    return any_le(load(energy, end) - load(gains, end), load(bound, 0))
 
 
 @njit(cache=True, nogil=True)
-def layer(previous, sums, inverse, energy, bound, reach, gains, starts, least, most):
-    """One more interval: gains and starts of every prefix that can still win; the longest such prefix is returned.
+def layer(previous, sums, inverse, energy, bound, reach, first, gains, starts, lowest, highest):
+    """One more interval: gains and starts of every prefix from `first` on that can still win; returns the longest such.
 
-    `reach` is the longest prefix worth continuing; least and most i64 [257] are scratch.
+    `reach` is the longest prefix worth continuing; lowest and highest i64 [257] are scratch.
     """
     last = GROUP - 1
-    least[0], most[0] = 0, 0
-    starts[0, :] = 0.0
-    gains[0, :] = 0.0
-    least[last], most[last] = scan(previous, sums, inverse, last, 0, min(last - 1, reach), gains, starts)
+    lowest[first], highest[first] = scan(
+        previous, sums, inverse, first, 0, min(first - 1, reach), gains, starts
+    )
+    low = lowest[first]
+    lowest[last], highest[last] = scan(
+        previous, sums, inverse, last, low, min(last - 1, reach), gains, starts
+    )
     cut = GROUP
     stride = 128
     while stride >= 1:
         for i in range(stride, min(last, cut), 2 * stride):
+            if i <= first:
+                continue
             upper = min(i + stride, last)
-            high = most[upper] if upper < cut else reach
+            high = highest[upper] if upper < cut else reach
             # A start at or beyond the end would be an empty interval.
             high = min(high, i - 1, reach)
-            low = min(least[i - stride], high)
-            least[i], most[i] = scan(previous, sums, inverse, i, low, high, gains, starts)
+            low = min(lowest[max(i - stride, first)], high)
+            lowest[i], highest[i] = scan(previous, sums, inverse, i, low, high, gains, starts)
             if not within(energy, gains, i, bound):
                 cut = i
                 break
@@ -183,15 +184,26 @@ def layer(previous, sums, inverse, energy, bound, reach, gains, starts, least, m
 
 
 @njit(cache=True, nogil=True)
+def last_start(sums, inverse, energy, bound):
+    """The least start of a last interval whose own distortion does not exceed the bound in all rows."""
+    whole, total = load(energy, GROUP), load(sums, GROUP)
+    for i in range(GROUP - 1):
+        d = total - load(sums, i)
+        if any_le(whole - load(energy, i) - d * d * splat_wide(inverse[GROUP - i]), load(bound, 0)):
+            return i
+    return GROUP - 1
+
+
+@njit(cache=True, nogil=True)
 def exact_bounds(sums, inverse, energy, bound, gains, starts, bounds):
     """Optimal intervals of eight rows' sorted values into bounds i64 [8, K+1].
 
-    sums and energy f64 [257, 8] are running sums of the values and of their squares, both about the mean; bound f64 [8]
-    is a distortion that can be reached. gains f64 [2, 257, 8] and starts f64 [K, 257, 8] are scratch.
+    sums and energy f64 [257, 8] are running sums of the values and of their squares, both about the mean; bound f64
+    [1, 8] is a distortion that can be reached. gains f64 [2, 257, 8] and starts f64 [K, 257, 8] are scratch.
     """
     count = bounds.shape[1] - 1
-    least = np.zeros(GROUP + 1, np.int64)
-    most = np.zeros(GROUP + 1, np.int64)
+    lowest = np.zeros(GROUP + 1, np.int64)
+    highest = np.zeros(GROUP + 1, np.int64)
     now, before = gains[0], gains[1]
     before[0, :] = 0.0
     reach = 0
@@ -200,10 +212,12 @@ def exact_bounds(sums, inverse, energy, bound, gains, starts, bounds):
         store(before, i, s * s * splat_wide(inverse[i]))
         if within(energy, before, i, bound):
             reach = i
+    final = last_start(sums, inverse, energy, bound)
     for k in range(1, count - 1):
-        reach = layer(before, sums, inverse, energy, bound, reach, now, starts[k], least, most)
+        first = max(1, final) if k == count - 2 else 1
+        reach = layer(before, sums, inverse, energy, bound, reach, first, now, starts[k], lowest, highest)
         now, before = before, now
-    scan(before, sums, inverse, GROUP, 0, min(GROUP - 1, reach), now, starts[count - 1])
+    scan(before, sums, inverse, GROUP, final, min(GROUP - 1, reach), now, starts[count - 1])
     for r in range(WIDE_LANES):
         bounds[r, count] = GROUP
         for k in range(count - 1, 0, -1):
@@ -235,7 +249,7 @@ def centroids(values, sums, mean, inverse, bounds, levels):
         if n > 0:
             levels[k] = np.float32(mean + (sums[bounds[k + 1]] - sums[bounds[k]]) * inverse[n])
         else:
-            levels[k] = levels[k - 1] if k > 0 else values[0]
+            levels[k] = levels[k - 1] if k > 0 else values[0] + np.float32(0)
         if k > 0:
             levels[k] = max(levels[k], levels[k - 1])
 
@@ -248,45 +262,46 @@ def kmeans_rows(rows, column, exact, levels):
     single boundary can be improved, which is nearly as good and cheaper.
     """
     count = levels.shape[1]
+    block = np.empty((GROUP, LANES), np.float32)
     values = np.empty((WIDE_LANES, GROUP), np.float32)
-    keys = np.empty(GROUP, np.uint32)
-    spare = np.empty(GROUP, np.uint32)
-    counts = np.empty((4, 256), np.int32)
-    own_sums = np.zeros((WIDE_LANES, GROUP + 1), np.float64)
-    means = np.zeros(WIDE_LANES, np.float64)
-    inverse = np.zeros(GROUP + 1, np.float64)
+    own_sums = np.zeros((WIDE_LANES, GROUP + WIDE_LANES), np.float64)
+    means = np.zeros((1, WIDE_LANES), np.float64)
+    inverse = np.zeros(GROUP + WIDE_LANES, np.float64)
+    falling = np.zeros(GROUP + WIDE_LANES, np.float64)
     for i in range(1, GROUP + 1):
         inverse[i] = 1.0 / i
+        falling[GROUP - i] = inverse[i]
     bounds = np.empty((WIDE_LANES, count + 1), np.int64)
     quantiles = gaussian_bounds(count)
     sums = np.zeros((GROUP + 1, WIDE_LANES), np.float64)
     energy = np.zeros((GROUP + 1, WIDE_LANES), np.float64)
-    bound = np.zeros(WIDE_LANES, np.float64)
+    bound = np.zeros((1, WIDE_LANES), np.float64)
     gains = np.zeros((2, GROUP + 1, WIDE_LANES), np.float64)
     starts = np.zeros((count, GROUP + 1, WIDE_LANES), np.float64)
     for first in range(0, rows.shape[0], WIDE_LANES):
         live = min(WIDE_LANES, rows.shape[0] - first)
-        for r in range(WIDE_LANES):
-            # Lanes beyond the last row repeat it.
-            row = rows[first + min(r, live - 1)]
-            values[r] = row[column : column + GROUP]
-            sort_group(values[r], keys, spare, counts)
-            means[r] = prefix_sums(values[r], own_sums[r])
+        half = first % LANES // WIDE_LANES
+        if half == 0:
+            gather(rows, first, column, block)
+            sort_lanes(block)
+        prefix_sums(block, half, sums, means)
+        for r in range(live):
+            values[r] = block[:, WIDE_LANES * half + r]
+            own_sums[r, : GROUP + 1] = sums[:, r]
             bounds[r] = quantiles
-            lloyd_bounds(values[r], own_sums[r], means[r], bounds[r], 4)
-            split_pairs(own_sums[r], inverse, bounds[r], 4)
+            lloyd_bounds(values[r], own_sums[r], means[0, r], bounds[r], 4)
+            split_pairs(own_sums[r], inverse, falling, bounds[r], 4)
         if exact:
-            for r in range(WIDE_LANES):
+            squares(block, half, means, energy)
+            for r in range(live):
                 explained = 0.0
                 for k in range(count):
                     d = own_sums[r, bounds[r, k + 1]] - own_sums[r, bounds[r, k]]
                     explained += d * d * inverse[bounds[r, k + 1] - bounds[r, k]]
-                for i in range(GROUP):
-                    d = np.float64(values[r, i]) - means[r]
-                    energy[i + 1, r] = energy[i, r] + d * d
-                    sums[i + 1, r] = own_sums[r, i + 1]
                 # A little above what rounding of these sums can amount to.
-                bound[r] = energy[GROUP, r] - explained + 1e-12 * energy[GROUP, r]
+                bound[0, r] = energy[GROUP, r] - explained + 1e-12 * energy[GROUP, r]
+            # Lanes beyond the last row hold zeros, and nothing of them is worth continuing.
+            bound[0, live:] = -1.0
             exact_bounds(sums, inverse, energy, bound, gains, starts, bounds)
         for r in range(live):
-            centroids(values[r], own_sums[r], means[r], inverse, bounds[r], levels[first + r])
+            centroids(values[r], own_sums[r], means[0, r], inverse, bounds[r], levels[first + r])

@@ -64,6 +64,27 @@ def hadamard(block):
 
 
 @njit(cache=True, nogil=True)
+def sort_lanes(block):
+    """Sort every lane ascending, in place, by a network of compare-and-swap steps.
+
+    Source: Batcher, "Sorting networks and their applications" (1968), the odd-even merge sort.
+    """
+    merged = 1
+    while merged < GROUP:
+        stride = merged
+        while stride >= 1:
+            for base in range(stride % merged, GROUP - stride, 2 * stride):
+                for i in range(base, base + stride):
+                    if i // (2 * merged) == (i + stride) // (2 * merged):
+                        a = load(block, i)
+                        b = load(block, i + stride)
+                        store(block, i, where_gt(a, b, b, a))
+                        store(block, i + stride, where_gt(a, b, a, b))
+            stride //= 2
+        merged *= 2
+
+
+@njit(cache=True, nogil=True)
 def midpoints(levels, mids):
     """mids [K-1, 16] halfway between neighbouring levels [K, 16]."""
     half = splat(np.float32(0.5))

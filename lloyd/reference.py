@@ -1,8 +1,7 @@
 """The engine's own quantiser, bit for bit: the baseline that every better fit is measured against.
 
 Lloyd formats take at most eight plain Lloyd iterations from quantiles and no reassignment afterwards; affine formats
-span the minimum and maximum; Q8F16 quantises with the unrounded scale and truncates it. Depends on kmeans (the sort)
-and numba.
+span the minimum and maximum; Q8F16 quantises with the unrounded scale and truncates it. Depends on lanes and numba.
 """
 
 from __future__ import annotations
@@ -11,9 +10,44 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .kmeans import GROUP, sort_group
+from .lanes import GROUP
 
 ITERATIONS = 8
+
+
+@njit(cache=True, nogil=True)
+def sort_group(values, keys, spare, counts):
+    """Sort f32 values [256] ascending, in place: a radix sort of their order-preserving bits, four passes of eight.
+
+    `keys` and `spare` u32 [256] and `counts` i32 [4, 256] are scratch.
+    """
+    bits = values.view(np.uint32)
+    counts[:] = 0
+    for i in range(GROUP):
+        b = bits[i]
+        key = ~b if b >> np.uint32(31) else b | np.uint32(0x80000000)
+        keys[i] = key
+        counts[0, key & np.uint32(255)] += 1
+        counts[1, (key >> np.uint32(8)) & np.uint32(255)] += 1
+        counts[2, (key >> np.uint32(16)) & np.uint32(255)] += 1
+        counts[3, key >> np.uint32(24)] += 1
+    source, target = keys, spare
+    for step in range(4):
+        shift = np.uint32(8 * step)
+        start = np.int32(0)
+        for d in range(256):
+            n = counts[step, d]
+            counts[step, d] = start
+            start += n
+        for i in range(GROUP):
+            key = source[i]
+            digit = (key >> shift) & np.uint32(255)
+            target[counts[step, digit]] = key
+            counts[step, digit] += 1
+        source, target = target, source
+    for i in range(GROUP):
+        key = keys[i]
+        bits[i] = key & np.uint32(0x7FFFFFFF) if key >> np.uint32(31) else ~key
 
 
 @njit(cache=True, nogil=True)

@@ -84,6 +84,35 @@ def load(typing: Any, block: Any, row: Any) -> Any:
 
 
 @intrinsic
+def load_wide(typing: Any, block: Any, row: Any, half: Any) -> Any:
+    """The first (half 0) or last (1) eight f32 lanes of block[row], f32 [n, 16], as an f64 value."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        index, part = (context.cast(builder, args[i], signature.args[i], types.intp) for i in (1, 2))
+        index = builder.add(builder.mul(index, index.type(2)), part)
+        narrow = ir.VectorType(ir.FloatType(), WIDE_LANES)
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        start = builder.gep(data, [builder.mul(index, index.type(WIDE_LANES))])
+        values = builder.load(builder.bitcast(start, narrow.as_pointer()), align=4)
+        return builder.fpext(values, f64x8.vector)
+
+    return f64x8(block, row, half), codegen
+
+
+@intrinsic
+def load_run(typing: Any, run: Any, start: Any) -> Any:
+    """run[start:start+8] of an f64 [n] array as a value; what lies beyond the array must not be asked for."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        index = context.cast(builder, args[1], signature.args[1], types.intp)
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        pointer = builder.bitcast(builder.gep(data, [index]), f64x8.vector.as_pointer())
+        return builder.load(pointer, align=8)
+
+    return f64x8(run, start), codegen
+
+
+@intrinsic
 def store(typing: Any, block: Any, row: Any, value: Any) -> Any:
     """block[row] = value for an f32 [n, 16] or f64 [n, 8] array."""
 
@@ -151,6 +180,57 @@ where_gt = intrinsic(_choice(">"))
 """where_gt(a, b, x, y): x in lanes with a > b, else y; y where either is NaN."""
 where_eq = intrinsic(_choice("=="))
 """where_eq(a, b, x, y): x in lanes with a == b, else y."""
+
+
+def _reduction(name: str) -> Callable[..., Any]:
+    """An intrinsic that folds a value of lanes that are numbers into one scalar by LLVM's reduction `name`."""
+
+    def typer(typing: Any, a: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(a.scalar, [a.vector])
+            function = cgutils.get_or_insert_function(
+                builder.module, kind, f"llvm.vector.reduce.{name}.{a.suffix}"
+            )
+            return builder.call(function, args, fastmath=("nnan", "nsz"))
+
+        return a.element(a), codegen
+
+    return typer
+
+
+least = intrinsic(_reduction("fmin"))
+"""The least of a value's lanes."""
+greatest = intrinsic(_reduction("fmax"))
+"""The greatest of a value's lanes."""
+
+
+@intrinsic
+def any_le(typing: Any, a: Any, b: Any) -> Any:
+    """Whether a <= b in some lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        mask = builder.bitcast(builder.fcmp_ordered("<=", args[0], args[1]), ir.IntType(a.count))
+        return context.cast(
+            builder, builder.icmp_unsigned("!=", mask, mask.type(0)), types.boolean, signature.return_type
+        )
+
+    return types.boolean(a, b), codegen
+
+
+@intrinsic
+def first_difference(typing: Any, a: Any, b: Any, start: Any) -> Any:
+    """The first lane from number `start` on in which two f32 values differ, or LANES."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        begin = context.cast(builder, args[2], signature.args[2], types.int32)
+        unequal = builder.fcmp_unordered("!=", args[0], args[1])
+        mask = builder.zext(builder.bitcast(unequal, ir.IntType(LANES)), word)
+        mask = builder.and_(builder.or_(mask, word(1 << LANES)), builder.shl(word(-1), begin))
+        found = builder.cttz(mask, ir.IntType(1)(1))
+        return context.cast(builder, found, types.int32, types.intp)
+
+    return types.intp(a, b, start), codegen
 
 
 def _operator(function: Any, method: str) -> None:

@@ -1,4 +1,4 @@
-"""Exact k-means of one group: against the whole dynamic programme, scikit-learn with many restarts, and its sort."""
+"""Exact k-means of one group: against the whole dynamic programme and scikit-learn with many restarts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from mq_quant.lloyd.kmeans import kmeans_rows, sort_group
+from mq_quant.lloyd.kmeans import kmeans_rows
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
@@ -138,28 +138,6 @@ def test_order_of_values_and_place_in_the_row_do_not_matter() -> None:
     kmeans_rows(wide, 256, True, levels)
     np.testing.assert_array_equal(levels, want)
     np.testing.assert_array_equal(wide[:, 256:512], shuffled)
-
-
-@given(
-    hnp.arrays(
-        np.float32, 256, elements=st.floats(width=32, allow_nan=False), fill=st.floats(-1, 1, width=32)
-    )
-)
-def test_the_sort_is_numpys(values: np.ndarray) -> None:
-    want = np.sort(values)
-    sort_group(values, np.empty(256, np.uint32), np.empty(256, np.uint32), np.empty((4, 256), np.int32))
-    np.testing.assert_array_equal(values, want)
-
-
-def test_the_sort_keeps_every_bit_pattern() -> None:
-    random = np.random.default_rng(3)
-    for _ in range(50):
-        bits = random.integers(0, 2**32, 256, dtype=np.uint32)
-        bits[(bits & 0x7F800000) == 0x7F800000] = 0x80000000  # no NaN: negative zeros instead
-        values = bits.view(np.float32).copy()
-        sort_group(values, np.empty(256, np.uint32), np.empty(256, np.uint32), np.empty((4, 256), np.int32))
-        assert (np.diff(values) >= 0).all()
-        np.testing.assert_array_equal(np.sort(values.view(np.uint32)), np.sort(bits))
 
 
 @pytest.mark.parametrize("exact", [True, False])

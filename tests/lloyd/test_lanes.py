@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from mq_quant.formats.fwht import matrix
-from mq_quant.lloyd.lanes import gather, hadamard, midpoints, scatter, sort_levels
+from mq_quant.lloyd.lanes import gather, hadamard, midpoints, scatter, sort_lanes, sort_levels
 from mq_quant.lloyd.rounding import product, residual
 
 RANDOM = np.random.default_rng(21)
@@ -78,3 +81,24 @@ def test_sorting_levels_moves_codes_along(count: int) -> None:
         np.take_along_axis(before, codes_before.astype(int), 0),
     )
     np.testing.assert_array_equal(codes[:, 3], codes_before[:, 3])
+
+
+@given(
+    hnp.arrays(
+        np.float32, (256, 16), elements=st.floats(width=32, allow_nan=False), fill=st.floats(-1, 1, width=32)
+    )
+)
+def test_every_lane_is_sorted(values: np.ndarray) -> None:
+    want = np.sort(values, axis=0)
+    sort_lanes(values)
+    np.testing.assert_array_equal(values, want)
+
+
+def test_any_number_of_ones_among_zeros_is_sorted() -> None:
+    """A network that sorts every sequence of zeros and ones sorts everything; here is one of each number of ones."""
+    random = np.random.default_rng(0)
+    for first in range(0, 256, 16):
+        ones = np.arange(256)[:, None] < first + np.arange(16)
+        block = random.permuted(ones, axis=0).astype(np.float32)
+        sort_lanes(block)
+        np.testing.assert_array_equal(block, ones[::-1])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from mq_quant.formats.blocks import BY_NAME, Q8F16, LloydFormat
 from mq_quant.lloyd.encode import encode_plain, encode_rotated
-from mq_quant.lloyd.reference import affine, q8, truncate_f16
+from mq_quant.lloyd.reference import affine, q8, sort_group, truncate_f16
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/encode_vectors.npz")
 ROTATED = {"mq4": "MQ4", "mq6": "MQ6", "mq2l": "MQ2-Lloyd", "mq3l": "MQ3-Lloyd", "mq4l": "MQ4-Lloyd"}
@@ -120,3 +121,25 @@ def test_a_group_that_repeats_is_fitted_afresh(key: str) -> None:
     twice = encode_rotated(np.tile(GOLDEN["rotated"], (1, 2)), fmt, "reference")
     want = np.tile(GOLDEN[key].reshape(len(GOLDEN["rotated"]), -1), (1, 2))
     np.testing.assert_array_equal(twice.reshape(want.shape), want)
+
+
+@given(
+    hnp.arrays(
+        np.float32, 256, elements=st.floats(width=32, allow_nan=False), fill=st.floats(-1, 1, width=32)
+    )
+)
+def test_the_sort_is_numpys(values: np.ndarray) -> None:
+    want = np.sort(values)
+    sort_group(values, np.empty(256, np.uint32), np.empty(256, np.uint32), np.empty((4, 256), np.int32))
+    np.testing.assert_array_equal(values, want)
+
+
+def test_the_sort_keeps_every_bit_pattern() -> None:
+    random = np.random.default_rng(3)
+    for _ in range(50):
+        bits = random.integers(0, 2**32, 256, dtype=np.uint32)
+        bits[(bits & 0x7F800000) == 0x7F800000] = 0x80000000  # no NaN: negative zeros instead
+        values = bits.view(np.float32).copy()
+        sort_group(values, np.empty(256, np.uint32), np.empty(256, np.uint32), np.empty((4, 256), np.int32))
+        assert (np.diff(values) >= 0).all()
+        np.testing.assert_array_equal(np.sort(values.view(np.uint32)), np.sort(bits))
