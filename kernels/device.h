@@ -29,6 +29,14 @@ DEVICE void sync_wave() {
 }
 #endif
 
+// The first lane that has `found` set, or WAVE, to every lane.
+#ifndef MQ_FIRST_LANE
+DEVICE int first_lane(bool found) {
+  const uint32_t lanes = __builtin_amdgcn_ballot_w32(found);
+  return lanes ? __builtin_ctz(lanes) : WAVE;
+}
+#endif
+
 DEVICE float wave_sum(float v) {
   for (int mask = WAVE / 2; mask > 0; mask /= 2) v += __shfl_xor(v, mask);
   return v;

@@ -62,14 +62,14 @@ DEVICE void residual(float (&e)[PER_LANE], const float (&y)[PER_LANE], const uin
   for (int j = 0; j < PER_LANE; j++) e[j] = y[j] - level_of(params, code_of(mine, j));
 }
 
-// errors f32 [rows, 256] of one group: rows minus what the decoder gives. Grid (rows).
+// errors f32 [rows, 256·groups]: rows minus what the decoder gives. Grid (rows, groups from `first` on).
 KERNEL(32) residual_rows(float* __restrict__ errors, const float* __restrict__ rows, const float* __restrict__ params,
-                         const uint8_t* __restrict__ codes, int groups, int group) {
-  const int64_t at = (int64_t)blockIdx.x * groups + group;
+                         const uint8_t* __restrict__ codes, int groups, int first) {
+  const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
   float y[PER_LANE], e[PER_LANE];
   load_group(y, rows + at * GROUP);
   residual(e, y, codes + at * GROUP, params + at * PARAMS);
-  store_group(errors + (int64_t)blockIdx.x * GROUP, e);
+  store_group(errors + at * GROUP, e);
 }
 
 // Multiplies the levels by (yᵀH y) / (yᵀH ŷ), or by 1 where that is beyond 2 or not positive. `dense` says that pulled holds

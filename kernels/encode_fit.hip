@@ -1,5 +1,5 @@
-// Rounding under a group's Hessian, as lloyd/rounding.py and lloyd/refit.py do it, with the same bits: error feedback, one
-// sweep of coordinate descent, and the levels that fit best the codes of a row.
+// Rounding under a group's Hessian, as lloyd/rounding.py, descent.py and refit.py do it, with the same bits: error feedback,
+// coordinate descent, and the levels that fit best the codes of a row.
 //
 // rows f32 [count, 256·groups], codes u8 of the same shape, params f32 [count, groups, PARAMS]; per group `matrix` and
 // `feedback` f32 [256, 256], `weights` f32 [256]. Grids are (tiles or blocks of rows, groups from `first` on).
@@ -51,50 +51,96 @@ KERNEL(32) feedback(uint8_t* __restrict__ codes, const float* __restrict__ rows,
   }
 }
 
-// One sweep over the columns, each taking the level that is best given all others. `matrix` is Hᵀ, `inverse` f32 [256] holds
-// 1 / H_cc.
-KERNEL(32) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
-                   const float* __restrict__ matrix, const float* __restrict__ inverse, int count, int groups,
-                   int first) {
-  LDS(float, errors, GROUP* PITCH);
-  LDS(Quad, panel, 2 * GROUP);
-  const int group = first + blockIdx.y, tile = blockIdx.x * TILE, t = lane();
-  const int64_t width = (int64_t)groups * GROUP;
+constexpr int DESCENT_WAVES = 4;
+
+// Sweeps of coordinate descent, each column taking the level that is best given all others, targets shifted by `share` of the
+// row's error under H as signs f32 [sweeps, 256] say. `matrix` is H, `inverse` f32 [256] holds 1 / H_cc; turned f32 [count,
+// 256·groups] holds H·(rows - levels) for a `dense` H, else it is not read and H is of `weights` and rotation. A wave per row,
+// whose lane t keeps columns 8t .. 8t+7: it goes from one column that moves to the next.
+KERNEL(128) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
+                    const float* __restrict__ matrix, const float* __restrict__ inverse,
+                    const float* __restrict__ weights, const float* __restrict__ turned,
+                    const float* __restrict__ rotation, const float* __restrict__ signs, int dense, int sweeps,
+                    float share, int count, int groups, int first) {
+  const int group = first + blockIdx.y, r = blockIdx.x * DESCENT_WAVES + wave(), t = lane();
+  const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
   const float* h = matrix + (int64_t)group * SQUARE;
-  for (int r = 0; r < TILE; r++) {
-    const int64_t other = min(tile + r, count - 1), at = other * width + group * GROUP;
-    const float* param = params + (other * groups + group) * PARAMS;
-#pragma unroll
-    for (int m = 0; m < GROUP / WAVE; m++) {
-      const int i = t + WAVE * m;
-      errors[i * PITCH + r] = rows[at + i] - level_of(param, codes[at + i]);
-    }
-  }
-  const int64_t row = min(tile + t, count - 1), mine = row * width + group * GROUP;
+  const float* param = params + (row * groups + group) * PARAMS;
   Levels<GRID> levels;
-  load_levels(levels, params + (row * groups + group) * PARAMS);
-  for (int at = 0; at < GROUP; at += PANEL) {
-    __syncthreads();
-    stage_panel(panel, h, GROUP, at, 0);
-    const Quad y[2] = {load_quad(rows + mine + at), load_quad(rows + mine + at + 4)};
-    __syncthreads();
-    float pull[PANEL];
-    int code[PANEL];
+  load_levels(levels, param);
+  const Codes before = load_codes(codes + at + PER_LANE * t);
+  float pull[PER_LANE], now[PER_LANE], reciprocal[PER_LANE];
+  int code[PER_LANE];
 #pragma unroll
-    for (int j = 0; j < PANEL; j++) pull[j] = 0.0f;
-    subtract_product(pull, panel, errors);
-#pragma unroll
-    for (int j = 0; j < PANEL; j++) {
-      const int column = at + j;
-      const float old = errors[column * PITCH + t], value = y[j / 4].v[j % 4];
-      const float target = value - old - pull[j] * inverse[group * GROUP + column];
-      const float now = value - assign(levels, target, code[j]), moved = now - old;
-      errors[column * PITCH + t] = now;
-#pragma unroll
-      for (int i = j + 1; i < PANEL; i++) pull[i] = fmaf(-panel[2 * column + i / 4].v[i % 4], moved, pull[i]);
-    }
-    if (tile + t < count) store_codes(codes + mine + at, code);
+  for (int j = 0; j < PER_LANE; j++) {
+    code[j] = code_of(before, j);
+    now[j] = level_of(param, code[j]);
   }
+  float error[PER_LANE];
+  load_group(error, rows + at);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) error[j] = error[j] - now[j];
+  if (dense) {
+    load_group(pull, turned + at);
+  } else {
+    float factor[PER_LANE], sign[PER_LANE];
+    load_group(sign, rotation + GROUP);
+    load_group(factor, weights + group * GROUP);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) pull[j] = error[j] * sign[j];
+    hadamard(pull);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) pull[j] = pull[j] * (factor[j] / (float)GROUP);
+    hadamard(pull);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) pull[j] = pull[j] * sign[j];
+  }
+  float part = 0.0f;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) part = fmaf(error[j], pull[j], part);
+  const float energy = wave_sum(part) * (1.0f / (float)GROUP);
+  const float heat = share * sqrtf(energy > 0.0f && energy < 1e38f ? energy : 0.0f);
+  load_group(reciprocal, inverse + group * GROUP);
+  for (int sweep = 0; sweep < sweeps; sweep++) {
+    float shift[PER_LANE];
+    load_group(shift, signs + sweep * GROUP);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) shift[j] = heat * shift[j];
+    int start = 0, moves = 0;
+    for (;;) {
+      int mine = PER_LANE, best_code = 0;
+      float best = 0.0f, moved = 0.0f;
+#pragma unroll
+      for (int j = PER_LANE - 1; j >= 0; j--) {
+        int nearest;
+        const float value = assign(levels, now[j] + pull[j] * reciprocal[j] + shift[j], nearest);
+        if (value != now[j] && PER_LANE * t + j >= start) {
+          mine = j;
+          best_code = nearest;
+          best = value;
+          moved = now[j] - value;
+        }
+      }
+      const int owner = first_lane(mine < PER_LANE);
+      if (owner == WAVE) break;
+      moves++;
+      const int column = PER_LANE * owner + __shfl(mine, owner);
+      const float step = __shfl(moved, owner);
+      float line[PER_LANE];
+      load_eight(h + column * GROUP, t, line);
+#pragma unroll
+      for (int j = 0; j < PER_LANE; j++) {
+        if (PER_LANE * t + j == column) {
+          code[j] = best_code;
+          now[j] = best;
+        }
+        pull[j] = fmaf(line[j], step, pull[j]);
+      }
+      start = column + 1;
+    }
+    if (moves == 0 && heat == 0.0f) break;
+  }
+  if (r < count) store_codes(codes + at + PER_LANE * t, code);
 }
 
 // Where a wave keeps vectors of 256: they are COLUMN floats apart, so that eight of them begin in different banks.

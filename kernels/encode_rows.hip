@@ -57,7 +57,7 @@ KERNEL(256) widen_codes(float* __restrict__ out, const uint8_t* __restrict__ cod
   if (i < n) out[i] = (float)codes[i];
 }
 
-// The columns of rows f32 [count, 256·groups] after `group` answer its errors f32 [count, 256]: rows -= errors · answerᵀ,
+// The columns of rows f32 [count, 256·groups] after `group` answer its errors, of the same shape: rows -= errors · answerᵀ,
 // with `answer` transposed, f32 [256, columns after the group]. Grid (tiles, blocks that share the columns).
 KERNEL(32) answer_errors(float* __restrict__ rows, const float* __restrict__ errors, const float* __restrict__ answer,
                          int count, int groups, int group) {
@@ -65,7 +65,7 @@ KERNEL(32) answer_errors(float* __restrict__ rows, const float* __restrict__ err
   LDS(Quad, panel, 2 * GROUP);
   const int tile = blockIdx.x * TILE, t = lane(), after = (groups - group - 1) * GROUP;
   for (int r = 0; r < TILE; r++) {
-    const float* row = errors + (int64_t)min(tile + r, count - 1) * GROUP;
+    const float* row = errors + ((int64_t)min(tile + r, count - 1) * groups + group) * GROUP;
 #pragma unroll
     for (int m = 0; m < GROUP / WAVE; m++) block[(t + WAVE * m) * PITCH + r] = row[t + WAVE * m];
   }

@@ -23,8 +23,11 @@ TILE = 32
 KMEANS_ROWS = 8
 PANELS = 8
 """Blocks that share the 256 columns of a product."""
-ROUNDS = 2
-DENSE_ROUNDS = 4
+DESCENT_WAVES = 4
+ROUNDS = 3
+DENSE_ROUNDS = 3
+SWEEPS = 8
+SHAKE = 0.2
 BOTH_ENDS = np.array([0.06, 0.14], np.float32)
 ONE_END = np.array([0.03, 0.015], np.float32)
 REFINE_STEPS = 3
@@ -117,6 +120,15 @@ def gaussian_bounds(count: int) -> NDArray[np.int32]:
     return np.array([0, *(int(GROUP * o / (1.0 + o) + 0.5) for o in odds), GROUP], np.int32)
 
 
+def shake_signs(rounds: int) -> F32:
+    """Which way each sweep's targets are shifted: ±1 f32 [rounds, 8·256], as lloyd.descent has them."""
+    state, signs = 77, np.empty(rounds * SWEEPS * GROUP, np.float32)
+    for i in range(len(signs)):
+        state = (state * 1103515245 + 12345) % 2**31
+        signs[i] = 1.0 if (state >> 16) & 1 else -1.0
+    return signs.reshape(rounds, SWEEPS * GROUP)
+
+
 @dataclass(frozen=True)
 class _Work:
     """One matrix under way: rotated rows f32 [count, 256·groups], params f32, codes u8."""
@@ -140,6 +152,7 @@ class Encoder:
         self.backend = backend
         self._space = _Space(backend)
         self._signs = backend.upload(np.stack([SIGNS1, SIGNS2]))
+        self._shakes = backend.upload(shake_signs(max(ROUNDS, DENSE_ROUNDS)))
         self._both_ends, self._one_end = backend.upload(BOTH_ENDS), backend.upload(ONE_END)
         self._quantiles = {count: backend.upload(gaussian_bounds(count)) for count in (4, 8, 16)}
         self._slots: list[_Slot] = []
@@ -256,18 +269,28 @@ class Encoder:
             self._multiply(work, pulled, work.rows, h, 1.0, first, number)
         self._launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
         self._refit(work, h, pulled, first, number)
-        sweep = (work.codes, work.rows, work.params, h.matrix, h.inverse, *shape)
-        for _ in range(DENSE_ROUNDS if h.of.dense else ROUNDS):
-            self._launch("descend", grid, sweep, fmt)
+        rounds = DENSE_ROUNDS if h.of.dense else ROUNDS
+        for n in range(rounds):
+            self._descend(work, h, n, SHAKE if n + 1 < rounds else 0.0, first, number)
             self._refit(work, h, pulled, first, number)
         self._round(work, first, number, fitted=True)
-        self._launch("descend", grid, sweep, fmt)
+        self._descend(work, h, 0, 0.0, first, number)
         if h.answers and first + 1 < work.groups:
             self._answer(work, h, first)
         # The gain comes last and is not answered by later groups, as on the CPU.
         if gain:
             args = (work.params, work.rows, work.codes, h.weights, pulled, self._signs, int(h.of.dense))
             self._launch("apply_gain", (work.count, number), (*args, work.groups, first), fmt)
+
+    def _descend(self, work: _Work, h: _Hessian, turn: int, share: float, first: int, number: int) -> None:
+        fmt, turned = work.fmt, work.rows
+        if h.of.dense:
+            turned = self._space.take("turned", work.rows.shape, np.float32)
+            self._multiply(work, turned, self._errors(work, first, number), h, 1.0, first, number)
+        importance = (h.plain, h.inverse, h.weights, turned, self._signs)
+        shakes = (self._shakes.rows(turn, turn + 1), int(h.of.dense), SWEEPS, share)
+        args = (work.codes, work.rows, work.params, *importance, *shakes, work.count, work.groups, first)
+        self._launch("descend", (-(-work.count // DESCENT_WAVES), number), args, fmt)
 
     def _refit(self, work: _Work, h: _Hessian, pulled: Buffer, first: int, number: int) -> None:
         fmt, shape = work.fmt, (work.count, work.groups, first)
@@ -292,11 +315,16 @@ class Encoder:
         grid = (work.tiles, PANELS, number)
         self._launch("multiply_rows", grid, (out, y, h.matrix, sign, work.count, work.groups, first))
 
+    def _errors(self, work: _Work, first: int, number: int) -> Buffer:
+        """f32 of the rows' shape, what the decoder will miss of them."""
+        errors = self._space.take("errors", work.rows.shape, np.float32)
+        args = (errors, work.rows, work.params, work.codes, work.groups, first)
+        self._launch("residual_rows", (work.count, number), args, work.fmt)
+        return errors
+
     def _answer(self, work: _Work, h: _Hessian, group: int) -> None:
         """Let the columns after a group answer its errors, in place."""
-        errors = self._space.take("errors", (work.count, GROUP), np.float32)
-        args = (errors, work.rows, work.params, work.codes, work.groups, group)
-        self._launch("residual_rows", (work.count,), args, work.fmt)
+        errors = self._errors(work, group, 1)
         grid = (work.tiles, PANELS * (work.groups - group - 1))
         answered = (work.rows, errors, h.answers[group], work.count, work.groups, group)
         self._launch("answer_errors", grid, answered)

@@ -17,6 +17,7 @@ from ..formats.blocks import AffineFormat, FloatFormat, Format, LloydFormat, Q8F
 from ..formats.fwht import SIGNS2
 from . import reference
 from .affine import STEPS, affine_rows, nearest_grid_rows
+from .descent import SWEEPS, shake_signs
 from .hessian import GroupHessian
 from .kmeans import kmeans_rows
 from .rows import fit_rows, nearest_rows, settle_rows
@@ -27,9 +28,10 @@ F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
 GROUP = 256
-ROUNDS = 2
-DENSE_ROUNDS = 4
+ROUNDS = 3
+DENSE_ROUNDS = 3
 """Rounds of descent and refit after the first refit, under a diagonal importance and under a full second moment."""
+SHAKES = shake_signs(max(ROUNDS, DENSE_ROUNDS) * SWEEPS)
 _F16_MAX = 65504.0
 
 
@@ -108,13 +110,13 @@ def _hessian_group(
     grid = isinstance(fmt, AffineFormat)
     levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=h.nearly_white))
     rounds = ROUNDS if h.diagonal.size else DENSE_ROUNDS
-    fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, grid, rounds, levels, codes)
+    fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, SHAKES, grid, rounds, levels, codes)
     if grid:
         step = (levels[:, -1].astype(np.float64) - levels[:, 0]) / (fmt.levels - 1)
         levels = np.stack([levels[:, 0], step.astype(np.float32)], axis=1)
     stored = _stored(fmt, levels)
     gains = np.empty(len(rows), np.float32)
-    settle_rows(rows, column, h.matrix, h.diagonal, SIGNS2, _expand(fmt, stored), codes, gains)
+    settle_rows(rows, column, h.matrix, h.diagonal, SIGNS2, SHAKES, _expand(fmt, stored), codes, gains)
     return stored, gains
 
 

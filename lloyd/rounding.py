@@ -1,7 +1,7 @@
-"""Choosing codes under a group's Hessian: error feedback, then coordinate descent, on lanes.
+"""Choosing codes under a group's Hessian by error feedback, on lanes.
 
-Both walk the 256 columns in panels of 8: inside a panel column by column, between panels as one small matrix product.
-Levels are given; refit.py moves them. Depends on lanes, vec and numba.
+The 256 columns are walked in panels of 8: inside a panel column by column, between panels as one small matrix product.
+Levels are given; refit.py moves them, descent.py improves the codes. Depends on lanes, vec and numba.
 """
 
 from __future__ import annotations
@@ -64,25 +64,3 @@ def residual(y, levels, codes, errors):
         for k in range(1, levels.shape[0]):
             value = where_eq(code, splat(np.float32(k)), load(levels, k), value)
         store(errors, i, load(y, i) - value)
-
-
-@njit(cache=True, nogil=True)
-def descend(y, matrix, levels, mids, codes, errors, pull):
-    """One sweep of coordinate descent on (y-q)ᵀ H (y-q): each column takes the level that is best given all others.
-
-    `errors` must hold y - levels[codes] and is kept so; `pull` f32 [8, 16] is scratch and holds -H·errors of the panel.
-    """
-    for first in range(0, GROUP, PANEL):
-        pull[:] = 0.0
-        for j in range(0, PANEL, 4):
-            product(pull, j, matrix, first + j, errors, 0, GROUP)
-        for j in range(PANEL):
-            column = first + j
-            old = load(errors, column)
-            inverse = splat(np.float32(1) / matrix[column, column])
-            target = load(y, column) - old - load(pull, j) * inverse
-            new = load(y, column) - assign(target, levels, mids, codes, column)
-            moved = new - old
-            store(errors, column, new)
-            for i in range(j + 1, PANEL):
-                store(pull, i, fma(splat(-matrix[first + i, column]), moved, load(pull, i)))

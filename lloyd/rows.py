@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .descent import SHAKE, SWEEPS, descend, heat
 from .lanes import GROUP, assign, gather, hadamard, midpoints, scatter, sort_levels
 from .refit import (
     dense_equations,
@@ -21,7 +22,7 @@ from .refit import (
     solve_grid,
     weighted_dot,
 )
-from .rounding import descend, feedback, residual
+from .rounding import feedback, residual
 from .vec import LANES, load, splat, store
 
 
@@ -81,11 +82,23 @@ def pulled(y, matrix, weights, signs, out):
 
 
 @njit(cache=True, nogil=True)
-def fit_rows(rows, column, matrix, factor, weights, signs, grid, rounds, levels_io, codes_out):
+def gradient(errors, matrix, weights, signs, out):
+    """out = H·errors [256, 16]."""
+    pulled(errors, matrix, weights, signs, out)
+    if weights.shape[0] > 0:
+        for i in range(GROUP):
+            store(out, i, load(out, i) * splat(weights[i] / np.float32(GROUP)))
+        hadamard(out)
+        signed(out, signs, out)
+
+
+@njit(cache=True, nogil=True)
+def fit_rows(rows, column, matrix, factor, weights, signs, shakes, grid, rounds, levels_io, codes_out):
     """Codes u8 [R, 256] and levels f32 [R, K] of the group that starts at `column` of rows f32 [R, K_in].
 
     levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded; `weights` is the
-    diagonal form of H, or empty for a dense one; `grid` keeps the levels evenly spaced.
+    diagonal form of H, or empty for a dense one; `grid` keeps the levels evenly spaced. All of the `rounds` of descent
+    and refit but the last are warm, shifted as `shakes` f32 [sweeps, 16, 16] says.
     """
     count = levels_io.shape[1]
     unknowns = 2 if grid else count
@@ -100,7 +113,7 @@ def fit_rows(rows, column, matrix, factor, weights, signs, grid, rounds, levels_
     sums = np.empty((LANES, unknowns, GROUP), np.float32)
     gram = np.zeros((unknowns, unknowns, LANES), np.float32)
     rhs = np.empty((unknowns, LANES), np.float32)
-    pull = np.empty((8, LANES), np.float32)
+    shifts = np.empty((1, LANES), np.float32)
     for first in range(0, rows.shape[0], LANES):
         gather(rows, first, column, y)
         live = min(LANES, rows.shape[0] - first)
@@ -111,10 +124,11 @@ def fit_rows(rows, column, matrix, factor, weights, signs, grid, rounds, levels_
         midpoints(levels, mids)
         feedback(y, factor, levels, mids, codes, work, errors)
         refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels)
-        for _ in range(rounds):
-            midpoints(levels, mids)
+        for n in range(rounds):
             residual(y, levels, codes, errors)
-            descend(y, matrix, levels, mids, codes, errors, pull)
+            gradient(errors, matrix, weights, signs, work)
+            heat(errors, work, SHAKE if n + 1 < rounds else np.float32(0), shifts)
+            descend(codes, work, levels, matrix, shakes, n * SWEEPS, SWEEPS, shifts)
             refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels)
         for k in range(count):
             for r in range(live):
@@ -123,7 +137,7 @@ def fit_rows(rows, column, matrix, factor, weights, signs, grid, rounds, levels_
 
 
 @njit(cache=True, nogil=True)
-def settle_rows(rows, column, matrix, weights, signs, stored, codes_io, gains):
+def settle_rows(rows, column, matrix, weights, signs, shakes, stored, codes_io, gains):
     """Assign codes once more, given the stored levels f32 [R, K]; gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ).
 
     A gain beyond 2, or not positive, means that the group carries no signal worth keeping: it becomes 1.
@@ -134,9 +148,9 @@ def settle_rows(rows, column, matrix, weights, signs, stored, codes_io, gains):
     errors = np.empty((GROUP, LANES), np.float32)
     codes = np.zeros((GROUP, LANES), np.float32)
     levels = np.zeros((count, LANES), np.float32)
-    mids = np.empty((count - 1, LANES), np.float32)
-    pull = np.empty((8, LANES), np.float32)
+    pull = np.empty((GROUP, LANES), np.float32)
     totals = np.empty((2, LANES), np.float32)
+    cold = np.zeros((1, LANES), np.float32)
     ones = np.ones(GROUP, np.float32)
     for first in range(0, rows.shape[0], LANES):
         live = min(LANES, rows.shape[0] - first)
@@ -145,10 +159,11 @@ def settle_rows(rows, column, matrix, weights, signs, stored, codes_io, gains):
         for r in range(live):
             for k in range(count):
                 levels[k, r] = stored[first + r, k]
-        midpoints(levels, mids)
         residual(y, levels, codes, errors)
-        descend(y, matrix, levels, mids, codes, errors, pull)
+        gradient(errors, matrix, weights, signs, pull)
+        descend(codes, pull, levels, matrix, shakes, 0, SWEEPS, cold)
         scatter(codes, codes_io, first)
+        residual(y, levels, codes, errors)
         pulled(y, matrix, weights, signs, ys)
         if weights.shape[0] > 0:
             signed(errors, signs, errors)

@@ -13,7 +13,7 @@ from mq_quant.formats.errors import BackendError
 from mq_quant.formats.fwht import rotate, unrotate
 from mq_quant.kernels import encoder as encoder_module
 from mq_quant.kernels.encoder import Encoder, HostHessian, gaussian_bounds
-from mq_quant.lloyd import affine, encode, kmeans
+from mq_quant.lloyd import affine, descent, encode, kmeans
 from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.whole_row import RowHessian, from_moment, from_weights
 from mq_quant.quantize.coder import on_device
@@ -120,3 +120,6 @@ def test_constants_are_those_of_the_cpu():
     np.testing.assert_array_equal(encoder_module.ONE_END, np.float32(affine.ONE_END))
     assert encoder_module.REFINE_STEPS == affine.STEPS
     assert (encoder_module.ROUNDS, encoder_module.DENSE_ROUNDS) == (encode.ROUNDS, encode.DENSE_ROUNDS)
+    assert (encoder_module.SWEEPS, np.float32(encoder_module.SHAKE)) == (descent.SWEEPS, descent.SHAKE)
+    signs = encoder_module.shake_signs(3).reshape(-1)
+    np.testing.assert_array_equal(signs, descent.shake_signs(3 * descent.SWEEPS).reshape(-1))

@@ -7,6 +7,7 @@ import pytest
 from lanes_problem import EMPTY, heavy_rows, unequal_weights
 from mq_quant.formats.fwht import SIGNS2
 from mq_quant.lloyd.affine import STEPS, affine_rows
+from mq_quant.lloyd.encode import ROUNDS, SHAKES
 from mq_quant.lloyd.hessian import GroupHessian, from_diagonal
 from mq_quant.lloyd.kmeans import kmeans_rows
 from mq_quant.lloyd.rows import fit_rows, nearest_rows, settle_rows
@@ -35,7 +36,7 @@ def fitted(
 ) -> tuple[np.ndarray, np.ndarray]:
     levels, codes = initial(rows, count, grid), np.full((len(rows), 256), 255, np.uint8)
     weights = EMPTY if dense else h.diagonal
-    fit_rows(rows, 0, h.matrix, h.feedback, weights, SIGNS2, grid, rounds, levels, codes)
+    fit_rows(rows, 0, h.matrix, h.feedback, weights, SIGNS2, SHAKES, grid, rounds, levels, codes)
     return levels, codes
 
 
@@ -43,7 +44,7 @@ def settled(
     rows: np.ndarray, h: GroupHessian, stored: np.ndarray, codes: np.ndarray, dense: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     codes, gains = codes.copy(), np.full(len(rows), np.nan, np.float32)
-    settle_rows(rows, 0, h.matrix, EMPTY if dense else h.diagonal, SIGNS2, stored, codes, gains)
+    settle_rows(rows, 0, h.matrix, EMPTY if dense else h.diagonal, SIGNS2, SHAKES, stored, codes, gains)
     return codes, gains
 
 
@@ -54,22 +55,29 @@ def test_the_energy_falls_from_stage_to_stage(count: int, grid: bool, sigma: flo
     levels = initial(rows, count, grid)
     codes = np.empty((ROWS, 256), np.uint8)
     nearest_rows(rows, 0, levels, codes)
-    before = nearest = energy(rows, levels, codes, h)
-    for rounds in range(4):
-        levels, codes = fitted(rows, h, count, grid, rounds)
-        assert codes.max() < count and (np.diff(levels, axis=1) >= 0).all()
-        after = energy(rows, levels, codes, h)
-        if rounds == 0:  # feedback is greedy: better on the whole, not in every single row
-            assert after.sum() <= before.sum() * (1 + 1e-5) and (after <= before * 1.1).all()
-        else:
-            assert (after <= before * (1 + 1e-4)).all()
-        before = after
+    nearest = energy(rows, levels, codes, h)
+    levels, codes = fitted(rows, h, count, grid, 0)
+    fed_back = energy(rows, levels, codes, h)
+    # Feedback is greedy: better on the whole, not in every single row.
+    assert fed_back.sum() <= nearest.sum() * (1 + 1e-5) and (fed_back <= nearest * 1.1).all()
+    levels, codes = fitted(rows, h, count, grid, 1)
+    assert codes.max() < count and (np.diff(levels, axis=1) >= 0).all()
+    descended = energy(rows, levels, codes, h)
+    assert (descended <= fed_back * (1 + 1e-4)).all()
     stored = levels.astype(np.float16).astype(np.float32)
     rounded = energy(rows, stored, codes, h)
     codes, _ = settled(rows, h, stored, codes)
     after = energy(rows, stored, codes, h)
     assert (after <= rounded * (1 + 1e-4)).all()
     assert (after <= nearest * (1.001 if sigma else 1.01)).all()
+
+
+@pytest.mark.parametrize(("count", "grid"), CASES)
+def test_warm_rounds_find_a_lower_minimum(count: int, grid: bool) -> None:
+    """On the whole, by more than 1 %, though not in every row."""
+    rows, h = heavy_rows(200), from_diagonal(unequal_weights(0.6))
+    one, more = (energy(rows, *fitted(rows, h, count, grid, n), h) for n in (1, ROUNDS))
+    assert more.sum() < 0.99 * one.sum() and (more < one * 1.5).all()
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
@@ -122,6 +130,7 @@ def test_no_row_beyond_the_last_is_read_or_written(count: int) -> None:
             h.feedback,
             h.diagonal,
             SIGNS2,
+            SHAKES,
             False,
             1,
             levels[:count],

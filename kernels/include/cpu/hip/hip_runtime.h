@@ -65,6 +65,12 @@ static inline int __double2hiint(double v) { return static_cast<int>(mq::bits_as
 static inline double __hiloint2double(int high, int low) {
   return mq::bits_as<double>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low));
 }
+#define MQ_FIRST_LANE
+static inline int first_lane(bool found) {
+  int first = found ? static_cast<int>(mq::lane()) : 32;
+  for (int mask = 1; mask < 32; mask *= 2) first = min(first, __shfl_xor(first, mask));
+  return first;
+}
 #define MQ_SYNC_WAVE
 static inline void sync_wave() { __shfl(0, 0); }
 #define MQ_BOOK

@@ -12,6 +12,11 @@ typedef unsigned long long uint64_t;
 #define __shfl(value, lane) __shfl_sync(0xffffffffu, value, lane)
 #define __shfl_xor(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 #define __shfl_down(value, delta) __shfl_down_sync(0xffffffffu, value, delta)
+#define MQ_FIRST_LANE
+static __device__ __forceinline__ int first_lane(bool found) {
+  const unsigned lanes = __ballot_sync(0xffffffffu, found);
+  return lanes ? __ffs(lanes) - 1 : 32;
+}
 #define MQ_SYNC_WAVE
 #define sync_wave() __syncwarp()
 // One instruction where the compiler makes two of it.
