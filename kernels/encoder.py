@@ -24,10 +24,9 @@ KMEANS_ROWS = 8
 PANELS = 8
 """Blocks that share the 256 columns of a product."""
 DESCENT_WAVES = 4
-ROUNDS = 3
-DENSE_ROUNDS = 3
+ROUNDS = 4
 SWEEPS = 8
-SHAKE = 0.2
+SHAKE = 0.25
 BOTH_ENDS = np.array([0.06, 0.14], np.float32)
 ONE_END = np.array([0.03, 0.015], np.float32)
 REFINE_STEPS = 3
@@ -152,7 +151,7 @@ class Encoder:
         self.backend = backend
         self._space = _Space(backend)
         self._signs = backend.upload(np.stack([SIGNS1, SIGNS2]))
-        self._shakes = backend.upload(shake_signs(max(ROUNDS, DENSE_ROUNDS)))
+        self._shakes = backend.upload(shake_signs(ROUNDS))
         self._both_ends, self._one_end = backend.upload(BOTH_ENDS), backend.upload(ONE_END)
         self._quantiles = {count: backend.upload(gaussian_bounds(count)) for count in (4, 8, 16)}
         self._slots: list[_Slot] = []
@@ -269,9 +268,8 @@ class Encoder:
             self._multiply(work, pulled, work.rows, h, 1.0, first, number)
         self._launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
         self._refit(work, h, pulled, first, number)
-        rounds = DENSE_ROUNDS if h.of.dense else ROUNDS
-        for n in range(rounds):
-            self._descend(work, h, n, SHAKE if n + 1 < rounds else 0.0, first, number)
+        for n in range(ROUNDS):
+            self._descend(work, h, n, SHAKE if n + 1 < ROUNDS else 0.0, first, number)
             self._refit(work, h, pulled, first, number)
         self._round(work, first, number, fitted=True)
         self._descend(work, h, 0, 0.0, first, number)

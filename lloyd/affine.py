@@ -104,81 +104,90 @@ def search(y, low, width, step, top, best):
 
 
 @njit(cache=True, nogil=True)
-def affine_rows(rows, column, count, steps, params):
-    """(zero, scale) f32 [R, 2] of `count` even levels for the group at `column` of each row of rows f32 [R, K_in].
+def best_grid(y, count, steps, best, out):
+    """(zero, scale) of `count` even levels for the lanes y [256, 16] into out [2, 16], after `steps` least-squares steps.
+
+    best [3, 16] is scratch. A constant lane takes scale 1.
+    """
+    none = splat(np.float32(0))
+    one = splat(np.float32(1))
+    top = splat(np.float32(count - 1))
+    low = load(y, 0)
+    high = low
+    for i in range(1, GROUP):
+        v = load(y, i)
+        low = where_gt(low, v, v, low)
+        high = where_gt(v, high, v, high)
+    width = high - low
+    step = width * splat(np.float32(1) / np.float32(count - 1))
+    flat = where_gt(step, splat(_SMALLEST), none, one)
+    step = where_gt(flat, none, one, step)
+    search(y, low, width, step, top, best)
+    a, b = load(best, 1), load(best, 2)
+    store(out, 0, where_gt(flat, none, low, fma(a, width, low)))
+    store(out, 1, where_gt(flat, none, one, step * (one - a - b)))
+    for _ in range(steps):
+        refine(y, load(out, 0), load(out, 1), top, out)
+
+
+@njit(cache=True, nogil=True)
+def nearest_grid(y, grid, live, levels, mids, codes):
+    """Codes [256, 16] of the nearest of the levels zero + scale · k, given (zero, scale) in grid [2, 16].
+
+    A tie takes the lower code. levels [K, 16] and mids [K-1, 16] are scratch; lanes from `live` on do not matter.
+
+    A guess by division is at most one code off while the levels' rounding is small beside the scale; other rows
+    compare with every midpoint.
+    """
+    none = splat(np.float32(0))
+    one = splat(np.float32(1))
+    half = splat(np.float32(0.5))
+    count = levels.shape[0]
+    top = splat(np.float32(count - 1))
+    coarse = False
+    for r in range(live):
+        reach = abs(grid[0, r]) + grid[1, r] * np.float32(count)
+        coarse = coarse or not grid[1, r] > reach * np.float32(_COARSE)
+    zero, scale = load(grid, 0), load(grid, 1)
+    if coarse:
+        for k in range(count):
+            store(levels, k, zero + scale * splat(np.float32(k)))
+        midpoints(levels, mids)
+        for i in range(GROUP):
+            assign(load(y, i), levels, mids, codes, i)
+        return
+    inverse = one / scale
+    for i in range(GROUP):
+        v = load(y, i)
+        q = grid_code(v, zero, inverse, top)
+        here = zero + scale * q
+        above = half * (here + (zero + scale * (q + one)))
+        below = half * (here + (zero + scale * (q - one)))
+        up = where_gt(v, above, where_gt(top, q, one, none), none)
+        down = where_gt(v, below, none, where_gt(q, none, one, none))
+        store(codes, i, q + up - down)
+
+
+@njit(cache=True, nogil=True)
+def affine_rows(rows, column, count, steps, params, codes_out):
+    """(zero, scale) f32 [R, 2] of `count` even levels for the group at `column` of each row of rows f32 [R, K_in], and
+    the nearest codes u8 [R, 256] where codes_out has any rows.
 
     `steps` least-squares steps follow the search. A constant group takes scale 1.
     """
     y = np.empty((GROUP, LANES), np.float32)
     best = np.empty((3, LANES), np.float32)
-    out = np.empty((2, LANES), np.float32)
-    none = splat(np.float32(0))
-    one = splat(np.float32(1))
-    top = splat(np.float32(count - 1))
-    for first in range(0, rows.shape[0], LANES):
-        gather(rows, first, column, y)
-        low = load(y, 0)
-        high = low
-        for i in range(1, GROUP):
-            v = load(y, i)
-            low = where_gt(low, v, v, low)
-            high = where_gt(v, high, v, high)
-        width = high - low
-        step = width * splat(np.float32(1) / np.float32(count - 1))
-        flat = where_gt(step, splat(_SMALLEST), none, one)
-        step = where_gt(flat, none, one, step)
-        search(y, low, width, step, top, best)
-        a, b = load(best, 1), load(best, 2)
-        store(out, 0, where_gt(flat, none, low, fma(a, width, low)))
-        store(out, 1, where_gt(flat, none, one, step * (one - a - b)))
-        for _ in range(steps):
-            refine(y, load(out, 0), load(out, 1), top, out)
-        for r in range(min(LANES, rows.shape[0] - first)):
-            params[first + r, 0] = out[0, r]
-            params[first + r, 1] = out[1, r]
-
-
-@njit(cache=True, nogil=True)
-def nearest_grid_rows(rows, column, params, count, codes_out):
-    """Codes u8 [R, 256] of the nearest of `count` levels zero + scale · k, given (zero, scale) f32 [R, 2]; a tie takes
-    the lower code.
-
-    A guess by division is at most one code off while the levels' rounding is small beside the scale; other rows
-    compare with every midpoint.
-    """
-    y = np.empty((GROUP, LANES), np.float32)
+    grid = np.empty((2, LANES), np.float32)
     codes = np.empty((GROUP, LANES), np.float32)
-    zeros = np.zeros((1, LANES), np.float32)
-    scales = np.ones((1, LANES), np.float32)
     levels = np.empty((count, LANES), np.float32)
     mids = np.empty((count - 1, LANES), np.float32)
-    none = splat(np.float32(0))
-    one = splat(np.float32(1))
-    half = splat(np.float32(0.5))
-    top = splat(np.float32(count - 1))
     for first in range(0, rows.shape[0], LANES):
+        live = min(LANES, rows.shape[0] - first)
         gather(rows, first, column, y)
-        coarse = False
-        for r in range(min(LANES, rows.shape[0] - first)):
-            zeros[0, r], scales[0, r] = params[first + r, 0], params[first + r, 1]
-            reach = abs(zeros[0, r]) + scales[0, r] * np.float32(count)
-            coarse = coarse or not scales[0, r] > reach * np.float32(_COARSE)
-        zero, scale = load(zeros, 0), load(scales, 0)
-        if coarse:
-            for k in range(count):
-                store(levels, k, zero + scale * splat(np.float32(k)))
-            midpoints(levels, mids)
-            for i in range(GROUP):
-                assign(load(y, i), levels, mids, codes, i)
-        else:
-            inverse = one / scale
-            for i in range(GROUP):
-                v = load(y, i)
-                q = grid_code(v, zero, inverse, top)
-                here = zero + scale * q
-                above = half * (here + (zero + scale * (q + one)))
-                below = half * (here + (zero + scale * (q - one)))
-                up = where_gt(v, above, where_gt(top, q, one, none), none)
-                down = where_gt(v, below, none, where_gt(q, none, one, none))
-                store(codes, i, q + up - down)
-        scatter(codes, codes_out, first)
+        best_grid(y, count, steps, best, grid)
+        for r in range(live):
+            params[first + r, 0] = grid[0, r]
+            params[first + r, 1] = grid[1, r]
+        if codes_out.shape[0] > 0:
+            nearest_grid(y, grid, live, levels, mids, codes)
+            scatter(codes, codes_out, first)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .lanes import GROUP
 from .vec import LANES, first_difference, fma, load, root, splat, store, where_eq, where_gt
 
-SHAKE = np.float32(0.2)
+SHAKE = np.float32(0.25)
 """How far warm sweeps shift a target, as a share of the root mean square error of a row's columns under H."""
 SWEEPS = 8
 """Sweeps of a round of descent."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..formats.blocks import AffineFormat, FloatFormat, Format, LloydFormat, Q8Format
 from ..formats.fwht import SIGNS2
 from . import reference
-from .affine import STEPS, affine_rows, nearest_grid_rows
+from .affine import STEPS, affine_rows
 from .descent import SWEEPS, shake_signs
 from .hessian import GroupHessian
 from .kmeans import kmeans_rows
@@ -28,11 +28,11 @@ F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
 GROUP = 256
-ROUNDS = 3
-DENSE_ROUNDS = 3
-"""Rounds of descent and refit after the first refit, under a diagonal importance and under a full second moment."""
-SHAKES = shake_signs(max(ROUNDS, DENSE_ROUNDS) * SWEEPS)
+ROUNDS = 4
+"""Rounds of descent and refit after the first refit."""
+SHAKES = shake_signs(ROUNDS * SWEEPS)
 _F16_MAX = 65504.0
+_NO_CODES = np.empty((0, GROUP), np.uint8)
 
 
 def encode_plain(values: F32, fmt: Format, fit: Fit) -> U8:
@@ -95,11 +95,12 @@ def _plain_group(rows: F32, column: int, fmt: LloydFormat | AffineFormat, fit: F
         levels = np.empty((len(rows), fmt.levels), np.float32)
         reference.lloyd_rows(rows, column, levels, codes)
         return _pack(fmt, _stored(fmt, levels), codes)
-    stored = _stored(fmt, _initial_levels(rows, column, fmt, exact=True))
     if isinstance(fmt, AffineFormat):
-        nearest_grid_rows(rows, column, stored, fmt.levels, codes)
-    else:
-        nearest_rows(rows, column, stored, codes)
+        params = np.empty((len(rows), 2), np.float32)
+        affine_rows(rows, column, fmt.levels, STEPS, params, codes)
+        return _pack(fmt, params, codes)
+    stored = _stored(fmt, _initial_levels(rows, column, fmt, exact=True))
+    nearest_rows(rows, column, stored, codes)
     return _pack(fmt, stored, codes)
 
 
@@ -109,8 +110,7 @@ def _hessian_group(
     """Stored levels of one group under its Hessian, and each row's gain f32 [R]; codes u8 [R, 256] are written."""
     grid = isinstance(fmt, AffineFormat)
     levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=h.nearly_white))
-    rounds = ROUNDS if h.diagonal.size else DENSE_ROUNDS
-    fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, SHAKES, grid, rounds, levels, codes)
+    fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, SHAKES, grid, ROUNDS, levels, codes)
     if grid:
         step = (levels[:, -1].astype(np.float64) - levels[:, 0]) / (fmt.levels - 1)
         levels = np.stack([levels[:, 0], step.astype(np.float32)], axis=1)
@@ -124,7 +124,7 @@ def _initial_levels(rows: F32, column: int, fmt: LloydFormat | AffineFormat, exa
     """Centroids f32 [R, K], or (zero, scale) f32 [R, 2], best in plain squared error."""
     if isinstance(fmt, AffineFormat):
         params = np.empty((len(rows), 2), np.float32)
-        affine_rows(rows, column, fmt.levels, STEPS, params)
+        affine_rows(rows, column, fmt.levels, STEPS, params, _NO_CODES)
         return params
     levels = np.empty((len(rows), fmt.levels), np.float32)
     kmeans_rows(rows, column, exact, levels)

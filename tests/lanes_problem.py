@@ -12,6 +12,7 @@ from mq_quant.lloyd.kmeans import kmeans_rows
 
 LANES = 16
 EMPTY = np.empty(0, np.float32)
+NO_CODES = np.empty((0, 256), np.uint8)
 
 
 def heavy_rows(count: int, width: int = 256, seed: int = 0) -> np.ndarray:
@@ -57,7 +58,7 @@ def problem(count: int, sigma: float, seed: int = 0, grid: bool = False) -> Prob
     h = from_diagonal(unequal_weights(sigma, seed))
     if grid:
         params = np.empty((LANES, 2), np.float32)
-        affine_rows(rows, 0, count, STEPS, params)
+        affine_rows(rows, 0, count, STEPS, params, NO_CODES)
         levels = params[:, :1] + params[:, 1:] * np.arange(count, dtype=np.float32)
     else:
         levels = np.empty((LANES, count), np.float32)

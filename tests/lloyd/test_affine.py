@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from mq_quant.lloyd.affine import STEPS, affine_rows, nearest_grid_rows
+from lanes_problem import NO_CODES
+from mq_quant.lloyd.affine import STEPS, affine_rows, nearest_grid
+from mq_quant.lloyd.lanes import gather, scatter
 from mq_quant.lloyd.rows import nearest_rows
 
 RANDOM = np.random.default_rng(11)
@@ -25,7 +27,7 @@ FLAT = {"zero": 0.0, "minus zero": -0.0, "positive": 3.5, "negative": -2e-20, "s
 
 def fit(groups: np.ndarray, count: int, steps: int = STEPS) -> np.ndarray:
     params = np.full((len(groups), 2), np.nan, np.float32)
-    affine_rows(np.ascontiguousarray(groups, np.float32), 0, count, steps, params)
+    affine_rows(np.ascontiguousarray(groups, np.float32), 0, count, steps, params, NO_CODES)
     return params
 
 
@@ -90,8 +92,25 @@ def test_groups_inside_a_row_are_read_at_their_column() -> None:
     groups = FAMILIES["normal"][:3].astype(np.float32)
     rows = np.concatenate([np.zeros_like(groups), groups], axis=1)
     params = np.empty((3, 2), np.float32)
-    affine_rows(rows, 256, 16, STEPS, params)
+    codes = np.empty((3, 256), np.uint8)
+    affine_rows(rows, 256, 16, STEPS, params, codes)
     np.testing.assert_array_equal(params, fit(groups, 16))
+    np.testing.assert_array_equal(codes, nearest(groups, params, 16))
+
+
+def nearest(groups: np.ndarray, params: np.ndarray, count: int) -> np.ndarray:
+    """Codes u8 [R, 256] by nearest_grid, sixteen rows at a time."""
+    out = np.empty((len(groups), 256), np.uint8)
+    y, codes = np.empty((256, 16), np.float32), np.empty((256, 16), np.float32)
+    levels, mids = np.empty((count, 16), np.float32), np.empty((count - 1, 16), np.float32)
+    for first in range(0, len(groups), 16):
+        live = min(16, len(groups) - first)
+        grid = np.zeros((2, 16), np.float32)
+        grid[:, :live] = params[first : first + live].T
+        gather(groups, first, 0, y)
+        nearest_grid(y, grid, live, levels, mids, codes)
+        scatter(codes, out, first)
+    return out
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -107,7 +126,6 @@ def test_codes_are_those_of_the_nearest_level(family: str, count: int) -> None:
         groups = (2.0**20 + RANDOM.integers(0, 16, (33, 256)) / 8).astype(np.float32)
         params = np.stack([groups.min(axis=1), np.full(33, 0.031)], axis=1).astype(np.float32)
     levels = params[:, :1] + params[:, 1:] * np.arange(count, dtype=np.float32)
-    want, codes = np.empty((len(groups), 256), np.uint8), np.empty((len(groups), 256), np.uint8)
+    want = np.empty((len(groups), 256), np.uint8)
     nearest_rows(groups, 0, levels, want)
-    nearest_grid_rows(groups, 0, params, count, codes)
-    np.testing.assert_array_equal(codes, want)
+    np.testing.assert_array_equal(nearest(groups, params, count), want)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lanes_problem import EMPTY, heavy_rows, unequal_weights
+from lanes_problem import EMPTY, NO_CODES, heavy_rows, unequal_weights
 from mq_quant.formats.fwht import SIGNS2
 from mq_quant.lloyd.affine import STEPS, affine_rows
 from mq_quant.lloyd.encode import ROUNDS, SHAKES
@@ -19,7 +19,7 @@ CASES = [(4, False), (8, False), (16, False), (16, True), (64, True)]
 def initial(rows: np.ndarray, count: int, grid: bool) -> np.ndarray:
     if grid:
         params = np.empty((len(rows), 2), np.float32)
-        affine_rows(rows, 0, count, STEPS, params)
+        affine_rows(rows, 0, count, STEPS, params, NO_CODES)
         return params[:, :1] + params[:, 1:] * np.arange(count, dtype=np.float32)
     levels = np.empty((len(rows), count), np.float32)
     kmeans_rows(rows, 0, False, levels)
