@@ -105,7 +105,7 @@ def search(y, low, width, step, top, best):
 
 @njit(cache=True, nogil=True)
 def best_grid(y, count, steps, best, out):
-    """(zero, scale) of `count` even levels for the lanes y [256, 16] into out [2, 16], after `steps` least-squares steps.
+    """(zero, scale) of `count` even levels for lanes y [256, 16] into out [2, 16], after `steps` least-squares steps.
 
     best [3, 16] is scratch. A constant lane takes scale 1.
     """
