@@ -5,9 +5,9 @@
 One token, 8 routed experts of 256, matrices 3072 × 1536. A GPU holds all 256 experts and every launch routes to
 others, so that no weight is found in a cache; the CPU holds 8. A time is that of one launch of a run of them, by the
 device's clock, the median of several runs; on a GPU runs are queued behind a long copy, so that the host's own time is
-not counted. `share` is the bytes of weights per second over the bytes that a copy on the same device reads and writes
-per second. `net` is the same share without what the launch costs: the time of the same launch routed to experts that
-are not loaded, which reads no weights.
+not counted. `share` is the bytes of weights per second over the bytes that a copy of 2 GiB on the same device reads and
+writes per second; `like` is the same beside copies that move as many bytes as the kernel, each from another place, in
+runs as long.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from mq_quant.formats.blocks import BY_NAME
@@ -33,8 +33,8 @@ class Row:
     kernel: str
     nbytes: int
     seconds: float
-    share: float | None
-    net: float | None = None
+    share: float | None = None
+    like: float | None = None
 
 
 class Bench:
@@ -46,11 +46,9 @@ class Bench:
         self.run, self.runs = (24, 7) if self.gpu else (1, 3)
         size = 1 << 31 if self.gpu else 1 << 27
         self.long = [backend.alloc((size,), np.uint8) for _ in range(2)]
-        self.rows: list[Row] = []
-        self.copy_rate = 0.0
-        self.add("copy (read + write)", 2 * size, lambda _: backend.copy(*self.long))
-        self.copy_rate = 2 * size / self.rows[0].seconds
-        self.rows[0] = replace(self.rows[0], share=1.0)
+        seconds = self.time(lambda _: backend.copy(*self.long))
+        self.copy_rate = 2 * size / seconds
+        self.rows = [Row("copy (read + write)", 2 * size, seconds, 1.0)]
 
     def time(self, work: Callable[[int], object]) -> float:
         """Seconds of one launch `work(i)`, i counting within a run."""
@@ -67,19 +65,23 @@ class Bench:
             seconds.append(self.backend.seconds_between(first, last) / self.run)
         return statistics.median(seconds)
 
-    def add(
-        self,
-        kernel: str,
-        nbytes: int,
-        work: Callable[[int], object],
-        empty: Callable[[int], object] | None = None,
-    ) -> None:
-        """Time `work`, which reads `nbytes` of weights; `empty` is the same launch that reads none."""
+    def copy_seconds(self, nbytes: int) -> float:
+        """Seconds of a copy that moves `nbytes`, read and written, between other places each time."""
+        half = nbytes // 2
+        places = [i * half % (self.long[0].size - half) for i in range(self.run)]
+        target, source = self.long
+        return self.time(
+            lambda i: self.backend.copy(
+                target.rows(places[i], places[i] + half), source.rows(places[i], places[i] + half)
+            )
+        )
+
+    def add(self, kernel: str, nbytes: int, work: Callable[[int], object]) -> None:
+        """Time `work`, which reads `nbytes` of weights."""
         seconds = self.time(work)
-        rate = self.copy_rate
-        share = nbytes / seconds / rate if nbytes and rate else None
-        net = nbytes / (seconds - self.time(empty)) / rate if empty and self.gpu else None
-        self.rows.append(Row(kernel, nbytes, seconds, share, net))
+        share = nbytes / seconds / self.copy_rate if nbytes else None
+        like = self.copy_seconds(nbytes) / seconds if nbytes and self.gpu else None
+        self.rows.append(Row(kernel, nbytes, seconds, share, like))
 
 
 def noise(fmt: str, weights: int, rng: np.random.Generator) -> np.ndarray:
@@ -128,7 +130,6 @@ def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
     w2 = ops.experts(b, data, at, fmt, HIDDEN, INTER)
     order = [rng.permutation(held)[:SLOTS].astype(np.int32)[None] for _ in range(bench.run)]
     ids = [b.upload(o) for o in order]
-    none = b.upload(np.full((1, SLOTS), -1, np.int32))
     x = b.upload(rng.standard_normal((1, HIDDEN)).astype(np.float32))
     r = b.upload(rng.standard_normal((1, SLOTS, INTER)).astype(np.float32))
     out = b.alloc((1, SLOTS, HIDDEN), np.float32)
@@ -136,13 +137,11 @@ def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
         f"expert_gate_up[{fmt}]",
         2 * SLOTS * size,
         lambda i: ops.expert_gate_up(b, w1, w3, ids[i], x),
-        lambda _: ops.expert_gate_up(b, w1, w3, none, x),
     )
     bench.add(
         f"expert_down[{fmt}]",
         SLOTS * size,
         lambda i: ops.expert_down(b, w2, ids[i], r, out),
-        lambda _: ops.expert_down(b, w2, none, r, out),
     )
 
 
@@ -193,10 +192,10 @@ def main() -> None:
             print(json.dumps({"device": backend.device, "rows": [asdict(r) for r in bench.rows]}))
             return
         print(backend.device)
-        print(f"{'kernel':<28}{'MB':>9}{'ms':>10}{'GB/s':>9}{'share':>7}{'net':>7}")
+        print(f"{'kernel':<28}{'MB':>9}{'ms':>10}{'GB/s':>9}{'share':>7}{'like':>7}")
         for r in bench.rows:
             rate = f"{r.nbytes / r.seconds / 1e9:9.1f}" if r.nbytes else f"{'':>9}"
-            shares = "".join(f"{s:7.0%}" for s in (r.share, r.net) if s is not None)
+            shares = "".join(f"{s:7.0%}" for s in (r.share, r.like) if s is not None)
             print(f"{r.kernel:<28}{r.nbytes / 1e6:>9.1f}{r.seconds * 1e3:>10.4f}{rate}{shares}")
 
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..formats.errors import BackendError
 from .cache import cached, key
 from .gpu import Compiler, Driver, GpuBackend, compile_program, load_library
-from .sources import FOLDER, Module, Sources
+from .host import arguments
+from .sources import FOLDER, Kernel, Module, Sources
 
 DRIVER = Driver(
     vendor="NVIDIA",
@@ -50,7 +53,30 @@ NVRTC = Compiler(
     code="GetCUBIN",
 )
 _HEADER = FOLDER / "include" / "cuda" / "hip" / "hip_runtime.h"
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute with a value that is one number."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_int * 15),
+    )
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "lds")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 @cache
@@ -107,7 +133,25 @@ class CudaBackend(GpuBackend):
             self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), device)
             numbers.append(str(value.value))
         self.arch = "sm_" + "".join(numbers)
+        self._overlaps = int(numbers[0]) >= 9
         self.device = f"{name.value.decode()} ({self.arch})"
+
+    def _dispatch(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        values: Sequence[Any],
+        lds: int,
+    ) -> None:
+        """Kernels that await the one before them are launched while it ends."""
+        if not (self._overlaps and kernel.awaits):
+            super()._dispatch(kernel, grid, block, values, lds)
+            return
+        overlap = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        config = _LaunchConfig(*grid, *block, lds, self._stream, ctypes.pointer(overlap), 1)
+        function, none = self._function(kernel), ctypes.c_void_p(None)
+        self.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments(values), none)
 
     def _compile(self, module: Module) -> bytes:
         text, header = self.sources.text(module.file), _HEADER.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@
 #endif
 
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #ifndef LDS
 #define LDS(type, name, count) __shared__ type name[count]
@@ -80,6 +81,11 @@ DEVICE float load_f16(const uint8_t* p) { return half_to_float(load_u16(p)); }
 // A vendor's header may know a faster way.
 #ifndef MQ_AND_OR
 DEVICE uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
+#endif
+
+// A kernel that says this first may be launched while the one before it ends: nothing before it may touch what others write.
+#ifndef MQ_AWAIT
+DEVICE void await_previous() {}
 #endif
 
 struct alignas(16) Quad {

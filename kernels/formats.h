@@ -4,6 +4,7 @@
 //   load     what a lane needs of a group for slice s, and nothing computed, so that many loads can be under way
 //   weights  the decoded elements, with the bits of blocks.py
 //   dot      their product with x, added to `sum`; affine formats take scale and zero out of it (x_sum is the sum of x)
+//   TILED    whether tile.h multiplies them: `pairs` gives them as halves, two a word, of each eight in the order `element`
 // Alignment: 8 bytes for the MQ formats, 2 for Q8F16, else that of the value.
 #pragma once
 #include "device.h"
@@ -33,6 +34,7 @@ DEVICE uint32_t bits24(const uint32_t* words, int k) {
 
 struct F32 {
   static constexpr int BYTES = 1024, SLICE = 8, ROWS = 2, VALUE = 4;
+  static constexpr bool TILED = false;
   struct Raw {
     float w[SLICE];
   };
@@ -52,6 +54,7 @@ struct F32 {
 
 struct F16 {
   static constexpr int BYTES = 512, SLICE = 8, ROWS = 2, VALUE = 2;
+  static constexpr bool TILED = false;
   struct Raw {
     uint16_t bits[SLICE];
   };
@@ -72,6 +75,7 @@ struct F16 {
 // Blocks of 34 bytes: f16 scale, 32 signed bytes; four lanes to a block.
 struct Q8F16 {
   static constexpr int BYTES = 272, SLICE = 8, ROWS = 4, VALUE = 0;
+  static constexpr bool TILED = false;
   struct Raw {
     uint16_t scale, pairs[SLICE / 2];
   };
@@ -102,6 +106,7 @@ struct Q8F16 {
 template <int HEAD, int WORDS>
 struct Packed {
   static constexpr int BYTES = HEAD + 32 * WORDS, SLICE = 32, ROWS = 2, VALUE = 0;
+  static constexpr bool TILED = false;
   struct Raw {
     uint32_t head[HEAD / 4], codes[WORDS];
   };
@@ -148,6 +153,19 @@ struct MQ6 : Affine<MQ6, 6> {
 
 // Groups of an ascending f16 codebook and codes: w = codebook[code].
 struct MQ2_Lloyd : Packed<8, 2> {
+#ifdef MQ_TILE
+  // Codes of one byte each, four at a time, become pairs of byte numbers: two levels of the codebook a permutation.
+  static constexpr bool TILED = true;
+  DEVICE constexpr int element(int j) { return j / 2 + 4 * (j % 2); }
+  DEVICE void pairs(const Raw& raw, uint32_t (&w)[SLICE / 2]) {
+#pragma unroll
+    for (int i = 0; i < SLICE / 4; i++) {
+      const uint32_t four = (raw.codes[i / 4] >> (2 * (i % 4)) & 0x03030303) * 0x22 + 0x10101010;
+      w[8 * (i / 4) + i % 4] = permute(raw.head[0], raw.head[1], four);
+      w[8 * (i / 4) + i % 4 + 4] = permute(raw.head[0], raw.head[1], four >> 16);
+    }
+  }
+#endif
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
     const Book book = make_book(raw.head[0], raw.head[1], 0, 0);
 #pragma unroll
@@ -175,6 +193,19 @@ struct MQ3_Lloyd : Packed<16, 3> {
     codes += 3 * (codes & 0x0fc00fc0);
     return codes + (codes & 0x38383838);
   }
+#ifdef MQ_TILE
+  static constexpr bool TILED = true;
+  DEVICE constexpr int element(int j) { return j; }
+  DEVICE void pairs(const Raw& raw, uint32_t (&w)[SLICE / 2]) {
+    const Book book = make_book(raw.head[0], raw.head[1], raw.head[2], raw.head[3]);
+#pragma unroll
+    for (int i = 0; i < SLICE / 8; i++) {
+      const uint32_t eight = nibbles(bits24(raw.codes, i));
+      pick_pairs(book, eight, w[4 * i], w[4 * i + 1]);
+      pick_pairs(book, eight >> 16, w[4 * i + 2], w[4 * i + 3]);
+    }
+  }
+#endif
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
     const Book book = make_book(raw.head[0], raw.head[1], raw.head[2], raw.head[3]);
 #pragma unroll

@@ -1,9 +1,9 @@
 // The kernels that read a quantised matrix, built once per format (FORMAT is a struct of formats.h): whole-tensor decode,
 // embedding rows, matrix-vector products, and the two expert products, which find their matrices through the routed ids.
 // Matrices are row-major payloads whose rows are whole groups of 256. A team of lanes walks along ROWS rows at a time, a
-// group a step, with the weights of the next step under way. Long slices of x are read from LDS, where they lie without
-// bank conflicts; short ones come from memory in order anyway.
-#include "formats.h"
+// group a step, with the weights of the next step under way; how it multiplies is a struct of dot.h or tile.h.
+#include "dot.h"
+#include "tile.h"
 #ifdef MQ_RESIDENT    // registers are kept to what this many threads of a multiprocessor leave
 #undef KERNEL
 #define KERNEL(threads) extern "C" __global__ void MQ_RESIDENT(threads, 768 / threads)
@@ -11,103 +11,58 @@
 
 constexpr int SLICE = FORMAT::SLICE, ROWS = FORMAT::ROWS;
 constexpr int TEAM = GROUP / SLICE;          // lanes that share a row
-constexpr bool STAGED = SLICE > PER_LANE;    // x goes through LDS
-constexpr int CHUNK = 12;                    // groups of x there at a time
-constexpr int RUN = 36;    // floats that 32 of x take there; behind them lie the sums of each eight, which also spread the banks
-constexpr int STAGE = GROUP / 32 * RUN;
-constexpr int STAGES = STAGED ? CHUNK * STAGE : 1;
+constexpr int CHUNK = 12;                    // groups of x in LDS at a time
+
+#ifdef MQ_TILE
+using Dot = Either<FORMAT::TILED, TileDot<FORMAT>, LaneDot<FORMAT>>::Type;
+#else
+using Dot = LaneDot<FORMAT>;
+#endif
+constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
 
 DEVICE int teams() { return blockDim.x / TEAM; }
 DEVICE int team() { return threadIdx.x / TEAM; }
 DEVICE int slice() { return threadIdx.x % TEAM; }
 
-DEVICE float sum_of(const float (&x)[PER_LANE]) {
-  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-}
-
-// Puts groups [first, first + CHUNK) of x into LDS, as far as there are any, and the sum of each eight behind its run.
+// Puts groups [first, first + CHUNK) of x into LDS, as far as there are any. Whole waves have whole groups.
 DEVICE void stage_x(float* staged, const float* x, int first, int groups) {
-  if constexpr (STAGED) {
-    const int eights = min(CHUNK, groups - first) * (GROUP / 8);
+  if constexpr (Dot::STAGE > 0) {
+    const int eights = min(CHUNK, groups - first) * (GROUP / PER_LANE);
     for (int i = threadIdx.x; i < eights; i += blockDim.x) {
       float v[PER_LANE];
       load_eight(x + first * GROUP, i, v);
-      float* run = staged + i / 4 * RUN;
-      Quad* to = reinterpret_cast<Quad*>(run) + 2 * (i % 4);
-      to[0] = {{v[0], v[1], v[2], v[3]}};
-      to[1] = {{v[4], v[5], v[6], v[7]}};
-      run[32 + i % 4] = sum_of(v);
+      Dot::stage(staged + i / WAVE * Dot::STAGE, v);
     }
   }
-}
-
-// This lane's slice of a group of x, the g-th in LDS; returns its sum.
-template <int N>
-DEVICE float read_x(const float* staged, int g, const float* group, float (&x)[N]) {
-  if constexpr (N > PER_LANE) {
-    const Quad* quads = reinterpret_cast<const Quad*>(staged + g * STAGE + slice() * RUN);
-#pragma unroll
-    for (int q = 0; q < N / 4; q++) {
-      const Quad four = quads[q];
-#pragma unroll
-      for (int j = 0; j < 4; j++) x[4 * q + j] = four.v[j];
-    }
-    const Quad sums = quads[N / 4];
-    return (sums.v[0] + sums.v[1]) + (sums.v[2] + sums.v[3]);
-  } else {
-    load_eight(group, slice(), x);
-    return sum_of(x);
-  }
-}
-
-// Sums each row's value over the team; lane s of it receives that of row s / (TEAM / ROWS). Halves swap the rows that they do
-// not keep, so that most shuffles serve two rows.
-DEVICE float team_sums(float (&v)[ROWS]) {
-  int mask = TEAM / 2;
-#pragma unroll
-  for (int rows = ROWS; rows > 1; rows /= 2, mask /= 2) {
-    const bool upper = slice() & mask;
-#pragma unroll
-    for (int r = 0; r < rows / 2; r++) {
-      const float kept = upper ? v[r + rows / 2] : v[r], given = upper ? v[r] : v[r + rows / 2];
-      v[r] = kept + __shfl_xor(given, mask);
-    }
-  }
-#pragma unroll
-  for (; mask > 0; mask /= 2) v[0] += __shfl_xor(v[0], mask);
-  return v[0];
 }
 
 // The product of row s / (TEAM / ROWS) with x, for lane s of the team. Every thread of the block calls it, after stage_x of
-// the first groups. Sums run over a lane's elements in order, then over lanes: the same order for any grid and back end.
+// the first groups. The order of sums is the same for any grid.
 DEVICE float dot_rows(const uint8_t* const (&row)[ROWS], const float* x, int groups, float* staged) {
-  float sum[ROWS] = {};
+  Dot dot;
   typename FORMAT::Raw raw[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) raw[r] = FORMAT::load(row[r], slice());
-  if constexpr (STAGED) __syncthreads();
+  if constexpr (Dot::STAGE > 0) __syncthreads();
   for (int first = 0; first < groups; first += CHUNK) {
-    if (STAGED && first > 0) {
+    if (Dot::STAGE > 0 && first > 0) {
       __syncthreads();    // the groups before are read
       stage_x(staged, x, first, groups);
       __syncthreads();
     }
     const int count = min(CHUNK, groups - first);
+#pragma unroll 2    // the weights of the next step change places
     for (int g = 0; g < count; g++) {
       typename FORMAT::Raw next[ROWS];
       const int after = min(first + g + 1, groups - 1);
 #pragma unroll
       for (int r = 0; r < ROWS; r++) next[r] = FORMAT::load(row[r] + after * FORMAT::BYTES, slice());
-      float part[SLICE];
-      const float part_sum = read_x(staged, g, x + (first + g) * GROUP, part);
+      dot.add(raw, staged + g * Dot::STAGE, x + (first + g) * GROUP);
 #pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        sum[r] = FORMAT::dot(raw[r], part, part_sum, sum[r]);
-        raw[r] = next[r];
-      }
+      for (int r = 0; r < ROWS; r++) raw[r] = next[r];
     }
   }
-  return team_sums(sum);
+  return dot.total();
 }
 
 DEVICE const uint8_t* row_of(const uint8_t* matrix, int row, int rows, int groups) {
@@ -136,6 +91,7 @@ DEVICE void decode_slice(float* out, const uint8_t* group) {
 
 // out f32 [n]: the payload decoded in the stored basis. One lane per slice; n fills whole blocks of the format.
 KERNEL(128) decode(float* __restrict__ out, const uint8_t* __restrict__ payload, int64_t n) {
+  await_previous();
   const int64_t group = (int64_t)blockIdx.x * teams() + team(), start = group * GROUP + SLICE * slice();
   if (start + SLICE <= n) {
     decode_slice(out + start, payload + group * FORMAT::BYTES);
@@ -148,6 +104,7 @@ KERNEL(128) decode(float* __restrict__ out, const uint8_t* __restrict__ payload,
 // (blocks of a row, tokens).
 KERNEL(128) embed(float* __restrict__ out, const uint8_t* __restrict__ table, const int32_t* __restrict__ ids, int rows,
                   int groups) {
+  await_previous();
   const int id = ids[blockIdx.y], group = blockIdx.x * teams() + team();
   if (group >= groups) return;    // no barrier follows
   float* to = out + ((int64_t)blockIdx.y * groups + group) * GROUP + SLICE * slice();
@@ -161,6 +118,7 @@ KERNEL(128) embed(float* __restrict__ out, const uint8_t* __restrict__ table, co
 // out f32 [tokens, rows] = matrix [rows, cols] · x f32 [tokens, cols]. Grid (blocks of rows, tokens).
 KERNEL(128) matvec(float* __restrict__ out, const uint8_t* __restrict__ matrix, const float* __restrict__ x, int rows,
                    int groups) {
+  await_previous();
   LDS(float, staged, STAGES);
   x += (int64_t)blockIdx.y * groups * GROUP;
   stage_x(staged, x, 0, groups);
@@ -180,6 +138,7 @@ KERNEL(256) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, con
                            const int64_t* __restrict__ gate_at, const uint8_t* __restrict__ up_matrices,
                            const int64_t* __restrict__ up_at, const int32_t* __restrict__ ids,
                            const float* __restrict__ x, int experts, int rows, int groups) {
+  await_previous();
   LDS(float, staged, STAGES);
   constexpr int PAIR = ROWS / 2;
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
@@ -205,6 +164,7 @@ KERNEL(256) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, con
 // out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid (blocks of rows, slots, tokens).
 KERNEL(256) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices, const int64_t* __restrict__ at,
                         const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows, int groups) {
+  await_previous();
   LDS(float, staged, STAGES);
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
   const int id = ids[slot];

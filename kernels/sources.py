@@ -39,7 +39,7 @@ PER_FORMAT: Mapping[str, tuple[str, ...]] = {
     "encode_codes.hip": _BOOKS + _GRIDS,
 }
 """Sources that are built once per block format, with their formats."""
-_KERNEL = re.compile(r"^KERNEL\((\d+)\)\s*(\w+)\(([^)]*)\)", re.MULTILINE)
+_KERNEL = re.compile(r"^KERNEL\((\d+)\)\s*(\w+)\(([^)]*)\) \{(\s*await_previous\(\);)?", re.MULTILINE)
 _PARAMETER = re.compile(r"(const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)")
 _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
 
@@ -73,12 +73,15 @@ class Module:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One kernel of one module; `threads` is the block size it is written for. Compared by identity: a quick key."""
+    """One kernel of one module; `threads` is the block size it is written for, `awaits` whether it first waits for the
+    kernel before it. Compared by identity: a quick key.
+    """
 
     module: Module
     name: str
     threads: int
     parameters: tuple[Parameter, ...]
+    awaits: bool = False
 
     @property
     def label(self) -> str:
@@ -121,11 +124,11 @@ class Sources:
         found: dict[tuple[str, str | None], Kernel] = {}
         for path in sorted(self.folder.glob("*.hip")):
             formats: tuple[str | None, ...] = self.per_format.get(path.name, (None,))
-            for name, threads, parameters in signatures(self._read(path.name), path):
+            for name, threads, parameters, awaits in signatures(self._read(path.name), path):
                 for fmt in formats:
                     if (name, fmt) in found:
                         raise BackendError(f"kernel {name} is defined twice", file=path)
-                    found[name, fmt] = Kernel(Module(path.name, fmt), name, threads, parameters)
+                    found[name, fmt] = Kernel(Module(path.name, fmt), name, threads, parameters, awaits)
         return found
 
     def kernel(self, name: str, fmt: str | None = None) -> Kernel:
@@ -144,10 +147,11 @@ class Sources:
         return out
 
 
-def signatures(text: str, file: Path) -> list[tuple[str, int, tuple[Parameter, ...]]]:
-    """(name, block size, parameters) of every KERNEL in a source; BackendError for a type outside the tables."""
+def signatures(text: str, file: Path) -> list[tuple[str, int, tuple[Parameter, ...], bool]]:
+    """(name, block size, parameters, whether it awaits) of every KERNEL; BackendError for a type outside the tables."""
     return [
-        (m[2], int(m[1]), tuple(_parameter(p, file) for p in m[3].split(","))) for m in _KERNEL.finditer(text)
+        (m[2], int(m[1]), tuple(_parameter(p, file) for p in m[3].split(",")), m[4] is not None)
+        for m in _KERNEL.finditer(text)
     ]
 
 

@@ -38,14 +38,22 @@ def test_every_kernel_of_the_sources_is_found():
 
 def test_a_signature_is_read_with_types_and_who_writes():
     text = "KERNEL(64) k(float* __restrict__ out, const uint8_t* x,\n    int64_t n, int m, float eps) {"
-    [(name, threads, parameters)] = signatures(text, Path("k.hip"))
-    assert (name, threads) == ("k", 64)
+    [(name, threads, parameters, awaits)] = signatures(text, Path("k.hip"))
+    assert (name, threads, awaits) == ("k", 64, False)
     assert [(p.name, p.ctype, p.dtype, p.written) for p in parameters] == [
         ("out", "float*", "float32", True),
         ("x", "const uint8_t*", "uint8", False),
         ("n", "int64_t", "int64", False),
         ("m", "int", "int32", False),
         ("eps", "float", "float32", False),
+    ]
+
+
+def test_only_what_a_kernel_says_first_makes_it_await_the_one_before():
+    text = "KERNEL(64) a(int n) {\n  await_previous();\n}\nKERNEL(64) b(int n) {\n  work();\n  await_previous();\n}\n"
+    assert [(name, awaits) for name, _, _, awaits in signatures(text, Path("k.hip"))] == [
+        ("a", True),
+        ("b", False),
     ]
 
 

@@ -32,6 +32,13 @@ static __device__ __forceinline__ float half_to_float(uint16_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
   return f;
 }
+#define MQ_AWAIT
+static __device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // One instruction picks four of eight bytes by nibbles.
 #define MQ_BOOK
 struct Book {
@@ -48,10 +55,37 @@ static __device__ __forceinline__ Book make_book(uint32_t l01, uint32_t l23, uin
 static __device__ __forceinline__ void halves(uint32_t pair, float& a, float& b) {
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(a), "=f"(b) : "r"(pair));
 }
-static __device__ __forceinline__ void pick4(const Book& book, uint32_t codes, float (&w)[4]) {
+static __device__ __forceinline__ void pick_pairs(const Book& book, uint32_t codes, uint32_t& a, uint32_t& b) {
   const uint32_t low = permute(book.low[0], book.low[1], codes), high = permute(book.high[0], book.high[1], codes);
-  halves(permute(low, high, 0x5140), w[0], w[1]);
-  halves(permute(low, high, 0x7362), w[2], w[3]);
+  a = permute(low, high, 0x5140);
+  b = permute(low, high, 0x7362);
+}
+static __device__ __forceinline__ void pick4(const Book& book, uint32_t codes, float (&w)[4]) {
+  uint32_t a, b;
+  pick_pairs(book, codes, a, b);
+  halves(a, w[0], w[1]);
+  halves(b, w[2], w[3]);
+}
+// Tiles of 16 rows × 8 columns from halves: lane 4g + c holds row g and row g + 8 of the left factor, column g of the right
+// one, and of the product columns 2c and 2c + 1 of both rows.
+#define MQ_TILE
+struct Tile {
+  float v[4];
+};
+struct alignas(16) Words {
+  uint32_t v[4];
+};
+static __device__ __forceinline__ Words load_words(const float* p) { return *reinterpret_cast<const Words*>(p); }
+static __device__ __forceinline__ uint32_t pair_of_halves(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+static __device__ __forceinline__ void multiply_tile(Tile& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                     uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum.v[0]), "+f"(sum.v[1]), "+f"(sum.v[2]), "+f"(sum.v[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 // Volatile, or they would be moved to their first use.
 #define MQ_FETCH

@@ -1,0 +1,81 @@
+// Products of a team's rows with x in f32, lane by lane. Long slices of x are read from LDS, where they lie without bank
+// conflicts; short ones come from memory in order anyway. Sums run over a lane's elements in order, then over lanes: the
+// same order on every back end.
+#pragma once
+#include "formats.h"
+
+template <bool First, class A, class B>
+struct Either {
+  using Type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+  using Type = B;
+};
+
+DEVICE float sum_of(const float (&x)[PER_LANE]) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+template <class Format>
+struct LaneDot {
+  static constexpr int SLICE = Format::SLICE, ROWS = Format::ROWS, TEAM = GROUP / SLICE;
+  static constexpr bool STAGED = SLICE > PER_LANE;
+  static constexpr int RUN = 36;    // floats that 32 of x take; behind them lie the sums of each eight, which also spread the banks
+  static constexpr int STAGE = STAGED ? GROUP / 32 * RUN : 0;    // floats of LDS that a group of x takes
+  float sum[ROWS] = {};
+
+  // A lane's eight elements of a group into LDS, and their sum.
+  static DEVICE_MEMBER void stage(float* staged, const float (&x)[PER_LANE]) {
+    float* run = staged + lane() / 4 * RUN;
+    Quad* to = reinterpret_cast<Quad*>(run) + 2 * (lane() % 4);
+    to[0] = {{x[0], x[1], x[2], x[3]}};
+    to[1] = {{x[4], x[5], x[6], x[7]}};
+    run[32 + lane() % 4] = sum_of(x);
+  }
+
+  // This lane's slice of a group of x; returns its sum.
+  static DEVICE_MEMBER float read(const float* staged, const float* group, float (&x)[SLICE]) {
+    const int slice = lane() % TEAM;
+    if constexpr (STAGED) {
+      const Quad* quads = reinterpret_cast<const Quad*>(staged + slice * RUN);
+#pragma unroll
+      for (int q = 0; q < SLICE / 4; q++) {
+        const Quad four = quads[q];
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[4 * q + j] = four.v[j];
+      }
+      const Quad sums = quads[SLICE / 4];
+      return (sums.v[0] + sums.v[1]) + (sums.v[2] + sums.v[3]);
+    } else {
+      load_eight(group, slice, x);
+      return sum_of(x);
+    }
+  }
+
+  DEVICE_MEMBER void add(const typename Format::Raw (&raw)[ROWS], const float* staged, const float* group) {
+    float x[SLICE];
+    const float x_sum = read(staged, group, x);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) sum[r] = Format::dot(raw[r], x, x_sum, sum[r]);
+  }
+
+  // Sums each row's value over the team; lane s of it receives that of row s / (TEAM / ROWS). Halves swap the rows that they
+  // do not keep, so that most shuffles serve two rows.
+  DEVICE_MEMBER float total() {
+    const int slice = lane() % TEAM;
+    int mask = TEAM / 2;
+#pragma unroll
+    for (int rows = ROWS; rows > 1; rows /= 2, mask /= 2) {
+      const bool upper = slice & mask;
+#pragma unroll
+      for (int r = 0; r < rows / 2; r++) {
+        const float kept = upper ? sum[r + rows / 2] : sum[r], given = upper ? sum[r] : sum[r + rows / 2];
+        sum[r] = kept + __shfl_xor(given, mask);
+      }
+    }
+#pragma unroll
+    for (; mask > 0; mask /= 2) sum[0] += __shfl_xor(sum[0], mask);
+    return sum[0];
+  }
+};
