@@ -20,8 +20,12 @@ F64 = NDArray[np.float64]
 
 KAPPA = 32.0
 """Tokens that the layer's mean is worth: an expert seen n times keeps n / (n + κ) of its own statistics."""
+TEMPER = 0.75
+"""Exponent of the energies by which rounding weighs channels, where nothing else is known of them. Below 1 because a
+mean of squares is made by few tokens with large values, while in a divergence of predictions every token counts alike.
+"""
 DAMPING = 0.05
-"""Share of the mean channel energy that every channel gets."""
+"""Share of the mean weight that every channel gets."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +39,26 @@ class Importance:
     moment: F64 | None = None
     count: float = 0.0
 
-    def channel_weights(self, scale: NDArray[np.float32] | None = None, damping: float = DAMPING) -> F64:
-        """Damped E[(x/s)²] f64 [K] of inputs divided by the AWQ scale s f32 [K]."""
-        d = (1 - damping) * self.diagonal + damping * self.diagonal.mean()
+    def channel_weights(
+        self, scale: NDArray[np.float32] | None = None, damping: float = DAMPING, temper: float = TEMPER
+    ) -> F64:
+        """Tempered and damped E[x²] f64 [K], for inputs divided by the AWQ scale s f32 [K]."""
+        d = self.diagonal**temper
+        d = (1 - damping) * d + damping * d.mean()
         if scale is not None:
             d = d / np.square(scale.astype(np.float64))
         return np.asarray(d, np.float64)
 
     def rotated_moment(self, scale: NDArray[np.float32] | None = None, damping: float = DAMPING) -> F64:
-        """Damped second moment f64 [K, K] of R·(x/s), R rotating each group of 256; diagonal where it must be."""
-        full = np.diag(self.diagonal) if self.moment is None else self.moment
-        full = (1 - damping) * full
-        full[np.diag_indices_from(full)] += damping * self.diagonal.mean()
+        """Damped second moment f64 [K, K] of R·(x/s), R rotating each group of 256; without one, of channel_weights.
+
+        A moment is not tempered: that loses more in its small eigenvalues than it gains.
+        """
+        if self.moment is None:
+            full = np.diag(self.channel_weights(damping=damping))
+        else:
+            full = (1 - damping) * self.moment
+            full[np.diag_indices_from(full)] += damping * self.diagonal.mean()
         if scale is not None:
             inverse = 1.0 / scale.astype(np.float64)
             full = full * inverse[:, None] * inverse[None, :]

@@ -10,7 +10,7 @@ import small_model
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from mq_quant.awq.importance import DAMPING, KAPPA, Importance, load_importance, repair
+from mq_quant.awq.importance import DAMPING, KAPPA, TEMPER, Importance, load_importance, repair
 from mq_quant.formats.errors import ImatrixError
 from mq_quant.formats.fwht import matrix
 from mq_quant.formats.imatrix import ImatrixEntry, read_imatrix, write_imatrix
@@ -125,10 +125,20 @@ def test_the_notes_of_many_experts_stay_short() -> None:
 
 def test_damping_lifts_zeros_and_keeps_the_mean() -> None:
     d = np.where(np.arange(256) % 2, 4.0, 0.0)
-    weights = Importance(d).channel_weights()
+    weights = Importance(d).channel_weights(temper=1.0)
     assert weights.mean() == pytest.approx(d.mean())
     assert weights.min() == pytest.approx(DAMPING * d.mean())
-    np.testing.assert_allclose(Importance(d).channel_weights(damping=0.0), d)
+    np.testing.assert_allclose(Importance(d).channel_weights(damping=0.0, temper=1.0), d)
+
+
+def test_tempering_brings_energies_closer_and_leaves_zeros_and_a_full_moment_alone() -> None:
+    d = np.where(np.arange(256) % 3, np.geomspace(1e-6, 1e6, 256), 0.0)
+    weights = Importance(d).channel_weights(damping=0.0)
+    np.testing.assert_allclose(weights, d**TEMPER)
+    assert 0 < TEMPER < 1 and (weights[d == 0] == 0).all()
+    moment = np.diag(d) + 0.1
+    plain = Importance(np.diag(moment).copy(), moment).rotated_moment(damping=0.0)
+    assert np.trace(plain) == pytest.approx(np.trace(moment))
 
 
 def test_weights_see_the_input_divided_by_the_scale() -> None:
@@ -164,6 +174,7 @@ def test_a_moment_of_nothing_but_its_diagonal_is_the_diagonal_importance() -> No
     r = np.kron(np.eye(2), matrix())
     want = (r * Importance(d).channel_weights(scale)) @ r.T
     np.testing.assert_allclose(got, want, atol=1e-9 * np.abs(want).max())
+    want = (r * Importance(d).channel_weights(scale, temper=1.0)) @ r.T
     np.testing.assert_allclose(
         Importance(d, np.diag(d)).rotated_moment(scale), want, atol=1e-9 * np.abs(want).max()
     )
