@@ -2,6 +2,7 @@
 
     python benchmarks/encoder.py            # weights/s per core, scaling, a full-width expert slice
     python benchmarks/encoder.py --quick
+    python benchmarks/encoder.py --stages   # where the time of the Hessian fit goes
 
 Times are of the thread's own CPU clock, so that a busy machine does not count; medians of several runs. The slice
 holds 16 experts of M2.7's width, encoded by the same code as a build. Depends on the installed mq_quant.
@@ -20,10 +21,13 @@ from typing import Any
 
 import numpy as np
 from mq_quant.awq.importance import LayerImportance
-from mq_quant.formats.blocks import BY_NAME
-from mq_quant.formats.fwht import rotate
+from mq_quant.formats.blocks import BY_NAME, AffineFormat
+from mq_quant.formats.fwht import SIGNS2, rotate
 from mq_quant.formats.minimax import ModelConfig
+from mq_quant.lloyd import encode
 from mq_quant.lloyd.encode import encode_rotated
+from mq_quant.lloyd.hessian import from_diagonal
+from mq_quant.lloyd.rows import fit_rows, settle_rows
 from mq_quant.lloyd.whole_row import from_weights
 from mq_quant.quantize.encode import FitSettings, LayerEncoder
 
@@ -64,6 +68,53 @@ def per_core(runs: int) -> list[dict[str, Any]]:
     return out
 
 
+def stages(runs: int) -> list[dict[str, Any]]:
+    """Nanoseconds a weight of each stage of the Hessian fit: one group of 3072 rows under a diagonal importance."""
+    rng = np.random.default_rng(0)
+    rows = rotate(rng.standard_t(5, (3072, 256)).astype(np.float32))
+    weights = np.exp(rng.normal(0, 1, 256))
+    h = from_diagonal(weights)
+    out = []
+    for name in FORMATS:
+        fmt = BY_NAME[name]
+        grid = isinstance(fmt, AffineFormat)
+        codes = np.empty((len(rows), 256), np.uint8)
+        gains = np.empty(len(rows), np.float32)
+        start = encode._initial_levels(rows, 0, fmt, exact=False)
+        levels = encode._expand(fmt, start)
+
+        def fit(rounds: int, grid: bool = grid, levels: Any = levels, codes: Any = codes) -> object:
+            given = (h.matrix, h.feedback, h.diagonal, SIGNS2, encode.SHAKES)
+            return fit_rows(rows, 0, *given, grid, rounds, levels.copy(), codes)
+
+        def settle(levels: Any = levels, codes: Any = codes, gains: Any = gains) -> object:
+            return settle_rows(rows, 0, h.matrix, h.diagonal, SIGNS2, encode.SHAKES, levels, codes, gains)
+
+        def initial(fmt: Any = fmt) -> object:
+            return encode._initial_levels(rows, 0, fmt, exact=False)
+
+        def pack(fmt: Any = fmt, start: Any = start, codes: Any = codes) -> object:
+            return encode._pack(fmt, encode._stored(fmt, start), codes)
+
+        def took(work: Callable[[], object]) -> float:
+            return median_time(work, runs) / rows.size * 1e9
+
+        first, cold, whole = took(lambda: fit(0)), took(lambda: fit(1)), took(lambda: fit(encode.ROUNDS))
+        out.append(
+            {
+                "format": name,
+                "Hessian": took(lambda: from_diagonal(weights)),
+                "initial levels": took(initial),
+                "feedback, refit": first,
+                "warm rounds": whole - cold,
+                "cold round": cold - first,
+                "settle, gain": took(settle),
+                "pack": took(pack),
+            }
+        )
+    return out
+
+
 def full_width(jobs: int, runs: int, formats: dict[str, str]) -> dict[str, float]:
     """Wall-clock speed of 16 experts of M2.7's width on `jobs` threads, all three projections, the Hessian fit."""
     rng = np.random.default_rng(1)
@@ -92,9 +143,18 @@ def full_width(jobs: int, runs: int, formats: dict[str, str]) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description="Encoder speed beside the reference fit.")
     parser.add_argument("--quick", action="store_true", help="fewer runs, no full-width slice")
+    parser.add_argument("--stages", action="store_true", help="only where the time of the Hessian fit goes")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     runs = 1 if args.quick else 3
+    if args.stages:
+        parts = stages(7)
+        print("| ns a weight | " + " | ".join(k for k in parts[0] if k != "format") + " |")
+        print("|" + "---|" * len(parts[0]))
+        for part in parts:
+            cells = " | ".join(f"{v:.1f}" for k, v in part.items() if k != "format")
+            print(f"| {part['format']} | {cells} |")
+        return
     speeds = per_core(runs)
     slices = []
     if not args.quick:
