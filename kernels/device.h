@@ -1,6 +1,7 @@
 // What every kernel may use beside the HIP surface: wave and block reductions in a fixed order, and loads of weights that
 // are only 2-byte aligned. No multiply is contracted with an add unless fmaf is written, so that a kernel gives the same
-// bits on every back end wherever expf and division do. Waves have 32 lanes; blocks are whole waves.
+// bits on every back end wherever expf and division do, and tiles (tile.h) do not. Waves have 32 lanes; blocks are whole
+// waves.
 #pragma once
 #ifndef __HIPCC_RTC__    // hiprtc has its own
 #include <hip/hip_runtime.h>
