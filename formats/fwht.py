@@ -16,16 +16,17 @@ from .errors import WeightError
 GROUP = 256
 
 
-def _signs(seed: int) -> NDArray[np.float32]:
-    state, out = seed, np.empty(GROUP, np.float32)
-    for i in range(GROUP):
+def draw_signs(seed: int, count: int = GROUP) -> NDArray[np.float32]:
+    """±1 f32 [count] from the format's linear congruential generator: + where bit 16 of the stepped state is set."""
+    state, out = seed, np.empty(count, np.float32)
+    for i in range(count):
         state = (state * 1103515245 + 12345) % 2**31
         out[i] = 1.0 if (state >> 16) & 1 else -1.0
     return out
 
 
-SIGNS1: NDArray[np.float32] = _signs(42)
-SIGNS2: NDArray[np.float32] = _signs(1042)
+SIGNS1: NDArray[np.float32] = draw_signs(42)
+SIGNS2: NDArray[np.float32] = draw_signs(1042)
 
 
 @njit(cache=True, nogil=True)

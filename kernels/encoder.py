@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..formats.blocks import AffineFormat, LloydFormat
 from ..formats.errors import BackendError
-from ..formats.fwht import SIGNS1, SIGNS2
+from ..formats.fwht import SIGNS1, SIGNS2, draw_signs
 from .host import WAVE, Argument, Backend, Buffer
 
 GROUP = 256
@@ -26,7 +26,7 @@ PANELS = 8
 DESCENT_WAVES = 4
 ROUNDS = 4
 SWEEPS = 8
-SHAKE = 0.25
+SHAKE, SHAKE_SEED = 0.25, 77
 BOTH_ENDS = np.array([0.06, 0.14], np.float32)
 ONE_END = np.array([0.03, 0.015], np.float32)
 REFINE_STEPS = 3
@@ -121,11 +121,7 @@ def gaussian_bounds(count: int) -> NDArray[np.int32]:
 
 def shake_signs(rounds: int) -> F32:
     """Which way each sweep's targets are shifted: ±1 f32 [rounds, 8·256], as lloyd.descent has them."""
-    state, signs = 77, np.empty(rounds * SWEEPS * GROUP, np.float32)
-    for i in range(len(signs)):
-        state = (state * 1103515245 + 12345) % 2**31
-        signs[i] = 1.0 if (state >> 16) & 1 else -1.0
-    return signs.reshape(rounds, SWEEPS * GROUP)
+    return draw_signs(SHAKE_SEED, rounds * SWEEPS * GROUP).reshape(rounds, SWEEPS * GROUP)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A row keeps its pull H·(y-q), sixteen columns a value, so that a column which stays costs next to nothing and one that
 moves adds one row of H. Warm sweeps shift every target by a share of the row's own error, up or down as a fixed table
 says: some columns then leave the minimum that plain sweeps end in, and the sweeps without it that follow find a lower
-one (annealing, with the same noise in every row). Depends on lanes, vec and numba.
+one (annealing, with the same noise in every row). Depends on formats (the signs), lanes, vec and numba.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from ..formats.fwht import draw_signs
 from .lanes import GROUP
 from .vec import LANES, first_difference, fma, load, root, splat, store, where_eq, where_gt
 
 SHAKE = np.float32(0.25)
 """How far warm sweeps shift a target, as a share of the root mean square error of a row's columns under H."""
+SHAKE_SEED = 77
 SWEEPS = 8
 """Sweeps of a round of descent."""
 BLOCKS = GROUP // LANES
@@ -25,11 +27,7 @@ _MOST = np.float32(1e38)
 
 def shake_signs(sweeps: int) -> NDArray[np.float32]:
     """±1 f32 [sweeps, 16, 16]: which way each warm sweep shifts each column, the same for every row and group."""
-    state, out = 77, np.empty(sweeps * GROUP, np.float32)
-    for i in range(len(out)):
-        state = (state * 1103515245 + 12345) % 2**31
-        out[i] = 1.0 if (state >> 16) & 1 else -1.0
-    return out.reshape(sweeps, BLOCKS, LANES)
+    return draw_signs(SHAKE_SEED, sweeps * GROUP).reshape(sweeps, BLOCKS, LANES)
 
 
 @njit(cache=True, nogil=True)
