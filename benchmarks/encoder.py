@@ -17,11 +17,11 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from mq_quant.awq.importance import LayerImportance
-from mq_quant.formats.blocks import BY_NAME, AffineFormat
+from mq_quant.formats.blocks import BY_NAME, AffineFormat, LloydFormat
 from mq_quant.formats.fwht import SIGNS2, rotate
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.lloyd import encode
@@ -68,51 +68,37 @@ def per_core(runs: int) -> list[dict[str, Any]]:
     return out
 
 
-def stages(runs: int) -> list[dict[str, Any]]:
+def stages_of(fmt: LloydFormat | AffineFormat, runs: int) -> dict[str, Any]:
     """Nanoseconds a weight of each stage of the Hessian fit: one group of 3072 rows under a diagonal importance."""
     rng = np.random.default_rng(0)
     rows = rotate(rng.standard_t(5, (3072, 256)).astype(np.float32))
     weights = np.exp(rng.normal(0, 1, 256))
     h = from_diagonal(weights)
-    out = []
-    for name in FORMATS:
-        fmt = BY_NAME[name]
+    start = encode._initial_levels(rows, 0, fmt, exact=False)
+    levels = encode._expand(fmt, start)
+    codes, gains = np.empty((len(rows), 256), np.uint8), np.empty(len(rows), np.float32)
+    given = (h.diagonal, SIGNS2, encode.SHAKES)
+
+    def took(work: Callable[[], object]) -> float:
+        return median_time(work, runs) / rows.size * 1e9
+
+    def fit(rounds: int) -> float:
         grid = isinstance(fmt, AffineFormat)
-        codes = np.empty((len(rows), 256), np.uint8)
-        gains = np.empty(len(rows), np.float32)
-        start = encode._initial_levels(rows, 0, fmt, exact=False)
-        levels = encode._expand(fmt, start)
-
-        def fit(rounds: int, grid: bool = grid, levels: Any = levels, codes: Any = codes) -> object:
-            given = (h.matrix, h.feedback, h.diagonal, SIGNS2, encode.SHAKES)
-            return fit_rows(rows, 0, *given, grid, rounds, levels.copy(), codes)
-
-        def settle(levels: Any = levels, codes: Any = codes, gains: Any = gains) -> object:
-            return settle_rows(rows, 0, h.matrix, h.diagonal, SIGNS2, encode.SHAKES, levels, codes, gains)
-
-        def initial(fmt: Any = fmt) -> object:
-            return encode._initial_levels(rows, 0, fmt, exact=False)
-
-        def pack(fmt: Any = fmt, start: Any = start, codes: Any = codes) -> object:
-            return encode._pack(fmt, encode._stored(fmt, start), codes)
-
-        def took(work: Callable[[], object]) -> float:
-            return median_time(work, runs) / rows.size * 1e9
-
-        first, cold, whole = took(lambda: fit(0)), took(lambda: fit(1)), took(lambda: fit(encode.ROUNDS))
-        out.append(
-            {
-                "format": name,
-                "Hessian": took(lambda: from_diagonal(weights)),
-                "initial levels": took(initial),
-                "feedback, refit": first,
-                "warm rounds": whole - cold,
-                "cold round": cold - first,
-                "settle, gain": took(settle),
-                "pack": took(pack),
-            }
+        return took(
+            lambda: fit_rows(rows, 0, h.matrix, h.feedback, *given, grid, rounds, levels.copy(), codes)
         )
-    return out
+
+    first, cold, whole = fit(0), fit(1), fit(encode.ROUNDS)
+    return {
+        "format": fmt.name,
+        "Hessian": took(lambda: from_diagonal(weights)),
+        "initial levels": took(lambda: encode._initial_levels(rows, 0, fmt, exact=False)),
+        "feedback, refit": first,
+        "warm rounds": whole - cold,
+        "cold round": cold - first,
+        "settle, gain": took(lambda: settle_rows(rows, 0, h.matrix, *given, levels, codes, gains)),
+        "pack": took(lambda: encode._pack(fmt, encode._stored(fmt, start), codes)),
+    }
 
 
 def full_width(jobs: int, runs: int, formats: dict[str, str]) -> dict[str, float]:
@@ -148,7 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = 1 if args.quick else 3
     if args.stages:
-        parts = stages(7)
+        parts = [stages_of(cast(Any, BY_NAME[name]), 7) for name in FORMATS]
         print("| ns a weight | " + " | ".join(k for k in parts[0] if k != "format") + " |")
         print("|" + "---|" * len(parts[0]))
         for part in parts:

@@ -4,15 +4,6 @@
 #pragma once
 #include "formats.h"
 
-template <bool First, class A, class B>
-struct Either {
-  using Type = A;
-};
-template <class A, class B>
-struct Either<false, A, B> {
-  using Type = B;
-};
-
 DEVICE float sum_of(const float (&x)[PER_LANE]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }

@@ -6,6 +6,15 @@
 #include "formats.h"
 
 #ifdef MQ_TILE
+template <bool First, class A, class B>
+struct Either {
+  using Type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+  using Type = B;
+};
+
 template <class Format>
 struct TileDot {
   static constexpr int RUN = 20;                // words from one run of 16 pairs to the next, in other banks

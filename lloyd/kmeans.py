@@ -100,11 +100,9 @@ def split_pairs(sums, inverse, falling, bounds, sweeps):
             left, right = bounds[k - 1], bounds[k + 1]
             if right - left < 2:
                 continue
-            from_left, from_right, end = (
-                splat_wide(sums[left]),
-                splat_wide(sums[right]),
-                splat_wide(np.float64(right)),
-            )
+            from_left = splat_wide(sums[left])
+            from_right = splat_wide(sums[right])
+            end = splat_wide(np.float64(right))
             best = nothing
             places = nothing
             for b in range(left + 1, right, WIDE_LANES):

@@ -56,12 +56,17 @@ def _lanes_of(block: Any) -> _Lanes:
     return f32x16 if block.dtype == types.float32 else f64x8
 
 
+def _pointer(context: Any, builder: Any, kind: Any, value: Any, start: Any, vector: Any) -> Any:
+    """The address of element `start` of a C-contiguous array, as a pointer to a vector."""
+    data = context.make_array(kind)(context, builder, value).data
+    return builder.bitcast(builder.gep(data, [start]), vector.as_pointer())
+
+
 def _row_pointer(context: Any, builder: Any, kind: Any, value: Any, row: Any) -> Any:
     """The address of block[row, 0] as a pointer to its lanes; blocks are C-contiguous."""
     lanes = _lanes_of(kind)
-    data = context.make_array(kind)(context, builder, value).data
     start = builder.mul(row, ir.Constant(row.type, lanes.count))
-    return builder.bitcast(builder.gep(data, [start]), lanes.vector.as_pointer())
+    return _pointer(context, builder, kind, value, start, lanes.vector)
 
 
 def _broadcast(builder: Any, lanes: _Lanes, scalar: Any) -> Any:
@@ -90,11 +95,10 @@ def load_wide(typing: Any, block: Any, row: Any, half: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         index, part = (context.cast(builder, args[i], signature.args[i], types.intp) for i in (1, 2))
         index = builder.add(builder.mul(index, index.type(2)), part)
+        start = builder.mul(index, index.type(WIDE_LANES))
         narrow = ir.VectorType(ir.FloatType(), WIDE_LANES)
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        start = builder.gep(data, [builder.mul(index, index.type(WIDE_LANES))])
-        values = builder.load(builder.bitcast(start, narrow.as_pointer()), align=4)
-        return builder.fpext(values, f64x8.vector)
+        pointer = _pointer(context, builder, signature.args[0], args[0], start, narrow)
+        return builder.fpext(builder.load(pointer, align=4), f64x8.vector)
 
     return f64x8(block, row, half), codegen
 
@@ -105,8 +109,7 @@ def load_run(typing: Any, run: Any, start: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         index = context.cast(builder, args[1], signature.args[1], types.intp)
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        pointer = builder.bitcast(builder.gep(data, [index]), f64x8.vector.as_pointer())
+        pointer = _pointer(context, builder, signature.args[0], args[0], index, f64x8.vector)
         return builder.load(pointer, align=8)
 
     return f64x8(run, start), codegen
@@ -210,9 +213,7 @@ def any_le(typing: Any, a: Any, b: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         mask = builder.bitcast(builder.fcmp_ordered("<=", args[0], args[1]), ir.IntType(a.count))
-        return context.cast(
-            builder, builder.icmp_unsigned("!=", mask, mask.type(0)), types.boolean, signature.return_type
-        )
+        return builder.icmp_unsigned("!=", mask, mask.type(0))
 
     return types.boolean(a, b), codegen
 

@@ -1,4 +1,4 @@
-// The HIP surface that the kernels use, for nvrtc: integer names, shuffles of whole warps, halves, one fused instruction.
+// The HIP surface that the kernels use, for nvrtc: integer names, shuffles of whole warps, halves, tiles, one fused instruction.
 #pragma once
 typedef signed char int8_t;
 typedef unsigned char uint8_t;
