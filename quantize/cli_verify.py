@@ -65,17 +65,18 @@ def verify(
     """
     from ..formats.hfq import open_hfq
     from ..kernels.host import open_backend
+    from ..verify.report import check_report, render
     from ..verify.run import verify as run
     from .verification import Wanted, request_of
 
+    if report is not None:
+        check_report(report)
     wanted = Wanted(source, imatrix, recipe, tokens, prompt, chat, token_file, sample, generate, dump_hidden)
     with open_hfq(file) as opened, open_backend(backend) as device:
         request = request_of(opened, wanted)
         verdict = run(opened, device, request, lambda stage: note(_line(stage)))
     result = verdict.as_json()
     if report is not None:
-        from ..verify.report import render
-
         report.write_text(render(result), encoding="utf-8")
     emit(result, as_json, _render)
     verdict.raise_if_failed()

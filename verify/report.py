@@ -8,11 +8,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..formats.errors import BackendError
+from ..formats.errors import BackendError, OutputError
 
 Verdict = Mapping[str, Any]
 _BLUE, _ORANGE, _GREY = "#2563a8", "#c2571a", "#8a8f98"
@@ -45,8 +47,16 @@ _FIGURES = (
 )
 
 
+def check_report(path: Path) -> None:
+    """Before the work: BackendError where matplotlib is missing, OutputError where the page's folder is."""
+    if find_spec("matplotlib") is None:
+        raise BackendError("--report needs matplotlib", hint="pip install matplotlib")
+    if not path.parent.is_dir():
+        raise OutputError(f"no such folder: {path.parent}", hint="make it, or give --report another path")
+
+
 def render(verdict: Verdict) -> str:
-    """The page for a verdict's JSON; BackendError where matplotlib is missing."""
+    """The page for a verdict's JSON; `check_report` comes first."""
     stages = {stage["stage"]: stage for stage in verdict["stages"]}
     word, kind = ("passed", "ok") if verdict["ok"] else ("failed", "bad")
     parts = [
@@ -137,10 +147,8 @@ def _figure(name: str, svg: str, caption: str) -> str:
 
 
 def _new(width: float, height: float) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BackendError("--report needs matplotlib", hint="pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

@@ -108,6 +108,7 @@ def test_a_truncated_file_is_bad_input(build: Build, capsys: pytest.CaptureFixtu
         (["--token-file", "./nowhere"], "cannot be read"),
         (["--imatrix", "./nowhere"], "cannot be read"),
         (["--recipe", "./nowhere"], "cannot be read"),
+        (["--report", "./nowhere/page.html"], "no such folder: nowhere"),
     ],
 )
 def test_options_that_cannot_be_used_are_exit_code_2_or_1(
@@ -116,6 +117,15 @@ def test_options_that_cannot_be_used_are_exit_code_2_or_1(
     assert run(["verify", str(build()), *options]) in (1, 2)
     err = capsys.readouterr().err
     assert text in err and "Traceback" not in err
+
+
+def test_a_report_that_cannot_be_drawn_is_refused_before_the_work(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mq_quant.verify.report.find_spec", lambda name: None)
+    assert run(["verify", str(build()), "--report", str(tmp_path / "r.html")]) in (1, 2)
+    err = capsys.readouterr().err
+    assert "--report needs matplotlib" in err and "structure" not in err
 
 
 def test_dumps_that_differ_are_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
