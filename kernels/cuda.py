@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..formats.errors import BackendError
 from .cache import cached, key
 from .gpu import Compiler, Driver, GpuBackend, compile_program, load_library
@@ -54,6 +56,8 @@ NVRTC = Compiler(
 )
 _HEADER = FOLDER / "include" / "cuda" / "hip" / "hip_runtime.h"
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
+_DYNAMIC_LDS = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_LDS_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -119,6 +123,7 @@ class CudaBackend(GpuBackend):
 
     name = "cuda"
     driver = DRIVER
+    turns = 2
 
     def _select(self) -> None:
         device, context = ctypes.c_int(), ctypes.c_void_p()
@@ -134,6 +139,8 @@ class CudaBackend(GpuBackend):
             numbers.append(str(value.value))
         self.arch = "sm_" + "".join(numbers)
         self._overlaps = int(numbers[0]) >= 9
+        self._written: frozenset[np.dtype[Any]] = frozenset()
+        self._lds: dict[Kernel, int] = {}
         self.device = f"{name.value.decode()} ({self.arch})"
 
     def _dispatch(
@@ -144,14 +151,32 @@ class CudaBackend(GpuBackend):
         values: Sequence[Any],
         lds: int,
     ) -> None:
-        """Kernels that await the one before them are launched while it ends."""
-        if not (self._overlaps and kernel.awaits):
+        """Kernels that await the one before them begin while it runs, unless it may write what they read before."""
+        written, self._written = self._written, kernel.written
+        lds += self._own_lds(kernel)
+        if not self._overlaps or kernel.early is None or kernel.early & written:
             super()._dispatch(kernel, grid, block, values, lds)
             return
         overlap = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
         config = _LaunchConfig(*grid, *block, lds, self._stream, ctypes.pointer(overlap), 1)
         function, none = self._function(kernel), ctypes.c_void_p(None)
         self.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments(values), none)
+
+    def _own_lds(self, kernel: Kernel) -> int:
+        """Bytes of dynamic LDS that a block of the kernel needs: its module says so in an int named after it."""
+        if kernel not in self._lds:
+            symbol, said = f"{kernel.name}_lds", ctypes.c_int(0)
+            function = self._function(kernel)
+            if f" {symbol} " in self.sources.text(kernel.module.file):
+                address, size = ctypes.c_void_p(), ctypes.c_size_t()
+                where = (ctypes.byref(address), ctypes.byref(size), self._modules[kernel.module])
+                self.call("cuModuleGetGlobal_v2", *where, symbol.encode())
+                self.call("cuMemcpyDtoH_v2", ctypes.byref(said), address, size)
+            if said.value:
+                for attribute, value in ((_DYNAMIC_LDS, said.value), (_LDS_CARVEOUT, 100)):
+                    self.call("cuFuncSetAttribute", function, ctypes.c_int(attribute), ctypes.c_int(value))
+            self._lds[kernel] = said.value
+        return self._lds[kernel]
 
     def _compile(self, module: Module) -> bytes:
         text, header = self.sources.text(module.file), _HEADER.read_text(encoding="utf-8")

@@ -84,10 +84,15 @@ DEVICE float load_f16(const uint8_t* p) { return half_to_float(load_u16(p)); }
 DEVICE uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
 #endif
 
-// A kernel that says this first may be launched while the one before it ends: nothing before it may touch what others write.
+// A kernel that awaits the one before it may be launched while that one runs, but not before all older ones are done. Until
+// then it writes nothing and reads only what is older (CudaBackend sees to it), through fetch_new where a launch made it.
 #ifndef MQ_AWAIT
 DEVICE void await_previous() {}
 #endif
+template <class T>
+DEVICE T fetch_new(const T* p) {
+  return *const_cast<const volatile T*>(p);    // not from a cache that a running kernel may have filled before
+}
 
 struct alignas(16) Quad {
   float v[4];
@@ -129,6 +134,21 @@ DEVICE void fetch_words(const uint8_t* p, uint32_t (&words)[N]) {
     } else {
       words[i] = fetch_u32(p + 4 * i);
       if (i + 1 < N) words[i + 1] = fetch_u32(p + 4 * i + 4);
+    }
+  }
+}
+
+// The same from LDS.
+template <int N>
+DEVICE void read_words(const uint8_t* p, uint32_t (&words)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += N % 2 ? 1 : 2) {
+    if constexpr (N % 2 == 0) {
+      const Pair pair = *reinterpret_cast<const Pair*>(p + 4 * i);
+      words[i] = pair.v[0];
+      words[i + 1] = pair.v[1];
+    } else {
+      words[i] = load_u32(p + 4 * i);
     }
   }
 }

@@ -5,6 +5,7 @@
 //   weights  the decoded elements, with the bits of blocks.py
 //   dot      their product with x, added to `sum`; affine formats take scale and zero out of it (x_sum is the sum of x)
 //   TILED    whether tile.h multiplies them: `pairs` gives them as halves, two a word, of each eight in the order `element`
+//   STAGE    groups of a row that experts' weights advance by in a ring (feed.h), where `read` is `load`; 0 without one
 // Alignment: 8 bytes for the MQ formats, 2 for Q8F16, else that of the value.
 #pragma once
 #include "device.h"
@@ -33,7 +34,7 @@ DEVICE uint32_t bits24(const uint32_t* words, int k) {
 }
 
 struct F32 {
-  static constexpr int BYTES = 1024, SLICE = 8, ROWS = 2, VALUE = 4;
+  static constexpr int BYTES = 1024, SLICE = 8, ROWS = 2, VALUE = 4, STAGE = 0;
   static constexpr bool TILED = false;
   struct Raw {
     float w[SLICE];
@@ -53,7 +54,7 @@ struct F32 {
 };
 
 struct F16 {
-  static constexpr int BYTES = 512, SLICE = 8, ROWS = 2, VALUE = 2;
+  static constexpr int BYTES = 512, SLICE = 8, ROWS = 2, VALUE = 2, STAGE = 0;
   static constexpr bool TILED = false;
   struct Raw {
     uint16_t bits[SLICE];
@@ -74,7 +75,7 @@ struct F16 {
 
 // Blocks of 34 bytes: f16 scale, 32 signed bytes; four lanes to a block.
 struct Q8F16 {
-  static constexpr int BYTES = 272, SLICE = 8, ROWS = 4, VALUE = 0;
+  static constexpr int BYTES = 272, SLICE = 8, ROWS = 4, VALUE = 0, STAGE = 0;
   static constexpr bool TILED = false;
   struct Raw {
     uint16_t scale, pairs[SLICE / 2];
@@ -105,7 +106,7 @@ struct Q8F16 {
 // A group as words: HEAD bytes of scale and zero or of levels, then the codes; a lane takes the head and WORDS words of codes.
 template <int HEAD, int WORDS>
 struct Packed {
-  static constexpr int BYTES = HEAD + 32 * WORDS, SLICE = 32, ROWS = 2, VALUE = 0;
+  static constexpr int BYTES = HEAD + 32 * WORDS, SLICE = 32, ROWS = 2, VALUE = 0, STAGE = 0;
   static constexpr bool TILED = false;
   struct Raw {
     uint32_t head[HEAD / 4], codes[WORDS];
@@ -114,6 +115,12 @@ struct Packed {
     Raw raw;
     fetch_words(group, raw.head);
     fetch_words(group + HEAD + 4 * WORDS * s, raw.codes);
+    return raw;
+  }
+  DEVICE Raw read(const uint8_t* group, int s) {
+    Raw raw;
+    read_words(group, raw.head);
+    read_words(group + HEAD + 4 * WORDS * s, raw.codes);
     return raw;
   }
 };
@@ -153,6 +160,7 @@ struct MQ6 : Affine<MQ6, 6> {
 
 // Groups of an ascending f16 codebook and codes: w = codebook[code].
 struct MQ2_Lloyd : Packed<8, 2> {
+  static constexpr int STAGE = 2;
 #ifdef MQ_TILE
   // Codes of one byte each, four at a time, become pairs of byte numbers: two levels of the codebook a permutation.
   static constexpr bool TILED = true;
@@ -187,6 +195,7 @@ struct MQ2_Lloyd : Packed<8, 2> {
 };
 
 struct MQ3_Lloyd : Packed<16, 3> {
+  static constexpr int STAGE = 2;
   // Eight codes of three bits, each in a nibble: the halves are moved apart, then their halves, then theirs.
   DEVICE uint32_t nibbles(uint32_t codes) {
     codes = (codes & 0xfff) + 16 * (codes & 0xfff000);

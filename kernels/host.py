@@ -78,6 +78,8 @@ class Backend(ABC):
     name: str
     device: str
     """The device in words, for reports."""
+    turns = 1
+    """How often a wave makes rows of an expert product whose weights run through a ring, which fills across turns."""
 
     @classmethod
     def available(cls) -> bool:

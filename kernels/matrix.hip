@@ -1,12 +1,16 @@
 // The kernels that read a quantised matrix, built once per format (FORMAT is a struct of formats.h): whole-tensor decode,
 // embedding rows, matrix-vector products, and the two expert products, which find their matrices through the routed ids.
-// Matrices are row-major payloads whose rows are whole groups of 256. A team of lanes walks along ROWS rows at a time, a
-// group a step, with the weights of the next step under way; how it multiplies is a struct of dot.h or tile.h.
+// Matrices are row-major payloads whose rows are whole groups of 256. A team of lanes walks along ROWS rows at a time, in
+// steps; how it multiplies is a struct of dot.h or tile.h, how the weights come one of feed.h.
 #include "dot.h"
 #include "tile.h"
-#ifdef MQ_RESIDENT    // registers are kept to what this many threads of a multiprocessor leave
+#include "feed.h"
+#ifdef MQ_RESIDENT    // registers are kept to what this many threads of a multiprocessor leave, and change places in two steps
 #undef KERNEL
 #define KERNEL(threads) extern "C" __global__ void MQ_RESIDENT(threads, 768 / threads)
+constexpr int UNROLLED = 2;
+#else
+constexpr int UNROLLED = 1;
 #endif
 
 constexpr int SLICE = FORMAT::SLICE, ROWS = FORMAT::ROWS;
@@ -17,6 +21,10 @@ constexpr int CHUNK = 12;                    // groups of x in LDS at a time
 using Dot = Either<FORMAT::TILED, TileDot<FORMAT>, LaneDot<FORMAT>>::Type;
 #else
 using Dot = LaneDot<FORMAT>;
+#endif
+#ifdef MQ_RING    // bytes of dynamic LDS that a block of a kernel needs: CudaBackend reads them
+extern "C" __device__ int expert_gate_up_lds = FORMAT::STAGE > 0 ? 12 * Ring<FORMAT, 2>::LDS_BYTES : 0;
+extern "C" __device__ int expert_down_lds = FORMAT::STAGE > 0 ? 12 * Ring<FORMAT, 1>::LDS_BYTES : 0;
 #endif
 constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
 
@@ -36,42 +44,58 @@ DEVICE void stage_x(float* staged, const float* x, int first, int groups) {
   }
 }
 
-// The product of row s / (TEAM / ROWS) with x, for lane s of the team. Every thread of the block calls it, after stage_x of
-// the first groups. The order of sums is the same for any grid.
-DEVICE float dot_rows(const uint8_t* const (&row)[ROWS], const float* x, int groups, float* staged) {
-  Dot dot;
-  typename FORMAT::Raw raw[ROWS];
+// The rows of this lane's team, of a grid whose blocks of x share all rows.
+template <int MATRICES>
+DEVICE Rows<FORMAT, MATRICES> share_of(const uint8_t* const (&matrix)[MATRICES], int rows, int groups) {
+  Rows<FORMAT, MATRICES> share;
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) raw[r] = FORMAT::load(row[r], slice());
-  if constexpr (Dot::STAGE > 0) __syncthreads();
-  for (int first = 0; first < groups; first += CHUNK) {
-    if (Dot::STAGE > 0 && first > 0) {
-      __syncthreads();    // the groups before are read
-      stage_x(staged, x, first, groups);
-      __syncthreads();
-    }
-    const int count = min(CHUNK, groups - first);
-#pragma unroll 2    // the weights of the next step change places
-    for (int g = 0; g < count; g++) {
-      typename FORMAT::Raw next[ROWS];
-      const int after = min(first + g + 1, groups - 1);
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) next[r] = FORMAT::load(row[r] + after * FORMAT::BYTES, slice());
-      dot.add(raw, staged + g * Dot::STAGE, x + (first + g) * GROUP);
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) raw[r] = next[r];
-    }
-  }
-  return dot.total();
+  for (int m = 0; m < MATRICES; m++) share.matrix[m] = matrix[m];
+  share.rows = rows;
+  share.groups = groups;
+  share.first = (blockIdx.x * teams() + team()) * share.PER;
+  share.stride = gridDim.x * teams() * share.PER;
+  return share;
 }
 
-DEVICE const uint8_t* row_of(const uint8_t* matrix, int row, int rows, int groups) {
-  return matrix + (int64_t)min(row, rows - 1) * groups * FORMAT::BYTES;    // past the end: the last row, never stored
+// out[m] f32 [rows] = matrix m · x, of the share that the feed was made for. Every thread of the block calls it. The order
+// of sums is the same for any grid.
+template <int MATRICES, class Feed>
+DEVICE void multiply(float* const (&out)[MATRICES], const Rows<FORMAT, MATRICES>& share, Feed& feed, const float* x,
+                     float* staged) {
+  constexpr int PER = Rows<FORMAT, MATRICES>::PER;
+  const int groups = share.groups, kept = slice() / (TEAM / ROWS);
+  stage_x(staged, x, 0, groups);
+  if constexpr (Dot::STAGE > 0) __syncthreads();
+  int row = share.first + kept % PER;
+  for (int done = 0; done < share.rows; done += share.stride, row += share.stride) {
+    if (done > 0) feed.next_turn();
+    Dot dot;
+    for (int first = 0; first < groups; first += CHUNK) {
+      if (Dot::STAGE > 0 && groups > CHUNK && first + done > 0) {
+        __syncthreads();    // the groups before are read
+        stage_x(staged, x, first, groups);
+        __syncthreads();
+      }
+      const int count = min(CHUNK, groups - first);
+#pragma unroll(Feed::STEP == 1 ? UNROLLED : 1)
+      for (int g = 0; g < count; g += Feed::STEP) {
+        feed.next();
+#pragma unroll
+        for (int i = 0; i < Feed::STEP; i++) {
+          typename FORMAT::Raw raw[ROWS];
+          feed.read(i, raw);
+          dot.add(raw, staged + (g + i) * Dot::STAGE, x + (first + g + i) * GROUP);
+        }
+      }
+    }
+    const float total = dot.total();
+    if (slice() % (TEAM / ROWS) == 0 && row < share.rows) (kept < PER ? out[0] : out[MATRICES - 1])[row] = total;
+  }
 }
 
 // The offset of a slot's expert matrix, or -1 where the id is out of range or that expert is not loaded.
 DEVICE int64_t expert_offset(const int64_t* offsets, int expert, int experts) {
-  return expert >= 0 && expert < experts ? offsets[expert] : -1;
+  return expert >= 0 && expert < experts ? fetch_new(offsets + expert) : -1;
 }
 
 // Formats of single values may end within a lane's slice; the others have no element there.
@@ -118,67 +142,70 @@ KERNEL(128) embed(float* __restrict__ out, const uint8_t* __restrict__ table, co
 // out f32 [tokens, rows] = matrix [rows, cols] · x f32 [tokens, cols]. Grid (blocks of rows, tokens).
 KERNEL(128) matvec(float* __restrict__ out, const uint8_t* __restrict__ matrix, const float* __restrict__ x, int rows,
                    int groups) {
-  await_previous();
   LDS(float, staged, STAGES);
-  x += (int64_t)blockIdx.y * groups * GROUP;
-  stage_x(staged, x, 0, groups);
-  const int first = (blockIdx.x * teams() + team()) * ROWS;
-  const uint8_t* row[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) row[r] = row_of(matrix, first + r, rows, groups);
-  const float dot = dot_rows(row, x, groups, staged);
-  const int mine = first + slice() / (TEAM / ROWS);
-  if (slice() % (TEAM / ROWS) == 0 && mine < rows) out[(int64_t)blockIdx.y * rows + mine] = dot;
+  const Rows<FORMAT, 1> share = share_of<1>({matrix}, rows, groups);
+  Direct<FORMAT, 1> feed(share);
+  await_previous();
+  multiply<1>({out + (int64_t)blockIdx.y * rows}, share, feed, x + (int64_t)blockIdx.y * groups * GROUP, staged);
+}
+
+// What `multiply` does, with weights that are on their way before the kernel awaits the one before it.
+template <int MATRICES>
+DEVICE void await_and_multiply(float* const (&out)[MATRICES], const Rows<FORMAT, MATRICES>& share, const float* x,
+                               float* staged) {
+#ifdef MQ_RING
+  if constexpr (FORMAT::STAGE > 0) {
+    HIP_DYNAMIC_SHARED(Quad, rings)
+    if (Ring<FORMAT, MATRICES>::fits(share)) {
+      Ring<FORMAT, MATRICES> feed(share, reinterpret_cast<uint8_t*>(rings));
+      await_previous();
+      multiply(out, share, feed, x, staged);
+      return;
+    }
+  }
+#endif
+  Direct<FORMAT, MATRICES> feed(share);
+  await_previous();
+  multiply(out, share, feed, x, staged);
+}
+
+// An expert that is not loaded gives NaN.
+DEVICE void not_loaded(float* out, int rows) {
+  for (int row = blockIdx.x * blockDim.x + threadIdx.x; row < rows; row += gridDim.x * blockDim.x) out[row] = not_a_number();
 }
 
 // gate, up f32 [tokens, slots, rows] = W1, W3 of expert ids[t, slot] · x f32 [tokens, cols]. Expert e's matrices [rows, cols]
-// lie at gate_at[e] and up_at[e] bytes in the two buffers (which may be one); an expert that is not loaded (-1) gives NaN.
-// Grid (blocks of rows, slots, tokens); a team makes ROWS / 2 rows of each matrix from one read of x.
-KERNEL(256) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, const uint8_t* __restrict__ gate_matrices,
+// lie at gate_at[e] and up_at[e] bytes in the two buffers (which may be one), or at -1. Grid (blocks of rows, slots, tokens);
+// a team makes ROWS / 2 rows of each matrix from one read of x.
+KERNEL(384) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, const uint8_t* __restrict__ gate_matrices,
                            const int64_t* __restrict__ gate_at, const uint8_t* __restrict__ up_matrices,
                            const int64_t* __restrict__ up_at, const int32_t* __restrict__ ids,
                            const float* __restrict__ x, int experts, int rows, int groups) {
-  await_previous();
   LDS(float, staged, STAGES);
-  constexpr int PAIR = ROWS / 2;
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
-  const int id = ids[slot];
-  x += (int64_t)blockIdx.z * groups * GROUP;
-  stage_x(staged, x, 0, groups);
-  const int first = (blockIdx.x * teams() + team()) * PAIR;
-  const int64_t at[2] = {expert_offset(gate_at, id, experts), expert_offset(up_at, id, experts)};
-  float dot = not_a_number();
-  if (at[0] >= 0 && at[1] >= 0) {    // the same for the whole block, so that barriers stay whole
-    const uint8_t* row[ROWS];
-#pragma unroll
-    for (int r = 0; r < PAIR; r++) {
-      row[r] = row_of(gate_matrices + at[0], first + r, rows, groups);
-      row[PAIR + r] = row_of(up_matrices + at[1], first + r, rows, groups);
-    }
-    dot = dot_rows(row, x, groups, staged);
+  const int id = fetch_new(ids + slot);
+  const int64_t first = expert_offset(gate_at, id, experts), second = expert_offset(up_at, id, experts);
+  float* const out[2] = {gate + slot * rows, up + slot * rows};
+  if (first < 0 || second < 0) {    // the same for the whole block
+    await_previous();
+    for (int m = 0; m < 2; m++) not_loaded(out[m], rows);
+    return;
   }
-  const int kept = slice() / (TEAM / ROWS), mine = first + kept % PAIR;
-  if (slice() % (TEAM / ROWS) == 0 && mine < rows) (kept < PAIR ? gate : up)[slot * rows + mine] = dot;
+  const Rows<FORMAT, 2> share = share_of<2>({gate_matrices + first, up_matrices + second}, rows, groups);
+  await_and_multiply<2>(out, share, x + (int64_t)blockIdx.z * groups * GROUP, staged);
 }
 
 // out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid (blocks of rows, slots, tokens).
-KERNEL(256) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices, const int64_t* __restrict__ at,
+KERNEL(384) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices, const int64_t* __restrict__ at,
                         const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows, int groups) {
-  await_previous();
   LDS(float, staged, STAGES);
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
-  const int id = ids[slot];
-  x += slot * groups * GROUP;
-  stage_x(staged, x, 0, groups);
-  const int first = (blockIdx.x * teams() + team()) * ROWS;
-  const int64_t offset = expert_offset(at, id, experts);
-  float dot = not_a_number();
-  if (offset >= 0) {
-    const uint8_t* row[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) row[r] = row_of(matrices + offset, first + r, rows, groups);
-    dot = dot_rows(row, x, groups, staged);
+  const int64_t offset = expert_offset(at, fetch_new(ids + slot), experts);
+  if (offset < 0) {
+    await_previous();
+    not_loaded(out + slot * rows, rows);
+    return;
   }
-  const int mine = first + slice() / (TEAM / ROWS);
-  if (slice() % (TEAM / ROWS) == 0 && mine < rows) out[slot * rows + mine] = dot;
+  const Rows<FORMAT, 1> share = share_of<1>({matrices + offset}, rows, groups);
+  await_and_multiply<1>({out + slot * rows}, share, x + slot * groups * GROUP, staged);
 }

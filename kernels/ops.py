@@ -23,6 +23,8 @@ GROUP = 256
 MAX_HEAD_DIM = 256
 _LANES = {"F32": (8, 2), "F16": (8, 2), "Q8F16": (8, 4)}
 """(SLICE, ROWS) of a format's struct in formats.h where they are not (32, 2)."""
+_RINGED = ("MQ2-Lloyd", "MQ3-Lloyd")
+"""Formats whose experts' weights run through a ring in LDS, where a back end has one."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ def expert_gate_up(
     _fits(w3.offsets, "offsets of w3", w1.offsets.shape)
     gate = backend.alloc((tokens, slots, w1.rows), np.float32)
     up = backend.alloc((tokens, slots, w1.rows), np.float32)
-    grid = (_ceil(w1.rows, _block_rows(backend, "expert_gate_up", w1.format) // 2), slots, tokens)
+    grid = (_expert_blocks(backend, "expert_gate_up", w1, 2), slots, tokens)
     args = (gate, up, w1.data, w1.offsets, w3.data, w3.offsets, ids, x)
     _launch(backend, "expert_gate_up", grid, (*args, w1.offsets.size, w1.rows, w1.cols // GROUP), w1.format)
     return gate, up
@@ -258,7 +260,7 @@ def expert_down(backend: Backend, w2: Experts, ids: Buffer, x: Buffer, out: Buff
     tokens, slots = _shape(ids, "ids", 2)
     _fits(x, "x", (tokens, slots, w2.cols))
     out = _out(backend, out, (tokens, slots, w2.rows), np.float32)
-    grid = (_ceil(w2.rows, _block_rows(backend, "expert_down", w2.format)), slots, tokens)
+    grid = (_expert_blocks(backend, "expert_down", w2, 1), slots, tokens)
     args = (out, w2.data, w2.offsets, ids, x, w2.offsets.size, w2.rows, w2.cols // GROUP)
     _launch(backend, "expert_down", grid, args, w2.format)
     return out
@@ -294,6 +296,12 @@ def _block_rows(backend: Backend, name: str, fmt: str) -> int:
     """Rows that a block of the kernel makes: some for every GROUP / slice lanes."""
     lanes, rows = _LANES.get(fmt, (32, 2))
     return backend.kernel(name, fmt).threads * lanes // GROUP * rows
+
+
+def _expert_blocks(backend: Backend, name: str, w: Experts, matrices: int) -> int:
+    """Blocks to an expert's rows, of each of one or two matrices."""
+    turns = backend.turns if w.format in _RINGED else 1
+    return _ceil(w.rows, _block_rows(backend, name, w.format) // matrices * turns)
 
 
 def _ceil(n: int, by: int) -> int:

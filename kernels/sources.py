@@ -8,7 +8,7 @@ formats.blocks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,10 @@ PER_FORMAT: Mapping[str, tuple[str, ...]] = {
     "encode_codes.hip": _BOOKS + _GRIDS,
 }
 """Sources that are built once per block format, with their formats."""
-_KERNEL = re.compile(r"^KERNEL\((\d+)\)\s*(\w+)\(([^)]*)\) \{(\s*await_previous\(\);)?", re.MULTILINE)
+_KERNEL = re.compile(
+    r"^KERNEL\((\d+)\)\s*(\w+)\(([^)]*)\) \{(.*?)(?=^\}|^KERNEL|\Z)", re.MULTILINE | re.DOTALL
+)
+_AWAIT = re.compile(r"\bawait_\w+")
 _PARAMETER = re.compile(r"(const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)")
 _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
 
@@ -73,19 +76,24 @@ class Module:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One kernel of one module; `threads` is the block size it is written for, `awaits` whether it first waits for the
-    kernel before it. Compared by identity: a quick key.
+    """One kernel of one module; `threads` is the block size it is written for, `early` the types of the buffers that it
+    reads before it awaits the kernel before it, None where it does not. Compared by identity: a quick key.
     """
 
     module: Module
     name: str
     threads: int
     parameters: tuple[Parameter, ...]
-    awaits: bool = False
+    early: frozenset[np.dtype[Any]] | None = None
 
     @property
     def label(self) -> str:
         return f"{self.name}[{self.module.format}]" if self.module.format else self.name
+
+    @property
+    def written(self) -> frozenset[np.dtype[Any]]:
+        """The types of the buffers that it writes."""
+        return frozenset(p.dtype for p in self.parameters if p.written)
 
 
 @dataclass(frozen=True)
@@ -124,11 +132,11 @@ class Sources:
         found: dict[tuple[str, str | None], Kernel] = {}
         for path in sorted(self.folder.glob("*.hip")):
             formats: tuple[str | None, ...] = self.per_format.get(path.name, (None,))
-            for name, threads, parameters, awaits in signatures(self._read(path.name), path):
+            for name, threads, parameters, early in signatures(self._read(path.name), path):
                 for fmt in formats:
                     if (name, fmt) in found:
                         raise BackendError(f"kernel {name} is defined twice", file=path)
-                    found[name, fmt] = Kernel(Module(path.name, fmt), name, threads, parameters, awaits)
+                    found[name, fmt] = Kernel(Module(path.name, fmt), name, threads, parameters, early)
         return found
 
     def kernel(self, name: str, fmt: str | None = None) -> Kernel:
@@ -147,12 +155,25 @@ class Sources:
         return out
 
 
-def signatures(text: str, file: Path) -> list[tuple[str, int, tuple[Parameter, ...], bool]]:
-    """(name, block size, parameters, whether it awaits) of every KERNEL; BackendError for a type outside the tables."""
-    return [
-        (m[2], int(m[1]), tuple(_parameter(p, file) for p in m[3].split(",")), m[4] is not None)
-        for m in _KERNEL.finditer(text)
-    ]
+def signatures(
+    text: str, file: Path
+) -> list[tuple[str, int, tuple[Parameter, ...], frozenset[np.dtype[Any]] | None]]:
+    """(name, block size, parameters, types read before it awaits) of every KERNEL; BackendError for a type outside
+    the tables.
+    """
+    found = []
+    for match in _KERNEL.finditer(text):
+        parameters = tuple(_parameter(p, file) for p in match[3].split(","))
+        found.append((match[2], int(match[1]), parameters, _early(match[4], parameters)))
+    return found
+
+
+def _early(body: str, parameters: Sequence[Parameter]) -> frozenset[np.dtype[Any]] | None:
+    """The types of the buffers to read that a body names before it last awaits; None where it never does."""
+    if not (awaits := list(_AWAIT.finditer(body))):
+        return None
+    named = set(re.findall(r"\w+", body[: awaits[-1].start()]))
+    return frozenset(p.dtype for p in parameters if p.pointer and not p.written and p.name in named)
 
 
 def _parameter(text: str, file: Path) -> Parameter:

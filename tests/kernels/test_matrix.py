@@ -112,7 +112,8 @@ def expert_case(backend, payload, rng, fmt, count, rows, cols):
 
 @pytest.mark.parametrize("fmt", EXPERT_FORMATS)
 @pytest.mark.parametrize(
-    ("rows", "cols", "count", "slots"), [(7, 256, 3, 1), (37, 768, 11, 4), (18, 3072, 5, 5)]
+    ("rows", "cols", "count", "slots"),
+    [(7, 256, 3, 1), (37, 768, 11, 4), (18, 3072, 5, 5), (230, 1536, 3, 2)],
 )
 def test_experts_are_found_through_the_routed_ids(backend, payload, rng, fmt, rows, cols, count, slots):
     w1, v1, loaded = expert_case(backend, payload, rng, fmt, count, rows, cols)

@@ -38,8 +38,8 @@ def test_every_kernel_of_the_sources_is_found():
 
 def test_a_signature_is_read_with_types_and_who_writes():
     text = "KERNEL(64) k(float* __restrict__ out, const uint8_t* x,\n    int64_t n, int m, float eps) {"
-    [(name, threads, parameters, awaits)] = signatures(text, Path("k.hip"))
-    assert (name, threads, awaits) == ("k", 64, False)
+    [(name, threads, parameters, early)] = signatures(text, Path("k.hip"))
+    assert (name, threads, early) == ("k", 64, None)
     assert [(p.name, p.ctype, p.dtype, p.written) for p in parameters] == [
         ("out", "float*", "float32", True),
         ("x", "const uint8_t*", "uint8", False),
@@ -49,12 +49,34 @@ def test_a_signature_is_read_with_types_and_who_writes():
     ]
 
 
-def test_only_what_a_kernel_says_first_makes_it_await_the_one_before():
-    text = "KERNEL(64) a(int n) {\n  await_previous();\n}\nKERNEL(64) b(int n) {\n  work();\n  await_previous();\n}\n"
-    assert [(name, awaits) for name, _, _, awaits in signatures(text, Path("k.hip"))] == [
-        ("a", True),
-        ("b", False),
-    ]
+def test_what_a_kernel_reads_before_it_awaits_is_known_by_type():
+    text = """
+KERNEL(64) none(float* out, const int32_t* ids) {
+  out[0] = ids[0];
+}
+KERNEL(64) first(float* out, const int32_t* ids) {
+  await_previous();
+  out[0] = ids[0];
+}
+KERNEL(64) later(float* out, const uint8_t* w, const int32_t* ids, const float* x, int n) {
+  float* mine = out + n;
+  if (ids[0] < n) {
+    await_previous();
+    return;
+  }
+  fetch(w);
+  await_and_multiply(mine, x);
+}
+"""
+    early = {name: types for name, _, _, types in signatures(text, Path("k.hip"))}
+    assert early == {"none": None, "first": frozenset(), "later": {np.dtype("uint8"), np.dtype("int32")}}
+
+
+def test_no_kernel_may_begin_before_what_writes_its_weights_or_ids_is_done():
+    kernels = Sources().kernels.values()
+    expert = next(k for k in kernels if k.name == "expert_gate_up")
+    assert {k.name for k in kernels if expert.early & k.written} >= {"router_top_k", "pack"}
+    assert not any(expert.early & k.written for k in kernels if k.name in ("scale_rotate", "silu_mul_rotate"))
 
 
 @pytest.mark.parametrize("argument", ["double x", "float** x", "unsigned n", "const float& x", "float"])

@@ -35,8 +35,8 @@ static __device__ __forceinline__ float half_to_float(uint16_t bits) {
 #define MQ_AWAIT
 static __device__ __forceinline__ void await_previous() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");    // the next one may begin, now that all before this one is done
 #endif
 }
 // One instruction picks four of eight bytes by nibbles.
@@ -102,3 +102,17 @@ static __device__ __forceinline__ uint32_t fetch_u32(const uint8_t* p) {
 static __device__ __forceinline__ void fetch_pair(const uint8_t* p, uint32_t& a, uint32_t& b) {
   asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(p));
 }
+// Copies of 16 bytes from memory into LDS that go on while the lane does; batches of a lane's copies end in order.
+#if __CUDA_ARCH__ >= 800
+#define MQ_RING
+typedef uint32_t LdsAddress;
+static __device__ __forceinline__ LdsAddress lds_address(const uint8_t* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+static __device__ __forceinline__ void copy_quad(LdsAddress lds, const uint8_t* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(lds), "l"(from) : "memory");
+}
+static __device__ __forceinline__ void close_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER>
+static __device__ __forceinline__ void await_batches() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+#endif
