@@ -72,11 +72,12 @@ KERNEL(32) residual_rows(float* __restrict__ errors, const float* __restrict__ r
   store_group(errors + at * GROUP, e);
 }
 
-// Multiplies the levels by (yᵀH y) / (yᵀH ŷ), or by 1 where that is beyond 2 or not positive. `dense` says that pulled holds
-// H·y; otherwise H is diagonal, `weights` in the basis before the rotation, and pulled is not read. Grid (rows, groups).
+// Multiplies the levels by what lloyd.encode.tempered_gains makes of (yᵀH y) / (yᵀH ŷ), or of 1 where that is beyond 2 or not
+// positive; `noise` is 1 minus the gain there. `dense` says that pulled holds H·y; otherwise H is diagonal, `weights` in the
+// basis before the rotation, and pulled is not read. Grid (rows, groups).
 KERNEL(32) apply_gain(float* __restrict__ params, const float* __restrict__ rows, const uint8_t* __restrict__ codes,
                       const float* __restrict__ weights, const float* __restrict__ pulled,
-                      const float* __restrict__ signs, int dense, int groups, int first) {
+                      const float* __restrict__ signs, int dense, float noise, int groups, int first) {
   LDS(float, left, GROUP);
   LDS(float, right, 2 * GROUP);
   const int group = first + blockIdx.y, t = lane();
@@ -113,7 +114,7 @@ KERNEL(32) apply_gain(float* __restrict__ params, const float* __restrict__ rows
   sum = sum + __shfl_xor(sum, 2);
   const float whole = __shfl(sum, 0), kept = whole - __shfl(sum, 4);
   const float gain = kept > 0.5f * whole ? whole / kept : 1.0f;
-  if (t < PARAMS) param[t] = stored_level(param[t] * gain);
+  if (t < PARAMS) param[t] = stored_level(param[t] * (gain / (1.0f + noise * (gain - 1.0f))));
 }
 
 // The payload: BYTES per group, params already in the format's precision. Grid (rows · groups).

@@ -159,7 +159,7 @@ class Encoder:
         fit: str,
         scale: F32 | None = None,
         hessian: HostHessian | None = None,
-        gain: bool = True,
+        gain: float = 1.0,
         out: U8 | None = None,
     ) -> U8:
         """Payload u8 [bytes] of weights f32 [R, K] multiplied by scale f32 [K] and rotated; K a multiple of 256.
@@ -244,7 +244,7 @@ class Encoder:
         args = (work.params, int(fitted), work.count, work.groups, first)
         self._launch("round_levels", grid, args, work.fmt)
 
-    def _fit(self, work: _Work, h: _Hessian, gain: bool) -> None:
+    def _fit(self, work: _Work, h: _Hessian, gain: float) -> None:
         """Codes and stored levels of all groups under their Hessians."""
         white = h.of.white
         if not h.answers:
@@ -255,7 +255,7 @@ class Encoder:
             self._initial(work, g, white[g : g + 1])
             self._fit_groups(work, h, g, 1, gain)
 
-    def _fit_groups(self, work: _Work, h: _Hessian, first: int, number: int, gain: bool) -> None:
+    def _fit_groups(self, work: _Work, h: _Hessian, first: int, number: int, gain: float) -> None:
         fmt, shape = work.fmt, (work.count, work.groups, first)
         grid = (work.tiles, number)
         pulled = work.rows
@@ -274,7 +274,7 @@ class Encoder:
         # The gain comes last and is not answered by later groups, as on the CPU.
         if gain:
             args = (work.params, work.rows, work.codes, h.weights, pulled, self._signs, int(h.of.dense))
-            self._launch("apply_gain", (work.count, number), (*args, work.groups, first), fmt)
+            self._launch("apply_gain", (work.count, number), (*args, 1 - gain, work.groups, first), fmt)
 
     def _descend(self, work: _Work, h: _Hessian, turn: int, share: float, first: int, number: int) -> None:
         fmt, turned = work.fmt, work.rows

@@ -57,11 +57,12 @@ def _q8(groups: F32) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
 
 
 def encode_rotated(
-    rows: F32, fmt: Format, fit: Fit, hessian: RowHessian | None = None, gain: bool = True
+    rows: F32, fmt: Format, fit: Fit, hessian: RowHessian | None = None, gain: float = 1.0
 ) -> U8:
     """Payload u8 [bytes] of rotated rows f32 [R, K], K a multiple of 256, group by group along each row.
 
-    `hessian` serves the `hessian` fit only, which without one rounds as `exact` does; `gain` switches its last step.
+    `hessian` serves the `hessian` fit only, which without one rounds as `exact` does; `gain` is how far its last step
+    goes from least squares, 0, to unbiased levels, 1 (see tempered_gains).
     """
     if not isinstance(fmt, LloydFormat | AffineFormat):
         raise TypeError(f"{fmt.name} is not a rotated format")
@@ -79,13 +80,23 @@ def encode_rotated(
                 compensate(rows, g, rows[:, column : column + GROUP] - decoded, hessian.answers)
             # The gain comes last and is not answered by later groups: it is a wanted departure from least squares.
             if gain:
-                stored = _stored(fmt, stored * gains[:, None])
+                stored = _stored(fmt, stored * tempered_gains(gains, gain)[:, None])
             out[:, g] = _pack(fmt, stored, codes)
     else:
         plain: Fit = "exact" if fit == "hessian" else fit
         for g in range(groups):
             out[:, g] = _plain_group(rows, g * GROUP, fmt, plain, codes)
     return out.reshape(-1)
+
+
+def tempered_gains(unbiased: F32, gain: float) -> F32:
+    """Factors f32 for levels, from those that make them unbiased, 1 / (1 - D) for levels that lose a share D of the energy.
+
+    Least squares give ŷ = (1 - D)·y and noise of variance D (1 - D)·y². Where a share ρ of the noise counts, since the
+    rest averages out, c·ŷ is nearest to y in the mean at c = 1 / (1 - D (1 - ρ)); `gain` is 1 - ρ.
+    """
+    one = np.float32(1)
+    return np.asarray(unbiased / (one + np.float32(1 - gain) * (unbiased - one)), np.float32)
 
 
 def _plain_group(rows: F32, column: int, fmt: LloydFormat | AffineFormat, fit: Fit, codes: U8) -> U8:

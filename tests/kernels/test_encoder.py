@@ -52,7 +52,7 @@ def hessians(kind: str) -> tuple[RowHessian | None, HostHessian | None]:
     return from_weights(weights_of(kind)), on_device(weights_of(kind))
 
 
-def assert_equal_bytes(encoder: Encoder, weights: np.ndarray, fmt, kind: str, gain: bool = True) -> None:
+def assert_equal_bytes(encoder: Encoder, weights: np.ndarray, fmt, kind: str, gain: float = 1.0) -> None:
     host, device = hessians(kind)
     fit = "hessian" if host else "exact"
     want = encode_rotated(rotate(weights), fmt, fit, host, gain)
@@ -74,7 +74,9 @@ def test_hostile_rows_give_the_same_bytes(encoder, fmt, kind):
     few = np.round(np.float32(heavy_rows(11, K)))
     for weights in (rows, unrotate(rows), unrotate(few), few[:, ::-1]):
         with np.errstate(all="ignore"):
-            assert_equal_bytes(encoder, np.ascontiguousarray(weights), fmt, kind, gain=len(weights) != 11)
+            assert_equal_bytes(
+                encoder, np.ascontiguousarray(weights), fmt, kind, gain=0.9375 if len(weights) == 11 else 1
+            )
 
 
 @pytest.mark.parametrize("fmt", [MQ2_LLOYD, MQ4], ids=lambda f: f.name)

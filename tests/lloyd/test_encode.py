@@ -21,7 +21,7 @@ from mq_quant.formats.blocks import (
 )
 from mq_quant.formats.errors import WeightError
 from mq_quant.formats.fwht import rotate, unrotate
-from mq_quant.lloyd.encode import Fit, encode_plain, encode_rotated
+from mq_quant.lloyd.encode import Fit, encode_plain, encode_rotated, tempered_gains
 from mq_quant.lloyd.whole_row import RowHessian, from_weights
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/encode_vectors.npz")
@@ -30,7 +30,7 @@ FITS: tuple[Fit, ...] = ("reference", "exact", "hessian")
 
 
 def encode(
-    rows: np.ndarray, fmt: Format, fit: Fit, hessian: RowHessian | None = None, gain: bool = True
+    rows: np.ndarray, fmt: Format, fit: Fit, hessian: RowHessian | None = None, gain: float = 1.0
 ) -> np.ndarray:
     if fit == "hessian" and hessian is None:
         hessian = from_weights(unequal_weights(0.8, width=rows.shape[1]))
@@ -66,7 +66,7 @@ def assert_sound(payload: np.ndarray, fmt: Format, rows: np.ndarray) -> np.ndarr
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_groups_give_finite_ascending_levels(kind: str, fmt: Format, fit: Fit) -> None:
     rows = HOSTILE[kind].astype(np.float32)
-    for gain in (True, False):
+    for gain in (1, 0.5, 0):
         decoded = assert_sound(encode(rows, fmt, fit, gain=gain), fmt, rows)
         if kind in ("zero", "minus zero"):
             assert not decoded.any()
@@ -194,7 +194,7 @@ def output_error(rows: np.ndarray, payload: np.ndarray, fmt: Format, weights: np
 def test_the_hessian_fit_loses_less_of_the_output(fmt: Format, sigma: float) -> None:
     rows, weights = heavy_rows(48, 512, seed=2), unequal_weights(sigma, width=512)
     found = {
-        fit: output_error(rows, encode(rows, fmt, fit, from_weights(weights), gain=False), fmt, weights)
+        fit: output_error(rows, encode(rows, fmt, fit, from_weights(weights), gain=0), fmt, weights)
         for fit in FITS
     }
     assert found["hessian"].sum() < {0.3: 0.97, 0.6: 0.85, 1.0: 0.66}[sigma] * found["exact"].sum()
@@ -214,12 +214,28 @@ def slope(rows: np.ndarray, payload: np.ndarray, fmt: Format, weights: np.ndarra
 def test_the_gain_makes_levels_unbiased_and_moves_no_code(fmt: Format) -> None:
     rows, weights = heavy_rows(33, 512, seed=3), unequal_weights(0.7, width=512)
     hessian = from_weights(weights)
-    plain, unbiased = (encode(rows, fmt, "hessian", hessian, gain) for gain in (False, True))
+    plain, half, unbiased = (encode(rows, fmt, "hessian", hessian, gain) for gain in (0, 0.5, 1))
     np.testing.assert_array_equal(codes_of(plain, fmt), codes_of(unbiased, fmt))
+    np.testing.assert_array_equal(codes_of(plain, fmt), codes_of(half, fmt))
     tolerance = 1e-3 if isinstance(fmt, LloydFormat) else 1e-4
     np.testing.assert_allclose(slope(rows, unbiased, fmt, weights), 1, atol=tolerance)
     before = slope(rows, plain, fmt, weights)
+    lost = 1 - before
+    np.testing.assert_allclose(slope(rows, half, fmt, weights), before / (1 - lost / 2), atol=tolerance)
     assert before.mean() < 1 - 0.3 * 10 ** (-{4: 0.95, 8: 1.5, 16: 2.1, 64: 3.2}[fmt.levels])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0625, 0.5, 1.0])
+def test_a_tempered_gain_is_the_best_factor_where_a_share_of_the_noise_counts(share: float) -> None:
+    """ŷ = (1 - D) y + n with E[n²] = D (1 - D) E[y²]; the error is the bias and that share of the noise."""
+    lost = np.array([0.01, 0.1, 0.4])
+    found = tempered_gains((1 / (1 - lost)).astype(np.float32), 1 - share).astype(np.float64)
+
+    def error(c: np.ndarray) -> np.ndarray:
+        return (1 - c * (1 - lost)) ** 2 + share * c**2 * lost * (1 - lost)
+
+    for other in (0.99, 1.01):
+        assert (error(found) < error(other * found)).all()
 
 
 @pytest.mark.parametrize("fit", FITS)

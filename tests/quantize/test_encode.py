@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ from mq_quant.formats.blocks import BY_NAME, MQ2_LLOYD, MQ3_LLOYD, MQ4, MQ6, Aff
 from mq_quant.formats.errors import WeightError
 from mq_quant.formats.fwht import rotate
 from mq_quant.formats.minimax import expert_name, parse_config
-from mq_quant.quantize.encode import ALPHA_GRID, FitSettings, LayerEncoder, encode_matrix, row_hessian
+from mq_quant.quantize.encode import (
+    ALPHA_GRID,
+    LONE_NOISE,
+    FitSettings,
+    LayerEncoder,
+    encode_matrix,
+    row_hessian,
+)
 
 HIDDEN, INTER, EXPERTS = 512, 256, 3
 CONFIG = parse_config(small_model.CONFIG | {"hidden_size": HIDDEN, "intermediate_size": INTER})
@@ -25,6 +33,7 @@ CHANNELS["w3"] = CHANNELS["w1"]
 WEIGHTS = [
     {p: RANDOM.standard_t(4, shape).astype(np.float32) for p, shape in SHAPES.items()} for _ in range(EXPERTS)
 ]
+GAIN = 1 - LONE_NOISE / CONFIG.num_experts_per_tok
 ALL_MQ6 = dict.fromkeys(SHAPES, MQ6)
 MIXED = {"w1": MQ2_LLOYD, "w3": MQ2_LLOYD, "w2": MQ3_LLOYD}
 
@@ -118,10 +127,10 @@ def test_weights_are_multiplied_by_the_rounded_scale() -> None:
     made, w = encoder(), WEIGHTS[0]["w1"]
     s = made.scale.astype(np.float32)
     hessian = row_hessian(importance().of(0, "w1"), s)
-    want = encode_matrix(w, MQ2_LLOYD, "hessian", s, hessian, True)
+    want = encode_matrix(w, MQ2_LLOYD, "hessian", s, hessian, GAIN)
     np.testing.assert_array_equal(made.encode_expert(0, **WEIGHTS[0])["w1"], want)
     unrounded = s * np.float32(1 + 2.0**-12)
-    assert (encode_matrix(w, MQ2_LLOYD, "hessian", unrounded, hessian, True) != want).any()
+    assert (encode_matrix(w, MQ2_LLOYD, "hessian", unrounded, hessian, GAIN) != want).any()
 
 
 @pytest.mark.parametrize("fit", ["reference", "exact", "hessian"])
@@ -151,7 +160,7 @@ def test_a_fold_divides_rows_of_up_and_multiplies_columns_of_down() -> None:
 def test_a_folded_down_is_rounded_under_the_folded_hessian() -> None:
     t, w = down_fold(importance().of(0, "w2").diagonal, 0.5), WEIGHTS[0]["w2"]
     hessian = row_hessian(importance().of(0, "w2"), t)
-    want = encode_matrix(w, MQ3_LLOYD, "hessian", t, hessian, True)
+    want = encode_matrix(w, MQ3_LLOYD, "hessian", t, hessian, GAIN)
     np.testing.assert_array_equal(encoder(fold_down=0.5).encode_expert(0, **WEIGHTS[0])["w2"], want)
 
 
@@ -246,7 +255,7 @@ def test_without_an_importance_nothing_is_scaled_and_rounding_is_exact() -> None
     assert (made.scale == 1).all()
     payload = made.encode_expert(0, **WEIGHTS[0])
     np.testing.assert_array_equal(
-        payload["w2"], encode_matrix(WEIGHTS[0]["w2"], MQ3_LLOYD, "exact", None, None, False)
+        payload["w2"], encode_matrix(WEIGHTS[0]["w2"], MQ3_LLOYD, "exact", None, None, 0)
     )
 
 
@@ -266,6 +275,17 @@ def test_broken_and_silent_experts_are_encoded_and_reported(fit: str) -> None:
             d = CHANNELS[p]
             true = WEIGHTS[e][p].astype(np.float64)
             assert snr(true * np.sqrt(d), found * np.sqrt(d)) > 8
+
+
+@pytest.mark.parametrize(("routed", "gain"), [(1, 0.5), (2, 0.75), (8, 0.9375)])
+def test_the_gain_counts_on_the_noise_of_routed_experts_to_average_out(routed: int, gain: float) -> None:
+    made = LayerEncoder(
+        replace(CONFIG, num_experts_per_tok=routed), 1, importance(), MIXED, FitSettings(awq_alpha=0)
+    )
+    made.prepare({})
+    hessian = row_hessian(importance().of(0, "w2"), None)
+    want = encode_matrix(WEIGHTS[0]["w2"], MIXED["w2"], "hessian", None, hessian, gain)
+    np.testing.assert_array_equal(made.encode_expert(0, **WEIGHTS[0])["w2"], want)
 
 
 def test_the_gain_can_be_switched_off() -> None:
