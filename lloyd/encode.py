@@ -90,7 +90,7 @@ def encode_rotated(
 
 
 def tempered_gains(unbiased: F32, gain: float) -> F32:
-    """Factors f32 for levels, from those that make them unbiased, 1 / (1 - D) for levels that lose a share D of the energy.
+    """Factors f32 for levels from those that make them unbiased: 1 / (1 - D), where a share D of the energy is lost.
 
     Least squares give ŷ = (1 - D)·y and noise of variance D (1 - D)·y². Where a share ρ of the noise counts, since the
     rest averages out, c·ŷ is nearest to y in the mean at c = 1 / (1 - D (1 - ρ)); `gain` is 1 - ρ.

@@ -30,7 +30,7 @@ U8 = NDArray[np.uint8]
 
 ALPHA_GRID = (0.0, 0.15, 0.3, 0.5)
 LONE_NOISE = 0.5
-"""Share of a matrix's rounding noise that counts in its gain where a token takes one expert; k experts average it to 1/k.
+"""Share of a matrix's rounding noise that counts in its gain where a token takes one expert; k average it to 1/k.
 
 Measured by divergence: on a dense model, one half is the best of 0, 0.3, 0.5, 0.6 and 1.
 """
