@@ -72,7 +72,7 @@ KERNEL(32) residual_rows(float* __restrict__ errors, const float* __restrict__ r
   store_group(errors + at * GROUP, e);
 }
 
-// Multiplies the levels by what lloyd.encode.tempered_gains makes of (yᵀH y) / (yᵀH ŷ), or of 1 where that is beyond 2 or not
+// Multiplies the levels by what lloyd.encode.partial_gains makes of (yᵀH y) / (yᵀH ŷ), or of 1 where that is beyond 2 or not
 // positive; `noise` is 1 minus the gain there. `dense` says that pulled holds H·y; otherwise H is diagonal, `weights` in the
 // basis before the rotation, and pulled is not read. Grid (rows, groups).
 KERNEL(32) apply_gain(float* __restrict__ params, const float* __restrict__ rows, const uint8_t* __restrict__ codes,

@@ -1,14 +1,13 @@
-// How the weights of a matrix-vector product come to its lanes: a wave makes COUNT rows of each of one or two matrices at a
-// turn, and walks along them in steps of STEP groups. Row r of a team belongs to matrix r / PER. A feed begins to load as it
-// is made, and may be made before the kernel awaits the one before it.
+// How the weights of a matrix-vector product come to its lanes. A team makes ROWS rows of one or two matrices at a turn, and
+// walks along them in steps of STEP groups; its row r belongs to matrix r / PER. A feed begins to load as it is made, and may
+// be made before the kernel awaits the one before it.
 #pragma once
 #include "formats.h"
 
 template <class Format, int MATRICES>
 struct Rows {
-  static constexpr int ROWS = Format::ROWS, TEAM = GROUP / Format::SLICE;
-  static constexpr int PER = ROWS / MATRICES;        // rows of each matrix that a team makes at a turn
-  static constexpr int COUNT = WAVE / TEAM * PER;    // and that a wave makes
+  static constexpr int ROWS = Format::ROWS;
+  static constexpr int PER = ROWS / MATRICES;    // rows of each matrix that a team makes at a turn
   const uint8_t* matrix[MATRICES];
   int rows, groups;
   int first, stride;    // the team's first row, and how far on its next ones lie

@@ -62,7 +62,7 @@ def encode_rotated(
     """Payload u8 [bytes] of rotated rows f32 [R, K], K a multiple of 256, group by group along each row.
 
     `hessian` serves the `hessian` fit only, which without one rounds as `exact` does; `gain` is how far its last step
-    goes from least squares, 0, to unbiased levels, 1 (see tempered_gains).
+    goes from least squares, 0, to unbiased levels, 1 (see partial_gains).
     """
     if not isinstance(fmt, LloydFormat | AffineFormat):
         raise TypeError(f"{fmt.name} is not a rotated format")
@@ -80,7 +80,7 @@ def encode_rotated(
                 compensate(rows, g, rows[:, column : column + GROUP] - decoded, hessian.answers)
             # The gain comes last and is not answered by later groups: it is a wanted departure from least squares.
             if gain:
-                stored = _stored(fmt, stored * tempered_gains(gains, gain)[:, None])
+                stored = _stored(fmt, stored * partial_gains(gains, gain)[:, None])
             out[:, g] = _pack(fmt, stored, codes)
     else:
         plain: Fit = "exact" if fit == "hessian" else fit
@@ -89,7 +89,7 @@ def encode_rotated(
     return out.reshape(-1)
 
 
-def tempered_gains(unbiased: F32, gain: float) -> F32:
+def partial_gains(unbiased: F32, gain: float) -> F32:
     """Factors f32 for levels from those that make them unbiased: 1 / (1 - D), where a share D of the energy is lost.
 
     Least squares give ŷ = (1 - D)·y and noise of variance D (1 - D)·y². Where a share ρ of the noise counts, since the

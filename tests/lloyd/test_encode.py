@@ -21,7 +21,7 @@ from mq_quant.formats.blocks import (
 )
 from mq_quant.formats.errors import WeightError
 from mq_quant.formats.fwht import rotate, unrotate
-from mq_quant.lloyd.encode import Fit, encode_plain, encode_rotated, tempered_gains
+from mq_quant.lloyd.encode import Fit, encode_plain, encode_rotated, partial_gains
 from mq_quant.lloyd.whole_row import RowHessian, from_weights
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/encode_vectors.npz")
@@ -226,10 +226,10 @@ def test_the_gain_makes_levels_unbiased_and_moves_no_code(fmt: Format) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0625, 0.5, 1.0])
-def test_a_tempered_gain_is_the_best_factor_where_a_share_of_the_noise_counts(share: float) -> None:
+def test_a_partial_gain_is_the_best_factor_where_a_share_of_the_noise_counts(share: float) -> None:
     """ŷ = (1 - D) y + n with E[n²] = D (1 - D) E[y²]; the error is the bias and that share of the noise."""
     lost = np.array([0.01, 0.1, 0.4])
-    found = tempered_gains((1 / (1 - lost)).astype(np.float32), 1 - share).astype(np.float64)
+    found = partial_gains((1 / (1 - lost)).astype(np.float32), 1 - share).astype(np.float64)
 
     def error(c: np.ndarray) -> np.ndarray:
         return (1 - c * (1 - lost)) ** 2 + share * c**2 * lost * (1 - lost)
