@@ -7,13 +7,20 @@ from dataclasses import dataclass
 
 from ..formats.errors import CheckError
 
-DYNSYM, SYMTAB = 11, 2
+DYNSYM, PROGBITS, SYMTAB = 11, 1, 2
 
 
 @dataclass(frozen=True)
 class Symbol:
+    """A name, the number of its section, 0 where it is not defined, and in code that is loaded, where it lies there."""
+
     name: str
-    defined: bool
+    section: int
+    value: int
+
+    @property
+    def defined(self) -> bool:
+        return self.section != 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ def _read(data: bytes) -> Elf:
         return data[start : data.index(b"\0", start)].decode()
 
     def symbols(header: tuple[int, ...]) -> tuple[Symbol, ...]:
-        entries = (struct.unpack_from("<IBBH", data, header[4] + at) for at in range(0, header[5], 24))
-        return tuple(Symbol(text(header[6], name), index != 0) for name, _, _, index in entries)
+        entries = (struct.unpack_from("<IBBHQ", data, header[4] + at) for at in range(0, header[5], 24))
+        return tuple(Symbol(text(header[6], name), index, value) for name, _, _, index, value in entries)
 
     return Elf(
         machine,

@@ -36,7 +36,19 @@ def test_kernels_compile_for_amd_without_scratch_memory(module, arch):
 def test_kernels_compile_for_nvidia(module):
     sources = Sources()
     usage = check.check_nvidia(sources, module, sources.modules()[module], check.NVIDIA_ARCH)
-    assert all(0 < u.vector <= 255 and u.lds <= 49152 for u in usage)
+    assert all(0 < u.vector <= 255 and u.lds <= 49152 for u in usage if not u.kernel.startswith("expert"))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("fmt", ["MQ2-Lloyd", "MQ3-Lloyd"])
+def test_rings_count_and_leave_room_for_the_next_launch(fmt):
+    """A multiprocessor has 64 K registers and 227 KB of LDS, from which a block takes 1 KB more than its own."""
+    sources, module = Sources(), Module("matrix.hip", fmt)
+    usage = check.check_nvidia(sources, module, sources.modules()[module], check.NVIDIA_ARCH)
+    for u in usage:
+        if u.kernel.startswith("expert"):
+            assert 49152 < u.lds <= 227 * 1024 // 2 - 1024
+            assert 2 * 384 * u.vector <= 65536
 
 
 @pytest.fixture(scope="module")
