@@ -141,16 +141,12 @@ DEVICE void fetch_words(const uint8_t* p, uint32_t (&words)[N]) {
 // The same from LDS.
 template <int N>
 DEVICE void read_words(const uint8_t* p, uint32_t (&words)[N]) {
+  struct alignas(N % 2 ? 4 : 8) Run {
+    uint32_t v[N];
+  };
+  const Run run = *reinterpret_cast<const Run*>(p);
 #pragma unroll
-  for (int i = 0; i < N; i += N % 2 ? 1 : 2) {
-    if constexpr (N % 2 == 0) {
-      const Pair pair = *reinterpret_cast<const Pair*>(p + 4 * i);
-      words[i] = pair.v[0];
-      words[i + 1] = pair.v[1];
-    } else {
-      words[i] = load_u32(p + 4 * i);
-    }
-  }
+  for (int i = 0; i < N; i++) words[i] = run.v[i];
 }
 
 // Eight f16 levels in registers. pick4 looks up the four whose numbers (below 8) are the lowest nibbles of `codes`; higher

@@ -18,6 +18,7 @@ from mq_quant.kernels.sources import FOLDER, Module, Sources
 needs_clang = pytest.mark.skipif(check.find_clang() is None, reason="needs clang-19 and lld-19")
 needs_nvrtc = pytest.mark.skipif(cuda.nvrtc() is None, reason="needs nvrtc (pip install nvidia-cuda-nvrtc)")
 MODULES = list(Sources().modules())
+RINGED = ("MQ2-Lloyd", "MQ3-Lloyd")
 
 
 @needs_clang
@@ -36,11 +37,14 @@ def test_kernels_compile_for_amd_without_scratch_memory(module, arch):
 def test_kernels_compile_for_nvidia(module):
     sources = Sources()
     usage = check.check_nvidia(sources, module, sources.modules()[module], check.NVIDIA_ARCH)
-    assert all(0 < u.vector <= 255 and u.lds <= 49152 for u in usage if not u.kernel.startswith("expert"))
+    assert all(0 < u.vector <= 255 for u in usage)
+    assert all(
+        u.lds <= 49152 for u in usage if not (module.format in RINGED and u.kernel.startswith("expert"))
+    )
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("fmt", ["MQ2-Lloyd", "MQ3-Lloyd"])
+@pytest.mark.parametrize("fmt", RINGED)
 def test_rings_count_and_leave_room_for_the_next_launch(fmt):
     """A multiprocessor has 64 K registers and 227 KB of LDS, from which a block takes 1 KB more than its own."""
     sources, module = Sources(), Module("matrix.hip", fmt)
