@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,7 +74,16 @@ def names(source: Source) -> list[str]:
 
 
 def stored(scratch: Path) -> int:
-    return sum(p.stat().st_size for p in scratch.rglob("*") if p.is_file())
+    """Bytes of the files under a folder; what is renamed or deleted while they are counted holds none."""
+    return sum(size(path) for path in scratch.rglob("*"))
+
+
+def size(path: Path) -> int:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def read_all(source: Source, local: Checkpoint, order: list[str]) -> None:
