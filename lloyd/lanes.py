@@ -14,6 +14,16 @@ GROUP = 256
 
 
 @njit(cache=True, nogil=True)
+def lined_up(matrix):
+    """A copy of an f32 matrix whose rows are whole vectors and begin at cache lines, so that no vector lies in two."""
+    flat = np.empty(matrix.size + LANES, np.float32)
+    skip = -(flat.ctypes.data // flat.itemsize) % LANES
+    copy = flat[skip : skip + matrix.size].reshape(matrix.shape)
+    copy[:] = matrix
+    return copy
+
+
+@njit(cache=True, nogil=True)
 def gather(rows, first, column, block):
     """Copy rows[first:first+16, column:column+256] (f32) into block; lanes beyond the last row become 0."""
     count = min(LANES, rows.shape[0] - first)

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from .lanes import GROUP
-from .rounding import product
+from .rounding import PANEL, product
 from .vec import LANES, fma, load, root, splat, store, where_eq, where_gt
 
 HALF = GROUP // 2
@@ -39,8 +39,8 @@ def signed(block, signs, out):
 def multiply(matrix, block, out):
     """out [256, 16] = -matrix · block."""
     out[:] = 0.0
-    for i in range(0, GROUP, 4):
-        product(out, i, matrix, i, block, 0, GROUP)
+    for i in range(0, GROUP, PANEL):
+        product(out, i, matrix, i, block, GROUP)
 
 
 @njit(cache=True, nogil=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from .descent import SHAKE, SWEEPS, descend, heat
-from .lanes import GROUP, assign, gather, hadamard, midpoints, scatter, sort_levels
+from .lanes import GROUP, assign, gather, hadamard, lined_up, midpoints, scatter, sort_levels
 from .refit import (
     dense_equations,
     indicator,
@@ -27,10 +27,10 @@ from .vec import LANES, load, splat, store
 
 
 @njit(cache=True, nogil=True)
-def refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels):
+def refit_levels(ys, codes, matrix, total, weights, signs, grid, basis, sums, gram, rhs, levels):
     """Move levels [K, 16] to their best places for these codes.
 
-    ys is H·y for a dense H, else the signed transform of y.
+    ys is H·y for a dense H, whose entries sum to `total`, else the signed transform of y.
     """
     if weights.shape[0] > 0:
         if grid:
@@ -54,10 +54,6 @@ def refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs
         multiply(matrix, codes, basis[1])
         store(gram[1], 1, splat(np.float32(-1)) * weighted_dot(ones, basis[1], codes))
         store(gram[1], 0, splat(np.float32(-1)) * weighted_dot(ones, basis[1], basis[0]))
-        total = np.float32(0)
-        for i in range(GROUP):
-            for j in range(GROUP):
-                total += matrix[i, j]
         store(gram[0], 0, splat(total))
     else:
         dense_equations(ys, codes, matrix, sums, gram, rhs)
@@ -102,6 +98,7 @@ def fit_rows(rows, column, matrix, factor, weights, signs, shakes, grid, rounds,
     """
     count = levels_io.shape[1]
     unknowns = 2 if grid else count
+    matrix = lined_up(matrix)
     y = np.empty((GROUP, LANES), np.float32)
     ys = np.empty((GROUP, LANES), np.float32)
     work = np.empty((GROUP, LANES), np.float32)
@@ -114,6 +111,10 @@ def fit_rows(rows, column, matrix, factor, weights, signs, shakes, grid, rounds,
     gram = np.zeros((unknowns, unknowns, LANES), np.float32)
     rhs = np.empty((unknowns, LANES), np.float32)
     shifts = np.empty((1, LANES), np.float32)
+    total = np.float32(0)
+    for i in range(GROUP):
+        for j in range(GROUP):
+            total += matrix[i, j]
     for first in range(0, rows.shape[0], LANES):
         gather(rows, first, column, y)
         live = min(LANES, rows.shape[0] - first)
@@ -123,13 +124,13 @@ def fit_rows(rows, column, matrix, factor, weights, signs, shakes, grid, rounds,
         pulled(y, matrix, weights, signs, ys)
         midpoints(levels, mids)
         feedback(y, factor, levels, mids, codes, work, errors)
-        refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels)
+        refit_levels(ys, codes, matrix, total, weights, signs, grid, basis, sums, gram, rhs, levels)
         for n in range(rounds):
             residual(y, levels, codes, errors)
             gradient(errors, matrix, weights, signs, work)
             heat(errors, work, SHAKE if n + 1 < rounds else np.float32(0), shifts)
             descend(codes, work, levels, matrix, shakes, n * SWEEPS, SWEEPS, shifts)
-            refit_levels(ys, codes, matrix, weights, signs, grid, basis, sums, gram, rhs, levels)
+            refit_levels(ys, codes, matrix, total, weights, signs, grid, basis, sums, gram, rhs, levels)
         for k in range(count):
             for r in range(live):
                 levels_io[first + r, k] = levels[k, r]

@@ -219,19 +219,34 @@ def any_le(typing: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def first_difference(typing: Any, a: Any, b: Any, start: Any) -> Any:
-    """The first lane from number `start` on in which two f32 values differ, or LANES."""
+def first_outside(typing: Any, a: Any, low: Any, high: Any, start: Any) -> Any:
+    """The first lane from number `start` on in which low < a <= high does not hold for f32 values, or LANES."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(32)
-        begin = context.cast(builder, args[2], signature.args[2], types.int32)
-        unequal = builder.fcmp_unordered("!=", args[0], args[1])
-        mask = builder.zext(builder.bitcast(unequal, ir.IntType(LANES)), word)
-        mask = builder.and_(builder.or_(mask, word(1 << LANES)), builder.shl(word(-1), begin))
-        found = builder.cttz(mask, ir.IntType(1)(1))
+        begin = context.cast(builder, args[3], signature.args[3], types.int32)
+        inside = builder.and_(
+            builder.fcmp_ordered(">", args[0], args[1]), builder.fcmp_ordered("<=", args[0], args[2])
+        )
+        outside = builder.not_(builder.bitcast(inside, ir.IntType(LANES)))
+        mask = builder.or_(builder.zext(outside, word), word(1 << LANES))
+        found = builder.cttz(builder.and_(mask, builder.shl(word(-1), begin)), ir.IntType(1)(1))
         return context.cast(builder, found, types.int32, types.intp)
 
-    return types.intp(a, b, start), codegen
+    return types.intp(a, low, high, start), codegen
+
+
+@intrinsic
+def count_gt(typing: Any, a: Any, b: Any) -> Any:
+    """In how many lanes a > b."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        mask = builder.bitcast(builder.fcmp_ordered(">", args[0], args[1]), ir.IntType(a.count))
+        return context.cast(
+            builder, builder.ctpop(builder.zext(mask, ir.IntType(64))), types.int64, types.intp
+        )
+
+    return types.intp(a, b), codegen
 
 
 def _operator(function: Any, method: str) -> None:

@@ -21,7 +21,7 @@ from scipy.linalg import lapack
 
 from .hessian import GROUP, GroupHessian, from_diagonal, identity
 from .lanes import gather, scatter_at
-from .rounding import product
+from .rounding import PANEL, product
 from .vec import LANES
 
 _EXTRA_DAMPING = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
@@ -109,8 +109,8 @@ def answer_rows(rows, column, errors, answer):
         gather(errors, first, 0, e)
         for start in range(0, answer.shape[0], GROUP):
             gather(rows, first, column + start, y)
-            for i in range(0, GROUP, 4):
-                product(y, i, answer, start + i, e, 0, GROUP)
+            for i in range(0, GROUP, PANEL):
+                product(y, i, answer, start + i, e, GROUP)
             scatter_at(y, rows, first, column + start)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mq_quant.formats.fwht import matrix
-from mq_quant.lloyd.lanes import gather, hadamard, midpoints, scatter, sort_lanes, sort_levels
+from mq_quant.lloyd.lanes import gather, hadamard, lined_up, midpoints, scatter, sort_lanes, sort_levels
 from mq_quant.lloyd.rounding import product, residual
 
 RANDOM = np.random.default_rng(21)
@@ -51,13 +51,23 @@ def test_midpoints_are_halfway() -> None:
     np.testing.assert_array_equal(mids, np.float32(0.5) * (levels[:-1] + levels[1:]))
 
 
-def test_product_subtracts_four_rows_of_a_matrix_product() -> None:
+@pytest.mark.parametrize("count", [0, 1, 48, 256])
+def test_product_subtracts_eight_rows_of_a_matrix_product(count: int) -> None:
     out, errors = block(), block()
     factors = RANDOM.standard_normal((256, 256)).astype(np.float32)
     want = out.astype(np.float64)
-    want[8:12] -= factors[100:104, 16:48].astype(np.float64) @ errors[16:48].astype(np.float64)
-    product(out, 8, factors, 100, errors, 16, 48)
+    want[8:16] -= factors[100:108, :count].astype(np.float64) @ errors[:count].astype(np.float64)
+    errors[count:] = np.nan
+    product(out, 8, factors, 100, errors, count)
     np.testing.assert_allclose(out, want, atol=1e-4)
+
+
+def test_a_lined_up_copy_is_the_matrix_at_the_start_of_a_cache_line() -> None:
+    for rows in (1, 3, 256):
+        matrix = block(rows)
+        copy = lined_up(matrix)
+        assert copy.ctypes.data % 64 == 0 and not np.shares_memory(copy, matrix)
+        np.testing.assert_array_equal(copy, matrix)
 
 
 @pytest.mark.parametrize("count", [2, 4, 16, 64])

@@ -23,6 +23,7 @@ def refit(p: Problem, codes: np.ndarray, grid: bool, dense: bool) -> tuple[np.nd
         ys,
         codes,
         p.h.matrix,
+        p.h.matrix.sum(),
         weights,
         SIGNS2,
         grid,
