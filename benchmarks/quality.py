@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from mq_quant.verify.decoded import DecodedFile
 from mq_quant.verify.fidelity import Fidelity, measure
 from mq_quant.verify.metrics import Divergence
 from mq_quant.verify.reference import Weights, layer_by_layer, logits
+from quality_rows import plot, table
 
 TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")
 FITS = {
@@ -84,40 +84,6 @@ def output_snr(decoded: DecodedFile, checkpoint: Checkpoint, importance: ModelIm
     return {p: f.output_snr for p, f in total.items()}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    head = "| tier | fit | bytes | w1 dB | w2 dB | w3 dB | KLD mean | median | 99 % | max | top-1 | ppl |"
-    lines = [head, "|" + "---|" * 12]
-    for r in rows:
-        s = r["snr"]
-        lines.append(
-            f"| {r['tier']} | {r['fit']} | {r['bytes']} | {s['w1']:.2f} | {s['w2']:.2f} | {s['w3']:.2f} "
-            f"| {r['kld_mean']:.5f} | {r['kld_median']:.5f} | {r['kld_p99']:.4f} | {r['kld_max']:.3f} "
-            f"| {r['top1']:.4f} | {r['ppl_test']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = defaultdict(list)
-    for r in rows:
-        lines[r["fit"]].append((r["bytes"] / 1e6, r["kld_mean"], r["tier"]))
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for fit, points in lines.items():
-        points.sort()
-        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=fit)
-    for size, kld, tier in lines[next(iter(lines))]:
-        axes.annotate(tier, (size, kld), textcoords="offset points", xytext=(4, 5), fontsize=8)
-    axes.set(yscale="log", xlabel="file size (MB)", ylabel="mean KLD to the FP8 source (nats)", title=title)
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Quality of every tier and fit against the FP8 source.")
     parser.add_argument("--source", default="tiny", help="tiny, or a checkpoint folder")
@@ -161,11 +127,12 @@ def main() -> None:
                     judged = divergence_of(decoded, checkpoint, tokens, reference)
                     snr = output_snr(decoded, checkpoint, importance)
                 rows.append({"tier": tier, "fit": fit, "bytes": size, "snr": snr} | judged)
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+                print(table(rows[-1:], "tier").splitlines()[-1], flush=True)
                 (args.output / "quality.json").write_text(json.dumps(rows, indent=1))
     (args.output / "quality.json").write_text(json.dumps(rows, indent=1))
-    (args.output / "quality.md").write_text(table(rows) + "\n")
-    plot(rows, args.output / "quality.png", f"{folder.name}: KLD against size, by fit")
+    (args.output / "quality.md").write_text(table(rows, "tier") + "\n")
+    title = f"{folder.name}: KLD against size, by fit"
+    plot(rows, "tier", args.output / "quality.png", title, "file size")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from mq_quant.formats.minimax import ModelConfig, expert_name
 from mq_quant.quantize.encode import FitSettings, LayerEncoder
 from mq_quant.verify.fidelity import Fidelity, measure
 from mq_quant.verify.metrics import Divergence
+from quality_rows import plot, table
 
 FORMATS = {"MQ2": "MQ2-Lloyd", "MQ3": "MQ3-Lloyd", "MQ4": "MQ4"}
 PAIRS = ("MQ2·MQ2", "MQ2·MQ3", "MQ2·MQ4", "MQ3·MQ3", "MQ3·MQ4", "MQ4·MQ4")
@@ -249,40 +249,6 @@ class Bench:
         return row | divergence(self.model, self.reference, self.tokens)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    head = "| gate/up · down | fit | bytes | gate dB | up dB | down dB | KLD mean | median | 99 % | max | top-1 | ppl |"
-    lines = [head, "|" + "---|" * 12]
-    for r in rows:
-        snr = " | ".join(f"{r['snr'][p]:.2f}" for p in ("w1", "w3", "w2"))
-        kld = f"{r['kld_mean']:.4f} | {r['kld_median']:.4f} | {r['kld_p99']:.3f} | {r['kld_max']:.2f}"
-        lines.append(
-            f"| {r['pair']} | {r['fit']} | {r['bytes']} | {snr} | {kld} | {r['top1']:.4f} | {r['ppl_test']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = defaultdict(list)
-    for r in rows:
-        lines[r["fit"]].append((r["bytes"] / 1e6, r["kld_mean"], r["pair"]))
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for fit, points in lines.items():
-        points.sort()
-        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=fit)
-    for size, kld, pair in lines[next(iter(lines))]:
-        axes.annotate(pair, (size, kld), textcoords="offset points", xytext=(4, 5), fontsize=8)
-    axes.set(yscale="log", xlabel="MLP matrices (MB)", ylabel="mean KLD to the source (nats)")
-    axes.set_title("SmolLM2-135M: KLD against size, by fit")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Quality of every fit on the MLPs of a real pretrained model."
@@ -301,13 +267,13 @@ def main() -> None:
     digest = hashlib.sha256(text.encode()).hexdigest()
     bench = Bench(args.model, text, 4 if args.quick else HELD_OUT)
     names = sorted({name for pair in args.pairs for name in pair.split("·")})
-    print(table([]), flush=True)
+    print(table([], "pair"), flush=True)
     rows = []
     for fit in args.fits:
         encoded = bench.encode(FITS[fit], fit == "calibrated", names)
         for pair in args.pairs:
             rows.append({"fit": fit} | bench.row(pair, encoded))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            print(table(rows[-1:], "pair").splitlines()[-1], flush=True)
     rows.sort(key=lambda r: (r["bytes"], args.pairs.index(r["pair"])))
     args.output.mkdir(parents=True, exist_ok=True)
     source = {
@@ -319,9 +285,10 @@ def main() -> None:
     (args.output / "quality-real.json").write_text(json.dumps({"source": source, "rows": rows}, indent=1))
     (args.output / "quality-real.md").write_text(
         f"SmolLM2-135M, MLP matrices only; {source['positions']} held-out tokens of {origin} (sha256 {digest[:12]}), "
-        f"source perplexity {source['ppl']:.2f}.\n\n{table(rows)}\n"
+        f"source perplexity {source['ppl']:.2f}.\n\n{table(rows, 'pair')}\n"
     )
-    plot(rows, args.output / "quality-real.png")
+    title = "SmolLM2-135M: KLD against size, by fit; gate and up · down"
+    plot(rows, "pair", args.output / "quality-real.png", title, "MLP matrices")
 
 
 if __name__ == "__main__":
