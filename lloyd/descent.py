@@ -88,18 +88,19 @@ def sweep_row(row, pull, levels, mids, edges, lines, inverse, signs, first, swee
                 code = 0
                 for i in range(mids.shape[0]):
                     code += count_gt(wanted, load(mids, i))
-                moved = row[block, lane] - levels[code]
-                if moved == 0.0:  # another code of the same level
+                level, before = levels[code], row[block, lane]
+                if level == before:  # another code of the same level
                     continue
                 here = splat(np.float32(lane))
                 codes = load(row, CODE + block)
-                store(row, block, where_eq(numbers, here, splat(levels[code]), now))
+                store(row, block, where_eq(numbers, here, splat(level), now))
                 store(row, CODE + block, where_eq(numbers, here, splat(np.float32(code)), codes))
                 store(row, LOW + block, where_eq(numbers, here, splat(edges[code]), low))
                 store(row, HIGH + block, where_eq(numbers, here, splat(edges[code + 1]), high))
+                moved = splat(before - level)
                 line = (block * LANES + lane) * BLOCKS
                 for i in range(BLOCKS):
-                    store(pull, i, fma(load(lines, line + i), splat(moved), load(pull, i)))
+                    store(pull, i, fma(load(lines, line + i), moved, load(pull, i)))
                 still = False
         if still and shift == 0.0:
             break
