@@ -90,7 +90,7 @@ class Kernel:
     def label(self) -> str:
         return f"{self.name}[{self.module.format}]" if self.module.format else self.name
 
-    @property
+    @cached_property
     def written(self) -> frozenset[np.dtype[Any]]:
         """The types of the buffers that it writes."""
         return frozenset(p.dtype for p in self.parameters if p.written)

@@ -30,7 +30,7 @@ from .vec import LANES, load, splat, store
 def refit_levels(ys, codes, matrix, total, weights, signs, grid, basis, sums, gram, rhs, levels):
     """Move levels [K, 16] to their best places for these codes.
 
-    ys is H·y for a dense H, whose entries sum to `total`, else the signed transform of y.
+    ys is H·y for a dense H, else the signed transform of y; `total`, for a grid under a dense H, is the sum of H.
     """
     if weights.shape[0] > 0:
         if grid:
@@ -112,9 +112,10 @@ def fit_rows(rows, column, matrix, factor, weights, signs, shakes, grid, rounds,
     rhs = np.empty((unknowns, LANES), np.float32)
     shifts = np.empty((1, LANES), np.float32)
     total = np.float32(0)
-    for i in range(GROUP):
-        for j in range(GROUP):
-            total += matrix[i, j]
+    if grid and weights.shape[0] == 0:
+        for i in range(GROUP):
+            for j in range(GROUP):
+                total += matrix[i, j]
     for first in range(0, rows.shape[0], LANES):
         gather(rows, first, column, y)
         live = min(LANES, rows.shape[0] - first)

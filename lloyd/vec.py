@@ -207,12 +207,17 @@ greatest = intrinsic(_reduction("fmax"))
 """The greatest of a value's lanes."""
 
 
+def _mask(builder: Any, predicate: str, a: Any, b: Any) -> Any:
+    """A whole number with a bit to each lane in which two vectors compare so; none where either is NaN."""
+    return builder.bitcast(builder.fcmp_ordered(predicate, a, b), ir.IntType(a.type.count))
+
+
 @intrinsic
 def any_le(typing: Any, a: Any, b: Any) -> Any:
     """Whether a <= b in some lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mask = builder.bitcast(builder.fcmp_ordered("<=", args[0], args[1]), ir.IntType(a.count))
+        mask = _mask(builder, "<=", args[0], args[1])
         return builder.icmp_unsigned("!=", mask, mask.type(0))
 
     return types.boolean(a, b), codegen
@@ -225,11 +230,8 @@ def first_outside(typing: Any, a: Any, low: Any, high: Any, start: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(32)
         begin = context.cast(builder, args[3], signature.args[3], types.int32)
-        inside = builder.and_(
-            builder.fcmp_ordered(">", args[0], args[1]), builder.fcmp_ordered("<=", args[0], args[2])
-        )
-        outside = builder.not_(builder.bitcast(inside, ir.IntType(LANES)))
-        mask = builder.or_(builder.zext(outside, word), word(1 << LANES))
+        inside = builder.and_(_mask(builder, ">", args[0], args[1]), _mask(builder, "<=", args[0], args[2]))
+        mask = builder.or_(builder.zext(builder.not_(inside), word), word(1 << LANES))
         found = builder.cttz(builder.and_(mask, builder.shl(word(-1), begin)), ir.IntType(1)(1))
         return context.cast(builder, found, types.int32, types.intp)
 
@@ -241,10 +243,8 @@ def count_gt(typing: Any, a: Any, b: Any) -> Any:
     """In how many lanes a > b."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mask = builder.bitcast(builder.fcmp_ordered(">", args[0], args[1]), ir.IntType(a.count))
-        return context.cast(
-            builder, builder.ctpop(builder.zext(mask, ir.IntType(64))), types.int64, types.intp
-        )
+        mask = builder.zext(_mask(builder, ">", args[0], args[1]), ir.IntType(64))
+        return context.cast(builder, builder.ctpop(mask), types.int64, types.intp)
 
     return types.intp(a, b), codegen
 

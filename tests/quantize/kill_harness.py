@@ -40,8 +40,8 @@ def run(source: Path, output: Path) -> dict[str, Any]:
         return build(job, options)
 
 
-def child(source: Path, output: Path, report: int) -> NoReturn:
-    """Build in this process, writing one byte to `report` for each unit encoded."""
+def count_units(report: int) -> None:
+    """From now on this process writes one byte to `report` for each unit that it encodes."""
     real = engine.encode_unit
 
     def counted(*arguments: Any) -> Any:
@@ -50,6 +50,11 @@ def child(source: Path, output: Path, report: int) -> NoReturn:
         return done
 
     engine.encode_unit = counted
+
+
+def child(source: Path, output: Path, report: int) -> NoReturn:
+    """Build in this process, counting units."""
+    count_units(report)
     code = 1
     try:
         run(source, output)
@@ -76,8 +81,8 @@ def kill_after(source: Path, output: Path, seconds: float) -> tuple[bool, int]:
     return os.WIFSIGNALED(status), encoded
 
 
-def interrupt(source: Path, output: Path, seconds: float) -> int:
-    """Start `mq-quant build`, send it SIGINT some time after it has begun, and return its exit code."""
+def interrupt(source: Path, output: Path) -> int:
+    """Start `mq-quant build`, send it SIGINT once its first unit is encoded, and return its exit code."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -85,19 +90,17 @@ def interrupt(source: Path, output: Path, seconds: float) -> int:
         code = 0
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.write(writing, b"b")
+            count_units(writing)
             command([*arguments, str(source), "-o", str(output)])
         except SystemExit as e:
             code = int(e.code or 0)
-        except KeyboardInterrupt:  # before the command could catch it
-            code = INTERRUPTED
         finally:
             os._exit(code)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         pipe.read(1)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGINT)
+        pipe.read()
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -142,8 +145,8 @@ def harness(kills: int, seed: int, folder: Path) -> dict[str, Any]:
         for path in folder.glob("out?*"):
             path.unlink()
     output = folder / "interrupted"
-    code = interrupt(source, output, 0.5 * duration)
-    clean = code == INTERRUPTED or (code == 0 and output.exists())  # a whole file may be renamed before that
+    code = interrupt(source, output)
+    clean = code in (0, INTERRUPTED) and (code == 0) == output.exists()
     if not output.exists():
         run(source, output)
     return {
