@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .console import INTERRUPTED, emit, gigabytes, note, table
+from .console import emit, gigabytes, resumable, table
 
 if TYPE_CHECKING:
     from .recipe import Fit
@@ -116,16 +116,13 @@ def build(
     inline = _inline(calibrate_inline, text, tokens, sequences, length)
     gain, where = False if no_gain else None, "cpu" if device == "cpu" else "cuda"
     changes = Changes(_fit(fit), gain, awq_alpha, imatrix, no_imatrix, calibration, inline, where)
-    try:
+    with resumable("the same command continues the build, with --restart it begins anew"):
         chosen = choose_recipe(tier, recipe, source)
         scratch, shards = output.parent if output else Path(), shard_cache or (4 if inline else 2)
         with open_coder(device) as coder:
             options = Options(output, jobs or cores(), force, restart, quiet or as_json, coder)
             with open_job(chosen, changes, options.check, shards, scratch) as job:
                 result = run(job, options)
-    except KeyboardInterrupt:
-        note("interrupted; the same command continues the build, with --restart it begins anew")
-        raise typer.Exit(INTERRUPTED) from None
     if as_json or not quiet:
         emit(result, as_json, _render_build)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from .cli_build import Jobs, Json, _percent, _some
-from .console import INTERRUPTED, emit, gigabytes, note
+from .console import emit, gigabytes, note, resumable
 
 DEVICES = ("cpu", "cuda")
 PROPAGATE = ("source", "quantised")
@@ -76,7 +77,7 @@ def calibrate(
     if (text is None) == (tokens is None):
         raise typer.BadParameter("give either --text or --tokens")
     opened = open_place(source, revision, shard_cache, output.parent)
-    try:
+    with closing(opened), resumable("the same command continues after the last finished layer"):
         opened.validate()
         ids = load_tokens(opened, TokenRequest(text, tokens, sequences, length))
         form = cast(DownForm, down)
@@ -88,11 +89,6 @@ def calibrate(
             note(_render_sizes({"tokens": int(ids.size), **sizes}))
         options = CalibrationOptions(form, chosen, device, jobs or cores(), force, restart, quiet or as_json)
         result = run(opened, ids, output, options)
-    except KeyboardInterrupt:
-        note("interrupted; the same command continues after the last finished layer")
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        opened.close()
     if as_json or not quiet:
         emit(result, as_json, _render)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import typer
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -18,6 +21,21 @@ def emit(result: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def resumable(advice: str) -> Iterator[None]:
+    """Ends a command that Ctrl-C reaches with `advice` and exit code 130.
+
+    Where it reaches a lock of Python's that is just being let go, a RuntimeError follows from it and hides it.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not isinstance(e.__context__, KeyboardInterrupt):
+            raise
+        note(f"interrupted; {advice}")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
