@@ -172,7 +172,7 @@ def _early(body: str, parameters: Sequence[Parameter]) -> frozenset[np.dtype[Any
     """The types of the buffers to read that a body names before it last awaits; None where it never does."""
     if not (awaits := list(_AWAIT.finditer(body))):
         return None
-    named = set(re.findall(r"\w+", body[: awaits[-1].start()]))
+    named = set(re.findall(r"(?<!\.)\b\w+", body[: awaits[-1].start()]))
     return frozenset(p.dtype for p in parameters if p.pointer and not p.written and p.name in named)
 
 
