@@ -3,11 +3,11 @@
     python benchmarks/kernels.py [--backend auto|hip|cuda|cpu] [--json]
 
 One token, 8 routed experts of 256, matrices 3072 × 1536. A GPU holds all 256 experts and every launch routes to
-others, so that no weight is found in a cache; the CPU holds 8. A time is that of one launch of a run of them, by the
-device's clock, the median of several runs; on a GPU runs are queued behind a long copy, so that the host's own time is
-not counted. `share` is the bytes of weights per second over the bytes that a copy of 2 GiB on the same device reads and
-writes per second; `like` is the same beside copies that move as many bytes as the kernel, each from another place, in
-runs as long.
+others, so that no weight is found in a cache; which ones is written just before a run, as a router does. The CPU holds
+8 experts. A time is that of one launch of a run of them, by the device's clock, the median of several runs; on a GPU
+runs are queued behind a long copy, so that the host's own time is not counted. `share` is the bytes of weights per
+second over the bytes that a copy of 2 GiB on the same device reads and writes per second; `like` is the same beside
+copies that move as many bytes as the kernel, each from another place, in runs as long.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ class Bench:
         self.copy_rate = 2 * size / seconds
         self.rows = [Row("copy (read + write)", 2 * size, seconds, 1.0)]
 
-    def time(self, work: Callable[[int], object]) -> float:
-        """Seconds of one launch `work(i)`, i counting within a run."""
+    def time(self, work: Callable[[int], object], before: Callable[[], object] = lambda: None) -> float:
+        """Seconds of one launch `work(i)`, i counting within a run; `before` each run is not counted."""
         work(0)
         self.backend.synchronize()
         seconds = []
         for _ in range(self.runs):
             for _ in range(3 if self.gpu else 0):
                 self.backend.copy(*self.long)
+            before()
             first = self.backend.mark()
             for i in range(self.run):
                 work(i)
@@ -76,9 +77,15 @@ class Bench:
             )
         )
 
-    def add(self, kernel: str, nbytes: int, work: Callable[[int], object]) -> None:
+    def add(
+        self,
+        kernel: str,
+        nbytes: int,
+        work: Callable[[int], object],
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
         """Time `work`, which reads `nbytes` of weights."""
-        seconds = self.time(work)
+        seconds = self.time(work, before)
         share = nbytes / seconds / self.copy_rate if nbytes else None
         like = self.copy_seconds(nbytes) / seconds if nbytes and self.gpu else None
         self.rows.append(Row(kernel, nbytes, seconds, share, like))
@@ -128,20 +135,27 @@ def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
     w1 = ops.experts(b, data, at, fmt, INTER, HIDDEN)
     w3 = ops.experts(b, data, at + held * size, fmt, INTER, HIDDEN)
     w2 = ops.experts(b, data, at, fmt, HIDDEN, INTER)
-    order = [rng.permutation(held)[:SLOTS].astype(np.int32)[None] for _ in range(bench.run)]
-    ids = [b.upload(o) for o in order]
+    routed = b.upload(np.stack([rng.permutation(held)[:SLOTS] for _ in range(bench.run)]).astype(np.int32))
+    ids = b.alloc(routed.shape, np.int32)
+
+    def route() -> None:
+        b.copy(ids, routed)
+
+    route()
     x = b.upload(rng.standard_normal((1, HIDDEN)).astype(np.float32))
     r = b.upload(rng.standard_normal((1, SLOTS, INTER)).astype(np.float32))
     out = b.alloc((1, SLOTS, HIDDEN), np.float32)
     bench.add(
         f"expert_gate_up[{fmt}]",
         2 * SLOTS * size,
-        lambda i: ops.expert_gate_up(b, w1, w3, ids[i], x),
+        lambda i: ops.expert_gate_up(b, w1, w3, ids.rows(i, i + 1), x),
+        route,
     )
     bench.add(
         f"expert_down[{fmt}]",
         SLOTS * size,
-        lambda i: ops.expert_down(b, w2, ids[i], r, out),
+        lambda i: ops.expert_down(b, w2, ids.rows(i, i + 1), r, out),
+        route,
     )
 
 
