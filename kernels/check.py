@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..formats.errors import BackendError, CheckError
 from . import cuda
-from .elf import DYNSYM, PROGBITS, SYMTAB, Elf, read_elf
+from .elf import DYNSYM, SYMTAB, Elf, read_elf
 from .sources import FOLDER, Kernel, Module, Sources
 
 ELF_AMDGPU = 0xE0
@@ -111,19 +111,9 @@ def check_nvidia(sources: Sources, module: Module, kernels: Sequence[Kernel], ar
     out = []
     for kernel in kernels:
         shared = code.section(f".nv.shared.{kernel.name}")
-        lds = _dynamic_lds(code, kernel) + (max(0, shared.size - NVIDIA_RESERVED) if shared else 0)
+        lds = max(0, shared.size - NVIDIA_RESERVED) if shared else 0
         out.append(Usage(kernel.label, arch, registers[kernel.name], 0, 0, lds))
     return out
-
-
-def _dynamic_lds(code: Elf, kernel: Kernel) -> int:
-    """Bytes of dynamic LDS that the kernel's module says it needs, as CudaBackend reads them: an int, 0 without one."""
-    table = next((s.symbols for s in code.sections if s.kind == SYMTAB), ())
-    for symbol in table:
-        if symbol.name == f"{kernel.name}_lds":
-            content = code.sections[symbol.section].content[symbol.value : symbol.value + 4]
-            return int.from_bytes(content, "little") if code.sections[symbol.section].kind == PROGBITS else 0
-    return 0
 
 
 def _registers(code: Elf) -> Iterator[tuple[str, int]]:

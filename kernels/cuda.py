@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,8 +56,10 @@ NVRTC = Compiler(
 )
 _HEADER = FOLDER / "include" / "cuda" / "hip" / "hip_runtime.h"
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
+_OWN_LDS = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _DYNAMIC_LDS = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _LDS_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+_MOST_LDS = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -123,7 +125,8 @@ class CudaBackend(GpuBackend):
 
     name = "cuda"
     driver = DRIVER
-    turns = 2
+    counted: ClassVar[Mapping[str, int]] = {"MQ2-Lloyd": 64, "MQ3-Lloyd": 64}
+    """`slices` of a device whose tensor cores count bits."""
 
     def _select(self) -> None:
         device, context = ctypes.c_int(), ctypes.c_void_p()
@@ -132,16 +135,20 @@ class CudaBackend(GpuBackend):
         self.call("cuCtxSetCurrent", context)
         name = ctypes.create_string_buffer(256)
         self.call("cuDeviceGetName", name, ctypes.c_int(len(name)), device)
-        numbers = []
-        for attribute in _CAPABILITY:
-            value = ctypes.c_int()
-            self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), device)
-            numbers.append(str(value.value))
-        self.arch = "sm_" + "".join(numbers)
-        self._overlaps = int(numbers[0]) >= 9
+        major, minor, self._most_lds = (
+            self._attribute(device, number) for number in (*_CAPABILITY, _MOST_LDS)
+        )
+        self.arch = f"sm_{major}{minor}"
+        self._overlaps = major >= 9
+        self.slices = self.counted if major >= 8 else {}
         self._written: frozenset[np.dtype[Any]] = frozenset()
         self._lds: dict[Kernel, int] = {}
         self.device = f"{name.value.decode()} ({self.arch})"
+
+    def _attribute(self, device: ctypes.c_int, number: int) -> int:
+        value = ctypes.c_int()
+        self.call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(number), device)
+        return value.value
 
     def _dispatch(
         self,
@@ -153,7 +160,6 @@ class CudaBackend(GpuBackend):
     ) -> None:
         """Kernels that await the one before them begin while it runs, unless it may write what they read before."""
         written, self._written = self._written, kernel.written
-        lds += self._own_lds(kernel)
         if not self._overlaps or kernel.early is None or kernel.early & written:
             super()._dispatch(kernel, grid, block, values, lds)
             return
@@ -162,20 +168,16 @@ class CudaBackend(GpuBackend):
         function, none = self._function(kernel), ctypes.c_void_p(None)
         self.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments(values), none)
 
-    def _own_lds(self, kernel: Kernel) -> int:
-        """Bytes of dynamic LDS that a block of the kernel needs: its module says so in an int named after it."""
+    def lds_for_copies(self, kernel: Kernel) -> int:
+        """What the kernel's own arrays leave of a block's most, on devices that copy into LDS at a thread's word."""
+        if not self._overlaps:
+            return 0
         if kernel not in self._lds:
-            symbol, said = f"{kernel.name}_lds", ctypes.c_int(0)
-            function = self._function(kernel)
-            if f" {symbol} " in self.sources.text(kernel.module.file):
-                address, size = ctypes.c_void_p(), ctypes.c_size_t()
-                where = (ctypes.byref(address), ctypes.byref(size), self._modules[kernel.module])
-                self.call("cuModuleGetGlobal_v2", *where, symbol.encode())
-                self.call("cuMemcpyDtoH_v2", ctypes.byref(said), address, size)
-            if said.value:
-                for attribute, value in ((_DYNAMIC_LDS, said.value), (_LDS_CARVEOUT, 100)):
-                    self.call("cuFuncSetAttribute", function, ctypes.c_int(attribute), ctypes.c_int(value))
-            self._lds[kernel] = said.value
+            own, function = ctypes.c_int(), self._function(kernel)
+            self.call("cuFuncGetAttribute", ctypes.byref(own), ctypes.c_int(_OWN_LDS), function)
+            self._lds[kernel] = left = self._most_lds - own.value
+            for attribute, value in ((_DYNAMIC_LDS, left), (_LDS_CARVEOUT, 100)):
+                self.call("cuFuncSetAttribute", function, ctypes.c_int(attribute), ctypes.c_int(value))
         return self._lds[kernel]
 
     def _compile(self, module: Module) -> bytes:

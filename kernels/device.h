@@ -1,6 +1,6 @@
 // What every kernel may use beside the HIP surface: wave and block reductions in a fixed order, and loads of weights that
 // are only 2-byte aligned. No multiply is contracted with an add unless fmaf is written, so that a kernel gives the same
-// bits on every back end wherever expf and division do, and tiles (tile.h) do not. Waves have 32 lanes; blocks are whole
+// bits on every back end wherever expf and division do, but for counted bits (bits.h). Waves have 32 lanes; blocks are whole
 // waves.
 #pragma once
 #ifndef __HIPCC_RTC__    // hiprtc has its own
@@ -49,6 +49,21 @@ DEVICE float wave_max(float v) {
   return v;
 }
 
+// Over a wave's whole numbers, to every lane.
+#ifndef MQ_REDUCE
+DEVICE int wave_most(int v) {
+  for (int mask = WAVE / 2; mask > 0; mask /= 2) {
+    const int other = __shfl_xor(v, mask);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+DEVICE uint32_t wave_total(uint32_t v) {
+  for (int mask = WAVE / 2; mask > 0; mask /= 2) v += __shfl_xor(v, mask);
+  return v;
+}
+#endif
+
 // The sum over a block, to every thread; `scratch` holds one float per wave and may be in use until the call.
 DEVICE float block_sum(float v, float* scratch) {
   v = wave_sum(v);
@@ -93,6 +108,12 @@ template <class T>
 DEVICE T fetch_new(const T* p) {
   return *const_cast<const volatile T*>(p);    // not from a cache that a running kernel may have filled before
 }
+
+// What copies into LDS are awaited by, where a vendor has some that one thread makes for all.
+#ifndef MQ_COPY
+typedef int Arrival;
+DEVICE void prepare(Arrival*) {}
+#endif
 
 struct alignas(16) Quad {
   float v[4];

@@ -16,6 +16,8 @@ struct LaneDot {
   static constexpr int STAGE = STAGED ? GROUP / 32 * RUN : 0;    // floats of LDS that a group of x takes
   float sum[ROWS] = {};
 
+  static DEVICE_MEMBER void load_x(const float* x, int i, float (&v)[PER_LANE]) { load_eight(x, i, v); }
+
   // A lane's eight elements of a group into LDS, and their sum.
   static DEVICE_MEMBER void stage(float* staged, const float (&x)[PER_LANE]) {
     float* run = staged + lane() / 4 * RUN;

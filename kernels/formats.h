@@ -4,8 +4,7 @@
 //   load     what a lane needs of a group for slice s, and nothing computed, so that many loads can be under way
 //   weights  the decoded elements, with the bits of blocks.py
 //   dot      their product with x, added to `sum`; affine formats take scale and zero out of it (x_sum is the sum of x)
-//   TILED    whether tile.h multiplies them: `pairs` gives them as halves, two a word, of each eight in the order `element`
-//   STAGE    groups of a row that experts' weights advance by in a ring (feed.h), where `read` is `load`; 0 without one
+//   Counted  the struct for units that count bits (bits.h), where the format has one
 // Alignment: 8 bytes for the MQ formats, 2 for Q8F16, else that of the value.
 #pragma once
 #include "device.h"
@@ -34,8 +33,7 @@ DEVICE uint32_t bits24(const uint32_t* words, int k) {
 }
 
 struct F32 {
-  static constexpr int BYTES = 1024, SLICE = 8, ROWS = 2, VALUE = 4, STAGE = 0;
-  static constexpr bool TILED = false;
+  static constexpr int BYTES = 1024, SLICE = 8, ROWS = 2, VALUE = 4;
   struct Raw {
     float w[SLICE];
   };
@@ -54,8 +52,7 @@ struct F32 {
 };
 
 struct F16 {
-  static constexpr int BYTES = 512, SLICE = 8, ROWS = 2, VALUE = 2, STAGE = 0;
-  static constexpr bool TILED = false;
+  static constexpr int BYTES = 512, SLICE = 8, ROWS = 2, VALUE = 2;
   struct Raw {
     uint16_t bits[SLICE];
   };
@@ -75,8 +72,7 @@ struct F16 {
 
 // Blocks of 34 bytes: f16 scale, 32 signed bytes; four lanes to a block.
 struct Q8F16 {
-  static constexpr int BYTES = 272, SLICE = 8, ROWS = 4, VALUE = 0, STAGE = 0;
-  static constexpr bool TILED = false;
+  static constexpr int BYTES = 272, SLICE = 8, ROWS = 4, VALUE = 0;
   struct Raw {
     uint16_t scale, pairs[SLICE / 2];
   };
@@ -106,8 +102,7 @@ struct Q8F16 {
 // A group as words: HEAD bytes of scale and zero or of levels, then the codes; a lane takes the head and WORDS words of codes.
 template <int HEAD, int WORDS>
 struct Packed {
-  static constexpr int BYTES = HEAD + 32 * WORDS, SLICE = 32, ROWS = 2, VALUE = 0, STAGE = 0;
-  static constexpr bool TILED = false;
+  static constexpr int BYTES = HEAD + 32 * WORDS, SLICE = 32, ROWS = 2, VALUE = 0;
   struct Raw {
     uint32_t head[HEAD / 4], codes[WORDS];
   };
@@ -115,12 +110,6 @@ struct Packed {
     Raw raw;
     fetch_words(group, raw.head);
     fetch_words(group + HEAD + 4 * WORDS * s, raw.codes);
-    return raw;
-  }
-  DEVICE Raw read(const uint8_t* group, int s) {
-    Raw raw;
-    read_words(group, raw.head);
-    read_words(group + HEAD + 4 * WORDS * s, raw.codes);
     return raw;
   }
 };
@@ -159,21 +148,10 @@ struct MQ6 : Affine<MQ6, 6> {
 };
 
 // Groups of an ascending f16 codebook and codes: w = codebook[code].
+struct MQ2_Bits;
+struct MQ3_Bits;
 struct MQ2_Lloyd : Packed<8, 2> {
-  static constexpr int STAGE = 2;
-#ifdef MQ_TILE
-  // Codes of one byte each, four at a time, become pairs of byte numbers: two levels of the codebook a permutation.
-  static constexpr bool TILED = true;
-  DEVICE constexpr int element(int j) { return j / 2 + 4 * (j % 2); }
-  DEVICE void pairs(const Raw& raw, uint32_t (&w)[SLICE / 2]) {
-#pragma unroll
-    for (int i = 0; i < SLICE / 4; i++) {
-      const uint32_t four = (raw.codes[i / 4] >> (2 * (i % 4)) & 0x03030303) * 0x22 + 0x10101010;
-      w[8 * (i / 4) + i % 4] = permute(raw.head[0], raw.head[1], four);
-      w[8 * (i / 4) + i % 4 + 4] = permute(raw.head[0], raw.head[1], four >> 16);
-    }
-  }
-#endif
+  using Counted = MQ2_Bits;
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
     const Book book = make_book(raw.head[0], raw.head[1], 0, 0);
 #pragma unroll
@@ -195,26 +173,13 @@ struct MQ2_Lloyd : Packed<8, 2> {
 };
 
 struct MQ3_Lloyd : Packed<16, 3> {
-  static constexpr int STAGE = 2;
+  using Counted = MQ3_Bits;
   // Eight codes of three bits, each in a nibble: the halves are moved apart, then their halves, then theirs.
   DEVICE uint32_t nibbles(uint32_t codes) {
     codes = (codes & 0xfff) + 16 * (codes & 0xfff000);
     codes += 3 * (codes & 0x0fc00fc0);
     return codes + (codes & 0x38383838);
   }
-#ifdef MQ_TILE
-  static constexpr bool TILED = true;
-  DEVICE constexpr int element(int j) { return j; }
-  DEVICE void pairs(const Raw& raw, uint32_t (&w)[SLICE / 2]) {
-    const Book book = make_book(raw.head[0], raw.head[1], raw.head[2], raw.head[3]);
-#pragma unroll
-    for (int i = 0; i < SLICE / 8; i++) {
-      const uint32_t eight = nibbles(bits24(raw.codes, i));
-      pick_pairs(book, eight, w[4 * i], w[4 * i + 1]);
-      pick_pairs(book, eight >> 16, w[4 * i + 2], w[4 * i + 3]);
-    }
-  }
-#endif
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
     const Book book = make_book(raw.head[0], raw.head[1], raw.head[2], raw.head[3]);
 #pragma unroll

@@ -17,8 +17,8 @@ import ctypes
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -78,8 +78,8 @@ class Backend(ABC):
     name: str
     device: str
     """The device in words, for reports."""
-    turns = 1
-    """How often a wave makes rows of an expert product whose weights run through a ring, which fills across turns."""
+    slices: Mapping[str, int] = MappingProxyType({})
+    """Elements of a group that one lane multiplies, in formats where the back end does not keep to formats.h."""
 
     @classmethod
     def available(cls) -> bool:
@@ -100,6 +100,10 @@ class Backend(ABC):
     def kernel(self, name: str, fmt: str | None = None) -> Kernel:
         """The kernel of that name, for a block format (a name of formats.blocks) where it is built per format."""
         return self.sources.kernel(name, fmt)
+
+    def lds_for_copies(self, kernel: Kernel) -> int:
+        """Bytes of dynamic LDS to which a block of the kernel may have rows copied; 0 where nothing copies them."""
+        return 0
 
     def alloc(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """A buffer of undefined content; BackendError where the device has too little memory."""
@@ -172,7 +176,7 @@ class Backend(ABC):
                 f"kernel {kernel.label} runs in blocks of whole waves of {WAVE} up to {kernel.threads} threads,"
                 f" not {threads}"
             )
-        if not 0 <= lds <= MAX_LDS:
+        if lds < 0 or (lds > MAX_LDS and lds > self.lds_for_copies(kernel)):
             raise BackendError(f"kernel {kernel.label} was given {lds} bytes of LDS, of {MAX_LDS}")
         if math.prod(full_grid):
             self._dispatch(kernel, full_grid, full_block, values, lds)

@@ -1,31 +1,44 @@
 // The kernels that read a quantised matrix, built once per format (FORMAT is a struct of formats.h): whole-tensor decode,
 // embedding rows, matrix-vector products, and the two expert products, which find their matrices through the routed ids.
 // Matrices are row-major payloads whose rows are whole groups of 256. A team of lanes walks along ROWS rows at a time, in
-// steps; how it multiplies is a struct of dot.h or tile.h, how the weights come one of feed.h.
+// steps; how it multiplies is a struct of dot.h or bits.h, how the weights come one of feed.h.
 #include "dot.h"
-#include "tile.h"
+#include "bits.h"
 #include "feed.h"
 #ifdef MQ_RESIDENT    // registers are kept to what this many threads of a multiprocessor leave, and change places in two steps
 #undef KERNEL
 #define KERNEL(threads) extern "C" __global__ void MQ_RESIDENT(threads, 768 / threads)
-constexpr int UNROLLED = 2;
+constexpr int LANE_STEPS = 2;
 #else
-constexpr int UNROLLED = 1;
+constexpr int LANE_STEPS = 1;
 #endif
 
-constexpr int SLICE = FORMAT::SLICE, ROWS = FORMAT::ROWS;
-constexpr int TEAM = GROUP / SLICE;          // lanes that share a row
-constexpr int CHUNK = 12;                    // groups of x in LDS at a time
-
-#ifdef MQ_TILE
-using Dot = Either<FORMAT::TILED, TileDot<FORMAT>, LaneDot<FORMAT>>::Type;
-#else
-using Dot = LaneDot<FORMAT>;
+// How rows lie in lanes for a product, and what multiplies them; COPIED tells whether experts' rows come through LDS where a
+// vendor copies them there, whole if they are those of at most WHOLE matrices. UNROLLED counts the steps of a feed in one
+// turn of the loop, and UNROLLED_WHOLE those of rows that come whole.
+template <class Format, class = void>
+struct Product {
+  using Weights = Format;
+  using Dot = LaneDot<Format>;
+  static constexpr bool COPIED = false;
+  static constexpr int UNROLLED = LANE_STEPS, WHOLE = 0, UNROLLED_WHOLE = 1;
+};
+#ifdef MQ_BITS
+template <class Format>
+struct Product<Format, decltype((void)sizeof(typename Format::Counted))> {
+  using Weights = typename Format::Counted;
+  using Dot = BitDot<Weights>;
+  static constexpr bool COPIED = true;
+  static constexpr int UNROLLED = 1, WHOLE = Weights::WHOLE, UNROLLED_WHOLE = Weights::UNROLLED;
+};
 #endif
-#ifdef MQ_RING    // bytes of dynamic LDS that a block of a kernel needs: CudaBackend reads them
-extern "C" __device__ int expert_gate_up_lds = FORMAT::STAGE > 0 ? 12 * Ring<FORMAT, 2>::LDS_BYTES : 0;
-extern "C" __device__ int expert_down_lds = FORMAT::STAGE > 0 ? 12 * Ring<FORMAT, 1>::LDS_BYTES : 0;
-#endif
+using How = Product<FORMAT>;
+using Weights = How::Weights;
+using Dot = How::Dot;
+constexpr int SLICE = FORMAT::SLICE, SPAN = GROUP / SLICE;    // of decoding: elements of a lane, lanes of a group
+constexpr int ROWS = Weights::ROWS;
+constexpr int TEAM = GROUP / Weights::SLICE;    // lanes that share a row
+constexpr int CHUNK = 12;                       // groups of x in LDS at a time
 constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
 
 DEVICE int teams() { return blockDim.x / TEAM; }
@@ -38,59 +51,58 @@ DEVICE void stage_x(float* staged, const float* x, int first, int groups) {
     const int eights = min(CHUNK, groups - first) * (GROUP / PER_LANE);
     for (int i = threadIdx.x; i < eights; i += blockDim.x) {
       float v[PER_LANE];
-      load_eight(x + first * GROUP, i, v);
+      Dot::load_x(x + first * GROUP, i, v);
       Dot::stage(staged + i / WAVE * Dot::STAGE, v);
     }
   }
 }
 
-// The rows of this lane's team, of a grid whose blocks of x share all rows.
+// The rows of this lane's team.
 template <int MATRICES>
-DEVICE Rows<FORMAT, MATRICES> share_of(const uint8_t* const (&matrix)[MATRICES], int rows, int groups) {
-  Rows<FORMAT, MATRICES> share;
+DEVICE Rows<Weights, MATRICES> share_of(const uint8_t* const (&matrix)[MATRICES], int rows, int groups) {
+  Rows<Weights, MATRICES> share;
 #pragma unroll
   for (int m = 0; m < MATRICES; m++) share.matrix[m] = matrix[m];
   share.rows = rows;
   share.groups = groups;
   share.first = (blockIdx.x * teams() + team()) * share.PER;
-  share.stride = gridDim.x * teams() * share.PER;
   return share;
 }
 
-// out[m] f32 [rows] = matrix m · x, of the share that the feed was made for. Every thread of the block calls it. The order
-// of sums is the same for any grid.
-template <int MATRICES, class Feed>
-DEVICE void multiply(float* const (&out)[MATRICES], const Rows<FORMAT, MATRICES>& share, Feed& feed, const float* x,
-                     float* staged) {
-  constexpr int PER = Rows<FORMAT, MATRICES>::PER;
-  const int groups = share.groups, kept = slice() / (TEAM / ROWS);
-  stage_x(staged, x, 0, groups);
-  if constexpr (Dot::STAGE > 0) __syncthreads();
-  int row = share.first + kept % PER;
-  for (int done = 0; done < share.rows; done += share.stride, row += share.stride) {
-    if (done > 0) feed.next_turn();
-    Dot dot;
-    for (int first = 0; first < groups; first += CHUNK) {
-      if (Dot::STAGE > 0 && groups > CHUNK && first + done > 0) {
-        __syncthreads();    // the groups before are read
-        stage_x(staged, x, first, groups);
-        __syncthreads();
-      }
-      const int count = min(CHUNK, groups - first);
-#pragma unroll(Feed::STEP == 1 ? UNROLLED : 1)
-      for (int g = 0; g < count; g += Feed::STEP) {
-        feed.next();
+// Adds the products of `count` groups.
+template <int UNROLLED, class Feed>
+DEVICE void walk(Dot& dot, Feed& feed, const float* staged, const float* x, int count) {
+#pragma unroll(UNROLLED)
+  for (int g = 0; g < count; g += Feed::STEP) {
+    feed.next();
 #pragma unroll
-        for (int i = 0; i < Feed::STEP; i++) {
-          typename FORMAT::Raw raw[ROWS];
-          feed.read(i, raw);
-          dot.add(raw, staged + (g + i) * Dot::STAGE, x + (first + g + i) * GROUP);
-        }
-      }
+    for (int i = 0; i < Feed::STEP; i++) {
+      typename Weights::Raw raw[ROWS];
+      feed.read(i, raw);
+      dot.add(raw, staged + (g + i) * Dot::STAGE, x + (g + i) * GROUP);
     }
-    const float total = dot.total();
-    if (slice() % (TEAM / ROWS) == 0 && row < share.rows) (kept < PER ? out[0] : out[MATRICES - 1])[row] = total;
   }
+}
+
+template <int MATRICES>
+DEVICE void store(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& share, Dot& dot) {
+  const int kept = slice() / (TEAM / ROWS), row = share.first + kept % share.PER;
+  const float total = dot.total();
+  if (slice() % (TEAM / ROWS) == 0 && row < share.rows) (kept < share.PER ? out[0] : out[MATRICES - 1])[row] = total;
+}
+
+// out[m] f32 [rows] = matrix m · x, of the share that the feed was made for. Every thread of the block calls it.
+template <int MATRICES, class Feed>
+DEVICE void multiply(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& share, Feed& feed, const float* x,
+                     float* staged) {
+  Dot dot;
+  for (int first = 0; first < share.groups; first += CHUNK) {
+    if (Dot::STAGE > 0 && first > 0) __syncthreads();    // the groups before are read
+    stage_x(staged, x, first, share.groups);
+    if constexpr (Dot::STAGE > 0) __syncthreads();
+    walk<How::UNROLLED>(dot, feed, staged, x + first * GROUP, min(CHUNK, share.groups - first));
+  }
+  store(out, share, dot);
 }
 
 // The offset of a slot's expert matrix, or -1 where the id is out of range or that expert is not loaded.
@@ -108,7 +120,7 @@ DEVICE void decode_tail(float* out, const uint8_t* payload, int64_t start, int64
 
 DEVICE void decode_slice(float* out, const uint8_t* group) {
   float w[SLICE];
-  FORMAT::weights(FORMAT::load(group, slice()), w);
+  FORMAT::weights(FORMAT::load(group, threadIdx.x % SPAN), w);
 #pragma unroll
   for (int j = 0; j < SLICE; j++) out[j] = w[j];
 }
@@ -116,7 +128,7 @@ DEVICE void decode_slice(float* out, const uint8_t* group) {
 // out f32 [n]: the payload decoded in the stored basis. One lane per slice; n fills whole blocks of the format.
 KERNEL(128) decode(float* __restrict__ out, const uint8_t* __restrict__ payload, int64_t n) {
   await_previous();
-  const int64_t group = (int64_t)blockIdx.x * teams() + team(), start = group * GROUP + SLICE * slice();
+  const int64_t lanes = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, group = lanes / SPAN, start = SLICE * lanes;
   if (start + SLICE <= n) {
     decode_slice(out + start, payload + group * FORMAT::BYTES);
   } else {
@@ -129,9 +141,9 @@ KERNEL(128) decode(float* __restrict__ out, const uint8_t* __restrict__ payload,
 KERNEL(128) embed(float* __restrict__ out, const uint8_t* __restrict__ table, const int32_t* __restrict__ ids, int rows,
                   int groups) {
   await_previous();
-  const int id = ids[blockIdx.y], group = blockIdx.x * teams() + team();
+  const int id = ids[blockIdx.y], group = (blockIdx.x * blockDim.x + threadIdx.x) / SPAN;
   if (group >= groups) return;    // no barrier follows
-  float* to = out + ((int64_t)blockIdx.y * groups + group) * GROUP + SLICE * slice();
+  float* to = out + ((int64_t)blockIdx.y * groups + group) * GROUP + SLICE * (threadIdx.x % SPAN);
   if (id >= 0 && id < rows) {
     decode_slice(to, table + ((int64_t)id * groups + group) * FORMAT::BYTES);
   } else {
@@ -143,28 +155,40 @@ KERNEL(128) embed(float* __restrict__ out, const uint8_t* __restrict__ table, co
 KERNEL(128) matvec(float* __restrict__ out, const uint8_t* __restrict__ matrix, const float* __restrict__ x, int rows,
                    int groups) {
   LDS(float, staged, STAGES);
-  const Rows<FORMAT, 1> share = share_of<1>({matrix}, rows, groups);
-  Direct<FORMAT, 1> feed(share);
+  const Rows<Weights, 1> share = share_of<1>({matrix}, rows, groups);
+  Direct<Weights, 1> feed(share);
   await_previous();
   multiply<1>({out + (int64_t)blockIdx.y * rows}, share, feed, x + (int64_t)blockIdx.y * groups * GROUP, staged);
 }
 
 // What `multiply` does, with weights that are on their way before the kernel awaits the one before it.
 template <int MATRICES>
-DEVICE void await_and_multiply(float* const (&out)[MATRICES], const Rows<FORMAT, MATRICES>& share, const float* x,
-                               float* staged) {
-#ifdef MQ_RING
-  if constexpr (FORMAT::STAGE > 0) {
-    HIP_DYNAMIC_SHARED(Quad, rings)
-    if (Ring<FORMAT, MATRICES>::fits(share)) {
-      Ring<FORMAT, MATRICES> feed(share, reinterpret_cast<uint8_t*>(rings));
-      await_previous();
-      multiply(out, share, feed, x, staged);
+DEVICE void await_and_multiply(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& share, const float* x,
+                               float* staged, int copied, Arrival* arrival) {
+#ifdef MQ_COPY
+  if constexpr (How::COPIED) {
+    HIP_DYNAMIC_SHARED(uint8_t, lds)
+    if (copied > 0) {
+      if constexpr (MATRICES <= How::WHOLE) {    // of at most CHUNK groups
+        if (threadIdx.x == 0) Whole<Weights, MATRICES>::request(share, lds, copied, arrival);
+        await_previous();
+        stage_x(staged, x, 0, share.groups);
+        __syncthreads();
+        Dot dot;
+        Whole<Weights, MATRICES> feed(share, lds, copied);
+        await_arrival(arrival);
+        walk<How::UNROLLED_WHOLE>(dot, feed, staged, x, share.groups);
+        store(out, share, dot);
+      } else {
+        Ring<Weights, MATRICES> feed(share, lds);
+        await_previous();
+        multiply(out, share, feed, x, staged);
+      }
       return;
     }
   }
 #endif
-  Direct<FORMAT, MATRICES> feed(share);
+  Direct<Weights, MATRICES> feed(share);
   await_previous();
   multiply(out, share, feed, x, staged);
 }
@@ -176,12 +200,15 @@ DEVICE void not_loaded(float* out, int rows) {
 
 // gate, up f32 [tokens, slots, rows] = W1, W3 of expert ids[t, slot] · x f32 [tokens, cols]. Expert e's matrices [rows, cols]
 // lie at gate_at[e] and up_at[e] bytes in the two buffers (which may be one), or at -1. Grid (blocks of rows, slots, tokens);
-// a team makes ROWS / 2 rows of each matrix from one read of x.
+// a team makes ROWS / 2 rows of each matrix from one read of x. `copied`: the waves of a block whose rows come through the
+// dynamic LDS, all of them or none.
 KERNEL(384) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, const uint8_t* __restrict__ gate_matrices,
                            const int64_t* __restrict__ gate_at, const uint8_t* __restrict__ up_matrices,
                            const int64_t* __restrict__ up_at, const int32_t* __restrict__ ids,
-                           const float* __restrict__ x, int experts, int rows, int groups) {
+                           const float* __restrict__ x, int experts, int rows, int groups, int copied) {
   LDS(float, staged, STAGES);
+  LDS(Arrival, arrival, 1);
+  prepare(arrival);
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
   const int id = fetch_new(ids + slot);
   const int64_t first = expert_offset(gate_at, id, experts), second = expert_offset(up_at, id, experts);
@@ -191,14 +218,18 @@ KERNEL(384) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, con
     for (int m = 0; m < 2; m++) not_loaded(out[m], rows);
     return;
   }
-  const Rows<FORMAT, 2> share = share_of<2>({gate_matrices + first, up_matrices + second}, rows, groups);
-  await_and_multiply<2>(out, share, x + (int64_t)blockIdx.z * groups * GROUP, staged);
+  const Rows<Weights, 2> share = share_of<2>({gate_matrices + first, up_matrices + second}, rows, groups);
+  await_and_multiply<2>(out, share, x + (int64_t)blockIdx.z * groups * GROUP, staged, copied, arrival);
 }
 
-// out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid (blocks of rows, slots, tokens).
+// out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid (blocks of rows, slots,
+// tokens); `copied` as above.
 KERNEL(384) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices, const int64_t* __restrict__ at,
-                        const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows, int groups) {
+                        const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows, int groups,
+                        int copied) {
   LDS(float, staged, STAGES);
+  LDS(Arrival, arrival, 1);
+  prepare(arrival);
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
   const int64_t offset = expert_offset(at, fetch_new(ids + slot), experts);
   if (offset < 0) {
@@ -206,6 +237,6 @@ KERNEL(384) expert_down(float* __restrict__ out, const uint8_t* __restrict__ mat
     not_loaded(out + slot * rows, rows);
     return;
   }
-  const Rows<FORMAT, 1> share = share_of<1>({matrices + offset}, rows, groups);
-  await_and_multiply<1>({out + slot * rows}, share, x + slot * groups * GROUP, staged);
+  const Rows<Weights, 1> share = share_of<1>({matrices + offset}, rows, groups);
+  await_and_multiply<1>({out + slot * rows}, share, x + slot * groups * GROUP, staged, copied, arrival);
 }

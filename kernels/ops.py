@@ -7,7 +7,7 @@ before anything runs. `out`, where a function takes it, is written instead of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,23 @@ from numpy.typing import DTypeLike, NDArray
 from ..formats.blocks import BY_NAME
 from ..formats.errors import BackendError
 from ..formats.fwht import SIGNS1, SIGNS2
-from .host import Argument, Backend, Buffer
+from .host import WAVE, Argument, Backend, Buffer
+from .sources import Kernel
 
 GROUP = 256
+_CHUNK = 12
+"""Groups of x that a block has in LDS at a time."""
 MAX_HEAD_DIM = 256
 _LANES = {"F32": (8, 2), "F16": (8, 2), "Q8F16": (8, 4)}
 """(SLICE, ROWS) of a format's struct in formats.h where they are not (32, 2)."""
-_RINGED = ("MQ2-Lloyd", "MQ3-Lloyd")
-"""Formats whose experts' weights run through a ring in LDS, where a back end has one."""
+_COPIED: Mapping[tuple[str, str], tuple[int, int | None]] = {
+    ("expert_gate_up", "MQ2-Lloyd"): (7, None),
+    ("expert_gate_up", "MQ3-Lloyd"): (12, 6),
+    ("expert_down", "MQ2-Lloyd"): (6, None),
+    ("expert_down", "MQ3-Lloyd"): (8, None),
+}
+"""Products whose rows come through LDS where a back end copies them (feed.h): the waves of a block, found best on an
+H100, and the groups of a row that LDS holds at a time, None for all."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Experts:
     format: str
     rows: int
     cols: int
+    aligned: bool
+    """Whether every matrix begins and ends at multiples of 16 bytes, as copies into LDS need it."""
 
 
 def matrix(backend: Backend, payload: NDArray[np.uint8], fmt: str, rows: int, cols: int) -> Matrix:
@@ -73,7 +84,8 @@ def experts(
     loaded = table[table != -1]
     if loaded.size and (loaded.min() < 0 or loaded.max() + size > data.nbytes or (loaded % align).any()):
         raise BackendError(f"expert offsets do not fit {fmt} matrices of {size} bytes in {data.nbytes} bytes")
-    return Experts(data, backend.upload(table), fmt, rows, cols)
+    aligned = size % 16 == 0 and not ((data.address + loaded) % 16).any()
+    return Experts(data, backend.upload(table), fmt, rows, cols, aligned)
 
 
 def signs(backend: Backend) -> Buffer:
@@ -130,8 +142,10 @@ def matvec(backend: Backend, w: Matrix, x: Buffer, out: Buffer | None = None) ->
     tokens, cols = _shape(x, "x", 2)
     _fits(x, "x", (tokens, w.cols))
     out = _out(backend, out, (tokens, w.rows), np.float32)
-    grid = (_ceil(w.rows, _block_rows(backend, "matvec", w.format)), tokens)
-    _launch(backend, "matvec", grid, (out, w.data, x, w.rows, cols // GROUP), w.format)
+    rows = _rows(backend, w.format, backend.kernel("matvec", w.format).threads // WAVE)
+    _launch(
+        backend, "matvec", (_ceil(w.rows, rows), tokens), (out, w.data, x, w.rows, cols // GROUP), w.format
+    )
     return out
 
 
@@ -249,9 +263,8 @@ def expert_gate_up(
     _fits(w3.offsets, "offsets of w3", w1.offsets.shape)
     gate = backend.alloc((tokens, slots, w1.rows), np.float32)
     up = backend.alloc((tokens, slots, w1.rows), np.float32)
-    grid = (_expert_blocks(backend, "expert_gate_up", w1, 2), slots, tokens)
     args = (gate, up, w1.data, w1.offsets, w3.data, w3.offsets, ids, x)
-    _launch(backend, "expert_gate_up", grid, (*args, w1.offsets.size, w1.rows, w1.cols // GROUP), w1.format)
+    _launch_experts(backend, "expert_gate_up", w1, 2, (slots, tokens), args)
     return gate, up
 
 
@@ -260,9 +273,7 @@ def expert_down(backend: Backend, w2: Experts, ids: Buffer, x: Buffer, out: Buff
     tokens, slots = _shape(ids, "ids", 2)
     _fits(x, "x", (tokens, slots, w2.cols))
     out = _out(backend, out, (tokens, slots, w2.rows), np.float32)
-    grid = (_expert_blocks(backend, "expert_down", w2, 1), slots, tokens)
-    args = (out, w2.data, w2.offsets, ids, x, w2.offsets.size, w2.rows, w2.cols // GROUP)
-    _launch(backend, "expert_down", grid, args, w2.format)
+    _launch_experts(backend, "expert_down", w2, 1, (slots, tokens), (out, w2.data, w2.offsets, ids, x))
     return out
 
 
@@ -287,21 +298,35 @@ def _launch(
     backend.launch(kernel, grid, (kernel.threads,), args)
 
 
+def _launch_experts(
+    backend: Backend, name: str, w: Experts, matrices: int, grid: tuple[int, int], args: Sequence[Argument]
+) -> None:
+    """Launch a product of `matrices` matrices of each expert; where LDS is large enough, their rows come through it."""
+    kernel, groups = backend.kernel(name, w.format), w.cols // GROUP
+    waves, lds = _copied(backend, kernel, w, groups)
+    blocks = _ceil(w.rows, _rows(backend, w.format, waves or kernel.threads // WAVE) // matrices)
+    block = ((waves or kernel.threads // WAVE) * WAVE,)
+    backend.launch(kernel, (blocks, *grid), block, (*args, w.offsets.size, w.rows, groups, waves), lds)
+
+
+def _copied(backend: Backend, kernel: Kernel, w: Experts, groups: int) -> tuple[int, int]:
+    """(waves of a block whose rows are copied into LDS, bytes of it that they take); none where it cannot be done."""
+    waves, held = _COPIED.get((kernel.name, w.format), (0, None))
+    whole = groups <= _CHUNK if held is None else groups % 2 == 0
+    lds = _rows(backend, w.format, waves) * (held or groups) * BY_NAME[w.format].nbytes(GROUP)
+    possible = waves > 0 and whole and w.aligned and lds <= backend.lds_for_copies(kernel)
+    return (waves, lds) if possible else (0, 0)
+
+
 def _slice(fmt: str) -> int:
-    """Elements of a group that one lane takes."""
+    """Elements of a group that one lane decodes."""
     return _LANES.get(fmt, (32, 2))[0]
 
 
-def _block_rows(backend: Backend, name: str, fmt: str) -> int:
-    """Rows that a block of the kernel makes: some for every GROUP / slice lanes."""
-    lanes, rows = _LANES.get(fmt, (32, 2))
-    return backend.kernel(name, fmt).threads * lanes // GROUP * rows
-
-
-def _expert_blocks(backend: Backend, name: str, w: Experts, matrices: int) -> int:
-    """Blocks to an expert's rows, of each of one or two matrices."""
-    turns = backend.turns if w.format in _RINGED else 1
-    return _ceil(w.rows, _block_rows(backend, name, w.format) // matrices * turns)
+def _rows(backend: Backend, fmt: str, waves: int) -> int:
+    """Rows that so many waves multiply: some for every GROUP / slice lanes."""
+    slice_, rows = _LANES.get(fmt, (32, 2))
+    return waves * WAVE * backend.slices.get(fmt, slice_) // GROUP * rows
 
 
 def _ceil(n: int, by: int) -> int:

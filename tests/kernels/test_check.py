@@ -10,15 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.errors import CheckError
-from mq_quant.kernels import check, cuda
+from mq_quant.kernels import check, cuda, ops
 from mq_quant.kernels.elf import DYNSYM, read_elf
 from mq_quant.kernels.sources import FOLDER, Module, Sources
 
 needs_clang = pytest.mark.skipif(check.find_clang() is None, reason="needs clang-19 and lld-19")
 needs_nvrtc = pytest.mark.skipif(cuda.nvrtc() is None, reason="needs nvrtc (pip install nvidia-cuda-nvrtc)")
 MODULES = list(Sources().modules())
-RINGED = ("MQ2-Lloyd", "MQ3-Lloyd")
 
 
 @needs_clang
@@ -38,21 +38,22 @@ def test_kernels_compile_for_nvidia(module):
     sources = Sources()
     usage = check.check_nvidia(sources, module, sources.modules()[module], check.NVIDIA_ARCH)
     assert all(0 < u.vector <= 255 for u in usage)
-    assert all(
-        u.lds <= 49152 for u in usage if not (module.format in RINGED and u.kernel.startswith("expert"))
-    )
+    assert all(u.lds <= 49152 for u in usage)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("fmt", RINGED)
-def test_rings_count_and_leave_room_for_the_next_launch(fmt):
+@pytest.mark.parametrize(("name", "fmt"), list(ops._COPIED))
+def test_copies_leave_room_for_the_next_launch_where_two_fit(name, fmt):
     """A multiprocessor has 64 K registers and 227 KB of LDS, from which a block takes 1 KB more than its own."""
     sources, module = Sources(), Module("matrix.hip", fmt)
     usage = check.check_nvidia(sources, module, sources.modules()[module], check.NVIDIA_ARCH)
-    for u in usage:
-        if u.kernel.startswith("expert"):
-            assert 49152 < u.lds <= 227 * 1024 // 2 - 1024
-            assert 2 * 384 * u.vector <= 65536
+    own = next(u for u in usage if u.kernel == f"{name}[{fmt}]")
+    waves, held = ops._COPIED[name, fmt]
+    groups = held or {"expert_gate_up": 3072, "expert_down": 1536}[name] // 256
+    lds = own.lds + waves * 16 * groups * BY_NAME[fmt].nbytes(256) + 1024
+    blocks = 1 if (name, fmt) == ("expert_gate_up", "MQ3-Lloyd") else 2
+    assert blocks * lds <= 227 * 1024
+    assert 2 * 384 * own.vector <= 65536
 
 
 @pytest.fixture(scope="module")

@@ -197,8 +197,8 @@ BARRIER = "__syncthreads();"
 RACES = {
     "weights read before they are written": ("attention.hip", "weight[tid] = p;", attention_case),
     "sums read before they are written": ("device.h", "scratch[wave()] = v;", rmsnorm_case),
-    "x read before it is staged": ("matrix.hip", "stage_x(staged, x, 0, groups);", lloyd_case),
-    "x replaced while it is read": ("matrix.hip", "if (Dot::STAGE > 0 && groups > CHUNK", lloyd_case),
+    "x read before it is staged": ("matrix.hip", "stage_x(staged, x, first, share.groups);", lloyd_case),
+    "x replaced while it is read": ("matrix.hip", "if (Dot::STAGE > 0 && first > 0)", lloyd_case),
 }
 
 

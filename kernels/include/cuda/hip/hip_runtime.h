@@ -1,4 +1,5 @@
-// The HIP surface that the kernels use, for nvrtc: integer names, shuffles of whole warps, halves, tiles, one fused instruction.
+// The HIP surface that the kernels use, for nvrtc: integer names, shuffles of whole warps, halves, bits, copies, fused
+// instructions.
 #pragma once
 typedef signed char int8_t;
 typedef unsigned char uint8_t;
@@ -8,7 +9,7 @@ typedef unsigned int uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
 #define MQ_RESIDENT(threads, blocks) __launch_bounds__(threads, blocks)
-#define HIP_DYNAMIC_SHARED(type, name) extern __shared__ type name[];
+#define HIP_DYNAMIC_SHARED(type, name) extern __shared__ __align__(128) type name[];
 #define __shfl(value, lane) __shfl_sync(0xffffffffu, value, lane)
 #define __shfl_xor(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 #define __shfl_down(value, delta) __shfl_down_sync(0xffffffffu, value, delta)
@@ -66,27 +67,26 @@ static __device__ __forceinline__ void pick4(const Book& book, uint32_t codes, f
   halves(a, w[0], w[1]);
   halves(b, w[2], w[3]);
 }
-// Tiles of 16 rows × 8 columns from halves: lane 4g + c holds row g and row g + 8 of the left factor, column g of the right
-// one, and of the product columns 2c and 2c + 1 of both rows.
-#define MQ_TILE
-struct Tile {
-  float v[4];
+// How many bits rows of a tile of 16 × 256 bits have in common with columns of one of 256 × 8: lane 4g + c holds words c and
+// c + 4 of row g (a0, a2) and of row g + 8 (a1, a3), those of column g, and the counts of both rows with columns 2c and 2c + 1.
+#if __CUDA_ARCH__ >= 800
+#define MQ_REDUCE
+static __device__ __forceinline__ int wave_most(int v) { return __reduce_max_sync(0xffffffffu, v); }
+static __device__ __forceinline__ uint32_t wave_total(uint32_t v) { return __reduce_add_sync(0xffffffffu, v); }
+#define MQ_BITS
+struct Counts {
+  int v[4];
 };
-struct alignas(16) Words {
-  uint32_t v[4];
-};
-static __device__ __forceinline__ Words load_words(const float* p) { return *reinterpret_cast<const Words*>(p); }
-static __device__ __forceinline__ uint32_t pair_of_halves(float low, float high) {
-  uint32_t out;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-  return out;
+static __device__ __forceinline__ Counts count_common(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                                      uint32_t b1) {
+  Counts count;
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=r"(count.v[0]), "=r"(count.v[1]), "=r"(count.v[2]), "=r"(count.v[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
+  return count;
 }
-static __device__ __forceinline__ void multiply_tile(Tile& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                     uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum.v[0]), "+f"(sum.v[1]), "+f"(sum.v[2]), "+f"(sum.v[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+#endif
 // Volatile, or they would be moved to their first use.
 #define MQ_FETCH
 static __device__ __forceinline__ uint16_t fetch_u16(const uint8_t* p) {
@@ -102,11 +102,14 @@ static __device__ __forceinline__ uint32_t fetch_u32(const uint8_t* p) {
 static __device__ __forceinline__ void fetch_pair(const uint8_t* p, uint32_t& a, uint32_t& b) {
   asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(p));
 }
-// Copies of 16 bytes from memory into LDS that go on while the lane does; batches of a lane's copies end in order.
-#if __CUDA_ARCH__ >= 800
-#define MQ_RING
+// Copies from memory into LDS that go on while the lanes do. Those of 16 bytes each lane makes for itself, in batches that end
+// in order. Runs of many more, multiples of 16, one thread lets be made: it has prepared an arrival, and `expect`s their bytes;
+// every thread may await it behind a barrier.
+#if __CUDA_ARCH__ >= 900
+#define MQ_COPY
 typedef uint32_t LdsAddress;
-static __device__ __forceinline__ LdsAddress lds_address(const uint8_t* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+typedef uint64_t Arrival;
+static __device__ __forceinline__ LdsAddress lds_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 static __device__ __forceinline__ void copy_quad(LdsAddress lds, const uint8_t* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(lds), "l"(from) : "memory");
 }
@@ -114,5 +117,21 @@ static __device__ __forceinline__ void close_batch() { asm volatile("cp.async.co
 template <int LATER>
 static __device__ __forceinline__ void await_batches() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+static __device__ __forceinline__ void prepare(Arrival* arrival) {
+  if (threadIdx.x > 0) return;
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(lds_address(arrival)) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+static __device__ __forceinline__ void expect(Arrival* arrival, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(lds_address(arrival)), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void copy_run(uint8_t* lds, const uint8_t* from, int bytes, Arrival* arrival) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   lds_address(lds)), "l"(from), "r"(bytes), "r"(lds_address(arrival)) : "memory");
+}
+static __device__ __forceinline__ void await_arrival(Arrival* arrival) {
+  asm volatile("{.reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0; @!done bra wait;}" ::"r"(
+                   lds_address(arrival)) : "memory");
 }
 #endif

@@ -1,0 +1,236 @@
+// Products of a team's rows with x on units that count the bits that two tiles have in common, for vendors whose header has
+// one (MQ_BITS). A level is a sum over the sets of a code's bits, w = Σ d[f] · Π of the bits in f, so that a row's product
+// needs sums of x over the columns in which all bits of f are set. x becomes whole numbers, in two's complement and a unit
+// that follows the group's largest element, and a tile's column holds one bit of each: what rows and columns have in common is
+// counted exactly, straight from the packed codes. Four lanes share a row, eight teams of them a tile of 16 rows; lane s has
+// the 32 columns of its words number s and s + 4. Sums over columns are whole numbers, those over groups f32.
+#pragma once
+#include "formats.h"
+
+#ifdef MQ_BITS
+// Formats for BitDot. `bits` gives, of the lane's word i, the columns in which each set's bits are set, in the order in which
+// `load_x` takes them; `shares` the d of each set and that of none. LDS holds all rows of products of at most WHOLE matrices,
+// whose loop takes UNROLLED groups a turn.
+struct MQ2_Bits {
+  static constexpr int BYTES = MQ2_Lloyd::BYTES, SLICE = 64, ROWS = 2, SETS = 3, WHOLE = 2, UNROLLED = 1;
+  struct Raw {
+    uint32_t head[2], codes[2][2];
+  };
+  DEVICE Raw load(const uint8_t* group, int s) {
+    Raw raw;
+    fetch_words(group, raw.head);
+    fetch_words(group + 8 + 8 * s, raw.codes[0]);
+    fetch_words(group + 40 + 8 * s, raw.codes[1]);
+    return raw;
+  }
+  DEVICE Raw read(const uint8_t* group, int s) {
+    Raw raw;
+    read_words(group, raw.head);
+    read_words(group + 8 + 8 * s, raw.codes[0]);
+    read_words(group + 40 + 8 * s, raw.codes[1]);
+    return raw;
+  }
+  // Even bits from the first word, odd ones from the second.
+  DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
+    const Quad* quads = reinterpret_cast<const Quad*>(x + i / 4 * 32) + i % 4;
+    const Quad first = quads[0], second = quads[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      v[2 * j] = first.v[j];
+      v[2 * j + 1] = second.v[j];
+    }
+  }
+  DEVICE void bits(const Raw& raw, int i, uint32_t (&set)[SETS]) {
+    const uint32_t a = raw.codes[i][0], b = raw.codes[i][1];
+    set[0] = (a & 0x55555555) | (b << 1 & 0xaaaaaaaa);
+    set[1] = (a >> 1 & 0x55555555) | (b & 0xaaaaaaaa);
+    set[2] = set[0] & set[1];
+  }
+  DEVICE float shares(const Raw& raw, float (&d)[SETS]) {
+    float l[4];
+    halves(raw.head[0], l[0], l[1]);
+    halves(raw.head[1], l[2], l[3]);
+    d[0] = l[1] - l[0];
+    d[1] = l[2] - l[0];
+    d[2] = (l[3] - l[2]) - d[0];
+    return l[0];
+  }
+};
+
+struct MQ3_Bits {
+  static constexpr int BYTES = MQ3_Lloyd::BYTES, SLICE = 64, ROWS = 2, SETS = 7, WHOLE = 1, UNROLLED = 2;
+  struct Raw {
+    uint32_t head[4], codes[2][3];
+  };
+  DEVICE Raw load(const uint8_t* group, int s) {
+    Raw raw;
+    fetch_words(group, raw.head);
+    fetch_words(group + 16 + 12 * s, raw.codes[0]);
+    fetch_words(group + 64 + 12 * s, raw.codes[1]);
+    return raw;
+  }
+  DEVICE Raw read(const uint8_t* group, int s) {
+    Raw raw;
+    read_words(group, raw.head);
+    read_words(group + 16 + 12 * s, raw.codes[0]);
+    read_words(group + 64 + 12 * s, raw.codes[1]);
+    return raw;
+  }
+  // The lowest bit of code i is bit 3i of its words, and so bit 3i % 32 of one of them: each bit has one code.
+  DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) v[j] = x[i / 4 * 32 + 11 * (i % 4 * PER_LANE + j) % 32];
+  }
+  // Bit 3i + k % 32 of the three words, one of which has it of a code's bit k, for all codes.
+  DEVICE uint32_t third(const uint32_t (&w)[3], int k) {
+    constexpr uint32_t MASK[3] = {0x49249249, 0x92492492, 0x24924924};
+    const uint32_t v = (w[0] & MASK[k]) | (w[1] & MASK[(k + 1) % 3]) | (w[2] & MASK[(k + 2) % 3]);
+    return k ? v >> k | v << (32 - k) : v;
+  }
+  DEVICE void bits(const Raw& raw, int i, uint32_t (&set)[SETS]) {
+    set[0] = third(raw.codes[i], 0);
+    set[1] = third(raw.codes[i], 1);
+    set[3] = third(raw.codes[i], 2);
+    set[2] = set[0] & set[1];
+    set[4] = set[0] & set[3];
+    set[5] = set[1] & set[3];
+    set[6] = set[2] & set[3];
+  }
+  DEVICE float shares(const Raw& raw, float (&d)[SETS]) {
+    float l[8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) halves(raw.head[i], l[2 * i], l[2 * i + 1]);
+#pragma unroll
+    for (int bit = 1; bit < 8; bit *= 2) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) l[i] -= i & bit ? l[i ^ bit] : 0.0f;
+    }
+#pragma unroll
+    for (int f = 0; f < SETS; f++) d[f] = l[f + 1];
+    return l[0];
+  }
+};
+
+template <class Format>
+struct BitDot {
+  static constexpr int PLANES = 24, TILES = PLANES / 8, WORDS = 8;    // bits of x, tiles of 8 of them, words of a plane
+  static constexpr int UNIT = PLANES * WORDS, STAGE = UNIT + 4;       // words of LDS that a group of x takes
+  static constexpr int ROWS = Format::ROWS, TEAM = GROUP / Format::SLICE, SETS = Format::SETS;
+  static constexpr int TOP = 21;    // the largest element's power of two, in units
+  static constexpr float HIGH = 12582912.0f;    // 1.5 · 2^23: f32 from 2^23 to 2^24 are whole numbers
+  float sum[ROWS] = {};
+
+  static DEVICE_MEMBER void load_x(const float* x, int i, float (&v)[PER_LANE]) { Format::load_x(x, i, v); }
+
+  // Bit p of eight bytes, of four each in `low` and `high`, becomes byte p of both.
+  static DEVICE_MEMBER void transpose(uint32_t& low, uint32_t& high) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      uint32_t& v = half ? high : low;
+      const uint32_t one = (v ^ v >> 7) & 0x00aa00aa;
+      v ^= one ^ one << 7;
+      const uint32_t two = (v ^ v >> 14) & 0x0000cccc;
+      v ^= two ^ two << 14;
+    }
+    const uint32_t upper = (high & 0xf0f0f0f0) | (low >> 4 & 0x0f0f0f0f);
+    low = (low & 0x0f0f0f0f) | (high << 4 & 0xf0f0f0f0);
+    high = upper;
+  }
+
+  // The column, of all tiles', of bit 2 · pair: six bits that follow one another come to the same lanes.
+  static DEVICE_MEMBER constexpr int place(int pair) { return pair % 3 * 8 + pair / 3 * 2; }
+
+  // A lane's eight elements of a group into LDS.
+  static DEVICE_MEMBER void stage(float* staged, const float (&x)[PER_LANE]) {
+    int most = 0;    // f32 without their signs are in the order of their bits
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+      const int size = (int)__float_as_uint(fabsf(x[j]));
+      most = size > most ? size : most;
+    }
+    most = wave_most(most);
+    const bool finite = most < 0x7f800000;
+    const bool tiny = most < 64 << 23;    // lifted by 2^64 first
+    const float lift = tiny ? 18446744073709551616.0f : 1.0f;
+    const int bits = (int)__float_as_uint(__int_as_float(most) * lift) >> 23, exponent = bits > 63 ? bits : 63;
+    const float inverse = __int_as_float((254 + TOP - exponent) << 23);
+    uint32_t u[PER_LANE], total = 0;    // two's complement
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+      u[j] = __float_as_uint(fmaf(x[j] * lift, inverse, HIGH)) - 0x4b400000;
+      total += u[j];
+    }
+    const int odd = lane() % 2, upper = lane() / 2 % 2;
+    uint32_t* words = reinterpret_cast<uint32_t*>(staged) + lane() / 4 % 4 * 2 + lane() / 16 + odd * WORDS;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      const uint32_t pick = 0x40 + 0x11 * tile;
+      uint32_t eight[2];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const uint32_t* v = u + 4 * half;
+        eight[half] = permute(permute(v[0], v[1], pick), permute(v[2], v[3], pick), 0x5410);
+      }
+      transpose(eight[0], eight[1]);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        // Four lanes have a byte each of four planes; each of them gets one plane.
+        const uint32_t two = permute(eight[half], __shfl_xor(eight[half], 1), odd ? 0x3715 : 0x6240);
+        const uint32_t four = permute(two, __shfl_xor(two, 2), upper ? 0x3276 : 0x5410);
+        const int pair = 4 * tile + 2 * half, step = pair % 3 < 2 ? 8 : 2 - 16;    // to the next pair's place
+        words[(place(pair) + step * upper) * WORDS] = four;
+      }
+    }
+    total = wave_total(total);
+    if (lane() == 0) {
+      const float unit = __int_as_float((exponent - TOP) << 23) * (tiny ? 5.421010862427522e-20f : 1.0f);
+      staged[UNIT] = finite ? unit : not_a_number();
+      staged[UNIT + 1] = (float)(int)total;
+    }
+  }
+
+  DEVICE_MEMBER void add(const typename Format::Raw (&raw)[ROWS], const float* staged, const float*) {
+    const int column = lane() / 4, part = lane() % 4;
+    uint32_t a[2][SETS], b[2][SETS];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      Format::bits(raw[0], i, a[i]);
+      Format::bits(raw[1], i, b[i]);
+    }
+    // Of rows `column` and column + 8, and bits 6 · part to 6 · part + 5 of x, the highest of which counts down.
+    int of[SETS][2] = {};
+    const int highest = part == 3 ? -2 : 2;
+#pragma unroll
+    for (int tile = TILES - 1; tile >= 0; tile--) {
+      uint32_t x[2];
+      read_words(reinterpret_cast<const uint8_t*>(staged + (8 * tile + column) * WORDS + 2 * part), x);
+#pragma unroll
+      for (int f = 0; f < SETS; f++) {
+        const Counts count = count_common(a[0][f], b[0][f], a[1][f], b[1][f], x[0], x[1]);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          of[f][r] = of[f][r] * 4 + (count.v[2 * r] + (tile == TILES - 1 ? highest : 2) * count.v[2 * r + 1]);
+        }
+      }
+    }
+    const float unit = staged[UNIT] * (float)(1 << (6 * part)), total = part == 0 ? staged[UNIT + 1] : 0.0f;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float d[SETS];
+      float product = Format::shares(raw[r], d) * total;
+#pragma unroll
+      for (int f = 0; f < SETS; f++) product = fmaf(d[f], (float)of[f][r], product);
+      sum[r] = fmaf(unit, product, sum[r]);
+    }
+  }
+
+  // Row s / (TEAM / ROWS) for lane s of a team.
+  DEVICE_MEMBER float total() {
+    const int part = lane() % TEAM;
+    const bool second = part >= TEAM / ROWS;
+    const float kept = second ? sum[1] : sum[0], given = second ? sum[0] : sum[1];
+    const float mine = kept + __shfl_xor(given, 2);
+    return mine + __shfl_xor(mine, 1);
+  }
+};
+#endif

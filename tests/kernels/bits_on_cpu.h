@@ -1,0 +1,34 @@
+// Tiles of bits on the CPU, by shuffles, as the header of a GPU that counts them has them: lane 4g + c holds words c and c + 4
+// of row g and row g + 8 of the left factor and of column g of the right one, and of the counts columns 2c and 2c + 1.
+#define MQ_BITS
+DEVICE void halves(uint32_t pair, float& a, float& b) {
+  a = half_to_float(pair & 0xffff);
+  b = half_to_float(pair >> 16);
+}
+DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t nibbles) {
+  uint32_t out = 0;
+  for (int i = 0; i < 4; i++) {
+    const uint32_t byte = nibbles >> (4 * i) & 7;
+    out |= ((byte < 4 ? a : b) >> (8 * (byte % 4)) & 0xff) << (8 * i);
+  }
+  return out;
+}
+struct Counts {
+  int v[4] = {};
+};
+DEVICE Counts count_common(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  Counts count;
+  const int row = lane() / 4 * 4, columns = lane() % 4 * 8;
+  for (int c = 0; c < 4; c++) {
+    const uint32_t upper[2] = {__shfl(a0, row + c), __shfl(a2, row + c)};
+    const uint32_t lower[2] = {__shfl(a1, row + c), __shfl(a3, row + c)};
+    for (int n = 0; n < 2; n++) {
+      const uint32_t x[2] = {__shfl(b0, columns + 4 * n + c), __shfl(b1, columns + 4 * n + c)};
+      for (int half = 0; half < 2; half++) {
+        count.v[n] += __builtin_popcount(upper[half] & x[half]);
+        count.v[2 + n] += __builtin_popcount(lower[half] & x[half]);
+      }
+    }
+  }
+  return count;
+}
