@@ -42,6 +42,14 @@ def test_kernels_compile_for_nvidia(module):
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+def test_devices_that_do_not_count_bits_or_copy_rows_have_kernels_too(arch):
+    sources, module = Sources(), Module("matrix.hip", "MQ3-Lloyd")
+    usage = check.check_nvidia(sources, module, sources.modules()[module], arch)
+    assert all(u.lds <= 49152 for u in usage)
+
+
+@needs_nvrtc
 @pytest.mark.parametrize(("name", "fmt"), list(ops._COPIED))
 def test_copies_leave_room_for_the_next_launch_where_two_fit(name, fmt):
     """A multiprocessor has 64 K registers and 227 KB of LDS, from which a block takes 1 KB more than its own."""

@@ -7,6 +7,7 @@ import pytest
 from counted_cpu import FORMATS, counting
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.kernels import ops
+from mq_quant.kernels.cuda import CudaBackend
 
 WAVES = 2
 """Of a block, so that its rows fit into the 64 KiB of the CPU's LDS."""
@@ -30,7 +31,7 @@ def copying(order, tmp_path_factory):
         yield opened
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_blocks(monkeypatch):
     few = {key: (WAVES, held) for key, (_, held) in ops._COPIED.items()}
     monkeypatch.setattr(ops, "_COPIED", few)
@@ -65,6 +66,7 @@ def products(backend, fmt, rows, cols, data, start, ids, rng):
         "more than LDS holds",
     ],
 )
+@pytest.mark.usefixtures("small_blocks")
 def test_copies_give_the_bits_of_direct_loads(plain, copying, payload, fmt, rows, cols, start):
     data = payload(fmt, rows * cols * 3, np.random.default_rng(1))
     ids = np.array([[2, 0], [1, 1]], np.int32)
@@ -76,6 +78,7 @@ def test_copies_give_the_bits_of_direct_loads(plain, copying, payload, fmt, rows
         assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_rows_are_copied_where_they_fit(copying, payload, rng, monkeypatch):
     """Otherwise the test above would compare direct loads with themselves."""
     given = []
@@ -91,9 +94,32 @@ def test_rows_are_copied_where_they_fit(copying, payload, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.usefixtures("small_blocks")
 def test_an_expert_that_is_not_there_gives_nan(copying, payload, rng, fmt):
     data = payload(fmt, 8 * 512, rng)
     gate, up, down = products(copying, fmt, 8, 512, data, 0, np.array([[0, 1, -1]], np.int32), rng)
     for got in (gate, up, down):
         assert np.isfinite(got[0, 0]).all()
         assert np.isnan(got[0, 1:]).all()
+
+
+class DirectBackend(CudaBackend):
+    def lds_for_copies(self, kernel):
+        return 0
+
+
+@pytest.mark.skipif(not CudaBackend.available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "cols", "start"), [(1536, 3072, 0), (3072, 1536, 0), (300, 256 * 14, 0), (97, 512, 8)]
+)
+def test_copies_on_a_gpu_give_the_bits_of_direct_loads(payload, fmt, rows, cols, start):
+    data = payload(fmt, rows * cols * 3, np.random.default_rng(1))
+    args = (fmt, rows, cols, data, start, np.array([[2, 0], [1, 1]], np.int32))
+    with CudaBackend() as copying, DirectBackend() as direct:
+        got, again, expected = (
+            products(backend, *args, np.random.default_rng(2)) for backend in (copying, copying, direct)
+        )
+    for a, b, c in zip(got, again, expected, strict=True):
+        assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
+        assert np.array_equal(a.view(np.uint32), c.view(np.uint32))
