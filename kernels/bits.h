@@ -11,25 +11,30 @@
 // Formats for BitDot. `bits` gives, of the lane's word i, the columns in which each set's bits are set, in the order in which
 // `load_x` takes them; `shares` the d of each set and that of none. LDS holds all rows of products of at most WHOLE matrices,
 // whose loop takes UNROLLED groups a turn.
-struct MQ2_Bits {
-  static constexpr int BYTES = MQ2_Lloyd::BYTES, SLICE = 64, ROWS = 2, SETS = 3, WHOLE = 2, UNROLLED = 1;
+template <int HEAD, int WORDS>
+struct CountedGroup {
+  static constexpr int BYTES = HEAD + 32 * WORDS, SLICE = 64, ROWS = 2;
   struct Raw {
-    uint32_t head[2], codes[2][2];
+    uint32_t head[HEAD / 4], codes[2][WORDS];
   };
   DEVICE Raw load(const uint8_t* group, int s) {
     Raw raw;
     fetch_words(group, raw.head);
-    fetch_words(group + 8 + 8 * s, raw.codes[0]);
-    fetch_words(group + 40 + 8 * s, raw.codes[1]);
+    fetch_words(group + HEAD + 4 * WORDS * s, raw.codes[0]);
+    fetch_words(group + HEAD + 4 * WORDS * (4 + s), raw.codes[1]);
     return raw;
   }
-  DEVICE Raw read(const uint8_t* group, int s) {
+  DEVICE Raw read(const uint8_t* group, int s) {    // from LDS
     Raw raw;
     read_words(group, raw.head);
-    read_words(group + 8 + 8 * s, raw.codes[0]);
-    read_words(group + 40 + 8 * s, raw.codes[1]);
+    read_words(group + HEAD + 4 * WORDS * s, raw.codes[0]);
+    read_words(group + HEAD + 4 * WORDS * (4 + s), raw.codes[1]);
     return raw;
   }
+};
+
+struct MQ2_Bits : CountedGroup<8, 2> {
+  static constexpr int SETS = 3, WHOLE = 2, UNROLLED = 1;
   // Even bits from the first word, odd ones from the second.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
     const Quad* quads = reinterpret_cast<const Quad*>(x + i / 4 * 32) + i % 4;
@@ -57,25 +62,8 @@ struct MQ2_Bits {
   }
 };
 
-struct MQ3_Bits {
-  static constexpr int BYTES = MQ3_Lloyd::BYTES, SLICE = 64, ROWS = 2, SETS = 7, WHOLE = 1, UNROLLED = 2;
-  struct Raw {
-    uint32_t head[4], codes[2][3];
-  };
-  DEVICE Raw load(const uint8_t* group, int s) {
-    Raw raw;
-    fetch_words(group, raw.head);
-    fetch_words(group + 16 + 12 * s, raw.codes[0]);
-    fetch_words(group + 64 + 12 * s, raw.codes[1]);
-    return raw;
-  }
-  DEVICE Raw read(const uint8_t* group, int s) {
-    Raw raw;
-    read_words(group, raw.head);
-    read_words(group + 16 + 12 * s, raw.codes[0]);
-    read_words(group + 64 + 12 * s, raw.codes[1]);
-    return raw;
-  }
+struct MQ3_Bits : CountedGroup<16, 3> {
+  static constexpr int SETS = 7, WHOLE = 1, UNROLLED = 2;
   // The lowest bit of code i is bit 3i of its words, and so bit 3i % 32 of one of them: each bit has one code.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
 #pragma unroll

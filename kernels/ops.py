@@ -22,7 +22,7 @@ from .sources import Kernel
 
 GROUP = 256
 _CHUNK = 12
-"""Groups of x that a block has in LDS at a time."""
+"""Groups of x that a block has in LDS at a time (CHUNK in matrix.hip)."""
 MAX_HEAD_DIM = 256
 _LANES = {"F32": (8, 2), "F16": (8, 2), "Q8F16": (8, 4)}
 """(SLICE, ROWS) of a format's struct in formats.h where they are not (32, 2)."""
@@ -264,7 +264,7 @@ def expert_gate_up(
     gate = backend.alloc((tokens, slots, w1.rows), np.float32)
     up = backend.alloc((tokens, slots, w1.rows), np.float32)
     args = (gate, up, w1.data, w1.offsets, w3.data, w3.offsets, ids, x)
-    _launch_experts(backend, "expert_gate_up", w1, 2, (slots, tokens), args)
+    _launch_experts(backend, "expert_gate_up", (w1, w3), (slots, tokens), args)
     return gate, up
 
 
@@ -273,7 +273,7 @@ def expert_down(backend: Backend, w2: Experts, ids: Buffer, x: Buffer, out: Buff
     tokens, slots = _shape(ids, "ids", 2)
     _fits(x, "x", (tokens, slots, w2.cols))
     out = _out(backend, out, (tokens, slots, w2.rows), np.float32)
-    _launch_experts(backend, "expert_down", w2, 1, (slots, tokens), (out, w2.data, w2.offsets, ids, x))
+    _launch_experts(backend, "expert_down", (w2,), (slots, tokens), (out, w2.data, w2.offsets, ids, x))
     return out
 
 
@@ -299,22 +299,24 @@ def _launch(
 
 
 def _launch_experts(
-    backend: Backend, name: str, w: Experts, matrices: int, grid: tuple[int, int], args: Sequence[Argument]
+    backend: Backend, name: str, w: Sequence[Experts], grid: tuple[int, int], args: Sequence[Argument]
 ) -> None:
-    """Launch a product of `matrices` matrices of each expert; where LDS is large enough, their rows come through it."""
-    kernel, groups = backend.kernel(name, w.format), w.cols // GROUP
-    waves, lds = _copied(backend, kernel, w, groups)
-    blocks = _ceil(w.rows, _rows(backend, w.format, waves or kernel.threads // WAVE) // matrices)
-    block = ((waves or kernel.threads // WAVE) * WAVE,)
-    backend.launch(kernel, (blocks, *grid), block, (*args, w.offsets.size, w.rows, groups, waves), lds)
+    """Launch a product of one or two matrices of each expert, all of one shape, through LDS if that can be."""
+    first, kernel = w[0], backend.kernel(name, w[0].format)
+    copied, lds = _copied(backend, kernel, w)
+    waves = copied or kernel.threads // WAVE
+    blocks = _ceil(first.rows, _rows(backend, first.format, waves) // len(w))
+    shape = (first.offsets.size, first.rows, first.cols // GROUP)
+    backend.launch(kernel, (blocks, *grid), (waves * WAVE,), (*args, *shape, copied), lds)
 
 
-def _copied(backend: Backend, kernel: Kernel, w: Experts, groups: int) -> tuple[int, int]:
+def _copied(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int]:
     """(waves of a block whose rows are copied into LDS, bytes of it that they take); none where it cannot be done."""
-    waves, held = _COPIED.get((kernel.name, w.format), (0, None))
-    whole = groups <= _CHUNK if held is None else groups % 2 == 0
-    lds = _rows(backend, w.format, waves) * (held or groups) * BY_NAME[w.format].nbytes(GROUP)
-    possible = waves > 0 and whole and w.aligned and lds <= backend.lds_for_copies(kernel)
+    fmt, groups = w[0].format, w[0].cols // GROUP
+    waves, held = _COPIED.get((kernel.name, fmt), (0, None))
+    lds = _rows(backend, fmt, waves) * (held or groups) * BY_NAME[fmt].nbytes(GROUP)
+    walkable = groups <= _CHUNK if held is None else groups % 2 == 0
+    possible = waves > 0 and walkable and all(m.aligned for m in w) and lds <= backend.lds_for_copies(kernel)
     return (waves, lds) if possible else (0, 0)
 
 

@@ -93,6 +93,24 @@ def test_rows_are_copied_where_they_fit(copying, payload, rng, monkeypatch):
     assert given == [6 * group["MQ2-Lloyd"]] * 2 + [6 * group["MQ3-Lloyd"]] * 2
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_both_matrices_of_a_product_need_to_be_aligned(plain, copying, payload):
+    """Copies of runs fail on a GPU, and trap here, where one does not begin at a multiple of 16 bytes."""
+    data = payload("MQ2-Lloyd", 40 * 512, np.random.default_rng(1))
+    shifted = np.concatenate([np.zeros(8, np.uint8), data])
+    x = np.random.default_rng(2).standard_normal((1, 512)).astype(np.float32)
+    results = []
+    for backend in (plain, copying):
+        w1 = ops.experts(backend, backend.upload(data), [0], "MQ2-Lloyd", 40, 512)
+        w3 = ops.experts(backend, backend.upload(shifted), [8], "MQ2-Lloyd", 40, 512)
+        ids = backend.upload(np.zeros((1, 1), np.int32))
+        for pair in ((w1, w3), (w3, w1)):
+            results.append(
+                [backend.download(b) for b in ops.expert_gate_up(backend, *pair, ids, backend.upload(x))]
+            )
+    assert all(np.array_equal(a, results[0][0]) for result in results for a in result)
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.usefixtures("small_blocks")
 def test_an_expert_that_is_not_there_gives_nan(copying, payload, rng, fmt):
