@@ -5,7 +5,7 @@
 // counted exactly, straight from the packed codes. Four lanes share a row, eight teams of them a tile of 16 rows; lane s has
 // the 32 columns of its words number s and s + 4. Sums over columns are whole numbers, those over groups f32.
 #pragma once
-#include "formats.h"
+#include "dot.h"
 
 #ifdef MQ_BITS
 // Formats for BitDot. `bits` gives, of the lane's word i, the columns in which each set's bits are set, in the order in which
@@ -212,13 +212,6 @@ struct BitDot {
     }
   }
 
-  // Row s / (TEAM / ROWS) for lane s of a team.
-  DEVICE_MEMBER float total() {
-    const int part = lane() % TEAM;
-    const bool second = part >= TEAM / ROWS;
-    const float kept = second ? sum[1] : sum[0], given = second ? sum[0] : sum[1];
-    const float mine = kept + __shfl_xor(given, 2);
-    return mine + __shfl_xor(mine, 1);
-  }
+  DEVICE_MEMBER float total() { return team_total<TEAM>(sum); }
 };
 #endif

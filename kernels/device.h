@@ -49,21 +49,6 @@ DEVICE float wave_max(float v) {
   return v;
 }
 
-// Over a wave's whole numbers, to every lane.
-#ifndef MQ_REDUCE
-DEVICE int wave_most(int v) {
-  for (int mask = WAVE / 2; mask > 0; mask /= 2) {
-    const int other = __shfl_xor(v, mask);
-    v = other > v ? other : v;
-  }
-  return v;
-}
-DEVICE uint32_t wave_total(uint32_t v) {
-  for (int mask = WAVE / 2; mask > 0; mask /= 2) v += __shfl_xor(v, mask);
-  return v;
-}
-#endif
-
 // The sum over a block, to every thread; `scratch` holds one float per wave and may be in use until the call.
 DEVICE float block_sum(float v, float* scratch) {
   v = wave_sum(v);
@@ -108,12 +93,6 @@ template <class T>
 DEVICE T fetch_new(const T* p) {
   return *const_cast<const volatile T*>(p);    // not from a cache that a running kernel may have filled before
 }
-
-// What copies into LDS are awaited by, where a vendor has some that one thread makes for all.
-#ifndef MQ_COPY
-typedef int Arrival;
-DEVICE void prepare(Arrival*) {}
-#endif
 
 struct alignas(16) Quad {
   float v[4];

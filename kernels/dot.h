@@ -8,6 +8,26 @@ DEVICE float sum_of(const float (&x)[PER_LANE]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
+// Sums each row's value over a team of TEAM lanes; lane s of it receives that of row s / (TEAM / ROWS). Halves swap the rows
+// that they do not keep, so that most shuffles serve two rows.
+template <int TEAM, int ROWS>
+DEVICE float team_total(float (&sum)[ROWS]) {
+  const int slice = lane() % TEAM;
+  int mask = TEAM / 2;
+#pragma unroll
+  for (int rows = ROWS; rows > 1; rows /= 2, mask /= 2) {
+    const bool upper = slice & mask;
+#pragma unroll
+    for (int r = 0; r < rows / 2; r++) {
+      const float kept = upper ? sum[r + rows / 2] : sum[r], given = upper ? sum[r] : sum[r + rows / 2];
+      sum[r] = kept + __shfl_xor(given, mask);
+    }
+  }
+#pragma unroll
+  for (; mask > 0; mask /= 2) sum[0] += __shfl_xor(sum[0], mask);
+  return sum[0];
+}
+
 template <class Format>
 struct LaneDot {
   static constexpr int SLICE = Format::SLICE, ROWS = Format::ROWS, TEAM = GROUP / SLICE;
@@ -53,22 +73,5 @@ struct LaneDot {
     for (int r = 0; r < ROWS; r++) sum[r] = Format::dot(raw[r], x, x_sum, sum[r]);
   }
 
-  // Sums each row's value over the team; lane s of it receives that of row s / (TEAM / ROWS). Halves swap the rows that they
-  // do not keep, so that most shuffles serve two rows.
-  DEVICE_MEMBER float total() {
-    const int slice = lane() % TEAM;
-    int mask = TEAM / 2;
-#pragma unroll
-    for (int rows = ROWS; rows > 1; rows /= 2, mask /= 2) {
-      const bool upper = slice & mask;
-#pragma unroll
-      for (int r = 0; r < rows / 2; r++) {
-        const float kept = upper ? sum[r + rows / 2] : sum[r], given = upper ? sum[r] : sum[r + rows / 2];
-        sum[r] = kept + __shfl_xor(given, mask);
-      }
-    }
-#pragma unroll
-    for (; mask > 0; mask /= 2) sum[0] += __shfl_xor(sum[0], mask);
-    return sum[0];
-  }
+  DEVICE_MEMBER float total() { return team_total<TEAM>(sum); }
 };

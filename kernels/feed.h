@@ -51,7 +51,10 @@ struct Direct {
   }
 };
 
-#ifdef MQ_COPY
+#ifndef MQ_COPY    // no vendor's copies to await
+typedef int Arrival;
+DEVICE void prepare(Arrival*) {}
+#else
 // Through LDS, which holds all rows of the block. One thread lets them be copied as they lie in memory, in one piece a matrix:
 // memory is fastest where nobody comes back for the rest of a line or a page, and a kernel that still multiplies on the same
 // multiprocessor is least disturbed. It is made when the copies have been asked for. For pieces that begin and end at

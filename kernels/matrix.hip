@@ -13,14 +13,13 @@ constexpr int LANE_STEPS = 2;
 constexpr int LANE_STEPS = 1;
 #endif
 
-// How rows lie in lanes for a product, and what multiplies them; COPIED tells whether experts' rows come through LDS where a
-// vendor copies them there, whole if they are those of at most WHOLE matrices. UNROLLED counts the steps of a feed in one
-// turn of the loop, and UNROLLED_WHOLE those of rows that come whole.
+// How rows lie in lanes for a product, and what multiplies them. Where a vendor copies experts' rows into LDS they come whole
+// if they are those of at most WHOLE matrices, else by a ring; with WHOLE 0 they come directly. UNROLLED counts the steps of
+// a feed in one turn of the loop, and UNROLLED_WHOLE those of rows that come whole.
 template <class Format, class = void>
 struct Product {
   using Weights = Format;
   using Dot = LaneDot<Format>;
-  static constexpr bool COPIED = false;
   static constexpr int UNROLLED = LANE_STEPS, WHOLE = 0, UNROLLED_WHOLE = 1;
 };
 #ifdef MQ_BITS
@@ -28,7 +27,6 @@ template <class Format>
 struct Product<Format, decltype((void)sizeof(typename Format::Counted))> {
   using Weights = typename Format::Counted;
   using Dot = BitDot<Weights>;
-  static constexpr bool COPIED = true;
   static constexpr int UNROLLED = 1, WHOLE = Weights::WHOLE, UNROLLED_WHOLE = Weights::UNROLLED;
 };
 #endif
@@ -166,7 +164,7 @@ template <int MATRICES>
 DEVICE void await_and_multiply(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& share, const float* x,
                                float* staged, int copied, Arrival* arrival) {
 #ifdef MQ_COPY
-  if constexpr (How::COPIED) {
+  if constexpr (How::WHOLE > 0) {
     HIP_DYNAMIC_SHARED(uint8_t, lds)
     if (copied > 0) {
       if constexpr (MATRICES <= How::WHOLE) {    // of at most CHUNK groups
@@ -208,7 +206,7 @@ KERNEL(384) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, con
                            const float* __restrict__ x, int experts, int rows, int groups, int copied) {
   LDS(float, staged, STAGES);
   LDS(Arrival, arrival, 1);
-  prepare(arrival);
+  if constexpr (How::WHOLE >= 2) prepare(arrival);
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
   const int id = fetch_new(ids + slot);
   const int64_t first = expert_offset(gate_at, id, experts), second = expert_offset(up_at, id, experts);
@@ -229,7 +227,7 @@ KERNEL(384) expert_down(float* __restrict__ out, const uint8_t* __restrict__ mat
                         int copied) {
   LDS(float, staged, STAGES);
   LDS(Arrival, arrival, 1);
-  prepare(arrival);
+  if constexpr (How::WHOLE >= 1) prepare(arrival);
   const int64_t slot = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
   const int64_t offset = expert_offset(at, fetch_new(ids + slot), experts);
   if (offset < 0) {

@@ -26,11 +26,8 @@ def counting(folder, order, *, copies=False):
     """A back end whose device.h, in `folder`, is followed by the headers of bits and, if asked, of copies."""
     names = ("bits_on_cpu.h", "copies_on_cpu.h") if copies else ("bits_on_cpu.h",)
     (folder / "matrix.hip").write_text((FOLDER / "matrix.hip").read_text())
-    device = (FOLDER / "device.h").read_text()
-    late = "// What copies into LDS are awaited by"
-    head, tail = device.split(late)
-    included = "".join(f'#include "{name}"\n' for name in names)
-    (folder / "device.h").write_text(f"{head}{included}{late}{tail}")
+    included = "".join(f'\n#include "{name}"\n' for name in names)
+    (folder / "device.h").write_text((FOLDER / "device.h").read_text() + included)
     for name in names:
         (folder / name).write_text((HEADERS / name).read_text())
     return CountingBackend(sources=Sources(folder), order=order)

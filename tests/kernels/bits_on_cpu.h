@@ -1,6 +1,17 @@
 // Tiles of bits on the CPU, by shuffles, as the header of a GPU that counts them has them: lane 4g + c holds words c and c + 4
 // of row g and row g + 8 of the left factor and of column g of the right one, and of the counts columns 2c and 2c + 1.
 #define MQ_BITS
+DEVICE int wave_most(int v) {
+  for (int mask = WAVE / 2; mask > 0; mask /= 2) {
+    const int other = __shfl_xor(v, mask);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+DEVICE uint32_t wave_total(uint32_t v) {
+  for (int mask = WAVE / 2; mask > 0; mask /= 2) v += __shfl_xor(v, mask);
+  return v;
+}
 DEVICE void halves(uint32_t pair, float& a, float& b) {
   a = half_to_float(pair & 0xffff);
   b = half_to_float(pair >> 16);

@@ -70,10 +70,10 @@ static __device__ __forceinline__ void pick4(const Book& book, uint32_t codes, f
 // How many bits rows of a tile of 16 × 256 bits have in common with columns of one of 256 × 8: lane 4g + c holds words c and
 // c + 4 of row g (a0, a2) and of row g + 8 (a1, a3), those of column g, and the counts of both rows with columns 2c and 2c + 1.
 #if __CUDA_ARCH__ >= 800
-#define MQ_REDUCE
+#define MQ_BITS
+// Over a wave's whole numbers, to every lane.
 static __device__ __forceinline__ int wave_most(int v) { return __reduce_max_sync(0xffffffffu, v); }
 static __device__ __forceinline__ uint32_t wave_total(uint32_t v) { return __reduce_add_sync(0xffffffffu, v); }
-#define MQ_BITS
 struct Counts {
   int v[4];
 };
