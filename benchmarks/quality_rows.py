@@ -44,7 +44,7 @@ def plot(rows: list[dict[str, Any]], key: str, path: Path, title: str, size: str
         axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=fit)
     for megabytes, kld, name in lines[next(iter(lines))]:
         axes.annotate(name, (megabytes, kld), textcoords="offset points", xytext=(4, 5), fontsize=8)
-    axes.margins(x=0.1)
+    axes.margins(x=0.15)
     axes.set(yscale="log", xlabel=f"{size} (MB)", ylabel="mean KLD to the source (nats)", title=title)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
