@@ -47,8 +47,8 @@ struct MQ2_Bits : CountedGroup<8, 2> {
   }
   DEVICE void bits(const Raw& raw, int i, uint32_t (&set)[SETS]) {
     const uint32_t a = raw.codes[i][0], b = raw.codes[i][1];
-    set[0] = (a & 0x55555555) | (b << 1 & 0xaaaaaaaa);
-    set[1] = (a >> 1 & 0x55555555) | (b & 0xaaaaaaaa);
+    set[0] = choose(0x55555555, a, b << 1);
+    set[1] = choose(0x55555555, a >> 1, b);
     set[2] = set[0] & set[1];
   }
   DEVICE float shares(const Raw& raw, float (&d)[SETS]) {
@@ -66,13 +66,16 @@ struct MQ3_Bits : CountedGroup<16, 3> {
   static constexpr int SETS = 7, WHOLE = 1, UNROLLED = 2;
   // The lowest bit of code i is bit 3i of its words, and so bit 3i % 32 of one of them: each bit has one code.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
+    const float* eight[4];    // column 11 · (8q + j) % 32 lies in eight 11 · j / 8 - q
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) v[j] = x[i / 4 * 32 + 11 * (i % 4 * PER_LANE + j) % 32];
+    for (int e = 0; e < 4; e++) eight[e] = x + i / 4 * 32 + 8 * ((e - i) & 3);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) v[j] = eight[11 * j / 8 % 4][11 * j % 8];
   }
   // Bit 3i + k % 32 of the three words, one of which has it of a code's bit k, for all codes.
   DEVICE uint32_t third(const uint32_t (&w)[3], int k) {
     constexpr uint32_t MASK[3] = {0x49249249, 0x92492492, 0x24924924};
-    const uint32_t v = (w[0] & MASK[k]) | (w[1] & MASK[(k + 1) % 3]) | (w[2] & MASK[(k + 2) % 3]);
+    const uint32_t v = choose(MASK[(k + 2) % 3], w[2], choose(MASK[k], w[0], w[1]));
     return k ? v >> k | v << (32 - k) : v;
   }
   DEVICE void bits(const Raw& raw, int i, uint32_t (&set)[SETS]) {
@@ -120,8 +123,8 @@ struct BitDot {
       const uint32_t two = (v ^ v >> 14) & 0x0000cccc;
       v ^= two ^ two << 14;
     }
-    const uint32_t upper = (high & 0xf0f0f0f0) | (low >> 4 & 0x0f0f0f0f);
-    low = (low & 0x0f0f0f0f) | (high << 4 & 0xf0f0f0f0);
+    const uint32_t upper = choose(0xf0f0f0f0, high, low >> 4);
+    low = choose(0x0f0f0f0f, low, high << 4);
     high = upper;
   }
 

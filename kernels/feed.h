@@ -1,5 +1,7 @@
 // How the weights of a matrix-vector product come to its lanes. A team makes ROWS rows of one or two matrices and walks along
-// them, STEP groups at a time; its row r belongs to matrix r / PER. Loads may begin before the kernel awaits the one before it.
+// them, STEP groups at a time; its row r belongs to matrix r / PER. The teams of a wave take rows in turns: what they read at
+// once lies in neighbouring rows, whose banks of LDS differ more than those of every other row. Loads may begin before the
+// kernel awaits the one before it.
 #pragma once
 #include "formats.h"
 
@@ -7,15 +9,20 @@ template <class Format, int MATRICES>
 struct Rows {
   static constexpr int ROWS = Format::ROWS, TEAM = GROUP / Format::SLICE;
   static constexpr int PER = ROWS / MATRICES;    // rows of each matrix that a team makes
+  static constexpr int APART = WAVE / TEAM;      // from one of them to the next
+  static constexpr int TILE = APART * PER;       // rows of each matrix that a wave makes
   const uint8_t* matrix[MATRICES];
   int rows, groups;
   int first;    // the team's first row
 
   DEVICE_MEMBER int line() const { return groups * Format::BYTES; }
 
-  // The team's row r, or the last one where it lies past the end, never to be stored.
+  // The number of the team's row r in its matrix.
+  DEVICE_MEMBER int number(int r) const { return first + r % PER * APART; }
+
+  // Where it lies, or the last one where it lies past the end, never to be stored.
   DEVICE_MEMBER const uint8_t* row(int r) const {
-    return matrix[r / PER] + (int64_t)min(first + r % PER, rows - 1) * line();
+    return matrix[r / PER] + (int64_t)min(number(r), rows - 1) * line();
   }
 };
 
@@ -63,9 +70,8 @@ template <class Format, int MATRICES>
 struct Whole {
   using Raw = typename Format::Raw;
   using Share = Rows<Format, MATRICES>;
-  static constexpr int STEP = 1, ROWS = Share::ROWS, TEAM = Share::TEAM, PER = Share::PER;
-  static constexpr int TILE = WAVE / TEAM * PER;    // rows of each matrix that a wave makes
-  const uint8_t* lines;                             // the team's first
+  static constexpr int STEP = 1, ROWS = Share::ROWS, TEAM = Share::TEAM, PER = Share::PER, TILE = Share::TILE;
+  const uint8_t* lines;    // the team's first
   int line, piece, at = -Format::BYTES;
 
   // One thread calls it, of the first team.
@@ -79,13 +85,15 @@ struct Whole {
   }
 
   DEVICE_MEMBER Whole(const Share& share, const uint8_t* lds, int waves)
-      : lines(lds + (int)threadIdx.x / TEAM * PER * share.line()), line(share.line()), piece(waves * TILE * line) {}
+      : lines(lds + (wave() * TILE + lane() / TEAM) * share.line()), line(share.line()), piece(waves * TILE * line) {}
 
   DEVICE_MEMBER void next() { at += Format::BYTES; }
 
   DEVICE_MEMBER void read(int, Raw (&now)[ROWS]) const {
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) now[r] = Format::read(lines + r / PER * piece + r % PER * line + at, lane() % TEAM);
+    for (int r = 0; r < ROWS; r++) {
+      now[r] = Format::read(lines + r / PER * piece + r % PER * Share::APART * line + at, lane() % TEAM);
+    }
   }
 };
 
@@ -97,14 +105,14 @@ struct Ring {
   using Raw = typename Format::Raw;
   using Share = Rows<Format, MATRICES>;
   static constexpr int ROWS = Share::ROWS, TEAM = Share::TEAM, COPY = 16 * TEAM, STEP = 2;
-  static constexpr int LINE = STEP * Format::BYTES, STAGE = WAVE / TEAM * ROWS * LINE, DEPTH = 3, WAVE_BYTES = DEPTH * STAGE;
+  static constexpr int LINE = STEP * Format::BYTES, APART = Share::APART * LINE, STAGE = ROWS * APART, DEPTH = 3, WAVE_BYTES = DEPTH * STAGE;
   const uint8_t* row[ROWS];
   const uint8_t* ring;    // the team's first line
   LdsAddress target;
   int left, put = 0, got = -STAGE;
 
   DEVICE_MEMBER Ring(const Share& share, const uint8_t* lds)
-      : ring(lds + wave() * WAVE_BYTES + lane() / TEAM * ROWS * LINE), left(share.groups) {
+      : ring(lds + wave() * WAVE_BYTES + lane() / TEAM * LINE), left(share.groups) {
     target = lds_address(ring) + 16 * (lane() % TEAM);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) row[r] = share.row(r) + 16 * (lane() % TEAM);
@@ -119,7 +127,7 @@ struct Ring {
       for (int r = 0; r < ROWS; r++) {
 #pragma unroll
         for (int at = 0; at < LINE; at += COPY) {
-          if (at + 16 * (lane() % TEAM) < LINE) copy_quad(target + put + r * LINE + at, row[r] + at);
+          if (at + 16 * (lane() % TEAM) < LINE) copy_quad(target + put + r * APART + at, row[r] + at);
         }
         row[r] += LINE;
       }
@@ -139,7 +147,7 @@ struct Ring {
   // The i-th group of the stage.
   DEVICE_MEMBER void read(int i, Raw (&now)[ROWS]) const {
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) now[r] = Format::read(ring + got + r * LINE + i * Format::BYTES, lane() % TEAM);
+    for (int r = 0; r < ROWS; r++) now[r] = Format::read(ring + got + r * APART + i * Format::BYTES, lane() % TEAM);
   }
 };
 #endif

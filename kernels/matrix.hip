@@ -39,8 +39,6 @@ constexpr int TEAM = GROUP / Weights::SLICE;    // lanes that share a row
 constexpr int CHUNK = 12;                       // groups of x in LDS at a time
 constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
 
-DEVICE int teams() { return blockDim.x / TEAM; }
-DEVICE int team() { return threadIdx.x / TEAM; }
 DEVICE int slice() { return threadIdx.x % TEAM; }
 
 // Puts groups [first, first + CHUNK) of x into LDS, as far as there are any. Whole waves have whole groups.
@@ -63,7 +61,7 @@ DEVICE Rows<Weights, MATRICES> share_of(const uint8_t* const (&matrix)[MATRICES]
   for (int m = 0; m < MATRICES; m++) share.matrix[m] = matrix[m];
   share.rows = rows;
   share.groups = groups;
-  share.first = (blockIdx.x * teams() + team()) * share.PER;
+  share.first = (blockIdx.x * blockDim.x + threadIdx.x) / WAVE * share.TILE + lane() / TEAM;
   return share;
 }
 
@@ -84,7 +82,7 @@ DEVICE void walk(Dot& dot, Feed& feed, const float* staged, const float* x, int 
 
 template <int MATRICES>
 DEVICE void store(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& share, Dot& dot) {
-  const int kept = slice() / (TEAM / ROWS), row = share.first + kept % share.PER;
+  const int kept = slice() / (TEAM / ROWS), row = share.number(kept);
   const float total = dot.total();
   if (slice() % (TEAM / ROWS) == 0 && row < share.rows) (kept < share.PER ? out[0] : out[MATRICES - 1])[row] = total;
 }

@@ -24,6 +24,7 @@ DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t nibbles) {
   }
   return out;
 }
+DEVICE uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 struct Counts {
   int v[4] = {};
 };

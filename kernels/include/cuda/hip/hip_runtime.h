@@ -74,6 +74,12 @@ static __device__ __forceinline__ void pick4(const Book& book, uint32_t codes, f
 // Over a wave's whole numbers, to every lane.
 static __device__ __forceinline__ int wave_most(int v) { return __reduce_max_sync(0xffffffffu, v); }
 static __device__ __forceinline__ uint32_t wave_total(uint32_t v) { return __reduce_add_sync(0xffffffffu, v); }
+// Bits of a where the mask has them, else of b: compilers take it apart, and then need one more.
+static __device__ __forceinline__ uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(out) : "r"(mask), "r"(a), "r"(b));
+  return out;
+}
 struct Counts {
   int v[4];
 };
