@@ -29,6 +29,7 @@ from mq_quant.formats.fwht import rotate
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.lloyd import whole_row
 from mq_quant.lloyd.encode import encode_rotated
+from mq_quant.quantize.blas import one_blas_thread
 from mq_quant.quantize.coder import DEVICES, open_coder
 from mq_quant.quantize.encode import Coder, FitSettings, LayerEncoder
 
@@ -110,6 +111,7 @@ def measure(rows: int, columns: int, fmt: Format) -> dict[str, float]:
     return {"factor": factor, "encode": encode, "products": products}
 
 
+@one_blas_thread()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=DEVICES, help="time the slice on this one too")

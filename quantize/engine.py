@@ -1,7 +1,8 @@
 """The engine: units of work run on a pool of threads and handed over in the order of the work list.
 
 One encoder per layer fixes the layer's AWQ scale before its experts are encoded. What comes out is a pure function of
-the job: neither the number of threads nor the order of the work changes a byte. Depends on encode, job and units.
+the job: neither the number of threads nor the order of the work changes a byte. Depends on encode, blas, job and
+units.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.minimax import PROJECTIONS, expert_name
+from .blas import one_blas_thread
 from .encode import CPU, Coder, LayerEncoder, encode_plain
 from .job import Job
 from .units import Unit, units, work_order
@@ -103,6 +105,7 @@ def encode_unit(job: Job, unit: Unit, encoder: LayerEncoder | None) -> Encoded:
     return Encoded(np.concatenate([parts[p] for p in PROJECTIONS]), notes=encoder.notes(unit.expert))
 
 
+@one_blas_thread()
 def run_units(
     job: Job,
     jobs: int,

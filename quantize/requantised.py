@@ -1,7 +1,8 @@
 """One layer as a build would store it, as a source of weights for the reference forward.
 
 With it a calibration can feed each layer what the quantised layers before it put out. Experts are encoded ahead on a
-pool of threads, in the order in which the forward asks for them. Depends on encode, plan, recipe and verify.reference.
+pool of threads, in the order in which the forward asks for them. Depends on encode, blas, plan, recipe and
+verify.reference.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..formats.blocks import Format
 from ..formats.fwht import unrotate
 from ..formats.minimax import PROJECTIONS, ModelConfig, expert_name
 from ..verify.reference import Weights, layer_forward
+from .blas import one_blas_thread
 from .encode import FitSettings, LayerEncoder, encode_plain
 from .job import fit_settings
 from .plan import plan_tensors
@@ -113,6 +115,7 @@ class Stored:
         """A tensor outside the layers."""
         return plain_weight(self.source, name, self.formats[name], self.settings)
 
+    @one_blas_thread()
     def forward(self, importance: LayerImportance, hidden: Tensor) -> Tensor:
         """The residual stream behind a layer that was encoded under this importance."""
         with RequantisedLayer(
