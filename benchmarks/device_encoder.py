@@ -4,8 +4,9 @@
     python benchmarks/device_encoder.py --device cuda --kernels  # where the device's time goes
 
 Down matrices of M2.7 (3072 × 1536), scaled, rotated, their Hessians made and their groups encoded: from weights and to
-payloads in the machine's memory. The slice is what a build does with 16 experts that lie in memory as
-FP8, on all cores. Wall-clock medians, the CPU's of its thread's own clock. Depends on the installed mq_quant.
+payloads in the machine's memory; as many threads as a build has ask the device, one a core. The slice is what a build
+does with 16 experts that lie in memory as FP8, on all cores. Wall-clock medians, the CPU's of its thread's own clock.
+Depends on the installed mq_quant.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ4-Lloyd", "MQ6")
 FITS = ("exact", "hessian", "calibrated")
 HIDDEN, INTERMEDIATE, EXPERTS = 3072, 1536, 16
+MATRICES, CPU_RUNS = 32, 3
 SHAPE = (HIDDEN, INTERMEDIATE)
 
 
@@ -60,8 +62,10 @@ def importance(fit: str, columns: int, seed: int = 0) -> Importance:
     return Importance(np.diag(moment).copy(), moment, 1000.0)
 
 
-def matrices(device: Coder, size: tuple[int, int], runs: int, formats: list[str]) -> list[dict[str, Any]]:
-    """Weights/s of each format and fit: 16 matrices on the device, asked for by four threads, and one on one core."""
+def matrices(
+    device: Coder, size: tuple[int, int], runs: int, formats: list[str], jobs: int
+) -> list[dict[str, Any]]:
+    """Weights/s of each format and fit: 32 matrices on the device, asked for by `jobs` threads, and one on one core."""
     rng = np.random.default_rng(1)
     weights = (0.02 * rng.standard_t(5, size)).astype(np.float32)
     scale = np.exp(rng.normal(0, 0.3, size[1])).astype(np.float32)
@@ -82,12 +86,12 @@ def matrices(device: Coder, size: tuple[int, int], runs: int, formats: list[str]
             return coder.encode([task])[0]
 
         def many(one: Any = one) -> list[bool]:
-            with ThreadPoolExecutor(4) as pool:
-                return list(pool.map(lambda _: one(device) is not None, range(EXPERTS)))
+            with ThreadPoolExecutor(jobs) as pool:
+                return list(pool.map(lambda _: one(device) is not None, range(MATRICES)))
 
         equal = np.array_equal(one(device), one(CPU))
-        fast = median(many, runs, time.perf_counter) / EXPERTS
-        slow = median(lambda one=one: one(CPU), 1, time.thread_time)  # type: ignore[misc]
+        fast = median(many, runs, time.perf_counter) / MATRICES
+        slow = median(lambda one=one: one(CPU), CPU_RUNS, time.thread_time)  # type: ignore[misc]
         row = {"format": name, "fit": fit, "device": weights.size / fast, "core": weights.size / slow}
         out.append(row | {"ratio": slow / fast, "equal": equal})
         print(
@@ -170,6 +174,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=HIDDEN)
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="threads that ask")
     parser.add_argument("--lanes", type=int, default=LANES, help="streams of the device")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
     parser.add_argument("--kernels", action="store_true", help="time every kernel instead")
@@ -186,8 +191,8 @@ def main() -> None:
         options = {} if args.device == "cpu" else {"own_stream": True}
         coder = DeviceCoder(lambda: open_backend(args.device, **options), args.lanes)
         print(coder.device)
-        result = {"device": coder.device, "matrices": matrices(coder, size, args.runs, args.formats)}
-        jobs = len(os.sched_getaffinity(0))
+        jobs = args.jobs
+        result = {"device": coder.device, "matrices": matrices(coder, size, args.runs, args.formats, jobs)}
         tiers = {"mq2-lloyd": ("MQ2-Lloyd", "MQ4"), "mq3": ("MQ3-Lloyd", "MQ3-Lloyd"), "mq4": ("MQ4", "MQ4")}
         for tier, (up, down) in {} if args.no_slice else tiers.items():
             for fit in ("exact", "hessian"):

@@ -63,7 +63,7 @@ struct MQ2_Bits : CountedGroup<8, 2> {
 };
 
 struct MQ3_Bits : CountedGroup<16, 3> {
-  static constexpr int SETS = 7, WHOLE = 1, UNROLLED = 2;
+  static constexpr int SETS = 7, WHOLE = 1, UNROLLED = 3;
   // The lowest bit of code i is bit 3i of its words, and so bit 3i % 32 of one of them: each bit has one code.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
     const float* eight[4];    // column 11 · (8q + j) % 32 lies in eight 11 · j / 8 - q

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from queue import Queue
+from queue import LifoQueue
 from typing import cast
 
 import numpy as np
@@ -26,10 +26,8 @@ from ..lloyd.whole_row import RowHessian, counted
 from .encode import CPU, Coder, MatrixTask, row_hessian
 
 DEVICES = ("cpu", "cuda", "hip")
-LANES = 4
+LANES = 8
 """Streams of a device: while one copies others compute, and small launches share it."""
-WAITING = 4
-"""Calls that may hold page-locked memory beside those that run."""
 
 
 def on_device(hessian: RowHessian | NDArray[np.float64]) -> HostHessian:
@@ -80,7 +78,8 @@ class _Lane:
 class DeviceCoder:
     """Encodes on the device of a back end, which `open_it` opens, once per lane; `reference` stays on the CPU.
 
-    What lanes copy and compute overlaps.
+    What lanes copy and compute overlaps. The lane used last is the next one, so that few threads that ask need few
+    lanes' memory; for every call that runs another may wait with its matrices in page-locked memory.
     """
 
     def __init__(self, open_it: Callable[[], Backend], lanes: int = LANES) -> None:
@@ -92,11 +91,11 @@ class DeviceCoder:
             self.close()
             raise
         self.device = self._all[0].backend.device
-        self._lanes: Queue[_Lane] = Queue()
-        self._stages: Queue[NDArray[np.uint8]] = Queue()
+        self._lanes: LifoQueue[_Lane] = LifoQueue()
+        self._stages: LifoQueue[NDArray[np.uint8]] = LifoQueue()
         for lane in self._all:
             self._lanes.put(lane)
-        for _ in range(lanes + WAITING):
+        for _ in range(2 * lanes):
             self._stages.put(np.empty(0, np.uint8))
 
     def hessian(self, importance: Importance, scale: NDArray[np.float32] | None) -> HostHessian:
