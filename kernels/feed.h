@@ -105,7 +105,8 @@ struct Ring {
   using Raw = typename Format::Raw;
   using Share = Rows<Format, MATRICES>;
   static constexpr int ROWS = Share::ROWS, TEAM = Share::TEAM, COPY = 16 * TEAM, STEP = 2;
-  static constexpr int LINE = STEP * Format::BYTES, APART = Share::APART * LINE, STAGE = ROWS * APART, DEPTH = 3, WAVE_BYTES = DEPTH * STAGE;
+  static constexpr int LINE = STEP * Format::BYTES, APART = Share::APART * LINE, STAGE = ROWS * APART;
+  static constexpr int DEPTH = 3, WAVE_BYTES = DEPTH * STAGE;
   const uint8_t* row[ROWS];
   const uint8_t* ring;    // the team's first line
   LdsAddress target;
