@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.errors import ImatrixError
-from ..formats.fwht import GROUP, matrix
+from ..formats.fwht import rotate_moment
 from ..formats.imatrix import Imatrix, check_imatrix, coverage, expert_entry
 from ..formats.minimax import PROJECTIONS, ModelConfig
 
@@ -61,11 +61,9 @@ class Importance:
             full[np.diag_indices_from(full)] += damping * self.diagonal.mean()
         if scale is not None:
             inverse = 1.0 / scale.astype(np.float64)
-            full = full * inverse[:, None] * inverse[None, :]
-        r, groups = matrix(), len(full) // GROUP
-        tiles = full.reshape(groups, GROUP, groups, GROUP)
-        turned = np.einsum("ab,gbhc,dc->gahd", r, tiles, r, optimize=True)
-        return np.ascontiguousarray(turned.reshape(full.shape))
+            full *= inverse[:, None]
+            full *= inverse[None, :]
+        return rotate_moment(full)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The rotation of the MQ formats: y = S2 · H256 · S1 · x / 16 on each group of 256, and its inverse.
 
 H256 is the Walsh-Hadamard matrix in Sylvester order; S1 and S2 are fixed ±1 diagonals. The rotation R is orthonormal
-and every R_ij² is 1/256. Arithmetic is f32, butterflies of stride 1, 2, … 128, so results are the same bits
-everywhere. Depends on numpy, numba and errors.
+and every R_ij² is 1/256. Arithmetic is f32 (f64 of moments), butterflies of stride 1, 2, … 128, so results are the same
+bits everywhere. Depends on numpy, numba and errors.
 """
 
 from __future__ import annotations
@@ -68,6 +68,15 @@ def rotate(x: NDArray[np.float32]) -> NDArray[np.float32]:
 def unrotate(y: NDArray[np.float32]) -> NDArray[np.float32]:
     """Undo `rotate` up to f32 rounding."""
     return _apply(y, SIGNS2, SIGNS1 / np.float32(16))
+
+
+def rotate_moment(moment: NDArray[np.float64]) -> NDArray[np.float64]:
+    """R M Rᵀ of a symmetric f64 [256·k, 256·k], in f64 and for each pair of groups; a new array."""
+    turned = np.array(moment, np.float64, order="C")
+    for _ in range(2):
+        _transform(turned.reshape(-1, GROUP), SIGNS1, SIGNS2 / np.float32(16))
+        turned = np.ascontiguousarray(turned.T)
+    return turned
 
 
 def matrix() -> NDArray[np.float64]:

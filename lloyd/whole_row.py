@@ -3,7 +3,7 @@
 With U the upper factor of the damped inverse, H⁻¹ = Uᵀ U: inside group g the Schur complement S_g = (U_ggᵀ U_gg)⁻¹ is
 the cost of an error after the rest has answered it, its feedback factor is U_gg, and the rest answers an error E_g by
 E_g · U_gg⁻¹ · U_gr. One factorisation serves every row. Products run on lanes in a fixed order; the factorisation is
-LAPACK's. Depends on hessian, lanes, rounding, numpy, scipy and numba.
+LAPACK's. Depends on hessian, lanes, lapack, rounding, numpy and numba.
 
 Source: Frantar et al., "GPTQ" (2022), in blocks of one group, with S_g in place of the plain block.
 """
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-from scipy.linalg import lapack
 
 from .hessian import GROUP, GroupHessian, from_diagonal, identity
 from .lanes import gather, scatter_at
+from .lapack import cholesky, invert_lower
 from .rounding import PANEL, product
 from .vec import LANES
 
@@ -62,8 +62,9 @@ def from_moment(moment: NDArray[np.float64]) -> RowHessian:
     mean = float(np.trace(moment)) / len(moment) if np.isfinite(moment).all() else 0.0
     if not mean > 0:
         return white
+    scaled = moment / mean
     for extra in _EXTRA_DAMPING:
-        upper = inverse_factor(moment / mean + extra * np.eye(len(moment)))
+        upper = inverse_factor(scaled + extra * np.eye(len(moment)) if extra else scaled)
         if upper is not None:
             notes = (f"second moment damped by a further {extra:g}",) if extra else ()
             return _from_factor(upper, notes)
@@ -72,19 +73,21 @@ def from_moment(moment: NDArray[np.float64]) -> RowHessian:
 
 def inverse_factor(h: NDArray[np.float64]) -> NDArray[np.float64] | None:
     """U f64 [K, K], upper triangular, with Uᵀ U = h⁻¹; None where h is not positive definite."""
-    reverse, failed = lapack.dpotrf(h[::-1, ::-1], lower=1, clean=1)
-    if failed:
+    reverse = h[::-1, ::-1].copy()
+    if not (cholesky(reverse) and invert_lower(reverse)):
         return None
-    upper, failed = lapack.dtrtri(np.asfortranarray(reverse[::-1, ::-1]), lower=0)
-    return None if failed or not np.isfinite(upper).all() else np.ascontiguousarray(upper)
+    upper = np.ascontiguousarray(np.triu(reverse[::-1, ::-1]))
+    return upper if np.isfinite(upper).all() else None
 
 
 def _from_factor(upper: NDArray[np.float64], notes: tuple[str, ...]) -> RowHessian:
     groups, answers = [], []
     for start in range(0, len(upper), GROUP):
         block = upper[start : start + GROUP, start : start + GROUP]
-        inverse, failed = lapack.dtrtri(np.asfortranarray(block), lower=0)
-        assert not failed
+        lower = block.T.copy()
+        usable = invert_lower(lower)
+        assert usable
+        inverse = lower.T
         schur = inverse @ inverse.T
         feedback = (block / np.diag(block)[:, None]).T
         groups.append(

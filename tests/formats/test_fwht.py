@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mq_quant.formats.errors import WeightError
-from mq_quant.formats.fwht import SIGNS1, SIGNS2, matrix, rotate, unrotate
+from mq_quant.formats.fwht import SIGNS1, SIGNS2, matrix, rotate, rotate_moment, unrotate
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/encode_vectors.npz")
 GROUPS = hnp.arrays(
@@ -97,3 +97,14 @@ def test_input_is_left_alone_and_any_layout_is_read() -> None:
     assert rotate(np.empty((0, 256), np.float32)).shape == (0, 256)
     x.flags.writeable = False
     np.testing.assert_array_equal(rotate(x), want)
+
+
+def test_a_moment_is_rotated_on_both_sides() -> None:
+    random = np.random.default_rng(2)
+    x = random.standard_normal((40, 512))
+    moment = x.T @ x
+    moment.flags.writeable = False
+    both = np.kron(np.eye(2), R)
+    got = rotate_moment(moment)
+    np.testing.assert_allclose(got, both @ moment @ both.T, atol=1e-12 * np.abs(moment).max(), rtol=0)
+    np.testing.assert_allclose(rotate_moment(np.asfortranarray(moment)), got, atol=1e-12 * np.abs(moment).max())
