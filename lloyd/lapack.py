@@ -43,5 +43,7 @@ def invert_lower(a: F64) -> bool:
 
 
 def _side(a: F64) -> int:
-    assert a.dtype == np.float64 and a.flags.c_contiguous and a.flags.writeable and a.shape == (len(a), len(a))
+    assert (
+        a.dtype == np.float64 and a.flags.c_contiguous and a.flags.writeable and a.shape == (len(a), len(a))
+    )
     return len(a)

@@ -107,4 +107,6 @@ def test_a_moment_is_rotated_on_both_sides() -> None:
     both = np.kron(np.eye(2), R)
     got = rotate_moment(moment)
     np.testing.assert_allclose(got, both @ moment @ both.T, atol=1e-12 * np.abs(moment).max(), rtol=0)
-    np.testing.assert_allclose(rotate_moment(np.asfortranarray(moment)), got, atol=1e-12 * np.abs(moment).max())
+    np.testing.assert_allclose(
+        rotate_moment(np.asfortranarray(moment)), got, atol=1e-12 * np.abs(moment).max()
+    )

@@ -42,7 +42,8 @@ def test_a_triangle_with_a_zero_on_its_diagonal_has_no_inverse() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [np.eye(4, dtype=np.float32), np.eye(8)[::2, ::2], np.ones((2, 3)), np.asfortranarray(positive(3))]
+    "wrong",
+    [np.eye(4, dtype=np.float32), np.eye(8)[::2, ::2], np.ones((2, 3)), np.asfortranarray(positive(3))],
 )
 def test_memory_that_lapack_would_misread_is_refused(wrong: np.ndarray) -> None:
     for routine in (cholesky, invert_lower):
