@@ -77,12 +77,3 @@ def rotate_moment(moment: NDArray[np.float64]) -> NDArray[np.float64]:
         _transform(turned.reshape(-1, GROUP), SIGNS1, SIGNS2 / np.float32(16))
         turned = np.ascontiguousarray(turned.T)
     return turned
-
-
-def matrix() -> NDArray[np.float64]:
-    """R as f64 [256, 256]: rotate(x) = R @ x."""
-    h = np.ones((1, 1))
-    while len(h) < GROUP:
-        h = np.block([[h, h], [h, -h]])
-    out: NDArray[np.float64] = SIGNS2[:, None] * h * SIGNS1[None, :] / 16.0
-    return out

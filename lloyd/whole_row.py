@@ -64,19 +64,20 @@ def from_moment(moment: NDArray[np.float64]) -> RowHessian:
         return white
     scaled = moment / mean
     for extra in _EXTRA_DAMPING:
-        upper = inverse_factor(scaled + extra * np.eye(len(moment)) if extra else scaled)
+        upper = inverse_factor(scaled, extra)
         if upper is not None:
             notes = (f"second moment damped by a further {extra:g}",) if extra else ()
             return _from_factor(upper, notes)
     return white
 
 
-def inverse_factor(h: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """U f64 [K, K], upper triangular, with Uᵀ U = h⁻¹; None where h is not positive definite."""
+def inverse_factor(h: NDArray[np.float64], damping: float = 0.0) -> NDArray[np.float64] | None:
+    """U f64 [K, K], upper triangular, with Uᵀ U = (h + damping · I)⁻¹; None where that is not positive definite."""
     reverse = h[::-1, ::-1].copy()
+    reverse[np.diag_indices_from(reverse)] += damping
     if not (cholesky(reverse) and invert_lower(reverse)):
         return None
-    upper = np.ascontiguousarray(np.triu(reverse[::-1, ::-1]))
+    upper = np.triu(reverse[::-1, ::-1])
     return upper if np.isfinite(upper).all() else None
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mq_quant.formats.errors import WeightError
-from mq_quant.formats.fwht import SIGNS1, SIGNS2, matrix, rotate, rotate_moment, unrotate
+from mq_quant.formats.fwht import SIGNS1, SIGNS2, rotate, rotate_moment, unrotate
+from rotation import matrix
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/encode_vectors.npz")
 GROUPS = hnp.arrays(

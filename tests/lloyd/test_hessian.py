@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mq_quant.formats.fwht import matrix
 from mq_quant.lloyd.hessian import RANGE, GroupHessian, cholesky_upper, from_diagonal, identity
+from rotation import matrix
 
 R = matrix()
 

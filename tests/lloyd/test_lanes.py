@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from mq_quant.formats.fwht import matrix
 from mq_quant.lloyd.lanes import gather, hadamard, lined_up, midpoints, scatter, sort_lanes, sort_levels
 from mq_quant.lloyd.rounding import product, residual
+from rotation import matrix
 
 RANDOM = np.random.default_rng(21)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from lanes_problem import heavy_rows, unequal_weights
 from mq_quant.formats.blocks import BY_NAME, LloydFormat
-from mq_quant.formats.fwht import matrix
 from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.hessian import from_diagonal
 from mq_quant.lloyd.whole_row import RowHessian, compensate, from_moment, from_weights, inverse_factor
+from rotation import matrix
 
 WIDTH = 768
 
