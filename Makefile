@@ -22,11 +22,13 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .build && ln -sfn .. .build/mq_quant
-	MYPYPATH=.build $(BIN)/mypy $(ROOMS:%=-p mq_quant.%)
+	$(BIN)/mypy $(ROOMS:%=-p mq_quant.%)
+	$(BIN)/pyright
+	PYTHONPATH=.build $(BIN)/lint-imports --no-cache
 
 # Writes the quantization hashes of all tiers of the tiny source into its recipes, after a change that is meant to alter bytes.
 hashes: $(VENV)/.installed
-	$(BIN)/python -m mq_quant.quantize.hashes
+	$(BIN)/python tools/tiny_hashes.py
 
 # Kills a build at 50 random points and resumes it each time; CI runs a short version of the same harness.
 kills: $(VENV)/.ready

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ..formats.errors import ImatrixError
 from ..formats.fwht import rotate_moment
-from ..formats.imatrix import Imatrix, check_imatrix, coverage, expert_entry
 from ..formats.minimax import PROJECTIONS, ModelConfig
+from ..formats.statistics.imatrix import Imatrix, check_imatrix, coverage, expert_entry
 
 F64 = NDArray[np.float64]
 

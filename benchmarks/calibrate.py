@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from mq_quant.formats.calibration import DOWN_FORMS
 from mq_quant.formats.fp8 import dequantize, scale_shape
 from mq_quant.formats.minimax import ModelConfig, inventory
-from mq_quant.quantize.calibrate import CalibrationOptions, calibrate
-from mq_quant.quantize.calibration_plan import estimate
-from mq_quant.verify.reference import embed, layer_forward
+from mq_quant.formats.statistics.moment_file import DOWN_FORMS
+from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
+from mq_quant.quantize.spec.calibration_plan import estimate
+from mq_quant.verify.model.reference import embed, layer_forward
 from numpy.typing import NDArray
 
 LAYERS, VOCAB = 62, 8192

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mq_quant.formats.calibration import DOWN_FORMS
-from mq_quant.formats.checkpoint import open_checkpoint
-from mq_quant.formats.hfq import open_hfq
-from mq_quant.quantize.calibrate import CalibrationOptions, calibrate
-from mq_quant.quantize.job import Changes
-from mq_quant.verify.decoded import DecodedFile
+from mq_quant.formats.checkpoint.source import open_checkpoint
+from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.statistics.moment_file import DOWN_FORMS
+from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
+from mq_quant.quantize.pipeline.build_spec import Changes
+from mq_quant.verify.model.hfq_weights import DecodedFile
 from quality import FITS, TIERS, build_file, divergence_of, run
 
 LINES = ("reference", "hessian")

@@ -27,10 +27,10 @@ from mq_quant.awq.importance import Importance, LayerImportance
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.fp8 import dequantize, quantize
 from mq_quant.formats.minimax import ModelConfig
-from mq_quant.kernels.encoder import Encoder
-from mq_quant.kernels.host import Backend, open_backend
-from mq_quant.quantize.coder import LANES, DeviceCoder, on_device
-from mq_quant.quantize.encode import CPU, Coder, FitSettings, LayerEncoder, MatrixTask
+from mq_quant.kernels.encode.device_encoder import Encoder
+from mq_quant.kernels.runtime.host import Backend, open_backend
+from mq_quant.quantize.encode.encoders import LANES, DeviceCoder, on_device
+from mq_quant.quantize.encode.layer_encoder import CPU, Coder, FitSettings, LayerEncoder, MatrixTask
 from numpy.typing import NDArray
 
 FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ4-Lloyd", "MQ6")

@@ -26,10 +26,10 @@ from mq_quant.formats.fwht import SIGNS2, rotate
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.lloyd import encode
 from mq_quant.lloyd.encode import encode_rotated
-from mq_quant.lloyd.hessian import from_diagonal
-from mq_quant.lloyd.rows import fit_rows, settle_rows
-from mq_quant.lloyd.whole_row import from_weights
-from mq_quant.quantize.encode import FitSettings, LayerEncoder
+from mq_quant.lloyd.group import fit_rows, settle_rows
+from mq_quant.lloyd.hessian.group import from_diagonal
+from mq_quant.lloyd.hessian.row import from_weights
+from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
 
 FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ4-Lloyd", "MQ6")
 FITS = ("reference", "exact", "hessian")

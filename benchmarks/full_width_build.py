@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mq_quant.formats.imatrix import ImatrixEntry, write_imatrix
 from mq_quant.formats.minimax import inventory, parse_config, scale_inv_name
-from mq_quant.quantize.recipe import load_tier
+from mq_quant.formats.statistics.imatrix import ImatrixEntry, write_imatrix
+from mq_quant.quantize.spec.recipe import load_tier
 from safetensors.torch import save_file
 
 NAMES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")

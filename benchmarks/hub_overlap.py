@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mq_quant.quantize.tiny_tokenizer import tokenizer_json
+from mq_quant.quantize.tiny.tokenizer import tokenizer_json
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
@@ -33,7 +33,7 @@ def build(work: Path, source: str, output: str, settings: dict[str, str]) -> dic
     command = [
         sys.executable,
         "-c",
-        "from mq_quant.quantize.cli import main; main()",
+        "from mq_quant.quantize.cli.app import main; main()",
         "build",
         "--tier",
         "mq2-lloyd",

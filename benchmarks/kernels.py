@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from mq_quant.formats.blocks import BY_NAME
-from mq_quant.kernels import ops
-from mq_quant.kernels.host import Backend, open_backend
+from mq_quant.kernels.forward import ops
+from mq_quant.kernels.runtime.host import Backend, open_backend
 
 HIDDEN, INTER, EXPERTS, SLOTS, HEADS, KV_HEADS, HEAD_DIM = 3072, 1536, 256, 8, 48, 8, 128
 VOCAB, CONTEXT = 200064, 4096

@@ -22,18 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 from mq_quant.awq.importance import ModelImportance, load_importance
-from mq_quant.formats.checkpoint import Checkpoint, open_checkpoint
-from mq_quant.formats.hfq import open_hfq
-from mq_quant.formats.imatrix import read_imatrix
+from mq_quant.formats.checkpoint.source import Checkpoint, open_checkpoint
+from mq_quant.formats.hfq.container import open_hfq
 from mq_quant.formats.minimax import PROJECTIONS, expert_name
-from mq_quant.quantize.build import Options, build
-from mq_quant.quantize.job import Changes, open_job
-from mq_quant.quantize.sources import choose_recipe
-from mq_quant.quantize.tiny import ensure_tiny
-from mq_quant.verify.decoded import DecodedFile
-from mq_quant.verify.fidelity import Fidelity, measure
-from mq_quant.verify.metrics import Divergence
-from mq_quant.verify.reference import Weights, layer_by_layer, logits
+from mq_quant.formats.statistics.imatrix import read_imatrix
+from mq_quant.quantize.pipeline.build import Options, build
+from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.spec.places import choose_recipe
+from mq_quant.quantize.tiny.checkpoint import ensure_tiny
+from mq_quant.verify.model.hfq_weights import DecodedFile
+from mq_quant.verify.model.metrics import Divergence
+from mq_quant.verify.model.reference import Weights, layer_by_layer, logits
+from mq_quant.verify.stages.fidelity import Fidelity, measure
 from quality_rows import plot, table
 
 TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")

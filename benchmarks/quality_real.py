@@ -31,9 +31,9 @@ from mq_quant.awq.scale import down_fold
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.fwht import GROUP, unrotate
 from mq_quant.formats.minimax import ModelConfig, expert_name
-from mq_quant.quantize.encode import FitSettings, LayerEncoder
-from mq_quant.verify.fidelity import Fidelity, measure
-from mq_quant.verify.metrics import Divergence
+from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
+from mq_quant.verify.model.metrics import Divergence
+from mq_quant.verify.stages.fidelity import Fidelity, measure
 from quality_rows import plot, table
 
 FORMATS = {"MQ2": "MQ2-Lloyd", "MQ3": "MQ3-Lloyd", "MQ4": "MQ4"}

@@ -27,11 +27,11 @@ from mq_quant.awq.importance import Importance, LayerImportance
 from mq_quant.formats.blocks import BY_NAME, Format
 from mq_quant.formats.fwht import rotate
 from mq_quant.formats.minimax import ModelConfig
-from mq_quant.lloyd import whole_row
 from mq_quant.lloyd.encode import encode_rotated
-from mq_quant.quantize.blas import one_blas_thread
-from mq_quant.quantize.coder import DEVICES, open_coder
-from mq_quant.quantize.encode import Coder, FitSettings, LayerEncoder
+from mq_quant.lloyd.hessian import row as whole_row
+from mq_quant.quantize.encode.blas import one_blas_thread
+from mq_quant.quantize.encode.encoders import DEVICES, open_coder
+from mq_quant.quantize.encode.layer_encoder import Coder, FitSettings, LayerEncoder
 
 LAYERS, EXPERTS, SLICE = 62, 256, 16
 HIDDEN, INTERMEDIATE = 3072, 1536

@@ -1,1 +1,5 @@
-"""What bytes mean: checkpoints, block formats, the HFQ container, imatrix files. Imports nothing of ours."""
+"""What bytes mean: FP8 and block formats, the rotation, the model's tensors, and every file that is read or written.
+
+Nothing here imports another room. Reading an HFQ file needs numpy and xxhash only. Everything that can be wrong with a
+file is refused here, by an error that names the file and the tensor.
+"""

@@ -118,7 +118,7 @@ class AffineFormat(Format):
 
     def decode(self, payload: U8 | bytes | memoryview) -> F32:
         scale, zero, codes = self.unpack(payload)
-        return zero[:, None] + scale[:, None] * codes.astype(np.float32)
+        return np.asarray(zero[:, None] + scale[:, None] * codes.astype(np.float32), np.float32)
 
 
 class LloydFormat(Format):
@@ -166,7 +166,7 @@ def _pack_3(codes: U8) -> U8:
     low = q[:, :, 0] | q[:, :, 1] << 3 | q[:, :, 2] << 6
     mid = q[:, :, 2] >> 2 | q[:, :, 3] << 1 | q[:, :, 4] << 4 | q[:, :, 5] << 7
     high = q[:, :, 5] >> 1 | q[:, :, 6] << 2 | q[:, :, 7] << 5
-    return np.stack([low, mid, high], axis=2).reshape(len(codes), 3 * low.shape[1])
+    return np.asarray(np.stack([low, mid, high], axis=2).reshape(len(codes), 3 * low.shape[1]), np.uint8)
 
 
 def _pack_6(codes: U8) -> U8:
@@ -174,7 +174,7 @@ def _pack_6(codes: U8) -> U8:
     low = q[:, :, 0] | q[:, :, 1] << 6
     mid = q[:, :, 1] >> 2 | q[:, :, 2] << 4
     high = q[:, :, 2] >> 4 | q[:, :, 3] << 2
-    return np.stack([low, mid, high], axis=2).reshape(len(codes), 3 * low.shape[1])
+    return np.asarray(np.stack([low, mid, high], axis=2).reshape(len(codes), 3 * low.shape[1]), np.uint8)
 
 
 _PACK: dict[int, Callable[[U8], U8]] = {2: _pack_2, 3: _pack_3, 4: _pack_4, 6: _pack_6}

@@ -1,1 +1,5 @@
-"""HIP kernels that decode and run HFQ files, and the host that compiles and launches them. Imports formats only."""
+"""HIP kernels that encode, decode and run HFQ files, and the host that compiles and launches them.
+
+The same sources run on AMD and NVIDIA GPUs and on the CPU. A kernel's signature is read from its source, and every
+launch is checked against it.
+"""

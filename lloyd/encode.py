@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from ..formats.blocks import AffineFormat, FloatFormat, Format, LloydFormat, Q8Format
 from ..formats.fwht import SIGNS2
-from . import reference
-from .affine import STEPS, affine_rows
-from .descent import SWEEPS, shake_signs
-from .hessian import GroupHessian
-from .kmeans import kmeans_rows
-from .rows import fit_rows, nearest_rows, settle_rows
-from .whole_row import RowHessian, compensate
+from . import engine_quantiser as reference
+from .codes.descent import SWEEPS, shake_signs
+from .group import fit_rows, nearest_rows, settle_rows
+from .hessian.group import GroupHessian
+from .hessian.row import RowHessian, compensate
+from .levels.affine import STEPS, affine_rows
+from .levels.kmeans import kmeans_rows
 
 Fit = Literal["reference", "exact", "hessian"]
 F32 = NDArray[np.float32]

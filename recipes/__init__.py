@@ -1,1 +1,1 @@
-"""The tiers as data: one YAML recipe per tier and source."""
+"""The tiers as data: one YAML recipe per tier and model."""

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import small_model
-from mq_quant.formats.calibration import (
+from mq_quant.formats.minimax import parse_config
+from mq_quant.formats.statistics.moment_file import (
     MANIFEST,
     config_record,
     encode_layer,
@@ -20,7 +21,6 @@ from mq_quant.formats.calibration import (
     pack_correlation,
     pack_moment,
 )
-from mq_quant.formats.minimax import parse_config
 
 CONFIG = parse_config(small_model.CONFIG)
 COUNTS = np.array([[700, 0, 90], [40, 60, 100]])

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mq_quant.kernels.cpu import CpuBackend
-from mq_quant.kernels.cuda import CudaBackend
-from mq_quant.kernels.sources import FOLDER, Sources
+from mq_quant.kernels.runtime.cpu import CpuBackend
+from mq_quant.kernels.runtime.cuda import CudaBackend
+from mq_quant.kernels.runtime.sources import Sources
 
-HEADERS = Path(__file__).parent / "kernels"
+HEADERS = Path(__file__).parent / "kernels" / "forward"
 FORMATS = tuple(CudaBackend.counted)
 """The formats whose products count bits."""
 
@@ -25,9 +25,9 @@ class CountingBackend(CpuBackend):
 def counting(folder, order, *, copies=False):
     """A back end whose device.h, in `folder`, is followed by the headers of bits and, if asked, of copies."""
     names = ("bits_on_cpu.h", "copies_on_cpu.h") if copies else ("bits_on_cpu.h",)
-    (folder / "matrix.hip").write_text((FOLDER / "matrix.hip").read_text())
+    (folder / "matrix.hip").write_text((Sources().path("matrix.hip")).read_text())
     included = "".join(f'\n#include "{name}"\n' for name in names)
-    (folder / "device.h").write_text((FOLDER / "device.h").read_text() + included)
+    (folder / "device.h").write_text((Sources().path("device.h")).read_text() + included)
     for name in names:
         (folder / name).write_text((HEADERS / name).read_text())
     return CountingBackend(sources=Sources(folder), order=order)

@@ -12,9 +12,9 @@ import pytest
 import small_model
 from hub_server import MAIN, REPO, HubServer
 from huggingface_hub import constants
-from mq_quant.formats.checkpoint import Checkpoint, Source, open_checkpoint
-from mq_quant.formats.hub import HubCheckpoint, open_hub
-from mq_quant.formats.hubclient import Hub
+from mq_quant.formats.checkpoint.source import Checkpoint, Source, open_checkpoint
+from mq_quant.formats.checkpoint.streamed import HubCheckpoint, open_hub
+from mq_quant.formats.hub.client import Hub
 from mq_quant.formats.minimax import inventory
 
 SHARDS = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]

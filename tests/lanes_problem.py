@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from mq_quant.formats.fwht import rotate
-from mq_quant.lloyd.affine import STEPS, affine_rows
-from mq_quant.lloyd.hessian import GroupHessian, from_diagonal
-from mq_quant.lloyd.kmeans import kmeans_rows
+from mq_quant.lloyd.hessian.group import GroupHessian, from_diagonal
+from mq_quant.lloyd.levels.affine import STEPS, affine_rows
+from mq_quant.lloyd.levels.kmeans import kmeans_rows
 
 LANES = 16
 EMPTY = np.empty(0, np.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from mq_quant.formats.imatrix import ImatrixEntry, write_imatrix
+from mq_quant.formats.statistics.imatrix import ImatrixEntry, write_imatrix
 
 
 def save_imatrix(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from mq_quant.quantize.cli import app, main
-from mq_quant.quantize.offline import tier_table
+from mq_quant.quantize.cli.app import app, main
+from mq_quant.quantize.spec.estimates import tier_table
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

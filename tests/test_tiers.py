@@ -11,14 +11,14 @@ from typing import Any
 import independent
 import numpy as np
 import pytest
-from mq_quant.formats.hfq import open_hfq
-from mq_quant.kernels.host import open_backend
-from mq_quant.quantize.build import Options, build
-from mq_quant.quantize.job import Changes, open_job
-from mq_quant.quantize.recipe import load_tier
-from mq_quant.quantize.sources import TINY, choose_recipe
-from mq_quant.quantize.tiny import ensure_tiny
-from mq_quant.quantize.verification import Wanted, request_of
+from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.kernels.runtime.host import open_backend
+from mq_quant.quantize.inspect.verify_inputs import Wanted, request_of
+from mq_quant.quantize.pipeline.build import Options, build
+from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.spec.places import TINY, choose_recipe
+from mq_quant.quantize.spec.recipe import load_tier
+from mq_quant.quantize.tiny.checkpoint import ensure_tiny
 from mq_quant.verify.run import Verdict, verify
 
 TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")

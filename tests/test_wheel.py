@@ -22,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     tree = folder / "tree"
     tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "py.typed"):
         shutil.copy(ROOT / name, tree / name)
     for room in ROOMS:
         shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -49,7 +49,7 @@ def test_it_runs_from_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> 
     own = next((env / "lib").glob("python*/site-packages"))
     (own / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    script = "import mq_quant.formats as room; print(room.__file__)"
+    script = "import mq_quant; print(mq_quant.__file__)"
     where = subprocess.run(
         [python, "-c", script], check=True, capture_output=True, text=True, env=clean, cwd=tmp_path
     )

@@ -1,1 +1,4 @@
-"""Judging a built file: structure, decode parity, fidelity, forward. Imports kernels, awq and formats."""
+"""Everything that judges a file: its structure, its decoding, its distance to the source, its predictions.
+
+`run` takes a file through the stages and makes a report. The stages share one model, which calibration uses too.
+"""

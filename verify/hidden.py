@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..formats.errors import CheckError, MqError
-from .metrics import cosine
+from .model.metrics import cosine
 
 MAGIC = b"HFHS\0\0\0\0"
 MAGICS = (MAGIC, b"HFHIDDEN")

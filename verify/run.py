@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats.checkpoint import Source
+from ..formats.checkpoint.source import Source
 from ..formats.errors import CheckError, MqError
-from ..formats.hfq import HfqFile
-from ..formats.imatrix import Imatrix
+from ..formats.hfq.container import HfqFile
 from ..formats.minimax import ModelConfig, normalize_config, parse_config
-from ..kernels.host import Backend
-from .decode import check_decode, sampled
-from .fidelity import check_fidelity
-from .forward import Bars, check_forward
-from .generate import check_generation
-from .result import Stage
-from .structure import check_structure
+from ..formats.statistics.imatrix import Imatrix
+from ..kernels.runtime.host import Backend
+from .stages.decode_parity import check_decode, sampled
+from .stages.fidelity import check_fidelity
+from .stages.forward_parity import Bars, check_forward
+from .stages.generation import check_generation
+from .stages.stage import Stage
+from .stages.structure import check_structure
 
 
 @dataclass(frozen=True)

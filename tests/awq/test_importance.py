@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mq_quant.awq.importance import DAMPING, KAPPA, TEMPER, Importance, load_importance, repair
 from mq_quant.formats.errors import ImatrixError
-from mq_quant.formats.imatrix import ImatrixEntry, read_imatrix, write_imatrix
 from mq_quant.formats.minimax import parse_config
-from mq_quant.lloyd.whole_row import from_weights
+from mq_quant.formats.statistics.imatrix import ImatrixEntry, read_imatrix, write_imatrix
+from mq_quant.lloyd.hessian.row import from_weights
 from rotation import matrix
 
 CONFIG = parse_config(small_model.CONFIG)

@@ -16,10 +16,11 @@ import pytest
 import small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mq_quant.formats.checkpoint import open_checkpoint
+from mq_quant.formats.checkpoint.source import open_checkpoint
 from mq_quant.formats.errors import MqError
-from mq_quant.formats.hfq import open_hfq, quantization_hash
-from mq_quant.formats.imatrix import (
+from mq_quant.formats.hfq.container import open_hfq, quantization_hash
+from mq_quant.formats.minimax import parse_config
+from mq_quant.formats.statistics.imatrix import (
     GGUF_NAMES,
     ImatrixEntry,
     check_imatrix,
@@ -27,7 +28,6 @@ from mq_quant.formats.imatrix import (
     read_imatrix,
     write_imatrix,
 )
-from mq_quant.formats.minimax import parse_config
 
 INPUTS = int(os.environ.get("MQ_QUANT_FUZZ", "300"))
 MEMORY = 1 << 30

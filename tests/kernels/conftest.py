@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from mq_quant.formats.blocks import BY_NAME, AffineFormat, FloatFormat, Format, LloydFormat
-from mq_quant.kernels.cuda import CudaBackend
-from mq_quant.kernels.hip import HipBackend
-from mq_quant.kernels.host import Backend, open_backend
+from mq_quant.kernels.runtime.cuda import CudaBackend
+from mq_quant.kernels.runtime.hip import HipBackend
+from mq_quant.kernels.runtime.host import Backend, open_backend
 
 CPU = {f"cpu-{order}": {"order": order} for order in ("ascending", "descending")}
 GPUS = [kind.name for kind in (HipBackend, CudaBackend) if kind.available()]

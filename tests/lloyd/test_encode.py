@@ -22,7 +22,7 @@ from mq_quant.formats.blocks import (
 from mq_quant.formats.errors import WeightError
 from mq_quant.formats.fwht import rotate, unrotate
 from mq_quant.lloyd.encode import Fit, encode_plain, encode_rotated, partial_gains
-from mq_quant.lloyd.whole_row import RowHessian, from_weights
+from mq_quant.lloyd.hessian.row import RowHessian, from_weights
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/encode_vectors.npz")
 ROTATED = [f for f in BY_NAME.values() if f.rotated]

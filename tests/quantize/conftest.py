@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import small_model
-from mq_quant.quantize.build import Options, build
-from mq_quant.quantize.encode import CPU, Coder
-from mq_quant.quantize.job import Changes, open_job
-from mq_quant.quantize.sources import choose_recipe
+from mq_quant.quantize.encode.layer_encoder import CPU, Coder
+from mq_quant.quantize.pipeline.build import Options, build
+from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.spec.places import choose_recipe
 from small_imatrix import save_imatrix
 
 Build = Callable[..., dict[str, Any]]

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mq_quant.formats.checkpoint import Checkpoint
+from mq_quant.formats.checkpoint.source import Checkpoint
 from mq_quant.formats.errors import MqError
-from mq_quant.formats.hfq import open_hfq
-from mq_quant.quantize.cli import main
-from mq_quant.quantize.verification import TokenError, Wanted, cut, read_tokens, request_of
+from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.quantize.cli.app import main
+from mq_quant.quantize.inspect.verify_inputs import TokenError, Wanted, cut, read_tokens, request_of
 from plainfile import Build, Tensors, by_name
 
 FEW = ["--tokens", "4", "--generate", "2", "--backend", "cpu"]

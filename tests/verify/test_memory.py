@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from mq_quant.formats.hfq import open_hfq
-from mq_quant.kernels.host import Backend
-from mq_quant.verify import kernel_model
-from mq_quant.verify.decode import check_decode
-from mq_quant.verify.structure import check_structure
+from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.kernels.runtime.host import Backend
+from mq_quant.verify.model import kernel_forward as kernel_model
+from mq_quant.verify.stages.decode_parity import check_decode
+from mq_quant.verify.stages.structure import check_structure
 
 ROOT = Path(__file__).parents[2]
 

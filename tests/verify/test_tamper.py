@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mq_quant.formats.checkpoint import Checkpoint
+from mq_quant.formats.checkpoint.source import Checkpoint
 from mq_quant.formats.errors import CheckError, HfqError
-from mq_quant.formats.hfq import open_hfq
-from mq_quant.formats.imatrix import read_imatrix
+from mq_quant.formats.hfq.container import open_hfq
 from mq_quant.formats.minimax import awq_scale_name, expert_name
-from mq_quant.kernels.host import Backend
+from mq_quant.formats.statistics.imatrix import read_imatrix
+from mq_quant.kernels.runtime.host import Backend
 from mq_quant.verify.run import Request, Verdict, verify
 from plainfile import Build, Change, Tensors, by_name
 

@@ -1,0 +1,1 @@
+"""mq-quant: turns the FP8 checkpoint of MiniMax-M2.7 into files for the hipfire engine."""

@@ -1,0 +1,205 @@
+"""Importances from a calibration folder: the same object as from an imatrix, with the second moment of every input.
+
+gate and up see the layer's moment over all tokens; down sees its own expert's, shrunk by its count toward the layer's.
+With an imatrix behind it, moments of too few tokens lean on that instead. Depends on importance and thin, and on
+formats (calibration, minimax) and numpy; all arithmetic is f64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..formats.errors import CalibrationError
+from ..formats.minimax import ModelConfig
+from ..formats.statistics.moment_file import (
+    Calibration,
+    LayerFile,
+    config_record,
+    open_calibration,
+    unpack_correlation,
+    unpack_moment,
+)
+from .few_tokens import backed_gate_up, limit, on_correlations, shrunk, thin_notes
+from .importance import F64, Importance, LayerImportance, ModelImportance
+
+KAPPA = 256.0
+"""Tokens that the layer's down moment is worth: an expert seen n times keeps n / (n + κ) of its own."""
+
+
+@dataclass(frozen=True)
+class CalibratedLayer(LayerImportance):
+    """One layer of a calibration folder; experts' moments are read when they are asked for. Thread-safe.
+
+    `imatrix` stands behind moments of too few tokens, where it was given.
+    """
+
+    file: LayerFile
+    gate_up: Importance
+    down_pooled: F64 = field(repr=False)
+    imatrix: LayerImportance | None = None
+
+    def of(self, expert: int, projection: str) -> Importance:
+        """The importance of one expert's matrix, with its moment; the same object for w1 and w3 of all experts."""
+        if projection != "w2":
+            return self.gate_up
+        count = float(self.counts["w2"][expert])
+        moment = self._prior(expert, count)
+        if count > 0 and "down.moment" in self.file.infos:
+            moment = shrunk(self._own(expert), count, moment, KAPPA)
+        return Importance(np.diag(moment).copy(), moment, count)
+
+    def gate_up_energy(self) -> F64:
+        """As of an imatrix; of the one behind a layer of too few tokens."""
+        if self.imatrix is not None and self.gate_up.count < limit(len(self.gate_up.diagonal)):
+            return self.imatrix.gate_up_energy()
+        return super().gate_up_energy()
+
+    def _prior(self, expert: int, count: float) -> F64:
+        """E[x xᵀ] f64 [I, I] that an expert's own moment is shrunk toward, and that stands in where it has none."""
+        if self.imatrix is None or count >= limit(len(self.down_pooled)):
+            return self.down_pooled
+        return on_correlations(self.down_pooled, self.imatrix.of(expert, "w2").diagonal)
+
+    def _own(self, expert: int) -> F64:
+        """E[x xᵀ] f64 [I, I] over the tokens of one expert."""
+        packed = self.file.row("down.moment", expert)
+        if packed.dtype == np.float16:
+            return unpack_correlation(packed, self.file.row("down.diagonal", expert))
+        return unpack_moment(packed, len(self.down_pooled))
+
+
+def read_layer(
+    file: LayerFile,
+    config: ModelConfig,
+    layer: int,
+    record: Mapping[str, Any],
+    imatrix: LayerImportance | None = None,
+) -> CalibratedLayer:
+    """The importances in one layer's file; experts' own moments stay there until they are asked for.
+
+    `record` is the manifest's of the layer: what was left out when it was gathered, and the experts without a token.
+    """
+
+    def by_projection(kind: str) -> dict[str, F64]:
+        """f64 [experts] or [experts, K] of gate, up and down."""
+        gate, down = (file.array(f"{matrix}.{kind}").astype(np.float64) for matrix in ("gate_up", "down"))
+        return {"w1": gate, "w2": down, "w3": gate}
+
+    moment = unpack_moment(file.array("gate_up.moment"), config.hidden_size)
+    tokens = float(file.array("gate_up.tokens")[0])
+    gate_up = Importance(np.diag(moment).copy(), moment, tokens)
+    counts = by_projection("counts")
+    if imatrix is None:
+        notes = fallback_notes(layer, record.get("notes", ()), record.get("unseen", ()))
+    else:
+        thin = thin_notes(layer, tokens, config.hidden_size, counts["w2"], config.intermediate_size)
+        notes = (*map(str, record.get("notes", ())), *thin, *(imatrix.fallbacks if thin else ()))
+        if tokens < limit(config.hidden_size):
+            gate_up = backed_gate_up(gate_up, imatrix)
+    pooled = unpack_moment(file.array("down.pooled"), config.intermediate_size)
+    return CalibratedLayer(layer, by_projection("diagonal"), counts, notes, file, gate_up, pooled, imatrix)
+
+
+def fallback_notes(layer: int, notes: Sequence[str], unseen: Sequence[int]) -> tuple[str, ...]:
+    """What was left out while the layer was gathered, and which experts have no moment of their own."""
+    if not unseen:
+        return tuple(map(str, notes))
+    named = ", ".join(map(str, unseen[:8])) + (", …" if len(unseen) > 8 else "")
+    taken = f"layer {layer} w2: experts {named} ({len(unseen)}) without tokens took the layer's moment"
+    return (*map(str, notes), taken)
+
+
+@dataclass(frozen=True)
+class CalibratedModel:
+    """The importances of a model, read layer by layer from a calibration folder; `imatrix` stands behind thin ones."""
+
+    calibration: Calibration
+    config: ModelConfig
+    imatrix: ModelImportance | None = None
+
+    def layer(self, layer: int) -> CalibratedLayer:
+        """One layer's importances; CalibrationError where its file is not the one that the manifest names."""
+        behind = self.imatrix.layer(layer) if self.imatrix else None
+        record = self.calibration.manifest["layers"][layer]
+        return read_layer(self.calibration.layer(layer), self.config, layer, record, behind)
+
+    @property
+    def coverage(self) -> float:
+        """Share of experts that saw a token."""
+        return coverage_of(self.config, self.calibration.manifest["layers"])
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What could not be taken from an expert's own tokens, over all layers; reads the whole folder."""
+        return tuple(note for n in range(self.config.num_hidden_layers) for note in self.layer(n).fallbacks)
+
+    def record(self) -> dict[str, Any]:
+        """What a file made with it says of it."""
+        tokens = self.calibration.manifest.get("tokens")
+        return calibration_record(self.calibration.sha256, tokens, self.calibration.down, self.coverage)
+
+
+def coverage_of(config: ModelConfig, records: Sequence[Mapping[str, Any]]) -> float:
+    """Share of experts that saw a token, from the manifest's records of all layers."""
+    experts = config.num_local_experts
+    seen = [experts - len(r.get("unseen", [])) for r in records]
+    return sum(seen) / (experts * config.num_hidden_layers)
+
+
+def calibration_record(sha256: str, tokens: Any, down: str, coverage: float) -> dict[str, Any]:
+    """What a file says of the calibration that it was made with; `sha256` is the manifest's."""
+    return {"sha256": sha256, "tokens": tokens, "down": down, "coverage": coverage}
+
+
+def blank_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what is known only when all layers are gathered: of one length however that was done."""
+    return {**record, "sha256": "0" * 64, "coverage": 0.0}
+
+
+def load_calibration(
+    folder: str | Path,
+    config: ModelConfig,
+    source: Mapping[str, Any] | None = None,
+    imatrix: ModelImportance | None = None,
+) -> CalibratedModel:
+    """Open a folder for a model of these dimensions, and for this source where it is given.
+
+    `imatrix` stands behind moments of too few tokens. `source` is {"origin": …, "files": Source.fingerprint()}.
+    Raises CalibrationError naming the difference where the folder is of another model, revision or tokenizer, of
+    another schema, or incomplete.
+    """
+    calibration = open_calibration(folder)
+    found, expected = config_record(calibration.config), config_record(config)
+    different = [
+        f"{k} is {found[k]} there and {expected[k]} here" for k in expected if found[k] != expected[k]
+    ]
+    if not different and source is not None:
+        different = _source_differences(calibration.manifest["source"], source)
+    if different:
+        raise CalibrationError(
+            f"was made from another model: {'; '.join(different[:8])}",
+            file=folder,
+            hint="calibrate again from the source that is being built",
+        )
+    return CalibratedModel(calibration, config, imatrix)
+
+
+def _source_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Sentences on shards and tokenizer that differ; texts that do not reach the activations may."""
+    out = []
+    names = {
+        n for n in {*there["files"], *here["files"]} if n == "tokenizer.json" or n.endswith(".safetensors")
+    }
+    for name in sorted(names):
+        a, b = (side["files"].get(name, {}).get("sha256") for side in (there, here))
+        if a != b:
+            out.append(f"{name} has sha256 {str(a)[:12]} there and {str(b)[:12]} here")
+    revisions = [side["origin"].get("revision") for side in (there, here)]
+    if out and all(revisions) and revisions[0] != revisions[1]:
+        out.insert(0, f"revision is {revisions[0]} there and {revisions[1]} here")
+    return out

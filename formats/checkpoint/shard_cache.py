@@ -1,0 +1,166 @@
+"""A bounded set of shards on disk: fetched in the order of need, the next one early, deleted after the last use.
+
+At most `slots` shards are on the disk or on their way to it. Where a shard is asked for out of order, the one whose
+next use lies farthest makes room. Knows nothing of the hub: `fetch` brings a shard. Depends on errors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import HubError
+
+PART = ".part"
+"""What a shard that is not whole yet ends in."""
+
+Fetch = Callable[[str, Path], Path]
+"""Brings a shard to the given path, and returns where it lies: there, or elsewhere in a place that is not ours."""
+
+
+class ShardCache:
+    """Shards by name in `folder`, for any number of readers and one thread that fetches."""
+
+    def __init__(self, folder: Path, fetch: Fetch, slots: int) -> None:
+        self._folder, self._fetch, self._slots = folder, fetch, slots
+        self._changed = threading.Condition()
+        self._uses: dict[str, set[int]] = {}
+        self._present: dict[str, Path] = {}
+        self._readers: Counter[str] = Counter()
+        self._faults: dict[str, BaseException] = {}
+        self._loading: str | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def schedule(self, uses: Sequence[tuple[str, ...]]) -> None:
+        """Set the order of need: use number i needs the shards uses[i]. Forgets any earlier order.
+
+        What an earlier run left in the folder stays where it is among the first to be needed, and is deleted otherwise.
+        """
+        with self._changed:
+            self._uses, self._faults = {}, {}
+            for i, shards in enumerate(uses):
+                for shard in shards:
+                    self._uses.setdefault(shard, set()).add(i)
+            known = {*self._present, self._loading, *list(self._uses)[: self._slots]}
+            for left in self._folder.glob("*.safetensors*"):
+                if left.name.removesuffix(PART) not in known:
+                    left.unlink(missing_ok=True)
+            self._remove_unused()
+            self._start()
+
+    def finish(self, use: int, shards: tuple[str, ...]) -> None:
+        """Say that use number `use` is over; a shard without further uses is deleted."""
+        with self._changed:
+            for shard in shards:
+                self._uses.get(shard, set()).discard(use)
+            self._remove_unused()
+
+    @contextmanager
+    def hold(self, shard: str) -> Iterator[Path]:
+        """Wait until a shard is on the disk and keep it there; raises what fetching it raised."""
+        with self._changed:
+            self._readers[shard] += 1
+            if self._readers[shard] == 1:
+                self._faults.pop(shard, None)
+            self._start()
+            try:
+                while shard not in self._present:
+                    if self._closed:
+                        raise HubError("the source is closed", file=shard)
+                    if shard in self._faults:
+                        raise self._faults[shard]
+                    self._changed.wait()
+                path = self._present[shard]
+            except BaseException:
+                self._let_go(shard)
+                raise
+        try:
+            yield path
+        finally:
+            with self._changed:
+                self._let_go(shard)
+
+    def close(self) -> None:
+        """Stop fetching after the file under way, and delete what is ours."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        with self._changed:
+            for shard in list(self._present):
+                self._delete(shard)
+
+    def _let_go(self, shard: str) -> None:
+        self._readers[shard] -= 1
+        if not self._readers[shard]:
+            del self._readers[shard]
+        self._remove_unused()
+
+    def _start(self) -> None:
+        if self._thread is None and not self._closed:
+            self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def _remove_unused(self) -> None:
+        """Delete shards whose uses are over; ones read outside any schedule stay until their slot is needed."""
+        for shard in [s for s in self._present if not self._readers[s] and self._uses.get(s) == set()]:
+            self._delete(shard)
+        self._changed.notify_all()
+
+    def _delete(self, shard: str) -> None:
+        if self._present.pop(shard).parent == self._folder:
+            with contextlib.suppress(OSError):
+                (self._folder / shard).unlink()
+
+    def _next_use(self, shard: str) -> float:
+        return min(self._uses.get(shard) or (math.inf,))
+
+    def _pick(self) -> str | None:
+        """The shard to fetch now, room made for it; None where there is nothing to do yet."""
+        wanted = [s for s in self._readers if s not in self._present and s not in self._faults]
+        if wanted:
+            if len(self._present) >= self._slots:
+                idle = [s for s in self._present if not self._readers[s]]
+                if not idle:
+                    return None
+                self._delete(max(idle, key=self._next_use))
+            return min(wanted, key=self._next_use)
+        if len(self._present) >= self._slots:
+            return None
+        coming = [s for s, u in self._uses.items() if u and s not in self._present and s not in self._faults]
+        return min(coming, key=self._next_use, default=None)
+
+    def _next(self) -> str | None:
+        """Wait for a shard that is worth fetching, with the lock held; None once the cache is closed."""
+        while not self._closed:
+            if (shard := self._pick()) is not None:
+                return shard
+            self._changed.wait()
+        return None
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                shard = self._next()
+                if shard is None:
+                    return
+                self._loading = shard
+            try:
+                path, fault = self._fetch(shard, self._folder / shard), None
+            except BaseException as e:  # handed to whoever waits for this shard
+                path, fault = self._folder / shard, e
+            with self._changed:
+                self._loading = None
+                if fault is None:
+                    self._present[shard] = path
+                else:
+                    self._faults[shard] = fault
+                self._remove_unused()

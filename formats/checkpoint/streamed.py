@@ -1,0 +1,254 @@
+"""A checkpoint streamed from the hub: headers first, then shard after shard, each verified, used and deleted.
+
+`HubCheckpoint` offers what a local Checkpoint does. The revision is resolved once, the inventory is checked from
+ranged reads of the headers alone, and the disk holds at most `shard_cache` shards. In offline mode the copy in
+huggingface_hub's cache is used. Depends on checkpoint, hubclient, shardcache, shards and errors.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError, HubError
+from ..hub.client import Hub, Repository, offline
+from ..minimax import is_mtp, scale_inv_name
+from .safetensors_file import TensorInfo, by_name, header_length, parse_header, read_header, read_tensor
+from .shard_cache import ShardCache
+from .source import (
+    CONFIG,
+    F32,
+    INDEX,
+    JSON_LIMIT,
+    SIDE_FILES,
+    SINGLE,
+    Checkpoint,
+    Source,
+    check_index,
+    check_inventory,
+    file_record,
+    load_config,
+    load_index,
+    read_rows,
+    read_weight,
+)
+
+HEADER_GUESS = 128 << 10
+CONNECTIONS = 8
+LOCK = "lock"
+
+
+class HubCheckpoint:
+    """A checkpoint on the hub at one commit. Safe for several threads; close it to stop fetching and free the disk.
+
+    Opening reads config.json, the index and all shard headers, and raises HubError, ConfigError or CheckpointError.
+    """
+
+    def __init__(self, hub: Hub, repository: Repository, shard_cache: int, scratch: Path) -> None:
+        self._hub, self._repository = hub, repository
+        self.path = f"{repository.name}@{repository.commit[:12]}"
+        self._small: dict[str, Path] = {}
+        self.raw_config, self.config = load_config(self._fetch_small(CONFIG))
+        weight_map = None if SINGLE in repository.files else load_index(self._fetch_small(INDEX))
+        self.shards: tuple[str, ...] = tuple(sorted(set(weight_map.values()))) if weight_map else (SINGLE,)
+        for shard in self.shards:
+            if repository.file(shard).sha256 is None:
+                raise HubError("the hub states no sha256 for this shard", file=f"{self.path}/{shard}")
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            self._headers = dict(zip(self.shards, pool.map(self._read_header, self.shards), strict=True))
+        self.tensors: Mapping[str, TensorInfo] = by_name(self._headers.values(), self.path)
+        if weight_map is not None:
+            check_index(weight_map, self.tensors, self._small[INDEX])
+        self.skipped_mtp = tuple(name for name in self.tensors if is_mtp(name, self.config))
+        self._slots = shard_cache
+        self._uses: dict[str, int] = {}
+        self.scratch, self._lock = _claim(scratch, repository.commit)
+        self._cache = ShardCache(self.scratch, self._fetch_shard, shard_cache)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        return {"repository": self._repository.name, "revision": self._repository.commit}
+
+    def validate(self) -> None:
+        """Check the whole inventory against the config; no shard is fetched. Raises CheckpointError."""
+        check_inventory(self.tensors, self.config, self.path)
+
+    def side_file(self, name: str) -> Path | None:
+        """The path of one of SIDE_FILES, fetched to huggingface_hub's cache, or None where there is none."""
+        if name not in SIDE_FILES:
+            raise ValueError(f"{name!r} is not a side file of a checkpoint")
+        return self._fetch_small(name) if name in self._repository.files else None
+
+    def schedule(self, names: Sequence[str]) -> None:
+        """Fetch shards in the order in which these weights need them, starting now; forgets an earlier order."""
+        self._uses = {name: i for i, name in enumerate(names)}
+        self._cache.schedule([self._shards_of(name) for name in names])
+
+    def weight(self, name: str) -> F32:
+        """One tensor, dequantised to f32, once its shard is here; HubError, CheckpointError or WeightError."""
+        return read_weight(name, self.tensors, self.config, self._read, self.path)
+
+    def rows(self, name: str, low: int, high: int) -> F32:
+        """Rows low to high of a tensor that is not FP8, as `weight`."""
+        return read_rows(name, low, high, self.tensors, self._read, self.path)
+
+    def release(self, name: str) -> None:
+        """Say that a scheduled weight is done with; its shard is deleted once all of its weights are."""
+        if name in self._uses:
+            self._cache.finish(self._uses[name], self._shards_of(name))
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """As of a local checkpoint with the same files; the shards' hashes are the hub's, verified on arrival."""
+        sides = [n for n in SIDE_FILES if n in self._repository.files]
+        records = {n: file_record(self._fetch_small(n)) for n in (CONFIG, *sides)}
+        remotes = [self._repository.file(s) for s in self.shards]
+        return records | {r.name: {"bytes": r.size, "sha256": r.sha256} for r in remotes}
+
+    def disk_bytes(self) -> int:
+        """The most disk that fetched shards will take at any time."""
+        sizes = sorted((self._repository.file(s).size for s in self.shards), reverse=True)
+        return sum(sizes[: self._slots])
+
+    def close(self) -> None:
+        """Stop the download under way and remove the scratch folder."""
+        self._hub.stop.set()
+        self._cache.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self._lock.close()
+
+    def _shards_of(self, name: str) -> tuple[str, ...]:
+        infos = (self.tensors.get(n) for n in (name, scale_inv_name(name)))
+        return tuple(dict.fromkeys(info.shard for info in infos if info is not None))
+
+    def _fetch_small(self, name: str) -> Path:
+        if name not in self._small:
+            remote = self._repository.file(name)
+            if remote.size > JSON_LIMIT:
+                raise HubError(f"has {remote.size} bytes, more than {JSON_LIMIT}", file=f"{self.path}/{name}")
+            self._small[name] = self._hub.small_file(self._repository, remote)
+        return self._small[name]
+
+    def _read_header(self, shard: str) -> list[TensorInfo]:
+        remote, where = self._repository.file(shard), f"{self.path}/{shard}"
+        head = self._hub.read(self._repository, remote, 0, min(HEADER_GUESS, remote.size))
+        length = header_length(head[:8], where)
+        if 8 + length > remote.size:
+            raise CheckpointError("ends inside its header", file=where)
+        if 8 + length > len(head):
+            head += self._hub.read(self._repository, remote, len(head), 8 + length)
+        return parse_header(head[8 : 8 + length], shard, remote.size, where)
+
+    def _fetch_shard(self, shard: str, target: Path) -> Path:
+        remote = self._repository.file(shard)
+        path = self._hub.cached(self._repository, remote)
+        if path is None:
+            if not (target.is_file() and self._hub.verify(remote, target)):
+                self._hub.download(self._repository, remote, target)
+            path = target
+        if [_place(i) for i in read_header(path)] != [_place(i) for i in self._headers[shard]]:
+            raise CheckpointError("its header is not the one read before the download", file=path)
+        return path
+
+    def _read(self, info: TensorInfo) -> NDArray[np.uint8]:
+        with self._cache.hold(info.shard) as path:
+            return read_tensor(path, info)
+
+
+class CachedCheckpoint(Checkpoint):
+    """A snapshot in huggingface_hub's cache: a local checkpoint that knows where it came from."""
+
+    def __init__(self, path: Path, repository: str) -> None:
+        super().__init__(path)
+        self._repository = repository
+
+    @property
+    def origin(self) -> dict[str, str]:
+        return {"repository": self._repository, "revision": self.path.name}
+
+
+def open_hub(
+    repository: str,
+    revision: str | None = None,
+    shard_cache: int = 2,
+    *,
+    scratch: Path | None = None,
+    hub: Hub | None = None,
+) -> Source:
+    """Open a checkpoint on the hub, streamed with at most `shard_cache` shards in `scratch` (default: this folder).
+
+    In offline mode it is the cached snapshot. Raises HubError, ConfigError or CheckpointError.
+    """
+    if shard_cache < 1:
+        raise HubError(f"a shard cache of {shard_cache} shards cannot hold any")
+    if offline():
+        return CachedCheckpoint(_snapshot(repository, revision), repository)
+    hub = hub or Hub()
+    return HubCheckpoint(hub, hub.resolve(repository, revision), shard_cache, scratch or Path.cwd())
+
+
+def fetch_file(repository: str, name: str, revision: str | None = None, *, hub: Hub | None = None) -> Path:
+    """One file of a repository in huggingface_hub's cache, verified; its folder is named by the resolved commit."""
+    if offline():
+        path = _snapshot(repository, revision) / name
+        if ".." in Path(name).parts or not path.is_file():
+            raise HubError("is not in the cache, and HF_HUB_OFFLINE is set", file=f"{repository}/{name}")
+        return path
+    hub = hub or Hub()
+    resolved = hub.resolve(repository, revision)
+    return hub.small_file(resolved, resolved.file(name))
+
+
+def fetch_side_files(repository: str, revision: str | None = None, *, hub: Hub | None = None) -> Path:
+    """The folder, in huggingface_hub's cache, of a repository's config.json and SIDE_FILES; no weights are fetched."""
+    if offline():
+        return _snapshot(repository, revision)
+    hub = hub or Hub()
+    resolved = hub.resolve(repository, revision)
+    config = hub.small_file(resolved, resolved.file(CONFIG))
+    for name in SIDE_FILES:
+        if name in resolved.files:
+            hub.small_file(resolved, resolved.file(name))
+    return config.parent
+
+
+def _snapshot(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise HubError(
+            "is not in the cache, and HF_HUB_OFFLINE is set",
+            file=repository,
+            hint="unset it, or fetch the repository with `hf download` first",
+        ) from None
+
+
+def _claim(folder: Path, commit: str) -> tuple[Path, BinaryIO]:
+    """A scratch folder of ours under `folder`, locked: the one that a killed run of this commit left, or a new one."""
+    for n in itertools.count():
+        path = folder / f".mq-quant-{commit[:12]}-{n}"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = (path / LOCK).open("wb")
+        except OSError as e:
+            raise HubError(f"cannot be made: {e.strerror}", file=path, hint="shards are kept there") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return path, lock
+        except OSError:
+            lock.close()
+    raise AssertionError("unreachable")
+
+
+def _place(info: TensorInfo) -> tuple[Any, ...]:
+    return info.name, info.dtype, info.shape, info.start, info.stop

@@ -1,0 +1,269 @@
+"""The HFQ container: a reader that hands out payloads on demand, and a writer for whole small files.
+
+A file is refused unless every byte of it is accounted for: names are unique, sizes follow from shapes, and payloads
+end where the file ends. Depends on numpy, and on hfq_layout, strictjson and errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import HfqError
+from ..strictjson import JsonError, ObjectScanner, parse_object
+from .layout import (
+    COUNT_LIMIT,
+    ENTRY_TAIL,
+    HEADER,
+    INDEX_LIMIT,
+    MAGIC,
+    METADATA_LIMIT,
+    METADATA_OFFSET,
+    SMALLEST_ENTRY,
+    VERSION,
+    Bytes,
+    Layout,
+    QuantizationHash,
+    TensorEntry,
+    TensorMeta,
+    byte_view,
+    check_index,
+    layout,
+    place,
+)
+
+__all__ = [
+    "HfqFile",
+    "Layout",
+    "QuantizationHash",
+    "TensorEntry",
+    "TensorMeta",
+    "layout",
+    "open_hfq",
+    "quantization_hash",
+    "write_hfq",
+]
+
+CHUNK = 8 << 20
+
+
+class HfqFile:
+    """An open HFQ file: metadata and index in memory, payloads read on demand, by any number of threads.
+
+    Raises HfqError on opening for anything that is not a well-formed file; the limits above bound its memory.
+    """
+
+    path: Path
+    version: int
+    arch_id: int
+    metadata: dict[str, Any]
+    metadata_bytes: bytes
+    data_offset: int
+    entries: tuple[TensorEntry, ...]
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._file: BinaryIO = self.path.open("rb")
+        except OSError as e:
+            raise HfqError(f"cannot be opened: {e.strerror}", file=path) from None
+        try:
+            self._parse()
+        except BaseException:
+            self.close()
+            raise
+        self._by_name = {e.name: e for e in self.entries}
+
+    def __enter__(self) -> HfqFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def entry(self, name: str) -> TensorEntry:
+        """The index line of a tensor; HfqError if there is none."""
+        if name not in self._by_name:
+            raise HfqError(
+                "no such tensor", file=self.path, tensor=name, hint="list them with mq-quant inspect"
+            )
+        return self._by_name[name]
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """One tensor's payload as u8 [nbytes]."""
+        entry = self.entry(name)
+        return self.read_range(entry, 0, entry.nbytes)
+
+    def read_range(self, entry: TensorEntry, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes start to stop of one tensor's payload as u8 [stop - start]; ValueError outside of it."""
+        if not 0 <= start <= stop <= entry.nbytes:
+            raise ValueError(f"range {start}:{stop} is not inside the {entry.nbytes} bytes of {entry.name}")
+        out = np.empty(stop - start, np.uint8)
+        done = 0
+        while done < out.size:
+            try:
+                count = os.preadv(self._file.fileno(), [out[done:].data], entry.offset + start + done)
+            except OSError as e:
+                raise HfqError(f"reading failed: {e.strerror}", file=self.path, tensor=entry.name) from None
+            if count == 0:
+                self._refuse("the file ended inside this payload after it was opened", entry.name)
+            done += count
+        return out
+
+    def chunks(self, entry: TensorEntry, size: int = CHUNK) -> Iterator[NDArray[np.uint8]]:
+        """One tensor's payload in pieces of at most `size` bytes."""
+        for start in range(0, entry.nbytes, size):
+            yield self.read_range(entry, start, min(start + size, entry.nbytes))
+
+    def _refuse(self, problem: str, tensor: str | None = None, hint: str | None = None) -> NoReturn:
+        raise HfqError(problem, file=self.path, tensor=tensor, hint=hint)
+
+    def _take(self, count: int, what: str) -> bytes:
+        data = self._file.read(count)
+        if len(data) != count:
+            self._refuse(f"the file ends inside its {what}", hint="it is truncated; fetch or build it again")
+        return data
+
+    def _parse(self) -> None:
+        try:
+            self._parse_header()
+        except OSError as e:
+            self._refuse(f"reading failed: {e.strerror}")
+
+    def _parse_header(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        if self._file.read(len(MAGIC)) != MAGIC:
+            self._refuse("is not an HFQ file: it does not begin with HFQM")
+        self._file.seek(0)
+        _, self.version, self.arch_id, count, metadata_offset, self.data_offset = HEADER.unpack(
+            self._take(HEADER.size, "header")
+        )
+        if self.version != VERSION:
+            self._refuse(f"is HFQ version {self.version}; only {VERSION} is known")
+        if metadata_offset != METADATA_OFFSET:
+            self._refuse(f"metadata_offset is {metadata_offset}, not {METADATA_OFFSET}")
+        if self.data_offset > size:
+            self._refuse(f"payloads begin at byte {self.data_offset}, but the file has {size}")
+        self.metadata_bytes = self._read_metadata()
+        try:
+            self.metadata = parse_object(self.metadata_bytes)
+        except JsonError as e:
+            self._refuse(f"the metadata {e}")
+        index_start = METADATA_OFFSET + len(self.metadata_bytes)
+        self._file.seek(index_start)
+        tensors = self._read_index(count, self.data_offset - index_start)
+        check_index(tensors, self.path)
+        self._check_padding()
+        self.entries = tuple(place(tensors, self.data_offset))
+        end = self.data_offset
+        for entry in self.entries:
+            end += entry.nbytes
+            if end > size:
+                self._refuse(f"the payload ends at byte {end}, but the file has {size}", entry.name)
+        if end != size:
+            self._refuse(f"{size - end} bytes follow the last payload")
+
+    def _read_metadata(self) -> bytes:
+        scanner, limit = ObjectScanner(), min(METADATA_LIMIT, self.data_offset - METADATA_OFFSET)
+        end = None
+        while end is None:
+            left = limit - len(scanner.buffer)
+            chunk = self._file.read(min(left, 1 << 20)) if left > 0 else b""
+            if not chunk:
+                self._refuse(f"the metadata has no end within {max(limit, 0)} bytes")
+            try:
+                end = scanner.feed(chunk)
+            except JsonError as e:
+                self._refuse(f"the metadata {e}")
+        return bytes(scanner.buffer[:end])
+
+    def _read_index(self, count: int, room: int) -> list[TensorMeta]:
+        """Read the index, which has at most `room` bytes; no count is trusted before that is checked."""
+        stated = int.from_bytes(self._take(4, "index"), "little")
+        if stated != count:
+            self._refuse(f"the header counts {count} tensors, the index {stated}")
+        if count > COUNT_LIMIT or count * SMALLEST_ENTRY > room:
+            self._refuse(f"{count} tensors do not fit into an index of {max(room, 0)} bytes")
+        tensors: list[TensorMeta] = []
+        start = self._file.tell()
+        for i in range(count):
+            tensors.append(self._read_entry(i))
+            if self._file.tell() - start > INDEX_LIMIT:
+                self._refuse(f"the index takes more than {INDEX_LIMIT} bytes")
+        if self._file.tell() > self.data_offset:
+            self._refuse("the index reaches into the payloads")
+        return tensors
+
+    def _read_entry(self, i: int) -> TensorMeta:
+        raw = self._take(int.from_bytes(self._take(2, "index"), "little"), "index")
+        try:
+            name = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            self._refuse(f"the name of tensor {i} is not UTF-8")
+        quant_type, n_dims = self._take(2, "index")
+        shape = struct.unpack(f"<{n_dims}I", self._take(4 * n_dims, "index"))
+        return TensorMeta(name, quant_type, shape, *ENTRY_TAIL.unpack(self._take(ENTRY_TAIL.size, "index")))
+
+    def _check_padding(self) -> None:
+        left = self.data_offset - self._file.tell()
+        if left > METADATA_LIMIT:
+            self._refuse(f"{left} unused bytes lie between index and payloads")
+        if any(self._take(left, "padding")):
+            self._refuse("bytes that are not zero lie between index and payloads")
+
+
+def open_hfq(path: str | Path) -> HfqFile:
+    """Open an HFQ file and check all of its structure; raises HfqError."""
+    return HfqFile(path)
+
+
+def quantization_hash(file: HfqFile) -> str:
+    """The quantization hash of a file's index and payloads, read in chunks."""
+    digest = QuantizationHash()
+    for entry in file.entries:
+        digest.update(entry, file.chunks(entry))
+    return digest.hexdigest
+
+
+def write_hfq(
+    path: str | Path,
+    metadata: Mapping[str, Any] | bytes,
+    tensors: Iterable[tuple[TensorMeta, Bytes]],
+    arch_id: int = 10,
+) -> Layout:
+    """Write a whole small file: under a temporary name, synced, then renamed. HfqError where that fails."""
+    path, pairs = Path(path), [(meta, byte_view(data)) for meta, data in tensors]
+    plan = layout(metadata, [meta for meta, _ in pairs], arch_id)
+    for meta, data in pairs:
+        if data.nbytes != meta.nbytes:
+            raise HfqError(f"payload of {data.nbytes} bytes, not {meta.nbytes}", tensor=meta.name)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("xb") as f:
+            f.write(plan.header)
+            for _, data in pairs:
+                f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    except OSError as e:
+        raise HfqError(f"cannot be written: {e.strerror}", file=path) from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return plan

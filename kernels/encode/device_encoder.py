@@ -1,0 +1,405 @@
+"""The encoder on a device: weights in, payloads out, the same bytes as `lloyd.encode` gives on the CPU.
+
+One matrix at a time, all its rows and groups at once; where later groups answer earlier ones' errors, group by group.
+An `Encoder` belongs to the thread that opened its back end. Depends on host and formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ...formats.blocks import AffineFormat, LloydFormat
+from ...formats.errors import BackendError
+from ...formats.fwht import SIGNS1, SIGNS2, draw_signs
+from ..runtime.host import WAVE, Argument, Backend, Buffer
+
+GROUP = 256
+TILE = 32
+KMEANS_ROWS = 8
+PANELS = 8
+"""Blocks that share the 256 columns of a product."""
+DESCENT_WAVES = 4
+ROUNDS = 4
+SWEEPS = 8
+SHAKE, SHAKE_SEED = 0.25, 77
+BOTH_ENDS = np.array([0.06, 0.14], np.float32)
+ONE_END = np.array([0.03, 0.015], np.float32)
+REFINE_STEPS = 3
+SLOTS = 3
+"""Sets of Hessians that stay on the device: where all experts share one, it stays."""
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+U8 = NDArray[np.uint8]
+Rotated = LloydFormat | AffineFormat
+
+
+@dataclass(frozen=True, eq=False)
+class HostHessian:
+    """The Hessian of a matrix's rows, to be brought to a device. One of two forms:
+
+    `weights` f64 [groups, 256], each group of mean 1: diagonal. Or per group `matrices`, `feedbacks` f32 [256, 256] and
+    `diagonals` f32 [256], empty for a dense one, with `answers` f32 [columns after it, 256] where later groups answer
+    its errors.
+    """
+
+    weights: F64 | None = None
+    matrices: tuple[F32, ...] = ()
+    feedbacks: tuple[F32, ...] = ()
+    diagonals: tuple[F32, ...] = ()
+    answers: tuple[F32, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dense(self) -> bool:
+        return self.weights is None and not self.diagonals[0].size
+
+    @property
+    def white(self) -> list[bool]:
+        """Per group, whether all channels weigh about the same."""
+        rows = [w.astype(np.float32) for w in self.weights] if self.weights is not None else self.diagonals
+        return [bool(d.size and d.max() < 2 * d.min()) for d in rows]
+
+
+@dataclass(frozen=True)
+class _Hessian:
+    """A Hessian on the device. `matrix` is transposed, `plain` is not."""
+
+    of: HostHessian
+    matrix: Buffer
+    plain: Buffer
+    feedback: Buffer
+    inverse: Buffer
+    weights: Buffer
+    totals: Buffer
+    answers: tuple[Buffer, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Hessians that were brought together; `slot` names their buffers."""
+
+    slot: int
+    found: dict[HostHessian, _Hessian]
+
+
+@dataclass
+class _Space:
+    """Named buffers that are kept from one matrix to the next, and grow."""
+
+    backend: Backend
+    held: dict[str, Buffer] = field(default_factory=dict)
+
+    def take(self, name: str, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
+        """A buffer of undefined content; the one that was taken under this name before is no longer valid."""
+        kind = np.dtype(dtype)
+        size = int(np.prod(shape, dtype=np.int64))
+        old = self.held.get(name)
+        if old is None or old.dtype != kind or old.size < size:
+            self.held.pop(name, None)
+            del old
+            self.held[name] = self.backend.alloc((max(1, size),), kind)
+        found = self.held[name]
+        return Buffer(self.backend, found.memory, found.address, tuple(int(n) for n in shape), kind)
+
+    def put(self, name: str, array: NDArray[Any]) -> Buffer:
+        buffer = self.take(name, array.shape, array.dtype)
+        self.backend.write(buffer, array)
+        return buffer
+
+
+def gaussian_bounds(count: int) -> NDArray[np.int32]:
+    """Where Lloyd iterations start: i32 [K+1], as lloyd.kmeans has them."""
+    odds = [(k / (count - k)) ** 1.6 for k in range(1, count)]
+    return np.array([0, *(int(GROUP * o / (1.0 + o) + 0.5) for o in odds), GROUP], np.int32)
+
+
+def shake_signs(rounds: int) -> F32:
+    """Which way each sweep's targets are shifted: ±1 f32 [rounds, 8·256], as lloyd.descent has them."""
+    return draw_signs(SHAKE_SEED, rounds * SWEEPS * GROUP).reshape(rounds, SWEEPS * GROUP)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One matrix under way: rotated rows f32 [count, 256·groups], params f32, codes u8."""
+
+    fmt: Rotated
+    count: int
+    groups: int
+    rows: Buffer
+    params: Buffer
+    codes: Buffer
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.count // TILE)
+
+
+class Encoder:
+    """Encodes matrices on a back end's device; deterministic, and the bits do not depend on the device."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._space = _Space(backend)
+        self._signs = backend.upload(np.stack([SIGNS1, SIGNS2]))
+        self._shakes = backend.upload(shake_signs(ROUNDS))
+        self._both_ends, self._one_end = backend.upload(BOTH_ENDS), backend.upload(ONE_END)
+        self._quantiles = {count: backend.upload(gaussian_bounds(count)) for count in (4, 8, 16)}
+        self._slots: list[_Slot] = []
+
+    def encode(
+        self,
+        weights: F32,
+        fmt: Rotated,
+        fit: str,
+        scale: F32 | None = None,
+        hessian: HostHessian | None = None,
+        gain: float = 1.0,
+        out: U8 | None = None,
+    ) -> U8:
+        """Payload u8 [bytes] of weights f32 [R, K] multiplied by scale f32 [K] and rotated; K a multiple of 256.
+
+        `fit` is exact or hessian; without a Hessian the latter is the former. `out` receives the payload, if given.
+        """
+        if fit not in ("exact", "hessian"):
+            raise BackendError(f"the fit {fit!r} does not run on a device")
+        count, columns = weights.shape
+        if not weights.size:
+            return np.empty(0, np.uint8)
+        work = self._begin(np.ascontiguousarray(weights, np.float32), fmt, scale)
+        if fit == "hessian" and hessian is not None:
+            self._fit(work, self._load(hessian), gain)
+        else:
+            self._initial(work, 0, [True] * work.groups)
+            self._round(work, 0, work.groups, fitted=False)
+            grid = (count, work.groups)
+            self._launch("nearest", grid, (work.codes, work.rows, work.params, work.groups, 0), work.fmt)
+        payload = self._space.take("payload", (fmt.nbytes(weights.size),), np.uint8)
+        self._launch("pack", (columns // GROUP * count,), (payload, work.params, work.codes), fmt)
+        return self.backend.download(payload, out)
+
+    def _launch(
+        self,
+        name: str,
+        grid: Sequence[int],
+        args: Sequence[Argument],
+        fmt: Rotated | None = None,
+        threads: int | None = None,
+    ) -> None:
+        kernel = self.backend.kernel(name, fmt.name if fmt else None)
+        self.backend.launch(kernel, grid, (threads or kernel.threads,), args)
+
+    def _begin(self, weights: F32, fmt: Rotated, scale: F32 | None) -> _Work:
+        space, (count, columns) = self._space, weights.shape
+        groups = columns // GROUP
+        given = space.put("weights", weights)
+        factor = space.put("scale", np.ones(columns, np.float32) if scale is None else scale)
+        rows = space.take("rows", weights.shape, np.float32)
+        self._launch("rotate_rows", (groups, count), (rows, given, factor, self._signs))
+        size = fmt.levels if isinstance(fmt, LloydFormat) else 2
+        params = space.take("params", (count, groups, size), np.float32)
+        return _Work(fmt, count, groups, rows, params, space.take("codes", weights.shape, np.uint8))
+
+    def _initial(self, work: _Work, first: int, exact: Sequence[bool]) -> None:
+        """Levels of the groups from `first` on, best in plain squared error, or nearly so where not `exact`."""
+        if isinstance(work.fmt, AffineFormat):
+            shape = (work.count, work.groups, first)
+            ends = (self._both_ends, len(BOTH_ENDS), self._one_end, len(ONE_END))
+            args = (work.params, work.rows, *ends, REFINE_STEPS, *shape)
+            self._launch("affine_levels", (work.tiles, len(exact)), args, work.fmt)
+            return
+        blocks = -(-work.count // KMEANS_ROWS)
+        for wanted, name in ((True, "kmeans_exact"), (False, "kmeans_pairs")):
+            chosen = [first + n for n, is_exact in enumerate(exact) if is_exact == wanted]
+            if not chosen:
+                continue
+            scratch: tuple[Buffer, ...] = ()
+            if wanted:
+                total = blocks * len(chosen)
+                paths = (total, work.fmt.levels, KMEANS_ROWS, GROUP)
+                scratch = (
+                    self._space.take("energies", (total, KMEANS_ROWS, 2, GROUP + 1), np.float64),
+                    self._space.take("paths", paths, np.uint8),
+                )
+            listed = self._space.put(name, np.array(chosen, np.int32))
+            quantiles = self._quantiles[work.fmt.levels]
+            searched: tuple[Argument, ...] = (
+                work.params,
+                *scratch,
+                work.rows,
+                listed,
+                quantiles,
+                work.count,
+                work.groups,
+            )
+            self._launch(name, (blocks, len(chosen)), searched, work.fmt)
+
+    def _round(self, work: _Work, first: int, number: int, fitted: bool) -> None:
+        grid = (-(-work.count // 256), number)
+        args = (work.params, int(fitted), work.count, work.groups, first)
+        self._launch("round_levels", grid, args, work.fmt)
+
+    def _fit(self, work: _Work, h: _Hessian, gain: float) -> None:
+        """Codes and stored levels of all groups under their Hessians."""
+        white = h.of.white
+        if not h.answers:
+            self._initial(work, 0, white)
+            self._fit_groups(work, h, 0, work.groups, gain)
+            return
+        for g in range(work.groups):
+            self._initial(work, g, white[g : g + 1])
+            self._fit_groups(work, h, g, 1, gain)
+
+    def _fit_groups(self, work: _Work, h: _Hessian, first: int, number: int, gain: float) -> None:
+        fmt, shape = work.fmt, (work.count, work.groups, first)
+        grid = (work.tiles, number)
+        pulled = work.rows
+        if h.of.dense:
+            pulled = self._space.take("pulled", work.rows.shape, np.float32)
+            self._multiply(work, pulled, work.rows, h, 1.0, first, number)
+        self._launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
+        self._refit(work, h, pulled, first, number)
+        for n in range(ROUNDS):
+            self._descend(work, h, n, SHAKE if n + 1 < ROUNDS else 0.0, first, number)
+            self._refit(work, h, pulled, first, number)
+        self._round(work, first, number, fitted=True)
+        self._descend(work, h, 0, 0.0, first, number)
+        if h.answers and first + 1 < work.groups:
+            self._answer(work, h, first)
+        # The gain comes last and is not answered by later groups, as on the CPU.
+        if gain:
+            args = (work.params, work.rows, work.codes, h.weights, pulled, self._signs, int(h.of.dense))
+            self._launch("apply_gain", (work.count, number), (*args, 1 - gain, work.groups, first), fmt)
+
+    def _descend(self, work: _Work, h: _Hessian, turn: int, share: float, first: int, number: int) -> None:
+        fmt, turned = work.fmt, work.rows
+        if h.of.dense:
+            turned = self._space.take("turned", work.rows.shape, np.float32)
+            self._multiply(work, turned, self._errors(work, first, number), h, 1.0, first, number)
+        importance = (h.plain, h.inverse, h.weights, turned, self._signs)
+        shakes = (self._shakes.rows(turn, turn + 1), int(h.of.dense), SWEEPS, share)
+        args = (work.codes, work.rows, work.params, *importance, *shakes, work.count, work.groups, first)
+        self._launch("descend", (-(-work.count // DESCENT_WAVES), number), args, fmt)
+
+    def _refit(self, work: _Work, h: _Hessian, pulled: Buffer, first: int, number: int) -> None:
+        fmt, shape = work.fmt, (work.count, work.groups, first)
+        waves = 8 if isinstance(fmt, AffineFormat) else WAVE // fmt.levels
+        grid, threads = (-(-work.count // waves), number), waves * WAVE
+        if not h.of.dense:
+            args = (work.params, work.codes, work.rows, h.weights, self._signs)
+            self._launch("refit", grid, (*args, *shape), fmt, threads)
+            return
+        turned = pulled
+        if isinstance(fmt, AffineFormat):
+            wide = self._space.take("wide", work.codes.shape, np.float32)
+            turned = self._space.take("turned", work.codes.shape, np.float32)
+            self._launch("widen_codes", (-(-wide.size // 256),), (wide, work.codes, wide.size))
+            self._multiply(work, turned, wide, h, -1.0, first, number)
+        given = (work.params, work.codes, pulled, turned, h.plain, h.totals)
+        self._launch("refit_dense", grid, (*given, *shape), fmt, threads)
+
+    def _multiply(
+        self, work: _Work, out: Buffer, y: Buffer, h: _Hessian, sign: float, first: int, number: int
+    ) -> None:
+        grid = (work.tiles, PANELS, number)
+        self._launch("multiply_rows", grid, (out, y, h.matrix, sign, work.count, work.groups, first))
+
+    def _errors(self, work: _Work, first: int, number: int) -> Buffer:
+        """f32 of the rows' shape, what the decoder will miss of them."""
+        errors = self._space.take("errors", work.rows.shape, np.float32)
+        args = (errors, work.rows, work.params, work.codes, work.groups, first)
+        self._launch("residual_rows", (work.count, number), args, work.fmt)
+        return errors
+
+    def _answer(self, work: _Work, h: _Hessian, group: int) -> None:
+        """Let the columns after a group answer its errors, in place."""
+        errors = self._errors(work, group, 1)
+        grid = (work.tiles, PANELS * (work.groups - group - 1))
+        answered = (work.rows, errors, h.answers[group], work.count, work.groups, group)
+        self._launch("answer_errors", grid, answered)
+
+    def bring(self, hessians: Sequence[HostHessian]) -> None:
+        """Bring Hessians to the device, those of one call all at once, unless they are there still.
+
+        BackendError where one cannot be factored, which for weights that are bounded does not happen.
+        """
+        new = [h for h in dict.fromkeys(hessians) if not any(h in kept.found for kept in self._slots)]
+        if not new:
+            return
+        slot = self._slots.pop(0).slot if len(self._slots) == SLOTS else len(self._slots)
+        made = self._from_weights([h for h in new if h.weights is not None], slot)
+        made |= {h: self._put(h, f"{slot} {n}") for n, h in enumerate(new) if h.weights is None}
+        self._slots.append(_Slot(slot, made))
+
+    def _load(self, hessian: HostHessian) -> _Hessian:
+        """A Hessian on the device; the ones used last stay longest."""
+        self.bring([hessian])
+        slot = next(n for n, kept in enumerate(self._slots) if hessian in kept.found)
+        self._slots.append(self._slots.pop(slot))
+        return self._slots[-1].found[hessian]
+
+    def _from_weights(self, hessians: Sequence[HostHessian], slot: int) -> dict[HostHessian, _Hessian]:
+        if not hessians:
+            return {}
+        given = np.concatenate([cast(F64, h.weights) for h in hessians])
+        groups = len(given)
+        square, row = (groups, GROUP, GROUP), (groups, GROUP)
+
+        def take(name: str, shape: Sequence[int]) -> Buffer:
+            return self._space.take(f"{name} {slot}", shape, np.float32)
+
+        matrix, feedback = take("matrix", square), take("feedback", square)
+        weights, inverse = take("channels", row), take("inverse", row)
+        failed = self._space.take("failed", (groups,), np.int32)
+        upper = self._space.take("upper", square, np.float64)
+        args = (
+            matrix,
+            feedback,
+            weights,
+            inverse,
+            failed,
+            upper,
+            self._space.put("given", given),
+            self._signs,
+        )
+        self._launch("diagonal_hessian", (groups,), args)
+        broken = np.count_nonzero(self.backend.download(failed))
+        if broken:
+            raise BackendError(f"the Hessians of {broken} of {groups} groups cannot be factored")
+        found, start = {}, 0
+        for h in hessians:
+            stop = start + len(cast(F64, h.weights))
+            m, f, w, i = (b.rows(start, stop) for b in (matrix, feedback, weights, inverse))
+            found[h] = _Hessian(h, m, m, f, i, w, i)
+            start = stop
+        return found
+
+    def _put(self, hessian: HostHessian, slot: str) -> _Hessian:
+        def put(name: str, arrays: Sequence[NDArray[Any]]) -> Buffer:
+            return self._space.put(f"{name} {slot}", np.stack(arrays).astype(np.float32, copy=False))
+
+        turned = put("matrix", [m.T for m in hessian.matrices])
+        plain = turned
+        if not all(np.array_equal(m, m.T) for m in hessian.matrices):
+            plain = put("plain", hessian.matrices)
+        # One after the other in f32, as the CPU adds them.
+        totals = [np.add.accumulate(m.reshape(-1), dtype=np.float32)[-1] for m in hessian.matrices]
+        ones = np.ones(GROUP, np.float32)
+        return _Hessian(
+            hessian,
+            turned,
+            plain,
+            put("feedback", hessian.feedbacks),
+            put("inverse", [np.float32(1) / np.diag(m) for m in hessian.matrices]),
+            put("channels", [d if d.size else ones for d in hessian.diagonals]),
+            put("totals", totals),
+            tuple(
+                self._space.put(f"answer {n} {slot}", np.ascontiguousarray(a.T))
+                for n, a in enumerate(hessian.answers)
+            ),
+        )

@@ -1,0 +1,1 @@
+"""Products, norms, attention and routing of the forward pass, straight from packed weights."""

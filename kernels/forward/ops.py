@@ -1,0 +1,358 @@
+"""The kernels as functions of buffers, which choose grid and output shape: a forward pass reads like the model.
+
+T is the number of tokens of a call (1 when decoding). Activations are f32 [T, n]. Wrong shapes raise BackendError
+before anything runs. `out`, where a function takes it, is written instead of a new buffer. Depends on host and formats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ...formats.blocks import BY_NAME
+from ...formats.errors import BackendError
+from ...formats.fwht import SIGNS1, SIGNS2
+from ..runtime.host import WAVE, Argument, Backend, Buffer
+from ..runtime.sources import Kernel
+
+GROUP = 256
+_CHUNK = 12
+"""Groups of x that a block has in LDS at a time (CHUNK in matrix.hip)."""
+MAX_HEAD_DIM = 256
+_LANES = {"F32": (8, 2), "F16": (8, 2), "Q8F16": (8, 4)}
+"""(SLICE, ROWS) of a format's struct in formats.h where they are not (32, 2)."""
+_COPIED: Mapping[tuple[str, str], tuple[int, int | None]] = {
+    ("expert_gate_up", "MQ2-Lloyd"): (7, None),
+    ("expert_gate_up", "MQ3-Lloyd"): (12, 6),
+    ("expert_down", "MQ2-Lloyd"): (6, None),
+    ("expert_down", "MQ3-Lloyd"): (8, None),
+}
+"""Products whose rows come through LDS where a back end copies them (feed.h): the waves of a block, found best on an
+H100, and the groups of a row that LDS holds at a time, None for all."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A quantised matrix on the device: `data` u8, one payload of `format` (a name of formats.blocks), [rows, cols]."""
+
+    data: Buffer
+    format: str
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """One projection of a layer's experts, all [rows, cols] in `format`.
+
+    `data` u8 holds the matrices, `offsets` i64 [experts] says at which byte each begins, -1 where it is not loaded: an
+    expert that is not loaded gives NaN. Offsets are multiples of 8, or of 2 for Q8F16.
+    """
+
+    data: Buffer
+    offsets: Buffer
+    format: str
+    rows: int
+    cols: int
+    aligned: bool
+    """Whether every matrix begins and ends at multiples of 16 bytes, as copies into LDS need it."""
+
+
+def matrix(backend: Backend, payload: NDArray[np.uint8], fmt: str, rows: int, cols: int) -> Matrix:
+    """Upload a matrix's payload; BackendError where its size is not that of [rows, cols]."""
+    _whole_groups(cols)
+    expected = BY_NAME[fmt].nbytes(rows * cols)
+    if payload.nbytes != expected:
+        raise BackendError(
+            f"a {fmt} matrix [{rows}, {cols}] has {expected} bytes, the payload {payload.nbytes}"
+        )
+    return Matrix(backend.upload(payload.reshape(-1).view(np.uint8)), fmt, rows, cols)
+
+
+def experts(
+    backend: Backend, data: Buffer, offsets: Sequence[int] | NDArray[np.int64], fmt: str, rows: int, cols: int
+) -> Experts:
+    """Describe expert matrices that lie in `data`; BackendError where one would reach outside it or is misaligned."""
+    _whole_groups(cols)
+    table = np.asarray(offsets, np.int64)
+    size, align = BY_NAME[fmt].nbytes(rows * cols), 2 if fmt == "Q8F16" else 8
+    loaded = table[table != -1]
+    if loaded.size and (loaded.min() < 0 or loaded.max() + size > data.nbytes or (loaded % align).any()):
+        raise BackendError(f"expert offsets do not fit {fmt} matrices of {size} bytes in {data.nbytes} bytes")
+    aligned = size % 16 == 0 and not ((data.address + loaded) % 16).any()
+    return Experts(data, backend.upload(table), fmt, rows, cols, aligned)
+
+
+def signs(backend: Backend) -> Buffer:
+    """The table that rotations need: f32 [2, 256]."""
+    return backend.upload(np.stack([SIGNS1, SIGNS2]))
+
+
+def rope_tables(
+    positions: int, rotary_dim: int, theta: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """cos and sin f32 [positions, rotary_dim/2] of angle = position · theta^(−2i/rotary_dim).
+
+    Inverse frequencies and angles are f32 as in the reference implementation; the functions are evaluated in f64.
+    """
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+    frequency = (np.float32(1.0) / np.float32(theta) ** exponents).astype(np.float32)
+    angle = np.arange(positions, dtype=np.float32)[:, None] * frequency[None, :]
+    return np.cos(angle.astype(np.float64)).astype(np.float32), np.sin(angle.astype(np.float64)).astype(
+        np.float32
+    )
+
+
+def decode(backend: Backend, payload: Buffer, fmt: str, n: int, out: Buffer | None = None) -> Buffer:
+    """f32 [n]: the whole payload decoded in the stored basis."""
+    expected = BY_NAME[fmt].nbytes(n)
+    if payload.nbytes != expected:
+        raise BackendError(f"{n} weights of {fmt} have {expected} bytes, the payload {payload.nbytes}")
+    out = _out(backend, out, (n,), np.float32)
+    _launch(backend, "decode", (_ceil(n, 128 * _slice(fmt)),), (out, payload, n), fmt)
+    return out
+
+
+def embed(backend: Backend, table: Matrix, ids: Buffer, out: Buffer | None = None) -> Buffer:
+    """f32 [T, cols]: rows ids i32 [T] of the table."""
+    (tokens,) = _shape(ids, "ids", 1)
+    out = _out(backend, out, (tokens, table.cols), np.float32)
+    groups = table.cols // GROUP
+    grid = (_ceil(table.cols, 128 * _slice(table.format)), tokens)
+    _launch(backend, "embed", grid, (out, table.data, ids, table.rows, groups), table.format)
+    return out
+
+
+def rmsnorm(backend: Backend, x: Buffer, weight: Buffer, eps: float, out: Buffer | None = None) -> Buffer:
+    """f32 [T, n]: x · weight / sqrt(mean(x²) + eps) over each row; weight f32 [n]."""
+    tokens, n = _shape(x, "x", 2)
+    _fits(weight, "weight", (n,))
+    out = _out(backend, out, (tokens, n), np.float32)
+    _launch(backend, "rmsnorm", (tokens,), (out, x, weight, n, eps))
+    return out
+
+
+def matvec(backend: Backend, w: Matrix, x: Buffer, out: Buffer | None = None) -> Buffer:
+    """f32 [T, rows] = w · x for x f32 [T, cols]."""
+    tokens, cols = _shape(x, "x", 2)
+    _fits(x, "x", (tokens, w.cols))
+    out = _out(backend, out, (tokens, w.rows), np.float32)
+    rows = _rows(backend, w.format, backend.kernel("matvec", w.format).threads // WAVE)
+    _launch(
+        backend, "matvec", (_ceil(w.rows, rows), tokens), (out, w.data, x, w.rows, cols // GROUP), w.format
+    )
+    return out
+
+
+def rope(backend: Backend, x: Buffer, cos: Buffer, sin: Buffer, positions: Buffer, head_dim: int) -> None:
+    """Rotate x f32 [T, heads·head_dim] in place; cos, sin f32 [P, rotary/2]; positions i32 [T], each below P."""
+    tokens, width = _shape(x, "x", 2)
+    _fits(positions, "positions", (tokens,))
+    _, half = _shape(cos, "cos", 2)
+    _fits(sin, "sin", cos.shape)
+    if width % head_dim or 2 * half > head_dim:
+        raise BackendError(
+            f"rope of {2 * half} dimensions does not fit heads of {head_dim} in rows of {width}"
+        )
+    _launch(backend, "rope", (width // head_dim, tokens), (x, cos, sin, positions, head_dim, half))
+
+
+def kv_append(
+    backend: Backend, k_cache: Buffer, v_cache: Buffer, k: Buffer, v: Buffer, positions: Buffer
+) -> None:
+    """Write k, v f32 [T, n] into rows positions i32 [T] of the caches f32 [capacity, n]."""
+    tokens, n = _shape(k, "k", 2)
+    _fits(v, "v", (tokens, n))
+    _fits(positions, "positions", (tokens,))
+    capacity, _ = _shape(k_cache, "k_cache", 2)
+    _fits(k_cache, "k_cache", (capacity, n))
+    _fits(v_cache, "v_cache", (capacity, n))
+    _launch(backend, "kv_append", (_ceil(n, 256), tokens), (k_cache, v_cache, k, v, positions, n))
+
+
+def attention(
+    backend: Backend,
+    q: Buffer,
+    k_cache: Buffer,
+    v_cache: Buffer,
+    positions: Buffer,
+    head_dim: int,
+    out: Buffer | None = None,
+) -> Buffer:
+    """f32 [T, heads·head_dim]: causal attention of q over rows 0 … positions[t] of the caches.
+
+    Caches are f32 [capacity, kv_heads·head_dim], positions i32 [T] below capacity, heads of at most 256
+    dimensions, a multiple of 4.
+    """
+    tokens, width = _shape(q, "q", 2)
+    capacity, kv_width = _shape(k_cache, "k_cache", 2)
+    _fits(v_cache, "v_cache", (capacity, kv_width))
+    _fits(positions, "positions", (tokens,))
+    heads, kv_heads = width // head_dim, kv_width // head_dim
+    if (
+        head_dim > MAX_HEAD_DIM
+        or head_dim % 4
+        or width % head_dim
+        or kv_width % head_dim
+        or not kv_heads
+        or heads % kv_heads
+    ):
+        raise BackendError(
+            f"attention does not fit heads of {head_dim} in q {q.shape} and a cache {k_cache.shape}"
+        )
+    out = _out(backend, out, (tokens, width), np.float32)
+    scale = float(np.float32(1.0 / math.sqrt(head_dim)))
+    _launch(
+        backend,
+        "attention",
+        (heads, tokens),
+        (out, q, k_cache, v_cache, positions, kv_heads, head_dim, scale),
+    )
+    return out
+
+
+def router_top_k(backend: Backend, logits: Buffer, bias: Buffer, slots: int) -> tuple[Buffer, Buffer]:
+    """(ids i32 [T, slots], weights f32 [T, slots]) from logits f32 [T, experts] and bias f32 [experts]."""
+    tokens, n = _shape(logits, "logits", 2)
+    _fits(bias, "bias", (n,))
+    if not 0 < slots <= n:
+        raise BackendError(f"{slots} experts cannot be chosen of {n}")
+    ids, weights = backend.alloc((tokens, slots), np.int32), backend.alloc((tokens, slots), np.float32)
+    _launch(backend, "router_top_k", (tokens,), (ids, weights, logits, bias, n, slots))
+    return ids, weights
+
+
+def scale_rotate(
+    backend: Backend, x: Buffer, scale: Buffer, table: Buffer, rotated: bool = True, out: Buffer | None = None
+) -> Buffer:
+    """f32 [T, n] = FWHT256(x / scale); scale f32 [n], table = signs(). `rotated` False leaves the rotation out."""
+    tokens, n = _shape(x, "x", 2)
+    _whole_groups(n)
+    _fits(scale, "scale", (n,))
+    _fits(table, "signs", (2, GROUP))
+    out = _out(backend, out, (tokens, n), np.float32)
+    _launch(backend, "scale_rotate", (n // GROUP, tokens), (out, x, scale, table, int(rotated)))
+    return out
+
+
+def silu_mul_rotate(
+    backend: Backend, gate: Buffer, up: Buffer, table: Buffer, rotated: bool = True, out: Buffer | None = None
+) -> Buffer:
+    """f32 like gate = FWHT256(silu(gate) ∘ up), per run of 256 of the last axis; table = signs()."""
+    _whole_groups(gate.shape[-1])
+    _fits(up, "up", gate.shape)
+    _fits(table, "signs", (2, GROUP))
+    out = _out(backend, out, gate.shape, np.float32)
+    _launch(backend, "silu_mul_rotate", (gate.size // GROUP,), (out, gate, up, table, int(rotated)))
+    return out
+
+
+def expert_gate_up(
+    backend: Backend, w1: Experts, w3: Experts, ids: Buffer, x: Buffer
+) -> tuple[Buffer, Buffer]:
+    """(gate, up) f32 [T, slots, rows] = W1, W3 of the experts ids i32 [T, slots], times x f32 [T, cols]."""
+    tokens, slots = _shape(ids, "ids", 2)
+    _fits(x, "x", (tokens, w1.cols))
+    if (w1.format, w1.rows, w1.cols) != (w3.format, w3.rows, w3.cols):
+        raise BackendError("w1 and w3 of a layer have one format and one shape")
+    _fits(w3.offsets, "offsets of w3", w1.offsets.shape)
+    gate = backend.alloc((tokens, slots, w1.rows), np.float32)
+    up = backend.alloc((tokens, slots, w1.rows), np.float32)
+    args = (gate, up, w1.data, w1.offsets, w3.data, w3.offsets, ids, x)
+    _launch_experts(backend, "expert_gate_up", (w1, w3), (slots, tokens), args)
+    return gate, up
+
+
+def expert_down(backend: Backend, w2: Experts, ids: Buffer, x: Buffer, out: Buffer | None = None) -> Buffer:
+    """f32 [T, slots, rows] = W2 of the experts ids i32 [T, slots], times x f32 [T, slots, cols]."""
+    tokens, slots = _shape(ids, "ids", 2)
+    _fits(x, "x", (tokens, slots, w2.cols))
+    out = _out(backend, out, (tokens, slots, w2.rows), np.float32)
+    _launch_experts(backend, "expert_down", (w2,), (slots, tokens), (out, w2.data, w2.offsets, ids, x))
+    return out
+
+
+def combine(backend: Backend, h: Buffer, x: Buffer, weights: Buffer) -> None:
+    """h f32 [T, n] += Σ weights[t, slot] · x[t, slot] in slot order; x f32 [T, slots, n], weights f32 [T, slots]."""
+    tokens, slots, n = _shape(x, "x", 3)
+    _fits(h, "h", (tokens, n))
+    _fits(weights, "weights", (tokens, slots))
+    _launch(backend, "combine", (_ceil(n, 256), tokens), (h, x, weights, slots, n))
+
+
+def add(backend: Backend, h: Buffer, x: Buffer) -> None:
+    """h += x, both f32 of one shape."""
+    _fits(x, "x", h.shape)
+    _launch(backend, "add", (_ceil(h.size, 256),), (h, x, h.size))
+
+
+def _launch(
+    backend: Backend, name: str, grid: Sequence[int], args: Sequence[Argument], fmt: str | None = None
+) -> None:
+    kernel = backend.kernel(name, fmt)
+    backend.launch(kernel, grid, (kernel.threads,), args)
+
+
+def _launch_experts(
+    backend: Backend, name: str, w: Sequence[Experts], grid: tuple[int, int], args: Sequence[Argument]
+) -> None:
+    """Launch a product of one or two matrices of each expert, all of one shape, through LDS if that can be."""
+    first, kernel = w[0], backend.kernel(name, w[0].format)
+    copied, lds = _copied(backend, kernel, w)
+    waves = copied or kernel.threads // WAVE
+    blocks = _ceil(first.rows, _rows(backend, first.format, waves) // len(w))
+    shape = (first.offsets.size, first.rows, first.cols // GROUP)
+    backend.launch(kernel, (blocks, *grid), (waves * WAVE,), (*args, *shape, copied), lds)
+
+
+def _copied(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int]:
+    """(waves of a block whose rows are copied into LDS, bytes of it that they take); none where it cannot be done."""
+    fmt, groups = w[0].format, w[0].cols // GROUP
+    waves, held = _COPIED.get((kernel.name, fmt), (0, None))
+    lds = _rows(backend, fmt, waves) * (held or groups) * BY_NAME[fmt].nbytes(GROUP)
+    walkable = groups <= _CHUNK if held is None else groups % 2 == 0
+    possible = waves > 0 and walkable and all(m.aligned for m in w) and lds <= backend.lds_for_copies(kernel)
+    return (waves, lds) if possible else (0, 0)
+
+
+def _slice(fmt: str) -> int:
+    """Elements of a group that one lane decodes."""
+    return _LANES.get(fmt, (32, 2))[0]
+
+
+def _rows(backend: Backend, fmt: str, waves: int) -> int:
+    """Rows that so many waves multiply: some for every GROUP / slice lanes."""
+    slice_, rows = _LANES.get(fmt, (32, 2))
+    return waves * WAVE * backend.slices.get(fmt, slice_) // GROUP * rows
+
+
+def _ceil(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def _whole_groups(cols: int) -> None:
+    if cols % GROUP or cols <= 0:
+        raise BackendError(f"a row of {cols} does not divide into groups of {GROUP}")
+
+
+def _shape(buffer: Buffer, name: str, axes: int) -> tuple[Any, ...]:
+    if len(buffer.shape) != axes:
+        raise BackendError(f"{name} has shape {buffer.shape}, not {axes} axes")
+    return buffer.shape
+
+
+def _fits(buffer: Buffer, name: str, shape: tuple[int, ...]) -> None:
+    if buffer.shape != shape:
+        raise BackendError(f"{name} has shape {buffer.shape}, not {shape}")
+
+
+def _out(backend: Backend, out: Buffer | None, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
+    if out is None:
+        return backend.alloc(shape, dtype)
+    _fits(out, "out", shape)
+    return out

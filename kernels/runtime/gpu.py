@@ -1,0 +1,300 @@
+"""What the hip and cuda back ends share: the two driver interfaces are one but for names, and so are their compilers'.
+
+A `Driver` names a vendor's functions; `GpuBackend` runs kernels through it on device 0, in order, on the default
+stream, or on one of its own beside other back ends. A back end is used from the thread that opened it. Depends on host,
+through ctypes on the vendor's libraries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats.errors import BackendError
+from .host import Backend, arguments
+from .sources import Kernel, Module, Sources
+
+_POOLED = 1 << 20
+_SMALLEST = 512
+_NON_BLOCKING = 1
+_PORTABLE = 1
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The names under which a vendor's driver library offers what a back end needs."""
+
+    vendor: str
+    libraries: tuple[str, ...]
+    init: str
+    count: str
+    alloc: str
+    free: str
+    host_alloc: str
+    host_free: str
+    copy_in: str
+    copy_out: str
+    copy: str
+    event: str
+    record: str
+    wait: str
+    elapsed: str
+    load: str
+    function: str
+    launch: str
+    synchronize: str
+    error: str
+    stream: str
+    stream_copy_in: str
+    stream_copy_out: str
+    stream_copy: str
+    stream_wait: str
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """The names of a vendor's run-time compiler: `prefix`CreateProgram and so on, and the calls that give the code."""
+
+    name: str
+    libraries: tuple[str, ...]
+    prefix: str
+    code_size: str
+    code: str
+
+
+def load_library(names: Iterable[str | Path]) -> ctypes.CDLL | None:
+    """The first of `names` that loads."""
+    for name in names:
+        with suppress(OSError):
+            return ctypes.CDLL(str(name))
+    return None
+
+
+def device_count(driver: Driver) -> int:
+    """Devices that the driver sees; 0 where there is no driver."""
+    library = load_library(driver.libraries)
+    count = ctypes.c_int(0)
+    if library is None or getattr(library, driver.init)(ctypes.c_uint(0)):
+        return 0
+    return count.value if getattr(library, driver.count)(ctypes.byref(count)) == 0 else 0
+
+
+def compile_program(
+    compiler: Compiler,
+    library: ctypes.CDLL,
+    label: str,
+    text: str,
+    headers: dict[str, str],
+    options: Sequence[str],
+) -> tuple[bytes, str]:
+    """(code, log) of a source compiled at run time; BackendError with the compiler's log where it does not compile."""
+
+    def call(name: str, *args: Any) -> int:
+        return int(getattr(library, compiler.prefix + name)(*args))
+
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    count = len(headers)
+    bodies = (ctypes.c_char_p * count)(*(h.encode() for h in headers.values()))
+    names = (ctypes.c_char_p * count)(*(n.encode() for n in headers))
+    file = label.replace(":", ".").encode()
+    if call("CreateProgram", ctypes.byref(program), text.encode(), file, ctypes.c_int(count), bodies, names):
+        raise BackendError(f"{compiler.name} takes no program", hint="its library may be broken")
+    try:
+        flags = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        failed = call("CompileProgram", program, ctypes.c_int(len(options)), flags)
+        call("GetProgramLogSize", program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(max(1, size.value))
+        call("GetProgramLog", program, log)
+        said = log.value.decode(errors="replace").strip()
+        if failed:
+            raise BackendError(f"{label} does not compile with {compiler.name}:\n{said[-4000:]}")
+        if call(compiler.code_size, program, ctypes.byref(size)):
+            raise BackendError(f"{compiler.name} gave no code for {label}")
+        code = ctypes.create_string_buffer(size.value)
+        call(compiler.code, program, code)
+        return code.raw, said
+    finally:
+        call("DestroyProgram", ctypes.byref(program))
+
+
+class _Allocation:
+    """Owner of one piece of device memory; its finalizer gives the memory back."""
+
+
+class GpuBackend(Backend):
+    """A GPU behind a vendor's driver. Subclasses choose the device and compile modules for it."""
+
+    driver: Driver
+
+    def __init__(self, sources: Sources | None = None, own_stream: bool = False) -> None:
+        super().__init__(sources)
+        library = load_library(self.driver.libraries)
+        if library is None:
+            raise BackendError(
+                f"the {self.name} back end finds no driver: {self.driver.libraries[0]} does not load",
+                hint=f"install the {self.driver.vendor} driver, or use --backend cpu",
+            )
+        self.library = library
+        self._pool: dict[int, list[int]] = {}
+        self._held: dict[int, int] = {}
+        self._pinned: list[ctypes.c_void_p] = []
+        self._functions: dict[Kernel, ctypes.c_void_p] = {}
+        self._modules: dict[Module, ctypes.c_void_p] = {}
+        self.call(self.driver.init, ctypes.c_uint(0))
+        count = ctypes.c_int(0)
+        status = getattr(library, self.driver.count)(ctypes.byref(count))
+        if status or count.value == 0:
+            raise BackendError(
+                f"the {self.name} back end finds no {self.driver.vendor} GPU", hint="use --backend cpu"
+            )
+        self._select()
+        self._stream = ctypes.c_void_p(None)
+        if own_stream:
+            self.call(self.driver.stream, ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
+
+    @classmethod
+    def available(cls) -> bool:
+        """Whether this machine has a driver and a device."""
+        return device_count(cls.driver) > 0
+
+    @abstractmethod
+    def _select(self) -> None:
+        """Make device 0 current and set `device`."""
+
+    @abstractmethod
+    def _compile(self, module: Module) -> bytes:
+        """The module's code for the device."""
+
+    def call(self, name: str, *args: Any) -> None:
+        """Call a driver function; BackendError in the driver's words where it fails."""
+        status = int(getattr(self.library, name)(*args))
+        if status:
+            raise BackendError(f"{name} failed on {self._device_name()}: {self._explain(status)} ({status})")
+
+    def _device_name(self) -> str:
+        return getattr(self, "device", f"the {self.driver.vendor} GPU")
+
+    def _explain(self, status: int) -> str:
+        explain = getattr(self.library, self.driver.error)
+        if self.driver.error == "cuGetErrorString":
+            text = ctypes.c_char_p()
+            explain(ctypes.c_int(status), ctypes.byref(text))
+            return (text.value or b"unknown error").decode()
+        explain.restype = ctypes.c_char_p
+        return (explain(ctypes.c_int(status)) or b"unknown error").decode()
+
+    def _function(self, kernel: Kernel) -> ctypes.c_void_p:
+        function = self._functions.get(kernel)
+        if function is None:
+            if kernel.module not in self._modules:
+                handle = ctypes.c_void_p()
+                self.call(self.driver.load, ctypes.byref(handle), self._compile(kernel.module))
+                self._modules[kernel.module] = handle
+            function = ctypes.c_void_p()
+            module = self._modules[kernel.module]
+            self.call(self.driver.function, ctypes.byref(function), module, kernel.name.encode())
+            self._functions[kernel] = function
+        return function
+
+    def _alloc(self, nbytes: int) -> tuple[Any, int]:
+        size = max(_SMALLEST, 1 << (nbytes - 1).bit_length()) if nbytes <= _POOLED else nbytes
+        if idle := self._pool.get(size):
+            address = idle.pop()
+        else:
+            pointer = ctypes.c_void_p()
+            self.call(self.driver.alloc, ctypes.byref(pointer), ctypes.c_size_t(size))
+            address = int(pointer.value or 0)
+            self._held[address] = size
+        owner = _Allocation()
+        weakref.finalize(owner, self._release, address).atexit = False
+        return owner, address
+
+    def _release(self, address: int) -> None:
+        """Small pieces go back to a pool, which later launches of the one stream may use without waiting."""
+        size = self._held.get(address)
+        if size is None:
+            return
+        if size <= _POOLED:
+            self._pool.setdefault(size, []).append(address)
+        else:
+            del self._held[address]
+            self.call(self.driver.free, ctypes.c_void_p(address))
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Page-locked memory; BackendError where the machine gives no more of it."""
+        pointer = ctypes.c_void_p()
+        self.call(
+            self.driver.host_alloc, ctypes.byref(pointer), ctypes.c_size_t(nbytes), ctypes.c_uint(_PORTABLE)
+        )
+        self._pinned.append(pointer)
+        memory: NDArray[np.uint8] = np.ctypeslib.as_array(
+            (ctypes.c_uint8 * nbytes).from_address(pointer.value or 0)
+        )
+        return memory
+
+    def mark(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        self.call(self.driver.event, ctypes.byref(event), ctypes.c_uint(0))
+        self.call(self.driver.record, event, self._stream)
+        return event
+
+    def seconds_between(self, first: ctypes.c_void_p, last: ctypes.c_void_p) -> float:
+        milliseconds = ctypes.c_float()
+        self.call(self.driver.wait, last)
+        self.call(self.driver.elapsed, ctypes.byref(milliseconds), first, last)
+        return milliseconds.value / 1000
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        where = (ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(nbytes))
+        self._transfer(self.driver.copy, self.driver.stream_copy, *where)
+
+    def _copy_in(self, address: int, array: NDArray[Any]) -> None:
+        where = (ctypes.c_void_p(address), ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+        self._transfer(self.driver.copy_in, self.driver.stream_copy_in, *where)
+
+    def _copy_out(self, array: NDArray[Any], address: int) -> None:
+        where = (ctypes.c_void_p(array.ctypes.data), ctypes.c_void_p(address), ctypes.c_size_t(array.nbytes))
+        self._transfer(self.driver.copy_out, self.driver.stream_copy_out, *where)
+
+    def _transfer(self, plain: str, on_stream: str, *where: Any) -> None:
+        """One copy, done when it returns; on a stream of its own it waits for nothing of other streams."""
+        if self._stream.value is None:
+            self.call(plain, *where)
+        else:
+            self.call(on_stream, *where, self._stream)
+            self.synchronize()
+
+    def _dispatch(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        values: Sequence[Any],
+        lds: int,
+    ) -> None:
+        dims = [ctypes.c_uint(n) for n in (*grid, *block, lds)]
+        none = ctypes.c_void_p(None)
+        self.call(self.driver.launch, self._function(kernel), *dims, self._stream, arguments(values), none)
+
+    def synchronize(self) -> None:
+        if self._stream.value is None:
+            self.call(self.driver.synchronize)
+        else:
+            self.call(self.driver.stream_wait, self._stream)
+
+    def close(self) -> None:
+        held, self._held, self._pool = list(self._held), {}, {}
+        for address in held:
+            self.call(self.driver.free, ctypes.c_void_p(address))
+        pinned, self._pinned = self._pinned, []
+        for pointer in pinned:
+            self.call(self.driver.host_free, pointer)

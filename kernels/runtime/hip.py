@@ -1,0 +1,144 @@
+"""The AMD back end: hipcc (or hiprtc) compiles the kernels for the device's architecture, the HIP runtime runs them.
+
+Depends on ROCm: libamdhip64, and hipcc or libhiprtc. hip.md's rules for sources hold, so that ROCm's own header serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from ...formats.errors import BackendError
+from .cache import cached, key
+from .gpu import Compiler, Driver, GpuBackend, compile_program, load_library
+from .sources import Module, Sources
+
+_SUFFIXES = ("", ".7", ".6", ".5")
+DRIVER = Driver(
+    vendor="AMD",
+    libraries=tuple(f"libamdhip64.so{s}" for s in _SUFFIXES),
+    init="hipInit",
+    count="hipGetDeviceCount",
+    alloc="hipMalloc",
+    free="hipFree",
+    host_alloc="hipHostMalloc",
+    host_free="hipHostFree",
+    copy_in="hipMemcpyHtoD",
+    copy_out="hipMemcpyDtoH",
+    copy="hipMemcpyDtoD",
+    event="hipEventCreateWithFlags",
+    record="hipEventRecord",
+    wait="hipEventSynchronize",
+    elapsed="hipEventElapsedTime",
+    load="hipModuleLoadData",
+    function="hipModuleGetFunction",
+    launch="hipModuleLaunchKernel",
+    synchronize="hipDeviceSynchronize",
+    error="hipGetErrorString",
+    stream="hipStreamCreateWithFlags",
+    stream_copy_in="hipMemcpyHtoDAsync",
+    stream_copy_out="hipMemcpyDtoHAsync",
+    stream_copy="hipMemcpyDtoDAsync",
+    stream_wait="hipStreamSynchronize",
+)
+HIPRTC = Compiler(
+    name="hiprtc",
+    libraries=tuple(f"libhiprtc.so{s}" for s in _SUFFIXES),
+    prefix="hiprtc",
+    code_size="GetCodeSize",
+    code="GetCode",
+)
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off")
+_ARCH = re.compile(rb"gfx[0-9a-f]+(?::[a-z]+[+-])*")
+_PROPERTIES = ("hipGetDevicePropertiesR0600", "hipGetDeviceProperties")
+
+
+def find_hipcc() -> str | None:
+    """hipcc on the path, under $ROCM_PATH or /opt/rocm; None where it is missing."""
+    if found := shutil.which("hipcc"):
+        return found
+    candidate = Path(os.environ.get("ROCM_PATH", "/opt/rocm")) / "bin" / "hipcc"
+    return str(candidate) if candidate.is_file() else None
+
+
+def architecture(properties: bytes) -> str:
+    """gcnArchName within hipDeviceProp_t, wherever this version of ROCm has it; BackendError where there is none."""
+    match = _ARCH.search(properties)
+    if match is None:
+        raise BackendError("the HIP runtime does not say which architecture the GPU has")
+    return match[0].decode()
+
+
+@cache
+def _hipcc_version(hipcc: str) -> str:
+    return subprocess.run([hipcc, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def compile_module(sources: Sources, module: Module, arch: str) -> bytes:
+    """A module's code object for an architecture such as "gfx1151", cached; BackendError where no compiler is found."""
+    text, hipcc = sources.text(module.file), find_hipcc()
+    defines = [f"-D{d}" for d in module.defines]
+    if hipcc:
+        program = hipcc
+        parts = (text, arch, *FLAGS, *defines, _hipcc_version(program))
+
+        def build(made: Path) -> None:
+            source = made.with_suffix(".hip")
+            source.write_text(text, encoding="utf-8")
+            command = [
+                program,
+                "--genco",
+                f"--offload-arch={arch}",
+                *FLAGS,
+                *defines,
+                "-o",
+                str(made),
+                str(source),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise BackendError(
+                    f"{module.label} does not compile with hipcc:\n{done.stderr.strip()[-4000:]}"
+                )
+
+    else:
+        library = load_library(HIPRTC.libraries)
+        if library is None:
+            raise BackendError(
+                "the hip back end finds neither hipcc nor libhiprtc",
+                hint="install ROCm's hipcc or hiprtc, set ROCM_PATH, or use --backend cpu",
+            )
+        found = library
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        found.hiprtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        parts = (text, arch, *FLAGS, *defines, f"hiprtc {major.value}.{minor.value}")
+
+        def build(made: Path) -> None:
+            options = (f"--offload-arch={arch}", *FLAGS, *defines)
+            code, _ = compile_program(HIPRTC, found, module.label, text, {}, options)
+            made.write_bytes(code)
+
+    return cached(f"hip-{key(parts)}.hsaco", build).read_bytes()
+
+
+class HipBackend(GpuBackend):
+    """Runs kernels on the first AMD GPU."""
+
+    name = "hip"
+    driver = DRIVER
+
+    def _select(self) -> None:
+        self.call("hipSetDevice", ctypes.c_int(0))
+        properties = ctypes.create_string_buffer(8192)
+        name = next((n for n in _PROPERTIES if hasattr(self.library, n)), _PROPERTIES[-1])
+        self.call(name, properties, ctypes.c_int(0))
+        self.arch = architecture(properties.raw)
+        self.device = f"{properties.value.decode(errors='replace') or 'AMD GPU'} ({self.arch})"
+
+    def _compile(self, module: Module) -> bytes:
+        return compile_module(self.sources, module, self.arch)

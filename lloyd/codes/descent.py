@@ -1,0 +1,146 @@
+"""Coordinate descent on (y-q)ᵀ H (y-q), row by row: each column takes the level that is best given all others.
+
+A row keeps its pull H·(y-q), and the bounds of the targets that leave each column alone, sixteen columns a value, so
+that a column which stays costs next to nothing and one that moves adds one row of H. Warm sweeps shift every target by
+a share of the row's own error, up or down as a fixed table says: some columns then leave the minimum that plain sweeps
+end in, and the sweeps without it that follow find a lower one (annealing, with the same noise in every row). Depends on
+formats (the signs), lanes, vec and numba.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from ...formats.fwht import draw_signs
+from ..simd.lanes import GROUP
+from ..simd.vec import LANES, count_gt, first_outside, fma, load, root, splat, store, where_eq, where_gt
+
+SHAKE = np.float32(0.25)
+"""How far warm sweeps shift a target, as a share of the root mean square error of a row's columns under H."""
+SHAKE_SEED = 77
+SWEEPS = 8
+"""Sweeps of a round of descent."""
+BLOCKS = GROUP // LANES
+CODE, LOW, HIGH = BLOCKS, 2 * BLOCKS, 3 * BLOCKS
+"""Where parts of a row begin, after its levels."""
+_MOST = np.float32(1e38)
+
+
+def shake_signs(sweeps: int) -> NDArray[np.float32]:
+    """±1 f32 [sweeps, 16, 16]: which way each warm sweep shifts each column, the same for every row and group."""
+    return draw_signs(SHAKE_SEED, sweeps * GROUP).reshape(sweeps, BLOCKS, LANES)
+
+
+@njit(cache=True, nogil=True)
+def heat(errors, pull, share, out):
+    """out f32 [1, 16] = share · √((y-q)ᵀ H (y-q) / 256) of errors y-q and pull H·(y-q), both [256, 16].
+
+    Eight columns at a time are summed in order, the thirty-two sums as a tree.
+    """
+    parts = np.empty((GROUP // 8, LANES), np.float32)
+    nothing = splat(np.float32(0))
+    for part in range(GROUP // 8):
+        total = nothing
+        for i in range(8 * part, 8 * part + 8):
+            total = fma(load(errors, i), load(pull, i), total)
+        store(parts, part, total)
+    width = GROUP // 16
+    while width >= 1:
+        for part in range(width):
+            store(parts, part, load(parts, part) + load(parts, part + width))
+        width //= 2
+    energy = load(parts, 0) * splat(np.float32(1) / np.float32(GROUP))
+    # Neither what rounding has driven below zero nor what has overflown is a temperature.
+    energy = where_gt(splat(_MOST), energy, energy, nothing)
+    store(out, 0, splat(share) * root(where_gt(energy, nothing, energy, nothing)))
+
+
+@njit(cache=True, nogil=True)
+def sweep_row(row, pull, levels, mids, edges, lines, inverse, signs, first, sweeps, shift, spare):
+    """Sweeps number first to first + sweeps over one row, whose `row` and pull f32 [16, 16] are kept up to date.
+
+    `row` f32 [64, 16] holds, sixteen columns a value, their levels, their codes, and the bounds (low, high] of the
+    targets that keep them. levels f32 [K]; mids f32 [n, 16] are the midpoints, then infinity, and edges f32 [K+1] the
+    same between two infinities. `lines` f32 [4096, 16] are the rows of H, inverse f32 [16, 16] holds 1 / H_jj, signs
+    f32 [16 · sweeps, 16]; spare f32 [2, 16] is scratch.
+    """
+    for lane in range(LANES):
+        spare[0, lane] = lane
+    numbers = load(spare, 0)
+    for s in range(first, first + sweeps):
+        still = True
+        for block in range(BLOCKS):
+            start = 0
+            while start < LANES:
+                now = load(row, block)
+                low = load(row, LOW + block)
+                high = load(row, HIGH + block)
+                pulled = load(pull, block) * load(inverse, block)
+                target = now + pulled + splat(shift) * load(signs, s * BLOCKS + block)
+                lane = first_outside(target, low, high, start)
+                if lane == LANES:
+                    break
+                start = lane + 1
+                store(spare, 1, target)
+                wanted = splat(spare[1, lane])
+                code = 0
+                for i in range(mids.shape[0]):
+                    code += count_gt(wanted, load(mids, i))
+                level, before = levels[code], row[block, lane]
+                if level == before:  # another code of the same level
+                    continue
+                here = splat(np.float32(lane))
+                codes = load(row, CODE + block)
+                store(row, block, where_eq(numbers, here, splat(level), now))
+                store(row, CODE + block, where_eq(numbers, here, splat(np.float32(code)), codes))
+                store(row, LOW + block, where_eq(numbers, here, splat(edges[code]), low))
+                store(row, HIGH + block, where_eq(numbers, here, splat(edges[code + 1]), high))
+                moved = splat(before - level)
+                line = (block * LANES + lane) * BLOCKS
+                for i in range(BLOCKS):
+                    store(pull, i, fma(load(lines, line + i), moved, load(pull, i)))
+                still = False
+        if still and shift == 0.0:
+            break
+
+
+@njit(cache=True, nogil=True)
+def descend(codes, pull, levels, matrix, signs, first, sweeps, shifts):
+    """Sweeps number first to first + sweeps over each lane's row, given levels [K, 16], ascending.
+
+    codes [256, 16] are changed; pull [256, 16] holds H·(y-q) before; shifts f32 [1, 16] is the lanes' heat, 0 for none.
+    """
+    count = levels.shape[0]
+    lines = matrix.reshape(GROUP * BLOCKS, LANES)
+    lined_signs = signs.reshape(signs.shape[0] * BLOCKS, LANES)
+    row_levels = np.empty(count, np.float32)
+    mids = np.full(((count + LANES - 2) // LANES, LANES), np.inf, np.float32)
+    edges = np.empty(count + 1, np.float32)
+    edges[0], edges[count] = -np.inf, np.inf
+    row = np.empty((4 * BLOCKS, LANES), np.float32)
+    row_pull = np.empty((BLOCKS, LANES), np.float32)
+    inverse = np.empty((BLOCKS, LANES), np.float32)
+    spare = np.empty((2, LANES), np.float32)
+    for i in range(GROUP):
+        inverse[i // LANES, i % LANES] = np.float32(1) / matrix[i, i]
+    for r in range(LANES):
+        for k in range(count):
+            row_levels[k] = levels[k, r]
+        for k in range(count - 1):
+            edges[k + 1] = np.float32(0.5) * (row_levels[k] + row_levels[k + 1])
+            mids[k // LANES, k % LANES] = edges[k + 1]
+        for i in range(GROUP):
+            block, lane, code = i // LANES, i % LANES, int(codes[i, r])
+            row[block, lane] = row_levels[code]
+            row[CODE + block, lane] = code
+            row[LOW + block, lane] = edges[code]
+            row[HIGH + block, lane] = edges[code + 1]
+            row_pull[block, lane] = pull[i, r]
+        shift = shifts[0, r]
+        sweep_row(
+            row, row_pull, row_levels, mids, edges, lines, inverse, lined_signs, first, sweeps, shift, spare
+        )
+        for i in range(GROUP):
+            codes[i, r] = row[CODE + i // LANES, i % LANES]

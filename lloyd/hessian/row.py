@@ -1,0 +1,126 @@
+"""The Hessian of a whole row of several groups, and how later groups answer an earlier one's error.
+
+With U the upper factor of the damped inverse, H⁻¹ = Uᵀ U: inside group g the Schur complement S_g = (U_ggᵀ U_gg)⁻¹ is
+the cost of an error after the rest has answered it, its feedback factor is U_gg, and the rest answers an error E_g by
+E_g · U_gg⁻¹ · U_gr. One factorisation serves every row. Products run on lanes in a fixed order; the factorisation is
+LAPACK's. Depends on hessian, lanes, lapack, rounding, numpy and numba.
+
+Source: Frantar et al., "GPTQ" (2022), in blocks of one group, with S_g in place of the plain block.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from ..codes.feedback import PANEL, product
+from ..simd.lanes import gather, scatter_at
+from ..simd.vec import LANES
+from .group import GROUP, GroupHessian, from_diagonal, identity
+from .lapack import cholesky, invert_lower
+
+_EXTRA_DAMPING = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
+"""Shares of the mean diagonal added, one after the other, until the factorisation succeeds."""
+
+
+@dataclass(frozen=True)
+class RowHessian:
+    """One GroupHessian per 256 columns, and for each group the f32 [columns after it, 256] matrix by which later
+    targets answer its error.
+
+    `answers` is empty where groups are independent, as with a diagonal importance. `notes` says what had to fall back.
+    """
+
+    groups: tuple[GroupHessian, ...]
+    answers: tuple[NDArray[np.float32], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def from_weights(weights: NDArray[np.float64]) -> RowHessian:
+    """From damped channel weights d/s² f64 [K]: independent groups."""
+    groups = tuple(from_diagonal(weights[i : i + GROUP]) for i in range(0, len(weights), GROUP))
+    return RowHessian(groups, notes=counted([g.note for g in groups if g.note], len(groups)))
+
+
+def counted(notes: Sequence[str], groups: int) -> tuple[str, ...]:
+    """Each distinct note once, with the number of groups that it is of."""
+    return tuple(f"{note} in {n} of {groups} groups" for note, n in Counter(notes).items())
+
+
+def from_moment(moment: NDArray[np.float64]) -> RowHessian:
+    """From a damped second moment in the stored basis, f64 [K, K].
+
+    Where it cannot be factored it is damped further, and in the end replaced by the identity; the note says which.
+    """
+    count = len(moment) // GROUP
+    white = RowHessian((identity(),) * count, notes=("second moment is not usable: rounded to nearest",))
+    mean = float(np.trace(moment)) / len(moment) if np.isfinite(moment).all() else 0.0
+    if not mean > 0:
+        return white
+    scaled = moment / mean
+    for extra in _EXTRA_DAMPING:
+        upper = inverse_factor(scaled, extra)
+        if upper is not None:
+            notes = (f"second moment damped by a further {extra:g}",) if extra else ()
+            return _from_factor(upper, notes)
+    return white
+
+
+def inverse_factor(h: NDArray[np.float64], damping: float = 0.0) -> NDArray[np.float64] | None:
+    """U f64 [K, K], upper triangular, with Uᵀ U = (h + damping · I)⁻¹; None where that is not positive definite."""
+    reverse = h[::-1, ::-1].copy()
+    reverse[np.diag_indices_from(reverse)] += damping
+    if not (cholesky(reverse) and invert_lower(reverse)):
+        return None
+    upper = np.triu(reverse[::-1, ::-1])
+    return upper if np.isfinite(upper).all() else None
+
+
+def _from_factor(upper: NDArray[np.float64], notes: tuple[str, ...]) -> RowHessian:
+    groups, answers = [], []
+    for start in range(0, len(upper), GROUP):
+        block = upper[start : start + GROUP, start : start + GROUP]
+        lower = block.T.copy()
+        usable = invert_lower(lower)
+        assert usable
+        inverse = lower.T
+        schur = inverse @ inverse.T
+        feedback = (block / np.diag(block)[:, None]).T
+        groups.append(
+            GroupHessian(
+                np.ascontiguousarray(schur / np.trace(schur) * GROUP, dtype=np.float32),
+                np.ascontiguousarray(feedback, dtype=np.float32),
+                np.empty(0, np.float32),
+            )
+        )
+        answers.append(
+            np.ascontiguousarray((inverse @ upper[start : start + GROUP, start + GROUP :]).T, np.float32)
+        )
+    return RowHessian(tuple(groups), tuple(answers), notes)
+
+
+@njit(cache=True, nogil=True)
+def answer_rows(rows, column, errors, answer):
+    """rows[:, column:] -= errors · answerᵀ in place; rows f32 [R, K], errors [R, 256], answer [K - column, 256]."""
+    e = np.empty((GROUP, LANES), np.float32)
+    y = np.empty((GROUP, LANES), np.float32)
+    for first in range(0, rows.shape[0], LANES):
+        gather(errors, first, 0, e)
+        for start in range(0, answer.shape[0], GROUP):
+            gather(rows, first, column + start, y)
+            for i in range(0, GROUP, PANEL):
+                product(y, i, answer, start + i, e, GROUP)
+            scatter_at(y, rows, first, column + start)
+
+
+def compensate(
+    rows: NDArray[np.float32], group: int, errors: NDArray[np.float32], answers: Sequence[NDArray[np.float32]]
+) -> None:
+    """Let the columns after `group` answer its errors f32 [R, 256]; rows f32 [R, K] change in place."""
+    if answers and len(answers[group]):
+        answer_rows(rows, (group + 1) * GROUP, errors, answers[group])

@@ -1,0 +1,221 @@
+"""Moving levels under a group's Hessian, codes fixed: the normal equations AᵀHA c = AᵀHy, on lanes.
+
+A [256, K] holds one indicator column per level, or the columns (1, code) for an evenly spaced grid. With H = R
+diag(h) Rᵀ only transforms of A's columns are needed; with a dense H, its products with them. Depends on lanes,
+rounding, vec and numba.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from ..codes.feedback import PANEL, product
+from ..simd.lanes import GROUP
+from ..simd.vec import LANES, fma, load, root, splat, store, where_eq, where_gt
+
+HALF = GROUP // 2
+RIDGE = np.float32(1e-3)
+"""Share of the mean diagonal that ties each level to its old place; it alone decides a level that no code uses."""
+
+
+@njit(cache=True, nogil=True)
+def indicator(codes, k, signs, out):
+    """out [256, 16] = signs where codes is k, else 0."""
+    wanted = splat(np.float32(k))
+    zero = splat(np.float32(0))
+    for i in range(GROUP):
+        store(out, i, where_eq(load(codes, i), wanted, splat(signs[i]), zero))
+
+
+@njit(cache=True, nogil=True)
+def signed(block, signs, out):
+    """out = block with row i multiplied by signs[i]."""
+    for i in range(GROUP):
+        store(out, i, load(block, i) * splat(signs[i]))
+
+
+@njit(cache=True, nogil=True)
+def multiply(matrix, block, out):
+    """out [256, 16] = -matrix · block."""
+    out[:] = 0.0
+    for i in range(0, GROUP, PANEL):
+        product(out, i, matrix, i, block, GROUP)
+
+
+@njit(cache=True, nogil=True)
+def weighted_dot(weights, a, b):
+    """Σ_i weights[i] · a[i] · b[i] in each lane, four partial sums in a fixed order."""
+    s0 = splat(np.float32(0))
+    s1 = splat(np.float32(0))
+    s2 = splat(np.float32(0))
+    s3 = splat(np.float32(0))
+    for i in range(0, GROUP, 4):
+        s0 = fma(splat(weights[i]) * load(a, i), load(b, i), s0)
+        s1 = fma(splat(weights[i + 1]) * load(a, i + 1), load(b, i + 1), s1)
+        s2 = fma(splat(weights[i + 2]) * load(a, i + 2), load(b, i + 2), s2)
+        s3 = fma(splat(weights[i + 3]) * load(a, i + 3), load(b, i + 3), s3)
+    return (s0 + s1) + (s2 + s3)
+
+
+@njit(cache=True, nogil=True)
+def normal_equations(ys, basis, weights, gram, rhs):
+    """gram [K, K, 16] (lower part) and rhs [K, 16] of transformed columns [K, 256, 16] and target ys [256, 16]."""
+    for k in range(basis.shape[0]):
+        store(rhs, k, weighted_dot(weights, basis[k], ys))
+        for m in range(k + 1):
+            store(gram[k], m, weighted_dot(weights, basis[k], basis[m]))
+
+
+@njit(cache=True, nogil=True)
+def members(codes, order, bounds):
+    """order u8 [16, 256] lists each lane's columns by code, ascending; bounds i64 [16, K, 3] where each code's list
+    begins, leaves the first half of the columns, and ends."""
+    for r in range(LANES):
+        bounds[r] = 0
+        for i in range(GROUP):
+            k = int(codes[i, r])
+            bounds[r, k, 1 if i < HALF else 2] += 1
+        start = 0
+        for k in range(bounds.shape[1]):
+            bounds[r, k, 0] = start
+            bounds[r, k, 1] += start
+            start = bounds[r, k, 1] + bounds[r, k, 2]
+            bounds[r, k, 2] = bounds[r, k, 0]
+        for i in range(GROUP):
+            k = int(codes[i, r])
+            order[r, bounds[r, k, 2]] = i
+            bounds[r, k, 2] += 1
+
+
+@njit(cache=True, nogil=True)
+def row_sums(matrix, order, bounds, sums):
+    """sums f32 [16, K, 256]: for each lane and code, the sum of the matrix's rows on its list, in the list's order.
+
+    Sixty-four columns of half the rows are walked at a time, for all lanes: they stay in the innermost cache.
+    """
+    width, count = GROUP // LANES, bounds.shape[1]
+    lines = matrix.reshape(GROUP * width, LANES)
+    out = sums.reshape(LANES * count * width, LANES)
+    sums[:] = 0.0
+    for half in range(2):
+        for tile in range(0, width, 4):
+            for r in range(LANES):
+                for k in range(count):
+                    at = (r * count + k) * width + tile
+                    s0 = load(out, at)
+                    s1 = load(out, at + 1)
+                    s2 = load(out, at + 2)
+                    s3 = load(out, at + 3)
+                    for n in range(bounds[r, k, half], bounds[r, k, half + 1]):
+                        line = order[r, n] * width + tile
+                        s0 = s0 + load(lines, line)
+                        s1 = s1 + load(lines, line + 1)
+                        s2 = s2 + load(lines, line + 2)
+                        s3 = s3 + load(lines, line + 3)
+                    store(out, at, s0)
+                    store(out, at + 1, s1)
+                    store(out, at + 2, s2)
+                    store(out, at + 3, s3)
+
+
+@njit(cache=True, nogil=True)
+def dense_equations(pulled, codes, matrix, sums, gram, rhs):
+    """gram (lower part) and rhs from a dense H: pulled [256, 16] holds H·y, sums f32 [16, K, 256] is scratch, K a
+    multiple of 4.
+
+    Every sum runs over columns in ascending order, whatever is done at a time.
+    """
+    count = sums.shape[1]
+    order = np.empty((LANES, GROUP), np.uint8)
+    bounds = np.empty((LANES, count, 3), np.int64)
+    members(codes, order, bounds)
+    row_sums(matrix, order, bounds, sums)
+    for r in range(LANES):
+        for m in range(count):
+            first, last = bounds[r, m, 0], bounds[r, m, 2]
+            total = np.float32(0)
+            for n in range(first, last):
+                total += pulled[order[r, n], r]
+            rhs[m, r] = total
+            for k in range(m - m % 4, count, 4):
+                s0 = np.float32(0)
+                s1 = np.float32(0)
+                s2 = np.float32(0)
+                s3 = np.float32(0)
+                for n in range(first, last):
+                    i = order[r, n]
+                    s0 += sums[r, k, i]
+                    s1 += sums[r, k + 1, i]
+                    s2 += sums[r, k + 2, i]
+                    s3 += sums[r, k + 3, i]
+                gram[k, m, r] = s0
+                gram[k + 1, m, r] = s1
+                gram[k + 2, m, r] = s2
+                gram[k + 3, m, r] = s3
+
+
+@njit(cache=True, nogil=True)
+def solve(gram, rhs, levels):
+    """Solve gram c = rhs in every lane for levels [K, 16], tied to the old ones by a small ridge; overwrites both.
+
+    Where rounding has driven a pivot to zero or below, that lane's levels stay as they were.
+    """
+    count = levels.shape[0]
+    one = splat(np.float32(1))
+    zero = splat(np.float32(0))
+    trace = zero
+    for k in range(count):
+        trace = trace + load(gram[k], k)
+    tie = trace * splat(RIDGE / np.float32(count))
+    floor = tie * splat(np.float32(0.01))
+    good = one
+    for k in range(count):
+        store(gram[k], k, load(gram[k], k) + tie)
+        store(rhs, k, fma(tie, load(levels, k), load(rhs, k)))
+    for k in range(count):
+        pivot = load(gram[k], k)
+        for m in range(k):
+            entry = load(gram[k], m)
+            for n in range(m):
+                entry = entry - load(gram[k], n) * load(gram[m], n)
+            entry = entry / load(gram[m], m)
+            store(gram[k], m, entry)
+            pivot = pivot - entry * entry
+        good = where_gt(pivot, floor, good, zero)
+        store(gram[k], k, root(where_gt(pivot, floor, pivot, one)))
+    for k in range(count):
+        value = load(rhs, k)
+        for m in range(k):
+            value = value - load(gram[k], m) * load(rhs, m)
+        store(rhs, k, value / load(gram[k], k))
+    for back in range(count):
+        k = count - 1 - back
+        value = load(rhs, k)
+        for m in range(k + 1, count):
+            value = value - load(gram[m], k) * load(rhs, m)
+        store(rhs, k, value / load(gram[k], k))
+    for k in range(count):
+        store(levels, k, where_gt(good, zero, load(rhs, k), load(levels, k)))
+
+
+@njit(cache=True, nogil=True)
+def solve_grid(gram, rhs, levels):
+    """Zero and scale of an evenly spaced grid from gram [2, 2, 16] and rhs [2, 16] of the columns (1, code).
+
+    Rewrites levels [count, 16] in lanes where the system is well posed and the scale comes out positive.
+    """
+    g00 = load(gram[0], 0)
+    g10 = load(gram[1], 0)
+    g11 = load(gram[1], 1)
+    b0 = load(rhs, 0)
+    b1 = load(rhs, 1)
+    nothing = splat(np.float32(0))
+    determinant = g00 * g11 - g10 * g10
+    good = where_gt(determinant, splat(np.float32(1e-4)) * g00 * g11, splat(np.float32(1)), nothing)
+    safe = where_gt(good, nothing, determinant, splat(np.float32(1)))
+    zero = (b0 * g11 - b1 * g10) / safe
+    scale = (b1 * g00 - b0 * g10) / safe
+    good = where_gt(scale, nothing, good, nothing)
+    for k in range(levels.shape[0]):
+        store(levels, k, where_gt(good, nothing, zero + scale * splat(np.float32(k)), load(levels, k)))

@@ -1,0 +1,241 @@
+"""A calibration folder while it is written: a journal, the hidden states between layers, and at the end the manifest.
+
+After each layer the folder holds that layer's file, the residual stream behind it, and a journal line that names the
+hashes of both: a run that was killed continues after the last such line. Depends on formats (calibration, imatrix), on
+awq.calibration, journal and output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...awq.from_moments import CalibratedLayer, read_layer
+from ...awq.importance import LayerImportance
+from ...formats.checkpoint.source import file_record
+from ...formats.errors import OutputError, ResumeError
+from ...formats.minimax import ModelConfig
+from ...formats.statistics.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
+from ...formats.statistics.moment_file import (
+    IMATRIX,
+    MANIFEST,
+    SCHEMA,
+    Arrays,
+    DownForm,
+    LayerFile,
+    encode_layer,
+    layer_file,
+    layer_infos,
+)
+from ..write.journal import Journal
+from ..write.partial_file import disk_errors
+
+JOURNAL = "journal"
+ATTN_NAMES = {"attn_q": "in", "attn_k": "in", "attn_v": "in", "attn_output": "out"}
+_OURS = re.compile(
+    rf"{re.escape(MANIFEST)}|{JOURNAL}|{re.escape(IMATRIX)}|layer-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
+)
+_RESTART = "give --restart to discard it and begin anew"
+
+
+def hidden_file(layer: int) -> str:
+    """The residual stream that enters a layer."""
+    return f"hidden-{layer:05d}.f32"
+
+
+class CalibrationFolder:
+    """A folder being written; a context manager that holds its journal locked."""
+
+    def __init__(
+        self, path: Path, signature: Mapping[str, Any], force: bool = False, restart: bool = False
+    ) -> None:
+        """Begin or continue a folder.
+
+        Raises OutputError where it holds a finished calibration (without `force`) or anything else, ResumeError where
+        it was begun with other arguments.
+        """
+        self.path = path
+        begin_folder(path, force, restart)
+        self.journal = Journal(path / JOURNAL, signature)
+
+    def __enter__(self) -> CalibrationFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.journal.close()
+
+    def check_space(self, needed: int) -> None:
+        """Refuse a disk that cannot hold `needed` bytes, those that an earlier run wrote among them; OutputError."""
+        held = sum(f.stat().st_size for f in self.path.iterdir())
+        free = shutil.disk_usage(self.path).free
+        if free + held < needed:
+            raise OutputError(
+                f"needs {needed / 1e9:.1f} GB and its disk has {(free + held) / 1e9:.1f} GB free",
+                file=self.path,
+                hint="free some space, use another disk, or give --down pooled, which is much smaller",
+            )
+
+    def done(self) -> list[dict[str, Any]]:
+        """The records of the layers that an earlier run finished, their files checked; ResumeError if damaged."""
+        records = []
+        for layer in range(len(self.journal.done)):
+            if not self.intact(layer):
+                raise ResumeError(
+                    "is not as the earlier run left it", file=self.path / layer_file(layer), hint=_RESTART
+                )
+            records.append(self.record(layer))
+        return records
+
+    def record(self, layer: int) -> dict[str, Any]:
+        """What the journal says of a finished layer."""
+        return self.journal.done[f"layer.{layer}"]
+
+    def intact(self, layer: int) -> bool:
+        """Whether a layer is finished, and its file is there as it was written."""
+        record, file = self.journal.done.get(f"layer.{layer}"), self.path / layer_file(layer)
+        return record is not None and file.is_file() and file_record(file)["sha256"] == record["sha256"]
+
+    def drop(self, layer: int) -> None:
+        """Remove a finished layer's moments; its record stays."""
+        (self.path / layer_file(layer)).unlink(missing_ok=True)
+
+    def hidden(self, layer: int, shape: Sequence[int]) -> NDArray[np.float32]:
+        """The residual stream f32 that enters a layer, as saved; ResumeError where it is damaged."""
+        path = self.path / hidden_file(layer)
+        expected = self.journal.done[f"layer.{layer - 1}"]["hidden"]
+        if not path.is_file() or file_record(path)["sha256"] != expected:
+            raise ResumeError("is not as the earlier run left it", file=path, hint=_RESTART)
+        return np.fromfile(path, "<f4").reshape(tuple(shape)).astype(np.float32)
+
+    def write_layer(self, layer: int, arrays: Arrays) -> dict[str, Any]:
+        """Make one layer's file durable; returns its bytes and hash for `finish_layer`."""
+        return write_atomic(self.path / layer_file(layer), encode_layer(arrays))
+
+    def layer(
+        self,
+        layer: int,
+        config: ModelConfig,
+        down: DownForm,
+        record: Mapping[str, Any] | None = None,
+        imatrix: LayerImportance | None = None,
+    ) -> CalibratedLayer:
+        """The importances in a layer's file; the notes are those of `record`."""
+        path = self.path / layer_file(layer)
+        return read_layer(
+            LayerFile(path, layer_infos(path, config, down)), config, layer, record or {}, imatrix
+        )
+
+    def finish_layer(self, layer: int, hidden: NDArray[np.float32] | None, record: dict[str, Any]) -> None:
+        """Make the residual stream behind a written layer durable (None after the last), then the journal's line."""
+        if hidden is not None:
+            data = np.ascontiguousarray(hidden, "<f4").data.cast("B")
+            record["hidden"] = write_atomic(self.path / hidden_file(layer + 1), [data])["sha256"]
+        self.journal.record(f"layer.{layer}", record["sha256"], **record)
+        (self.path / hidden_file(layer)).unlink(missing_ok=True)
+
+    def complete(
+        self, config: ModelConfig, manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Write the imatrix and, last, the manifest; then drop what only an unfinished run needs."""
+        tokens = manifest["tokens"]
+        text = manifest_text(manifest, records)
+        write_imatrix(
+            self.path / IMATRIX,
+            imatrix_entries(self.path, config, manifest["down"]),
+            [f"tokens sha256 {tokens['sha256']}"],
+            tokens["sequences"],
+            tokens["length"],
+        )
+        write_atomic(self.path / MANIFEST, [memoryview(text)])
+        (self.path / JOURNAL).unlink()
+
+
+def manifest_text(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bytes:
+    """The bytes of the manifest of these layers."""
+    keep = ("bytes", "sha256", "tokens", "unseen", "notes")
+    layers = [{key: record[key] for key in keep} for record in records]
+    whole = {"schema": SCHEMA, **manifest, "layers": layers}
+    return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def discard_folder(path: Path) -> None:
+    """Remove a calibration folder and what is ours in it; anything else stays, and the folder with it."""
+    if not path.is_dir():
+        return
+    for file in path.iterdir():
+        if _OURS.fullmatch(file.name):
+            file.unlink()
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def begin_folder(path: Path, force: bool, restart: bool) -> None:
+    """Make the folder, or see that what it holds may be continued or replaced; OutputError otherwise."""
+    if path.exists() and not path.is_dir():
+        raise OutputError("is not a folder", file=path, hint="give -o a folder")
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+        path.mkdir()
+    found = sorted(f.name for f in path.iterdir())
+    strange = [name for name in found if not _OURS.fullmatch(name)]
+    if strange:
+        raise OutputError(
+            f"holds {strange[0]}, which is no calibration", file=path, hint="give -o a new folder"
+        )
+    finished, begun = MANIFEST in found, JOURNAL in found
+    if finished and not (force or restart):
+        raise OutputError("holds a finished calibration", file=path, hint="give --force to replace it")
+    if found and not (finished or begun or restart):
+        raise OutputError(f"holds {found[0]} but no {JOURNAL}", file=path, hint=_RESTART)
+    if finished or restart:
+        (path / MANIFEST).unlink(missing_ok=True)
+        for file in path.iterdir():
+            file.unlink()
+
+
+def write_atomic(path: Path, pieces: Iterable[memoryview]) -> dict[str, Any]:
+    """Write a file under a temporary name, sync it and give it its name; returns {bytes, sha256}.
+
+    Raises OutputError where the disk is full or cannot be written.
+    """
+    partial, digest, size = path.with_name(f".{path.name}.partial"), hashlib.sha256(), 0
+    with disk_errors(path):
+        with partial.open("wb") as f:
+            for piece in pieces:
+                f.write(piece)
+                digest.update(piece)
+                size += len(piece)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def imatrix_entries(path: Path, config: ModelConfig, down: DownForm) -> dict[str, ImatrixEntry]:
+    """The statistics of all layers' files under llama.cpp's names."""
+    out = {}
+    for layer in range(config.num_hidden_layers):
+        file = path / layer_file(layer)
+        tensors = LayerFile(file, layer_infos(file, config, down))
+        counts = tensors.array("attn.counts").astype(np.float64)
+        for name, side in ATTN_NAMES.items():
+            count = counts[:1] if side == "in" else counts[1:]
+            out[f"blk.{layer}.{name}.weight"] = ImatrixEntry(
+                tensors.array(f"attn.{side}.diagonal")[None], count
+            )
+        for projection, name in GGUF_NAMES.items():
+            kind = "down" if projection == "w2" else "gate_up"
+            seen = tensors.array(f"{kind}.counts").astype(np.float64)
+            out[f"blk.{layer}.{name}.weight"] = ImatrixEntry(tensors.array(f"{kind}.diagonal"), seen)
+    return out

@@ -1,0 +1,99 @@
+"""One layer of a calibration: the source runs on all tokens, and what it leaves behind is made durable.
+
+Shared by `calibrate`, which gathers all layers into a folder, and by builds that gather each layer before they encode
+it. Depends on verify.reference, moments, calibration_folder, tokens and formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...awq.importance import LayerImportance
+from ...formats.errors import BackendError
+from ...formats.minimax import ModelConfig
+from ...formats.statistics.moment_file import DownForm, config_record
+from ...verify.model.reference import Weights, embed, layer_forward
+from ..spec.provenance import program
+from .folder import CalibrationFolder
+from .moments import LayerMoments
+from .tokens import Tokens, token_record
+
+EMBED = "model.embed_tokens.weight"
+
+
+def open_device(name: str) -> torch.device:
+    """cpu, or cuda (ROCm is cuda to torch); BackendError where torch has no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BackendError("torch sees no GPU", hint="use --device cpu, or install torch for this GPU")
+    return torch.device(name)
+
+
+class Propagation(Protocol):
+    """What turns a layer's input into the next one's, where that is not the source itself."""
+
+    def forward(self, importance: LayerImportance, hidden: Tensor) -> Tensor: ...
+
+
+def manifest_of(
+    config: ModelConfig,
+    source: Mapping[str, Any],
+    tokens: Tokens,
+    down: DownForm,
+    device: str,
+    propagate: Mapping[str, Any] | str = "source",
+) -> dict[str, Any]:
+    """A manifest without its layers: everything that decides what is gathered. `source` is {origin, files}."""
+    return {
+        "program": {"mq-quant": program()["version"], "torch": torch.__version__},
+        "device": device,
+        "config": config_record(config),
+        "source": dict(source),
+        "tokens": token_record(tokens),
+        "down": down,
+        "propagate": propagate,
+    }
+
+
+def enter(
+    weights: Weights, config: ModelConfig, out: CalibrationFolder, tokens: Tokens, layer: int
+) -> Tensor:
+    """The residual stream f32 [sequences, length, hidden] that enters a layer: embedded, or as it was saved."""
+    if layer:
+        return torch.from_numpy(out.hidden(layer, (*tokens.shape, config.hidden_size)))
+    return embed(weights, tokens)
+
+
+def gather_layer(
+    weights: Weights,
+    config: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    out: CalibrationFolder,
+    down: DownForm,
+    propagation: Propagation | None = None,
+    after: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Run a layer, write its moments and the residual stream behind it, which is returned; then journal both.
+
+    `after` is called when no weight of the layer is needed any more.
+    """
+    last = layer + 1 == config.num_hidden_layers
+    moments = LayerMoments(config, layer, down)
+    with torch.inference_mode():
+        behind = layer_forward(weights, config, layer, hidden, moments)
+        arrays = moments.finish()
+        record = {
+            **out.write_layer(layer, arrays),
+            "tokens": int(arrays["gate_up.tokens"][0]),
+            "unseen": moments.unseen,
+            "notes": moments.notes,
+        }
+        if propagation and not last:
+            behind = propagation.forward(out.layer(layer, config, down), hidden)
+        after()
+        out.finish_layer(layer, None if last else behind.cpu().numpy(), record)
+    return behind

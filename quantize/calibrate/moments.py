@@ -1,0 +1,121 @@
+"""Second moments of one layer's activations, gathered while the reference forward runs it.
+
+All sums are f64, in the order in which rows come. Rows with a value whose square f32 cannot hold are left out, and said
+so. Depends on verify.reference, formats.calibration and torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...formats.errors import CalibrationError
+from ...formats.minimax import ModelConfig
+from ...formats.statistics.moment_file import (
+    F64,
+    Arrays,
+    DownForm,
+    layer_tensors,
+    pack_correlation,
+    pack_moment,
+)
+from ...verify.model.reference import Observer, Routing
+from ..spec.calibration_plan import CHUNK
+
+ATTENTION = {"q_proj": (0, "attn.in"), "o_proj": (1, "attn.out")}
+"""Row of attn.counts and tensor of each input; k_proj and v_proj see what q_proj sees."""
+
+
+class LayerMoments(Observer):
+    """Gathers the tensors of one layer's file; `arrays` when the layer has run, `notes` on what was left out."""
+
+    def __init__(self, config: ModelConfig, layer: int, down: DownForm) -> None:
+        self.layer, self.down = layer, down
+        self.notes: list[str] = []
+        self._names = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
+        tensors = layer_tensors(config, down)
+        self.arrays: Arrays = {
+            name: np.zeros(shape, self._names[dtype]) for name, (dtype, shape) in tensors.items()
+        }
+        self._pooled = np.zeros((config.intermediate_size, config.intermediate_size))
+
+    def dense(self, layer: int, projection: str, inputs: Tensor) -> None:
+        if projection not in ATTENTION:
+            return
+        row, name = ATTENTION[projection]
+        rows = self._finite(inputs, f"the input of {projection}")
+        self.arrays["attn.counts"][row] = len(rows)
+        self.arrays[f"{name}.diagonal"][:] = mean_squares(rows)
+
+    def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
+        rows = self._finite(inputs, "the input of the experts")
+        if not len(rows):
+            raise CalibrationError(
+                f"layer {self.layer}: no token reaches the experts with finite activations",
+                hint="the checkpoint is damaged, or the tokens are not text of its tokenizer",
+            )
+        self.arrays["gate_up.tokens"][0] = len(rows)
+        self.arrays["gate_up.moment"][:] = pack_moment(second_moment(rows) / len(rows))
+
+    def expert(self, layer: int, expert: int, tokens: Tensor, inputs: Tensor, product: Tensor) -> None:
+        seen = self._finite(inputs, None)
+        self.arrays["gate_up.counts"][expert] = len(seen)
+        self.arrays["gate_up.diagonal"][expert] = mean_squares(seen)
+        rows = self._finite(product, f"expert {expert}, the input of down")
+        if not len(rows):
+            return
+        total = second_moment(rows)
+        self._pooled += total
+        mean = total / len(rows)
+        self.arrays["down.counts"][expert] = len(rows)
+        self.arrays["down.diagonal"][expert] = np.diag(mean)
+        if self.down != "pooled":
+            self.arrays["down.moment"][expert] = (
+                pack_correlation if self.down == "compact" else pack_moment
+            )(mean)
+
+    def finish(self) -> Arrays:
+        """All tensors of the layer's file, once the layer has run; CalibrationError where down saw no row."""
+        count = int(self.arrays["down.counts"].sum())
+        if not count:
+            raise CalibrationError(f"layer {self.layer}: no expert's down projection saw finite activations")
+        self.arrays["down.pooled"][:] = pack_moment(self._pooled / count)
+        return self.arrays
+
+    @property
+    def unseen(self) -> list[int]:
+        """Experts that no usable row of down was gathered for."""
+        return [int(e) for e in np.flatnonzero(self.arrays["down.counts"] == 0)]
+
+    def _finite(self, rows: Tensor, what: str | None) -> Tensor:
+        """The rows whose energy is finite in f32; the others are counted in a note."""
+        energy = [chunk.float().square().sum(1) for chunk in torch.split(rows, CHUNK)]
+        good = torch.cat(energy).isfinite()
+        bad = len(rows) - int(good.sum())
+        if not bad:
+            return rows
+        if what:
+            self.notes.append(
+                f"layer {self.layer}: {what}: {bad} of {len(rows)} rows are not finite and were left out"
+            )
+        return rows[good]
+
+
+def second_moment(rows: Tensor) -> F64:
+    """Σ x xᵀ over rows [n, K], f64 [K, K], exactly symmetric."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for chunk in torch.split(rows, CHUNK):
+        wide = chunk.double()
+        total.addmm_(wide.T, wide)
+    out: F64 = torch.triu(total).add_(torch.triu(total, 1).T).cpu().numpy()
+    return out
+
+
+def mean_squares(rows: Tensor) -> F64:
+    """E[x²] over rows [n, K], f64 [K]; 0 without rows."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for chunk in torch.split(rows, CHUNK):
+        total += chunk.double().square().sum(0)
+    out: F64 = (total / max(len(rows), 1)).cpu().numpy()
+    return out

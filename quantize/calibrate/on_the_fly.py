@@ -1,0 +1,132 @@
+"""A calibration that a build gathers for itself: each layer's moments just before the layer is encoded, then dropped.
+
+The importances are those of `calibrate --down full`, and so are the bytes of what is built with them. Between layers
+only the residual stream and the journal are kept, beside the output; a layer whose moments are gone and needed again
+is gathered anew from the first layer. Depends on gather, calibration_folder, calibration_plan, tokens and awq.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
+from ...awq.importance import ModelImportance
+from ...formats.checkpoint.source import Source
+from ...formats.minimax import ModelConfig
+from ...formats.statistics.moment_file import DownForm
+from ..spec.calibration_plan import inline_estimate
+from ..spec.provenance import flatten
+from .folder import CalibrationFolder, discard_folder, manifest_text
+from .layer_pass import enter, gather_layer, manifest_of, open_device
+from .tokens import Tokens
+
+DOWN: DownForm = "full"
+
+
+class InlineCalibration:
+    """The importances of a model, gathered while it is built. Layers are begun in ascending order, on one thread;
+    between `begin_layer` calls `layer` may be called from any.
+    """
+
+    def __init__(self, source: Source, tokens: Tokens, device: str = "cpu") -> None:
+        """Raises BackendError where there is no such device. `bind` completes it."""
+        self.config: ModelConfig = source.config
+        self._source, self._tokens = source, tokens
+        self._device = open_device(device)
+        self._manifest = manifest_of(self.config, {}, tokens, DOWN, device)
+        self._imatrix: ModelImportance | None = None
+        self._path: Path | None = None
+        self._out: CalibrationFolder | None = None
+        self.coverage = 0.0
+        """Share of experts that saw a token, once `finish` has been called."""
+        self._entering: Tensor | None = None
+
+    def bind(self, source: Mapping[str, Any], imatrix: ModelImportance | None) -> None:
+        """Take the source's {origin, files}, and the imatrix that stands behind moments of too few tokens."""
+        self._manifest = {**self._manifest, "source": dict(source)}
+        self._imatrix = imatrix
+
+    @property
+    def disk_bytes(self) -> int:
+        """The most disk that the moments of a layer and the residual streams around it take beside the output."""
+        return inline_estimate(self.config, self._tokens.size)["disk_bytes"]
+
+    def signature(self) -> dict[str, Any]:
+        """What of it decides the built bytes, besides the source."""
+        kept = {key: self._manifest[key] for key in ("tokens", "down", "device")}
+        return {"inline": True, "torch": self._manifest["program"]["torch"], **kept}
+
+    def record(self) -> dict[str, Any]:
+        """What a file says of it, as far as it is known before the layers are through."""
+        return calibration_record("", self._manifest["tokens"], DOWN, 0.0)
+
+    def open(self, path: Path) -> None:
+        """Begin, or continue what an unfinished build left in this folder; ResumeError where it is another's."""
+        self._path = path
+        self._out = CalibrationFolder(path, dict(flatten(self._manifest)))
+        if not self._out.journal.done:
+            # Read before the build releases the embeddings, and kept until the first layer has run.
+            self._entering = enter(self._source, self.config, self._out, self._tokens, 0)
+
+    def close(self) -> None:
+        """Let go of the folder, which stays for the next run."""
+        if self._out is not None:
+            self._out.journal.close()
+            self._out = None
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        self.close()
+        if self._path is not None:
+            discard_folder(self._path)
+
+    def begin_layer(self, layer: int) -> None:
+        """Have one layer's moments ready, and no others: nothing may need those of an earlier layer any more."""
+        for earlier in range(layer):
+            self._folder.drop(earlier)
+        if layer < len(self._folder.journal.done) and not self._folder.intact(layer):
+            self._restart()
+        self._gather_up_to(layer)
+
+    def layer(self, layer: int) -> CalibratedLayer:
+        """The importances of the layer that was begun last."""
+        behind = self._imatrix.layer(layer) if self._imatrix else None
+        return self._folder.layer(layer, self.config, DOWN, self._folder.record(layer), behind)
+
+    def finish(self) -> dict[str, Any]:
+        """What a file made with it says of it, as it would of the folder of `calibrate`; all layers must be through."""
+        self._gather_up_to(self.config.num_hidden_layers - 1)
+        sha256 = hashlib.sha256(manifest_text(self._manifest, self._records)).hexdigest()
+        self.coverage = coverage_of(self.config, self._records)
+        return calibration_record(sha256, self._manifest["tokens"], DOWN, self.coverage)
+
+    @property
+    def _folder(self) -> CalibrationFolder:
+        if self._out is None:
+            raise RuntimeError("InlineCalibration.open comes first")
+        return self._out
+
+    @property
+    def _records(self) -> list[dict[str, Any]]:
+        return [self._folder.record(n) for n in range(len(self._folder.journal.done))]
+
+    def _gather_up_to(self, layer: int) -> None:
+        """Run the model to the end of `layer`, from where the last run of it stopped."""
+        for n in range(len(self._folder.journal.done), layer + 1):
+            hidden, self._entering = self._entering, None
+            if hidden is None:
+                hidden = enter(self._source, self.config, self._folder, self._tokens, n)
+            gather_layer(self._source, self.config, n, hidden.to(self._device), self._folder, DOWN)
+            if n < layer:
+                self._folder.drop(n)
+
+    def _restart(self) -> None:
+        """Begin the run of the model anew: the moments of a layer are gone that has to be encoded once more."""
+        assert self._path is not None
+        self.discard()
+        self.open(self._path)

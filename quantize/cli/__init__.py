@@ -1,0 +1,1 @@
+"""The command line: options, help and output over the Python interface."""

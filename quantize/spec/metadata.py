@@ -1,0 +1,148 @@
+"""The metadata of a file: what the engine's loader reads, and our own provenance under one key.
+
+The metadata stands before the payloads but holds values that are known only after them (hashes, exponents). It is
+therefore laid out with room for these: `template` fixes its length, `complete` fills it in without changing it.
+Pure values in, pure values out; depends on formats, recipe and plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...formats.errors import OutputError
+from ...formats.hfq.container import QuantizationHash
+from ...formats.hfq.layout import metadata_checksum
+from ...formats.minimax import ModelConfig, normalize_config
+from ...formats.strictjson import dump_object
+from .plan import PlannedTensor
+
+PROVENANCE = "mq_quant"
+SCHEMA = 1
+PRODUCER = "mq-quant"
+CHECKSUM = "xxh64"
+LAYER_ROOM = 2048
+"""Bytes kept free per layer for what the encoder reports about it, besides one such share for the file."""
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """The texts beside the weights that go into the file; what the checkpoint lacks is None."""
+
+    tokenizer: str | None = None
+    tokenizer_config: Mapping[str, Any] | None = None
+    generation_config: Mapping[str, Any] | None = None
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known when the last payload is written: hashes, what the encoder reports of each layer, and the record of
+    the calibration where there is one.
+    """
+
+    quantization_hash: str
+    checksums: Sequence[str]
+    layers: Sequence[Mapping[str, Any]]
+    calibration: Mapping[str, Any] | None = None
+
+
+def parameter_counts(config: ModelConfig, tensors: Sequence[PlannedTensor], skipped: int) -> dict[str, Any]:
+    """The informational counts; `skipped` is the number of weights of modules that are left out."""
+    kept = [t for t in tensors if t.spec]
+    total = sum(t.weights for t in kept)
+    experts = sum(t.weights for t in kept if t.spec and t.spec.role == "expert")
+    used, count = config.num_experts_per_tok, config.num_local_experts
+    active = experts * used // count
+    common = math.gcd(used, count)
+    return {
+        "schema": "hipfire.parameter_counts.v1",
+        "total_params": total,
+        "source_total_params": total + skipped,
+        "active_params": total - experts + active,
+        "effective_params": total,
+        "quantized_params": sum(t.weights for t in kept if t.format.group > 1),
+        "skipped_params": skipped,
+        "moe": {
+            "num_experts": count,
+            "num_experts_per_tok": used,
+            "routed_expert_params": experts,
+            "routed_expert_active_params": active,
+            "active_rule": "num_experts_per_tok / num_experts",
+            "routed_active_fraction": {"numerator": used // common, "denominator": count // common},
+        },
+    }
+
+
+def _tokenizer_config(side: SideFiles) -> dict[str, Any]:
+    out = dict(side.tokenizer_config or {})
+    if side.chat_template is not None and not out.get("chat_template"):
+        out["chat_template"] = side.chat_template
+    return out
+
+
+def template(
+    raw_config: Mapping[str, Any],
+    side: SideFiles,
+    config: ModelConfig,
+    tensors: Sequence[PlannedTensor],
+    provenance: Mapping[str, Any],
+    skipped_params: int = 0,
+) -> dict[str, Any]:
+    """The metadata with the length it will have; `provenance` is everything of it that is known before the work."""
+    blank = Outcome("0" * 16, ["0" * 16] * len(tensors), [])
+    room = " " * (LAYER_ROOM * (config.num_hidden_layers + 1))
+    metadata: dict[str, Any] = {
+        "architecture": "minimax_m2",
+        "config": normalize_config(raw_config),
+        **({"tokenizer": side.tokenizer} if side.tokenizer is not None else {}),
+        "tokenizer_config": _tokenizer_config(side),
+        "generation_config": dict(side.generation_config) if side.generation_config is not None else None,
+        "quantization_hash": _hash_record(blank, tensors),
+        "parameter_counts": parameter_counts(config, tensors, skipped_params),
+        PROVENANCE: {"schema": SCHEMA, **provenance, **_outcome(blank), "reserved": room},
+    }
+    metadata[PROVENANCE]["metadata_checksum"] = metadata_checksum(metadata)
+    return metadata
+
+
+def _hash_record(outcome: Outcome, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+    return {
+        **QuantizationHash().record(PRODUCER),
+        "value": outcome.quantization_hash,
+        "tensor_count": len(tensors),
+        "payload_bytes": sum(t.nbytes for t in tensors),
+    }
+
+
+def _outcome(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "layers": [dict(layer) for layer in outcome.layers],
+        "checksums": {
+            "algorithm": CHECKSUM,
+            "order": "as in the index",
+            "values": "".join(outcome.checksums),
+        },
+    }
+
+
+def complete(laid_out: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """The finished metadata, of exactly the template's length.
+
+    Raises OutputError where the layers' reports do not fit into the room that was kept for them.
+    """
+    calibration = {} if outcome.calibration is None else {"calibration": dict(outcome.calibration)}
+    provenance = {**laid_out[PROVENANCE], **calibration, **_outcome(outcome)}
+    done = {
+        **laid_out,
+        "quantization_hash": {**laid_out["quantization_hash"], "value": outcome.quantization_hash},
+        PROVENANCE: {**provenance, "reserved": ""},
+    }
+    spare = len(dump_object(laid_out)) - len(dump_object(done))
+    if spare < 0:
+        raise OutputError(
+            f"the encoder's reports take {-spare} bytes more than the file's layout keeps for them"
+        )
+    return {**done, PROVENANCE: {**provenance, "reserved": " " * spare}}

@@ -1,0 +1,156 @@
+"""From `--source`, `--tier` and `--recipe` to the recipe and the model's files: folder, hub repository or `tiny`.
+
+Depends on formats (checkpoint, hub), recipe, metadata and tiny; heavy readers are imported only where they are needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...formats.checkpoint import source as checkpoint
+from ...formats.errors import CheckpointError, ConfigError, RecipeError
+from ...formats.minimax import normalize_config
+from ...formats.strictjson import JsonError, parse_object
+from .metadata import SideFiles
+from .recipe import DEFAULT_MODEL, Model, Recipe, Source, load_model, load_recipe, load_tier
+
+TINY = "tiny"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"[^\w.-]+")
+
+
+def choose_recipe(tier: str | None, path: Path | None, source: str | None) -> Recipe:
+    """The recipe of `--tier` or `--recipe`; with a source of another name it is retargeted to that source.
+
+    Raises RecipeError where neither or both are given.
+    """
+    if (tier is None) == (path is None):
+        raise RecipeError("give either --tier or --recipe", hint="mq-quant tiers lists the tiers")
+    if path is not None:
+        recipe = load_recipe(path)
+    else:
+        assert tier is not None
+        recipe = load_tier(tier, TINY if source == TINY else DEFAULT_MODEL)
+    return recipe if source is None else retarget(recipe, source)
+
+
+def retarget(recipe: Recipe, source: str) -> Recipe:
+    """The recipe for another source: its own model's place is left as it is, anything else replaces the model."""
+    if source == recipe.model.source.place:
+        return recipe
+    if source == TINY:
+        return recipe.model_copy(update={"model": load_model(TINY), "quantization_hash": None})
+    local = local_folder(source)
+    name = local.resolve().name if local else source.split("/")[-1]
+    where = Source(folder=str(local)) if local else Source(repository=source)
+    model = Model(name=_NAME.sub("-", name) or "model", source=where)
+    return recipe.model_copy(update={"model": model, "quantization_hash": None})
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a plan needs to know of a model: its config.json and the texts that go into the file.
+
+    `complete` is false where the texts are not at hand, so that metadata sizes are a little too small.
+    """
+
+    config: Mapping[str, Any]
+    side: SideFiles
+    complete: bool
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint; ConfigError where it is unreadable or not an object."""
+    try:
+        return parse_object(path.read_bytes())
+    except OSError as e:
+        raise ConfigError(f"cannot be read: {e.strerror}", file=path) from None
+    except JsonError as e:
+        raise ConfigError(str(e), file=path) from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot be read as UTF-8 text: {e}", file=path) from None
+
+
+def side_files(find: Callable[[str], Path | None]) -> SideFiles:
+    """The texts beside the weights, `find` giving their paths; tokenizer.json is kept as text, byte for byte."""
+
+    def text(name: str) -> str | None:
+        path = find(name)
+        return read_text(path) if path else None
+
+    def document(name: str) -> dict[str, Any] | None:
+        path = find(name)
+        return read_json(path) if path else None
+
+    tokenizer = text("tokenizer.json")
+    if tokenizer is not None:
+        document("tokenizer.json")
+    return SideFiles(
+        tokenizer,
+        document("tokenizer_config.json"),
+        document("generation_config.json"),
+        text("chat_template.jinja"),
+    )
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder that a source names on this machine (the tiny one is made on first use), or None for the hub.
+
+    Raises CheckpointError where it is neither a folder nor a repository's name.
+    """
+    if source == TINY:
+        from ..tiny.checkpoint import ensure_tiny
+
+        return ensure_tiny()
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file() and path.name == "config.json":
+        return path.parent
+    if _REPOSITORY.fullmatch(source) and not source.startswith((".", "/")):
+        return None
+    near = difflib.get_close_matches(source, [TINY], n=1)
+    raise CheckpointError(
+        f"no such folder: {source}",
+        hint=f"--source takes a folder, a hub repository (owner/name) or {TINY!r}"
+        + (f"; did you mean {near[0]!r}?" if near else ""),
+    )
+
+
+def open_place(place: str, revision: str | None, shard_cache: int, scratch: Path | None) -> checkpoint.Source:
+    """The checkpoint in a folder or a hub repository, its inventory unchecked; streamed shards lie in `scratch`."""
+    folder = local_folder(place)
+    if folder is not None:
+        return checkpoint.open_checkpoint(folder)
+    from ...formats.checkpoint.streamed import open_hub
+
+    return open_hub(place, revision, shard_cache, scratch=scratch)
+
+
+def model_files(model: Model) -> ModelFiles:
+    """Config and texts for planning: the recipe's own config where it has one, so that no network is needed."""
+    if model.config is not None:
+        return ModelFiles(normalize_config(model.config), SideFiles(), False)
+    folder = local_folder(model.source.place)
+    if folder is None:
+        assert model.source.repository is not None
+        from ...formats.checkpoint.streamed import fetch_side_files
+
+        folder = fetch_side_files(model.source.repository, model.source.revision)
+    raw = read_json(folder / "config.json")
+
+    def find(name: str) -> Path | None:
+        return folder / name if (folder / name).is_file() else None
+
+    side = side_files(find)
+    return ModelFiles(raw, side, side.tokenizer is not None)

@@ -1,0 +1,174 @@
+"""The plan: every tensor's format, size and place in the file, fixed from the config before a weight is read.
+
+Pure arithmetic over recipe and config, refusing what the engine cannot run. Depends on formats and recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...formats.blocks import BY_NAME, EXPERT_FORMATS, Format
+from ...formats.errors import RecipeError, WeightError
+from ...formats.hfq.container import TensorMeta, layout
+from ...formats.minimax import PROJECTIONS, ModelConfig, TensorSpec, awq_scale_name, inventory
+from ...formats.strictjson import dump_object
+from .recipe import Recipe
+
+SIDECAR = BY_NAME["F16"]
+ROW_WEIGHTS = 1 << 24
+"""Embeddings of more weights than this are encoded some rows at a time (64 MiB of f32)."""
+BASE_MEMORY = 900 << 20
+COPIES = 7
+_ALLOWED = {
+    "norm": ({1, 2}, "norms must be F16 or F32"),
+    "bias": ({1, 2}, "the routing bias must be F16 or F32"),
+    "router": ({3}, "the engine's kernel for an F16 router gives wrong logits, so it must be Q8F16"),
+    "expert": (EXPERT_FORMATS, "the engine runs experts only in MQ4, MQ6, MQ2-Lloyd and MQ3-Lloyd"),
+    "embed": ({3}, "embeddings must be Q8F16"),
+    "lm_head": ({3}, "lm_head must be Q8F16"),
+    "attn": ({3}, "attention must be Q8F16: its inputs are not rotated"),
+}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the file; `start` counts from the first payload byte, `spec` is None for an AWQ sidecar."""
+
+    name: str
+    format: Format
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+    layer: int | None
+    spec: TensorSpec | None
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    def meta(self) -> TensorMeta:
+        return TensorMeta(self.name, self.format.quant_type, self.shape, self.format.group_size, self.nbytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole file; the metadata before `data_offset` has room for what is known only at the end."""
+
+    recipe: Recipe
+    config: ModelConfig
+    tensors: tuple[PlannedTensor, ...]
+    data_offset: int
+    total_bytes: int
+    metadata_bytes: int
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.total_bytes - self.data_offset
+
+    def digest(self) -> str:
+        """A hash of every tensor's name, format, shape and place, and of the total size."""
+        rows = [[t.name, t.format.quant_type, t.shape, t.start, t.nbytes] for t in self.tensors]
+        return hashlib.sha256(json.dumps([rows, self.total_bytes]).encode()).hexdigest()
+
+
+def _check(recipe: Recipe, spec: TensorSpec, fmt: Format) -> None:
+    allowed, why = _ALLOWED[spec.role]
+    if fmt.quant_type not in allowed:
+        raise RecipeError(
+            f"the recipe for {recipe.tier} gives it {fmt.name}",
+            tensor=spec.name,
+            hint=f"{why}; change its rule",
+        )
+    if spec.shape[-1] % fmt.group:
+        raise WeightError(
+            f"its rows of {spec.shape[-1]} weights do not fill groups of {fmt.group} in {fmt.name}",
+            tensor=spec.name,
+        )
+
+
+def _check_layers(recipe: Recipe, tensors: Iterable[PlannedTensor]) -> None:
+    first: dict[tuple[int | None, bool], PlannedTensor] = {}
+    for t in tensors:
+        if t.spec is None or t.spec.role != "expert":
+            continue
+        model = first.setdefault((t.layer, t.spec.projection == "w2"), t)
+        if t.format != model.format:
+            raise RecipeError(
+                f"the recipe for {recipe.tier} gives it {t.format.name}, and {model.name} {model.format.name}",
+                tensor=t.name,
+                hint="the engine reads the format of a layer's gate/up and down from expert 0: keep them equal",
+            )
+
+
+_Row = tuple[str, Format, tuple[int, ...], int | None, TensorSpec | None]
+
+
+def _rows(recipe: Recipe, config: ModelConfig) -> Iterator[_Row]:
+    """Every tensor in file order: the inventory, with each layer's AWQ sidecar before its first expert."""
+    for spec in inventory(config):
+        if spec.role == "expert" and (spec.expert, spec.projection) == (0, PROJECTIONS[0]):
+            assert spec.layer is not None
+            yield awq_scale_name(spec.layer), SIDECAR, (config.hidden_size,), spec.layer, None
+        fmt = recipe.format_of(spec.name)
+        _check(recipe, spec, fmt)
+        yield spec.name, fmt, spec.shape, spec.layer, spec
+
+
+def plan_tensors(recipe: Recipe, config: ModelConfig) -> tuple[PlannedTensor, ...]:
+    """Every tensor of the file with its format, size and start.
+
+    Raises RecipeError where a format is one that the engine cannot run, WeightError where rows do not fill groups.
+    """
+    out: list[PlannedTensor] = []
+    start = 0
+    for name, fmt, shape, layer, spec in _rows(recipe, config):
+        out.append(PlannedTensor(name, fmt, shape, start, fmt.nbytes(math.prod(shape)), layer, spec))
+        start += out[-1].nbytes
+    _check_layers(recipe, out)
+    return tuple(out)
+
+
+def make_plan(
+    recipe: Recipe, config: ModelConfig, tensors: tuple[PlannedTensor, ...], metadata: Mapping[str, Any]
+) -> Plan:
+    """Lay the file out; `metadata` must already have the length that it will have in the finished file."""
+    laid = layout(metadata, [t.meta() for t in tensors])
+    return Plan(recipe, config, tensors, laid.data_offset, laid.total_bytes, len(dump_object(metadata)))
+
+
+def summary(plan: Plan, jobs: int) -> dict[str, Any]:
+    """What `mq-quant plan --json` prints."""
+    by_format: dict[str, dict[str, int]] = {}
+    for t in plan.tensors:
+        row = by_format.setdefault(t.format.name, {"tensors": 0, "weights": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["weights"] += t.weights
+        row["bytes"] += t.nbytes
+    return {
+        "tier": plan.recipe.tier,
+        "model": plan.recipe.model.name,
+        "total_bytes": plan.total_bytes,
+        "payload_bytes": plan.payload_bytes,
+        "metadata_bytes": plan.metadata_bytes,
+        "tensor_count": len(plan.tensors),
+        "by_format": by_format,
+        "peak_memory_bytes": peak_memory(plan, jobs),
+    }
+
+
+def peak_memory(plan: Plan, jobs: int) -> int:
+    """An estimate of the build's peak resident memory in bytes.
+
+    Each worker holds one expert (or one piece of a plain tensor) as f32 with the encoder's copies of it; the
+    interpreter and its libraries, and the importance of two layers, come on top.
+    """
+    c = plan.config
+    expert = 3 * c.hidden_size * c.intermediate_size
+    plain = max(min(t.weights, ROW_WEIGHTS) for t in plan.tensors)
+    importance = 2 * c.num_local_experts * (2 * c.hidden_size + c.intermediate_size) * 8
+    return BASE_MEMORY + importance + 4 * COPIES * max(expert, plain) * jobs

@@ -1,0 +1,241 @@
+"""Recipes: the YAML files that say what a tier is. A schema, a safe loader, and errors that suggest the right key.
+
+A recipe names a model (source, imatrix, config) and gives, by the first matching rule, the format of every tensor,
+the fit, the AWQ settings and the bar that `verify` holds the file to. Depends on formats, pydantic and PyYAML; opens
+nothing but the recipe files themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from functools import lru_cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ...formats.blocks import BY_NAME, Format
+from ...formats.errors import RecipeError
+
+DEFAULT_MODEL = "minimax-m2.7"
+MODEL_FILE = "model.yaml"
+MAX_BYTES = 1 << 20
+Fit = Literal["reference", "exact", "hessian"]
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as e:
+        raise ValueError(f"is not a regular expression: {e}") from None
+    return text
+
+
+def _format(name: str) -> str:
+    if name not in BY_NAME:
+        raise ValueError(f"is not a block format; there are {', '.join(BY_NAME)}")
+    return name
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(_Strict):
+    """Where the weights come from: a hub repository, the built-in checkpoint `tiny`, or a folder on this machine."""
+
+    repository: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+    shards: int | None = Field(default=None, ge=1)
+    """About how many shards a repository has, for planning the disk without asking the hub."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.repository is None) == (self.folder is None):
+            raise ValueError("needs either repository or folder")
+        return self
+
+    @property
+    def place(self) -> str:
+        return self.repository or self.folder or ""
+
+
+class ImatrixRef(_Strict):
+    """The imatrix that belongs to a model: a file of a hub repository, or, without one, of the source itself."""
+
+    file: str
+    repository: str | None = None
+    revision: str | None = None
+
+
+class Model(_Strict):
+    """One model: its name (which names the output), source, imatrix, and the config for planning offline."""
+
+    name: str
+    source: Source
+    imatrix: ImatrixRef | None = None
+    config: dict[str, Any] | None = None
+
+
+class Rule(_Strict):
+    """The format of all tensors whose name holds `tensors` (a regular expression) and that no rule before took."""
+
+    tensors: Annotated[str, AfterValidator(_pattern)]
+    format: Annotated[str, AfterValidator(_format)]
+
+
+class Awq(_Strict):
+    """Exponents of the gate/up scale (`search`: one per layer) and of down's scale folded into up (0: none)."""
+
+    alpha: float | Literal["search"] = "search"
+    fold_down: float = Field(default=0.0, ge=0, le=1)
+
+
+class Thresholds(_Strict):
+    """What `verify` demands of a file of this tier; a bar that is absent is not judged."""
+
+    cosine_mean: float | None = Field(default=None, ge=0, le=1)
+    cosine_min: float | None = Field(default=None, ge=0, le=1)
+    kld_mean: float | None = Field(default=None, ge=0)
+    top1: float | None = Field(default=None, ge=0, le=1)
+    routing: float | None = Field(default=None, ge=0, le=1)
+    coherence: bool = False
+
+
+class Recipe(_Strict):
+    """A validated tier."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    tier: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str
+    model: Model
+    rules: tuple[Rule, ...] = Field(min_length=1, strict=False)
+    fit: Fit = "hessian"
+    gain: bool = True
+    awq: Awq = Awq()
+    verify: Thresholds = Thresholds()
+    quantization_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{16}$")
+
+    def format_of(self, name: str) -> Format:
+        """The format of one tensor; RecipeError where no rule matches."""
+        for rule in self.rules:
+            if _compiled(rule.tensors).search(name):
+                return BY_NAME[rule.format]
+        raise RecipeError(
+            f"no rule of the recipe for {self.tier} matches",
+            tensor=name,
+            hint="end the rules with {tensors: '.*', format: Q8F16}",
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain JSON values, without what does not decide the bytes, and without local paths."""
+        return self.model_dump(mode="json", by_alias=True, exclude=_NOT_RESOLVED)
+
+
+_NOT_RESOLVED: Any = {
+    "verify": True,
+    "quantization_hash": True,
+    "model": {"config": True, "source": {"folder", "shards"}},
+}
+_compiled = lru_cache(maxsize=256)(re.compile)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Traversable | Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as f:
+            text = f.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise RecipeError(f"cannot be read: {e.strerror}", file=str(path)) from None
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"is larger than {MAX_BYTES} bytes, so it is no recipe", file=str(path))
+    try:
+        document = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise RecipeError(f"is not valid YAML: {e}", file=str(path)) from None
+    if not isinstance(document, dict):
+        raise RecipeError("is not a mapping of keys", file=str(path))
+    return document
+
+
+def _field_names() -> set[str]:
+    models = (Recipe, Model, Source, ImatrixRef, Rule, Awq, Thresholds)
+    return {field.alias or name for model in models for name, field in model.model_fields.items()}
+
+
+def _complaint(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    near = difflib.get_close_matches(str(error["loc"][-1]), _field_names(), n=1)
+    return f"unknown key {where}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def parse_recipe(document: dict[str, Any], where: str) -> Recipe:
+    """Validate a recipe document whose `model` is a bundled model's name or written out; RecipeError otherwise."""
+    name = document.get("model")
+    if isinstance(name, str):
+        if name not in models():
+            raise RecipeError(f"there is no model {name!r}; there are {', '.join(models())}", file=where)
+        document = {**document, "model": _read(_root() / name / MODEL_FILE)}
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as e:
+        raise RecipeError("; ".join(_complaint(error) for error in e.errors()), file=where) from None
+
+
+def _root() -> Traversable:
+    return files(__name__.removesuffix("quantize.spec.recipe") + "recipes")
+
+
+def models() -> list[str]:
+    """The names of the models that recipes are bundled for."""
+    return sorted(entry.name for entry in _root().iterdir() if (entry / MODEL_FILE).is_file())
+
+
+def tiers(model: str = DEFAULT_MODEL) -> list[str]:
+    """The tiers bundled for a model."""
+    names = (entry.name for entry in (_root() / model).iterdir())
+    return sorted(
+        name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name != MODEL_FILE
+    )
+
+
+def load_model(name: str) -> Model:
+    """A bundled model."""
+    return Model.model_validate(_read(_root() / name / MODEL_FILE))
+
+
+def load_tier(tier: str, model: str = DEFAULT_MODEL) -> Recipe:
+    """The bundled recipe of a tier; RecipeError, with the nearest name, where there is none."""
+    if tier not in tiers(model):
+        near = difflib.get_close_matches(tier, tiers(model), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"there is no tier {tier!r}", hint=f"{hint}There are {', '.join(tiers(model))}.")
+    path = bundled_path(tier, model)
+    return parse_recipe(_read(path), str(path))
+
+
+def bundled_path(tier: str, model: str) -> Path:
+    """The file of a bundled tier."""
+    return Path(str(_root() / model / f"{tier}.yaml"))
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a file of the user's; RecipeError where it does not follow the schema."""
+    return parse_recipe(_read(path), str(path))

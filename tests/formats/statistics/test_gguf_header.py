@@ -1,0 +1,58 @@
+"""The bounded walk over GGUF headers: it accepts what the gguf package writes, and stops at the first lie."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+from mq_quant.formats.statistics.gguf_header import ELEMENT_LIMIT, check_gguf_header
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A file with a key of every type and tensors of one to four dimensions."""
+    writer = GGUFWriter(tmp_path / "x.gguf", "imatrix")
+    for kind in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"):
+        getattr(writer, f"add_{kind}")(f"a.{kind}", 7)
+    writer.add_float32("a.f32", 0.5)
+    writer.add_float64("a.f64", 0.5)
+    writer.add_bool("a.bool", True)
+    writer.add_string("a.string", "ü" * 100)
+    writer.add_array("a.numbers", [1, 2, 3])
+    writer.add_array("a.strings", ["x", "", "yz"])
+    for n in range(1, 5):
+        writer.add_tensor(f"t{n}", np.zeros((2,) * n, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "x.gguf"
+
+
+def test_accepts_every_type(written: Path) -> None:
+    check_gguf_header(written)
+
+
+def test_refuses_every_cut_of_the_header(written: Path) -> None:
+    whole = written.read_bytes()
+    header = whole.index(b"t4") + 2 + 4 + 4 * 8 + 4 + 8
+    check_gguf_header(written)
+    for length in range(header):
+        written.write_bytes(whole[:length])
+        with pytest.raises(ValueError):
+            check_gguf_header(written)
+
+
+def test_array_elements_add_up(tmp_path: Path) -> None:
+    """Many arrays below the limit are together above it."""
+    one = (
+        struct.pack("<Q", 1)
+        + b"%c"
+        + struct.pack("<IIQ", 9, 0, ELEMENT_LIMIT // 2)
+        + bytes(ELEMENT_LIMIT // 2)
+    )
+    keys = [one.replace(b"%c", name, 1) for name in (b"a", b"b", b"c")]
+    (tmp_path / "x").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 3) + b"".join(keys))
+    with pytest.raises(ValueError, match="arrays hold more than"):
+        check_gguf_header(tmp_path / "x")

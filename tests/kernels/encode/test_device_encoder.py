@@ -1,0 +1,133 @@
+"""The device's encoder gives the bytes of the CPU's: every format, fit and kind of Hessian, on hostile rows too."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hostile_rows import HOSTILE, IMPORTANCES
+from lanes_problem import heavy_rows, unequal_weights
+from mq_quant.formats.blocks import BY_NAME, MQ2_LLOYD, MQ4
+from mq_quant.formats.errors import BackendError
+from mq_quant.formats.fwht import rotate, unrotate
+from mq_quant.kernels.encode import device_encoder as encoder_module
+from mq_quant.kernels.encode.device_encoder import Encoder, HostHessian, gaussian_bounds
+from mq_quant.lloyd import encode
+from mq_quant.lloyd.codes import descent
+from mq_quant.lloyd.encode import encode_rotated
+from mq_quant.lloyd.hessian.row import RowHessian, from_moment, from_weights
+from mq_quant.lloyd.levels import affine, kmeans
+from mq_quant.quantize.encode.encoders import on_device
+
+FORMATS = [f for f in BY_NAME.values() if f.rotated]
+K = 512
+KINDS = ("none", "unequal", "nearly equal", "dense")
+
+
+@pytest.fixture(scope="module")
+def encoder(backend):
+    return Encoder(backend)
+
+
+@cache
+def weights_of(kind: str) -> np.ndarray:
+    sigma = (1.0, 0.02) if kind == "nearly equal" else (1.0, 0.6)
+    return np.concatenate([unequal_weights(s, seed) for seed, s in enumerate(sigma)])
+
+
+@cache
+def moment() -> np.ndarray:
+    rng = np.random.default_rng(7)
+    x = rng.standard_t(5, (900, K)) @ (np.eye(K) + 0.1 * rng.standard_normal((K, K)))
+    return x.T @ x / len(x) + 0.05 * np.eye(K)
+
+
+@cache
+def hessians(kind: str) -> tuple[RowHessian | None, HostHessian | None]:
+    """A Hessian as the CPU takes it, and as the device does."""
+    if kind == "none":
+        return None, None
+    if kind == "dense":
+        found = from_moment(moment())
+        return found, on_device(found)
+    return from_weights(weights_of(kind)), on_device(weights_of(kind))
+
+
+def assert_equal_bytes(encoder: Encoder, weights: np.ndarray, fmt, kind: str, gain: float = 1.0) -> None:
+    host, device = hessians(kind)
+    fit = "hessian" if host else "exact"
+    want = encode_rotated(rotate(weights), fmt, fit, host, gain)
+    np.testing.assert_array_equal(encoder.encode(weights, fmt, fit, None, device, gain), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_bytes_are_those_of_the_cpu(encoder, fmt, kind):
+    """45 rows: tiles of 32 and blocks of 8 are cut short."""
+    assert_equal_bytes(encoder, unrotate(heavy_rows(45, K)), fmt, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_hostile_rows_give_the_same_bytes(encoder, fmt, kind):
+    """All kinds in one matrix, so that each has the others for neighbours; in the rotated basis and before it."""
+    rows = np.concatenate([np.tile(rows[:3], 2) for rows in HOSTILE.values()]).astype(np.float32)
+    few = np.round(np.float32(heavy_rows(11, K)))
+    for weights, gain in (
+        (rows, 1),
+        (unrotate(rows), 1),
+        (unrotate(few), 0),
+        (few[:, ::-1], 0),
+        (few, 0.9375),
+    ):
+        with np.errstate(all="ignore"):
+            assert_equal_bytes(encoder, np.ascontiguousarray(weights), fmt, kind, gain)
+
+
+@pytest.mark.parametrize("fmt", [MQ2_LLOYD, MQ4], ids=lambda f: f.name)
+@pytest.mark.parametrize("kind", IMPORTANCES)
+def test_hostile_importances_give_the_same_bytes(encoder, fmt, kind):
+    rows, weights = unrotate(heavy_rows(9)), IMPORTANCES[kind]
+    want = encode_rotated(rotate(rows), fmt, "hessian", from_weights(weights))
+    hessian = on_device(weights)
+    np.testing.assert_array_equal(encoder.encode(rows, fmt, "hessian", None, hessian), want)
+    assert hessian.notes == from_weights(weights).notes
+
+
+def test_a_scale_is_applied_before_the_rotation(encoder, rng):
+    weights, scale = heavy_rows(5, K), rng.uniform(0.1, 9, K).astype(np.float32)
+    want = encode_rotated(rotate(weights * scale), MQ2_LLOYD, "exact")
+    np.testing.assert_array_equal(encoder.encode(weights, MQ2_LLOYD, "exact", scale), want)
+
+
+def test_one_encoder_serves_matrices_of_any_shape_and_many_hessians(encoder):
+    for seed, width in enumerate((256, 1024, 512, 256, 768)):
+        weights = unequal_weights(0.7, seed, width)
+        rows = unrotate(heavy_rows(3 + seed, width, seed))
+        want = encode_rotated(rotate(rows), MQ2_LLOYD, "hessian", from_weights(weights))
+        hessian = on_device(weights)
+        for _ in range(2):
+            got = encoder.encode(rows, MQ2_LLOYD, "hessian", None, hessian)
+            np.testing.assert_array_equal(got, want)
+
+
+def test_no_rows_are_no_bytes(encoder):
+    assert encoder.encode(np.empty((0, K), np.float32), MQ4, "exact").shape == (0,)
+
+
+def test_the_engines_own_fit_is_refused(encoder):
+    with pytest.raises(BackendError, match="'reference' does not run on a device"):
+        encoder.encode(heavy_rows(1), MQ4, "reference")
+
+
+def test_constants_are_those_of_the_cpu():
+    for count in (4, 8, 16):
+        np.testing.assert_array_equal(gaussian_bounds(count), kmeans.gaussian_bounds(count))
+    np.testing.assert_array_equal(encoder_module.BOTH_ENDS, np.float32(affine.BOTH_ENDS))
+    np.testing.assert_array_equal(encoder_module.ONE_END, np.float32(affine.ONE_END))
+    assert encoder_module.REFINE_STEPS == affine.STEPS
+    assert encoder_module.ROUNDS == encode.ROUNDS
+    assert (encoder_module.SWEEPS, np.float32(encoder_module.SHAKE)) == (descent.SWEEPS, descent.SHAKE)
+    signs = encoder_module.shake_signs(encode.ROUNDS)
+    np.testing.assert_array_equal(signs.reshape(-1), encode.SHAKES.reshape(-1))

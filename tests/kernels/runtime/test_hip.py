@@ -1,0 +1,161 @@
+"""The hip back end where there is no AMD GPU: what is missing is named, and its calls follow HIP's conventions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mq_quant.formats.errors import BackendError
+from mq_quant.kernels.forward import ops
+from mq_quant.kernels.runtime import hip
+from mq_quant.kernels.runtime.gpu import device_count
+from mq_quant.kernels.runtime.hip import DRIVER, HipBackend
+from mq_quant.kernels.runtime.sources import Module, Sources
+
+HERE = Path(__file__).parent
+VECTOR = Module("vector.hip")
+
+
+def backend_with(*libraries):
+    return type("OtherHip", (HipBackend,), {"driver": replace(DRIVER, libraries=libraries)})
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory):
+    """A stand-in for libamdhip64 (fake_hip.c), because no machine of the tests has ROCm."""
+    library = tmp_path_factory.mktemp("hip") / "libamdhip64.so"
+    compiler = os.environ.get("CC", "cc")
+    command = [compiler, "-shared", "-fPIC", "-w", str(HERE / "fake_hip.c"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return str(library)
+
+
+@pytest.fixture
+def hipcc(monkeypatch, tmp_path):
+    """A hipcc that notes its arguments and writes what the stand-in takes for code."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "bin").mkdir()
+    tool, log = tmp_path / "bin" / "hipcc", tmp_path / "log"
+    tool.write_text(
+        f'#!/bin/sh\necho "$@" >>{log}\n'
+        '[ "$1" = --version ] && { echo "HIP version: 6.4"; exit; }\n'
+        'while [ "$1" != -o ]; do shift; done\ngrep -q nonsense "$3" && { echo "k.hip: nonsense" >&2; exit 1; }\n'
+        'printf code >"$2"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    hip._hipcc_version.cache_clear()
+    return log
+
+
+def test_a_machine_without_rocm_is_told_so():
+    kind = backend_with("libno-such-hip.so.9", "libno-such-hip.so.8")
+    assert not kind.available()
+    with pytest.raises(
+        BackendError, match=r"finds no driver: libno-such-hip\.so\.9 does not load\n  install the AMD"
+    ):
+        kind()
+
+
+def test_the_library_is_looked_for_under_every_name():
+    assert DRIVER.libraries == (
+        "libamdhip64.so",
+        "libamdhip64.so.7",
+        "libamdhip64.so.6",
+        "libamdhip64.so.5",
+    )
+
+
+def test_a_machine_without_an_amd_gpu_is_told_so(runtime, monkeypatch):
+    monkeypatch.setenv("FAKE_HIP_DEVICES", "0")
+    assert device_count(backend_with(runtime).driver) == 0
+    with pytest.raises(BackendError, match="finds no AMD GPU\n  use --backend cpu"):
+        backend_with(runtime)()
+
+
+@pytest.mark.parametrize(
+    ("properties", "arch"),
+    [
+        (b"AMD Radeon 8060S\0" + b"\0" * 900 + b"gfx1151\0", "gfx1151"),
+        (b"AMD Instinct MI300X\0\x01\x02gfx942:sramecc+:xnack-\0\0", "gfx942:sramecc+:xnack-"),
+        (b"gfx90a:sramecc+:xnack-\0", "gfx90a:sramecc+:xnack-"),
+    ],
+)
+def test_the_architecture_is_found_wherever_the_properties_hold_it(properties, arch):
+    assert hip.architecture(properties) == arch
+
+
+def test_properties_without_an_architecture_are_refused():
+    with pytest.raises(BackendError, match="does not say which architecture"):
+        hip.architecture(b"\0" * 1472)
+
+
+def test_without_a_compiler_both_that_would_do_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ROCM_PATH", str(tmp_path))
+    monkeypatch.setattr(hip, "HIPRTC", replace(hip.HIPRTC, libraries=("libno-such-rtc.so",)))
+    with pytest.raises(BackendError, match=r"neither hipcc nor libhiprtc\n  install ROCm's hipcc"):
+        hip.compile_module(Sources(), VECTOR, "gfx1151")
+
+
+def test_hipcc_is_found_under_rocm_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ROCM_PATH", str(tmp_path))
+    assert hip.find_hipcc() is None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "hipcc").write_text("")
+    assert hip.find_hipcc() == str(tmp_path / "bin" / "hipcc")
+
+
+def test_hipcc_runs_once_for_a_source_and_architecture(hipcc):
+    for arch in ("gfx1151", "gfx1151", "gfx1100"):
+        assert hip.compile_module(Sources(), Module("matrix.hip", "MQ2-Lloyd"), arch) == b"code"
+    lines = [line for line in hipcc.read_text().splitlines() if "--version" not in line]
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "--genco --offload-arch=gfx1151 -O3 -std=c++17 -ffp-contract=off -DFORMAT=MQ2_Lloyd -o "
+    )
+
+
+def test_what_hipcc_says_is_shown(hipcc, tmp_path):
+    (tmp_path / "k.hip").write_text('#include "device.h"\nKERNEL(32) k(int n) { nonsense; }\n')
+    with pytest.raises(BackendError, match=r"k\.hip does not compile with hipcc:\nk\.hip: nonsense"):
+        hip.compile_module(Sources(tmp_path), Module("k.hip"), "gfx1151")
+
+
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_a_launch_passes_its_arguments_as_hip_takes_them(runtime, hipcc, own_stream):
+    with backend_with(runtime)(own_stream=own_stream) as gpu:
+        assert (gpu.name, gpu.arch, gpu.device) == ("hip", "gfx1151", "Fake Radeon (gfx1151)")
+        h, x = gpu.upload(np.arange(300, dtype=np.float32)), gpu.upload(np.full(300, 0.5, np.float32))
+        ops.add(gpu, h, x)
+        assert np.array_equal(gpu.download(h), np.arange(300, dtype=np.float32) + np.float32(0.5))
+        gpu.copy(x, h)
+        assert np.array_equal(gpu.download(x), gpu.download(h))
+        assert gpu.seconds_between(gpu.mark(), gpu.mark()) == pytest.approx(0.002)
+
+
+def test_page_locked_memory_is_plain_memory_to_numpy(runtime):
+    with backend_with(runtime)() as gpu:
+        memory = gpu.pinned(64)
+        memory[:] = np.arange(64)
+        target = gpu.alloc((64,), np.uint8)
+        gpu.write(target, memory)
+        out = gpu.download(target, gpu.pinned(64))
+        assert out.sum() == np.arange(64).sum()
+        with pytest.raises(BackendError, match=r"uint8\(64,\) cannot be read into int8\(64,\)"):
+            gpu.download(target, out.view(np.int8))
+
+
+def test_memory_is_pooled_and_errors_are_in_the_drivers_words(runtime):
+    with backend_with(runtime)() as gpu:
+        address = gpu.alloc((100,), np.float32).address
+        assert gpu.alloc((110,), np.float32).address == address
+        with pytest.raises(
+            BackendError, match=r"hipMalloc failed on Fake Radeon \(gfx1151\): out of memory \(2\)"
+        ):
+            gpu.alloc((1 << 41,), np.uint8)

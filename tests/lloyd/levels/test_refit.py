@@ -1,0 +1,177 @@
+"""Moving levels under a Hessian: against the normal equations in f64, dense and diagonal, and singular systems."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from lanes_problem import EMPTY, Problem, problem
+from mq_quant.formats.fwht import SIGNS2
+from mq_quant.lloyd.group import pulled, refit_levels
+from mq_quant.lloyd.levels.refit import RIDGE, dense_equations, multiply
+from mq_quant.lloyd.simd.vec import LANES
+
+
+def refit(p: Problem, codes: np.ndarray, grid: bool, dense: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Levels f32 [K, 16] and codes after one refit."""
+    count = len(p.levels)
+    unknowns = 2 if grid else count
+    levels, codes = p.levels.copy(), codes.copy()
+    weights = EMPTY if dense else p.h.diagonal
+    ys = np.empty((256, 16), np.float32)
+    pulled(p.y, p.h.matrix, weights, SIGNS2, ys)
+    refit_levels(
+        ys,
+        codes,
+        p.h.matrix,
+        p.h.matrix.sum(),
+        weights,
+        SIGNS2,
+        grid,
+        np.empty((unknowns, 256, 16), np.float32),
+        np.empty((16, unknowns, 256), np.float32),
+        np.zeros((unknowns, unknowns, 16), np.float32),
+        np.empty((unknowns, 16), np.float32),
+        levels,
+    )
+    return levels, codes
+
+
+def columns(codes: np.ndarray, count: int, grid: bool) -> np.ndarray:
+    """A f64 [256, unknowns] of one lane."""
+    if grid:
+        return np.stack([np.ones(256), codes], axis=1)
+    return (codes[:, None] == np.arange(count)).astype(np.float64)
+
+
+def solved(p: Problem, codes: np.ndarray) -> np.ndarray:
+    """The levels that the normal equations with the ridge give, f64 [K, 16]."""
+    out = np.empty(p.levels.shape)
+    for r in range(16):
+        a = columns(codes[:, r], len(p.levels), False)
+        gram = a.T @ p.h64 @ a
+        tie = float(RIDGE) * np.trace(gram) / len(gram)
+        rhs = a.T @ p.h64 @ p.y[:, r] + tie * p.levels[:, r]
+        out[:, r] = np.linalg.solve(gram + tie * np.eye(len(gram)), rhs)
+    return out
+
+
+def some_codes(p: Problem, wrong: int = 30) -> np.ndarray:
+    """Nearest codes, some of them moved, so that there is something to refit."""
+    random = np.random.default_rng(9)
+    codes = p.nearest()
+    codes[random.choice(256, wrong, replace=False)] = random.integers(0, len(p.levels), (wrong, 16))
+    return codes
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+@pytest.mark.parametrize(("count", "sigma"), [(4, 0.0), (4, 1.0), (8, 0.6), (16, 1.0)])
+def test_levels_solve_the_normal_equations(count: int, sigma: float, dense: bool) -> None:
+    p = problem(count, sigma)
+    codes = some_codes(p)
+    levels, moved = refit(p, codes, False, dense)
+    want = solved(p, codes)
+    np.testing.assert_allclose(levels, np.sort(want, axis=0), atol=2e-3 * np.abs(want).max())
+    after = Problem(p.y, p.h, p.h64, levels)
+    assert (after.energy(moved) <= p.energy(codes) * (1 + 1e-5)).all()
+    assert after.energy(moved).sum() < 0.99 * p.energy(codes).sum()
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+@pytest.mark.parametrize(("count", "sigma"), [(16, 0.0), (16, 1.0), (64, 0.6)])
+def test_a_grid_solves_for_zero_and_scale(count: int, sigma: float, dense: bool) -> None:
+    p = problem(count, sigma, grid=True)
+    codes = p.nearest()
+    levels, same = refit(p, codes, True, dense)
+    np.testing.assert_array_equal(same, codes)
+    for r in range(16):
+        a = columns(codes[:, r].astype(np.float64), count, True)
+        zero, scale = np.linalg.solve(a.T @ p.h64 @ a, a.T @ p.h64 @ p.y[:, r])
+        np.testing.assert_allclose(
+            levels[:, r], zero + scale * np.arange(count), atol=2e-3 * np.abs(p.y).max()
+        )
+    assert (Problem(p.y, p.h, p.h64, levels).energy(codes) <= p.energy(codes) * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize(("count", "grid"), [(4, False), (16, False), (16, True)])
+def test_dense_and_diagonal_agree(count: int, grid: bool) -> None:
+    p = problem(count, 0.8, grid=grid)
+    codes = p.nearest() if grid else some_codes(p)
+    (one, one_codes), (other, other_codes) = (refit(p, codes, grid, dense) for dense in (False, True))
+    np.testing.assert_allclose(one, other, atol=1e-3 * np.abs(p.y).max())
+    np.testing.assert_array_equal(one_codes, other_codes)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+def test_levels_that_no_code_uses_stay(dense: bool) -> None:
+    p = problem(8, 0.6)
+    codes = p.nearest()
+    codes[codes == 3] = 4
+    levels, _ = refit(p, codes, False, dense)
+    assert np.isfinite(levels).all()
+    gap = np.abs(levels[:, None, :] - p.levels[None, 3:4, :]).min(axis=0)
+    assert gap.max() <= 1e-3 * np.abs(p.levels).max()
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["diagonal", "dense"])
+@pytest.mark.parametrize("grid", [False, True])
+def test_one_code_for_all_is_a_singular_system(grid: bool, dense: bool) -> None:
+    p = problem(16, 0.6, grid=grid)
+    codes = np.full((256, 16), 5, np.float32)
+    levels, moved = refit(p, codes, grid, dense)
+    assert np.isfinite(levels).all() and (np.diff(levels, axis=0) >= 0).all()
+    assert (Problem(p.y, p.h, p.h64, levels).energy(moved) <= p.energy(codes) * (1 + 1e-4)).all()
+
+
+def test_levels_that_cross_are_sorted_and_codes_follow() -> None:
+    """Codes that are the wrong way round pull the levels past each other."""
+    p = problem(4, 0.3)
+    codes = 3 - p.nearest()
+    levels, moved = refit(p, codes, False, False)
+    assert (np.diff(levels, axis=0) >= 0).all()
+    want = np.take_along_axis(solved(p, codes), codes.astype(int), axis=0)
+    got = np.take_along_axis(levels, moved.astype(int), axis=0)
+    np.testing.assert_allclose(got, want, atol=2e-3 * np.abs(p.y).max())
+
+
+def test_a_broken_lane_stays_alone() -> None:
+    p = problem(8, 0.6)
+    codes = some_codes(p)
+    want, _ = refit(p, codes, False, False)
+    broken = Problem(p.y.copy(), p.h, p.h64, p.levels)
+    broken.y[:, 3] = 0
+    got, _ = refit(broken, codes, False, False)
+    others = np.arange(16) != 3
+    np.testing.assert_array_equal(got[:, others], want[:, others])
+
+
+def test_multiply_is_minus_the_product() -> None:
+    p = problem(4, 1.0)
+    out = np.empty((256, 16), np.float32)
+    multiply(p.h.matrix, p.y, out)
+    np.testing.assert_allclose(out, -(p.h64 @ p.y.astype(np.float64)), atol=1e-4 * np.abs(p.y).max())
+
+
+@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("used", ["all", "one", "first and last"])
+def test_dense_equations_add_in_ascending_order_to_the_last_bit(count: int, used: str) -> None:
+    random = np.random.default_rng(count)
+    mix = random.standard_normal((256, 300)).astype(np.float32)
+    h = np.ascontiguousarray(mix @ mix.T / 300, np.float32)
+    allowed = {"all": np.arange(count), "one": np.array([1]), "first and last": np.array([0, count - 1])}[
+        used
+    ]
+    codes = allowed[random.integers(0, len(allowed), (256, LANES))].astype(np.float32)
+    pulled = random.standard_normal((256, LANES)).astype(np.float32)
+    gram, rhs = np.full((count, count, LANES), np.nan, np.float32), np.empty((count, LANES), np.float32)
+    dense_equations(pulled, codes, h, np.empty((LANES, count, 256), np.float32), gram, rhs)
+    for r in range(0, LANES, 5):
+        sums, want = np.zeros((count, 256), np.float32), np.zeros((count, count), np.float32)
+        right = np.zeros(count, np.float32)
+        for i in range(256):
+            k = int(codes[i, r])
+            sums[k] += h[i]
+            right[k] += pulled[i, r]
+        for i in range(256):
+            want[:, int(codes[i, r])] += sums[:, i]
+        np.testing.assert_array_equal(rhs[:, r], right)
+        np.testing.assert_array_equal(np.tril(gram[:, :, r]), np.tril(want))

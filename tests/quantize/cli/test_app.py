@@ -1,0 +1,182 @@
+"""The command line: one JSON object on stdout, messages on stderr, exit codes, no traceback unless asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mq_quant.quantize.cli.app import app, main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def mq(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command line in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        try:
+            main([str(a) for a in arguments])
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def plain(small: Path) -> list[object]:
+    return ["build", "--tier", "mq2", "--source", small, "--no-imatrix"]
+
+
+def test_build_prints_one_object_with_what_was_promised(mq: Run, small: Path, tmp_path: Path) -> None:
+    code, out, err = mq(*plain(small), "--json", "--jobs", 2)
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert set(result) >= {
+        "path", "total_bytes", "tensor_count", "quantization_hash", "seconds", "weights_per_second",
+        "peak_rss_bytes", "coverage", "fallbacks",
+    }  # fmt: skip
+    assert (tmp_path / "small.mq2").stat().st_size == result["total_bytes"]
+
+
+def test_quiet_prints_nothing(mq: Run, small: Path) -> None:
+    assert mq(*plain(small), "--quiet") == (0, "", "")
+
+
+def test_text_is_for_people(mq: Run, small: Path) -> None:
+    code, out, err = mq(*plain(small), "-o", "x.mq2")
+    assert code == 0
+    assert out.startswith("x.mq2: ")
+    assert "quantization hash" in out
+    assert err == ""
+
+
+def test_plan_keeps_its_promise_without_a_checkpoint(mq: Run, small: Path, tmp_path: Path) -> None:
+    code, out, _ = mq("plan", "--tier", "mq2-lloyd", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert set(result) >= {
+        "tier", "total_bytes", "payload_bytes", "metadata_bytes", "tensor_count", "by_format", "peak_memory_bytes",
+    }  # fmt: skip
+    assert round(result["total_bytes"] / 1e9, 1) == 86.2
+    alone = tmp_path / "config.json"
+    alone.write_text((small / "config.json").read_text())
+    assert mq("plan", "--tier", "mq3", "--source", alone)[0] == 0
+    assert mq("plan", "--tier", "mq3", "--source", small)[0] == 0
+
+
+def test_the_plan_of_a_checkpoint_is_the_size_of_its_file(mq: Run, small: Path, tmp_path: Path) -> None:
+    planned = json.loads(mq("plan", "--tier", "mq2", "--source", small, "--json")[1])
+    built = json.loads(mq(*plain(small), "--json")[1])
+    assert built["tensor_count"] == planned["tensor_count"]
+    assert abs(built["total_bytes"] - planned["total_bytes"]) <= 4096
+
+
+def test_tiers_lists_all_six_with_their_memory(mq: Run, small: Path) -> None:
+    code, out, _ = mq("tiers", "--source", small)
+    assert code == 0
+    for tier in ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini"):
+        assert f"\n{tier} " in out
+    assert "fits in" in out
+
+
+def test_inspect_diff_reproduce_agree_with_build(mq: Run, small: Path) -> None:
+    built = json.loads(mq(*plain(small), "-o", "a", "--json")[1])
+    shown = json.loads(mq("inspect", "a", "--json")[1])
+    assert shown["metadata"]["quantization_hash"] == built["quantization_hash"]
+    assert len(shown["tensors"]) == built["tensor_count"]
+    assert "no tensor matches" in mq("inspect", "a", "--filter", "nothing")[1]
+    assert "lm_head.weight  Q8F16" in mq("inspect", "a", "--filter", "lm_head")[1]
+    assert "group 0:" in mq("inspect", "a", "--tensor", "lm_head.weight")[1]
+    assert json.loads(mq("inspect", "a", "--provenance")[1])["imatrix"] is None
+    assert mq("diff", "a", "a")[0] == 0
+    mq("build", "--tier", "mq3", "--source", small, "--no-imatrix", "-o", "b", "-q")
+    code, out, _ = mq("diff", "a", "b")
+    assert code == 1
+    assert "MQ2-Lloyd" in out
+    assert json.loads(mq("diff", "a", "b", "--json")[1])["identical"] is False
+    code, out, _ = mq("reproduce", "a", "--source", small)
+    assert code == 0
+    assert "come out the same" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("build",), "give either --tier or --recipe"),
+        (("build", "--tier", "mq9"), "no tier 'mq9'"),
+        (("build", "--tier", "mq2", "--source", "nowhere"), "no such folder: nowhere"),
+        (("build", "--tier", "mq2", "--source", "tinny"), "did you mean 'tiny'?"),
+        (("build", "--tier", "mq2", "--fit", "best"), "--fit"),
+        (("build", "--tier", "mq2", "--jobs", "0"), "--jobs"),
+        (("build", "--recipe", "none.yaml"), "none.yaml: cannot be read"),
+        (("plan", "--tier", "mq2", "--recipe", "x.yaml"), "give either --tier or --recipe"),
+        (("inspect", "none.mq2"), "none.mq2: cannot be opened"),
+        (("inspect",), "Missing argument"),
+        (("diff", "a", "b"), "a: cannot be opened"),
+        (("reproduce", "none"), "none: cannot be opened"),
+        (("fly",), "No such command"),
+    ],
+)
+def test_bad_input_is_exit_code_2_with_a_message_and_no_traceback(
+    mq: Run, arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = mq(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_an_output_that_cannot_be_is_refused(mq: Run, small: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    assert "is a folder" in mq(*plain(small), "-o", tmp_path / "folder")[2]
+    assert "its folder does not exist" in mq(*plain(small), "-o", tmp_path / "none" / "x")[2]
+    (tmp_path / "x").touch()
+    code, _, err = mq(*plain(small), "-o", tmp_path / "x")
+    assert code == 2
+    assert "--force" in err
+
+
+def test_debug_shows_the_traceback(mq: Run) -> None:
+    from mq_quant.formats.errors import HfqError
+
+    with pytest.raises(HfqError):
+        mq("inspect", "none", "--debug")
+
+
+def test_every_command_has_help_with_examples(mq: Run) -> None:
+    for command in app.registered_commands:
+        code, out, _ = mq(command.name, "--help")
+        assert code == 0
+        assert f"mq-quant {command.name}" in out.partition("Examples:")[2], command.name
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    heavy = "{'numpy', 'torch', 'numba', 'yaml', 'huggingface_hub', 'sklearn', 'gguf', 'tqdm'}"
+    script = (
+        "import sys\n"
+        "from mq_quant.quantize.cli.app import main\n"
+        "try: main(['build', '--help'])\n"
+        "except SystemExit: pass\n"
+        f"print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "Usage" in done.stdout
+
+
+def test_the_installed_command_runs(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("mq-quant")
+    done: Any = subprocess.run(
+        [command, "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.startswith("mq-quant ")

@@ -1,0 +1,119 @@
+"""A build on a device: the file of the CPU, from any number of threads, begun on one and continued on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mq_quant.formats.blocks import MQ2_LLOYD
+from mq_quant.formats.errors import BackendError
+from mq_quant.kernels.runtime.host import open_backend
+from mq_quant.quantize.cli.app import main
+from mq_quant.quantize.encode import encoders as coders
+from mq_quant.quantize.encode.encoders import DeviceCoder, open_coder
+from mq_quant.quantize.encode.layer_encoder import CPU, MatrixTask
+from mq_quant.quantize.pipeline import build_spec as job
+from mq_quant.quantize.pipeline import worker_pool as engine
+
+Build = Callable[..., dict[str, Any]]
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def device():
+    """The kernels on the CPU back end, as a device."""
+    opened = DeviceCoder(lambda: open_backend("cpu"))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": None},
+        {"fit": "exact"},
+        {"gain": False, "tier": "mq4"},
+        {"no_imatrix": True, "imatrix": None, "alpha": None, "tier": "mq3"},
+        {"fit": "reference"},
+    ],
+    ids=lambda c: ", ".join(map(str, c)),
+)
+def test_the_file_is_that_of_the_cpu(
+    run: Build, tmp_path: Path, device: DeviceCoder, changes: dict[str, Any]
+) -> None:
+    run("cpu", **changes)
+    result = run("device", coder=device, jobs=3, **changes)
+    assert (tmp_path / "device").read_bytes() == (tmp_path / "cpu").read_bytes()
+    assert result["device"] == device.device
+
+
+def test_a_build_continues_on_another_device(
+    run: Build, tmp_path: Path, device: DeviceCoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("whole")
+    encode, seen = engine.encode_unit, []
+
+    def stop(of: Any, unit: Any, encoder: Any) -> Any:
+        seen.append(unit)
+        if len(seen) > 15:
+            raise StopError
+        return encode(of, unit, encoder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "encode_unit", stop)
+        with pytest.raises(StopError):
+            run("out", jobs=1)
+    assert run("out", coder=device)["resumed_units"] > 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_fault_on_the_device_reaches_who_asked(device: DeviceCoder) -> None:
+    task = MatrixTask(np.ones((1, 300), np.float32), MQ2_LLOYD, "exact", None, None, False)
+    with pytest.raises(Exception, match=r"300|reshape|fit|size"):
+        device.encode([task])
+    good = MatrixTask(np.ones((1, 256), np.float32), MQ2_LLOYD, "exact", None, None, False)
+    np.testing.assert_array_equal(device.encode([good])[0], CPU.encode([good])[0])
+
+
+def test_the_cpu_needs_nothing() -> None:
+    with open_coder("cpu") as found:
+        assert found is CPU
+
+
+def test_a_name_that_is_no_device_is_refused() -> None:
+    with (
+        pytest.raises(BackendError, match=r"no device 'gpu'\n  choose one of cpu, cuda, hip"),
+        open_coder("gpu"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["cuda", "hip"])
+def test_what_a_device_lacks_is_said_before_anything_is_read(
+    name: str, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(kind: str, **_: bool) -> Any:
+        raise BackendError(f"the {kind} back end finds no driver")
+
+    monkeypatch.setattr(coders, "has_device", lambda kind: False)
+    monkeypatch.setattr(coders, "open_backend", missing)
+    monkeypatch.setattr(job, "open_source", lambda *_: pytest.fail("the source was opened"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["build", "--tier", "mq2", "--source", str(small), "--device", name])
+    assert stopped.value.code == 2
+    assert f"the {name} back end finds no driver\n  use --device cpu" in capsys.readouterr().err
+
+
+def test_cuda_is_an_amd_gpu_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch."""
+    monkeypatch.setattr(coders, "has_device", lambda kind: kind == "hip")
+    opened = {"hip": lambda: open_backend("cpu")}
+    monkeypatch.setattr(coders, "open_backend", lambda kind, **_: opened[kind]())
+    with open_coder("cuda") as found:
+        assert found.device.startswith("CPU")

@@ -1,0 +1,167 @@
+"""diff, inspect and reproduce on real builds: what is equal is called equal, and what differs is named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mq_quant.formats.errors import CheckError, CheckpointError, HfqError, ImatrixError, RecipeError
+from mq_quant.formats.hfq.container import layout, open_hfq, write_hfq
+from mq_quant.quantize.inspect.diff import diff_files
+from mq_quant.quantize.inspect.reproduce import reproduce
+from mq_quant.quantize.inspect.show import inspect_file, provenance
+
+Build = Callable[..., dict[str, Any]]
+W1 = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
+GOLDEN = Path(__file__).parents[2] / "golden" / "container.hfq"
+
+
+def altered(path: Path, name: str, tmp_path: Path, at: int = 10) -> Path:
+    """A copy of a file with one bit of one tensor flipped."""
+    with open_hfq(path) as file:
+        offset = file.entry(name).offset
+    data = bytearray(path.read_bytes())
+    data[offset + at] ^= 1
+    copy = tmp_path / "altered"
+    copy.write_bytes(data)
+    return copy
+
+
+def test_a_file_is_identical_to_itself(run: Build, tmp_path: Path) -> None:
+    count = run("a")["tensor_count"]
+    result = diff_files(tmp_path / "a", tmp_path / "a")
+    assert result["identical"]
+    assert result["equal_tensors"] == count
+
+
+def test_one_flipped_bit_is_one_different_tensor(run: Build, tmp_path: Path) -> None:
+    run("a")
+    result = diff_files(tmp_path / "a", altered(tmp_path / "a", W1, tmp_path))
+    assert not result["identical"]
+    (row,) = result["different_tensors"]
+    assert row["name"] == W1
+    assert row["snr_db"] > 3
+
+
+def test_scales_and_formats_are_seen_through(run: Build, tmp_path: Path) -> None:
+    run("a", tier="mq4", alpha=0.0, gain=False)
+    run("b", tier="mq3", alpha=0.5, gain=False)
+    result = diff_files(tmp_path / "a", tmp_path / "b")
+    keys = {row["key"] for row in result["metadata"]}
+    assert {"mq_quant.recipe.awq.alpha", "mq_quant.recipe.tier", "quantization_hash.value"} <= keys
+    assert not any("checksums" in key or "reserved" in key for key in keys)
+    rows = {row["name"]: row for row in result["different_tensors"]}
+    assert (rows[W1]["format_a"], rows[W1]["format_b"]) == ("MQ4", "MQ3-Lloyd")
+    assert 8 < rows[W1]["snr_db"] < 20
+    assert "model.embed_tokens.weight" not in rows
+
+
+def test_tensors_on_one_side_only_and_unknown_formats_are_listed(run: Build, tmp_path: Path) -> None:
+    run("a")
+    with open_hfq(tmp_path / "a") as file:
+        metas = [(e, file.read(e.name)) for e in file.entries if e.name != W1]
+        write_hfq(tmp_path / "b", file.metadata_bytes, metas)
+    result = diff_files(tmp_path / "a", tmp_path / "b")
+    assert result["only_a"] == [W1]
+    assert not result["identical"]
+    assert diff_files(tmp_path / "b", tmp_path / "a")["only_b"] == [W1]
+
+
+def test_inspect_lists_filters_and_decodes(run: Build, tmp_path: Path) -> None:
+    built = run("a", tier="mq2-lloyd")
+    result = inspect_file(tmp_path / "a", r"experts\.1\.w1", W1, groups=3)
+    assert result["header"]["total_bytes"] == (tmp_path / "a").stat().st_size == built["total_bytes"]
+    assert result["metadata"]["tier"] == "mq2-lloyd"
+    assert result["metadata"]["quantization_hash"] == built["quantization_hash"]
+    assert [row["name"] for row in result["tensors"]] == [W1, W1.replace("layers.0", "layers.1")]
+    assert result["tensors"][0]["format"] == "MQ2-Lloyd"
+    tensor = result["tensor"]
+    assert (len(tensor["first_groups"]), len(tensor["first_groups"][0])) == (3, 256)
+    assert all(len(set(group)) <= 4 for group in tensor["first_groups"])
+    assert tensor["statistics"]["finite"]
+    with open_hfq(tmp_path / "a") as file:
+        assert np.isclose(tensor["statistics"]["weights"], np.prod(file.entry(W1).shape))
+
+
+def test_inspect_reads_files_of_other_programs(tmp_path: Path) -> None:
+    result = inspect_file(GOLDEN)
+    assert result["header"]["tensor_count"] == 3
+    assert result["metadata"]["tier"] is None
+    with pytest.raises(HfqError, match="holds no provenance"):
+        provenance(GOLDEN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [(("[", None), RecipeError), ((None, "model.none"), HfqError)],
+)
+def test_inspect_refuses_what_makes_no_sense(arguments: tuple[Any, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        inspect_file(GOLDEN, *arguments)
+
+
+def test_provenance_names_everything_and_no_path(run: Build, tmp_path: Path, small: Path) -> None:
+    run("a", alpha=None)
+    record = provenance(tmp_path / "a")
+    assert record["program"]["version"]
+    assert record["source"]["origin"] == {"folder": "small"}
+    assert set(record["source"]["files"]) == {
+        "config.json",
+        "tokenizer.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    assert record["imatrix"]["datasets"] == ["random"]
+    assert all(layer["alpha"] in (0.0, 0.15, 0.3, 0.5) for layer in record["layers"])
+    assert str(small.parent) not in str(record)
+
+
+def test_a_file_is_reproduced_from_its_provenance(run: Build, tmp_path: Path, small: Path) -> None:
+    count = run("a")["tensor_count"]
+    result = reproduce(tmp_path / "a", str(small), small / "imatrix.gguf", 2, True)
+    assert result["identical"]
+    assert result["tensor_count"] == count
+    run("plain", imatrix=None, no_imatrix=True, alpha=None)
+    assert reproduce(tmp_path / "plain", str(small), None, 1, True)["identical"]
+
+
+def test_reproduce_names_the_tensor_that_was_altered(run: Build, tmp_path: Path, small: Path) -> None:
+    run("a")
+    copy = altered(tmp_path / "a", W1, tmp_path)
+    result = reproduce(copy, str(small), small / "imatrix.gguf", 2, True)
+    assert result["different_tensors"] == [W1]
+
+
+def test_reproduce_refuses_other_inputs_by_name(run: Build, tmp_path: Path, small: Path) -> None:
+    run("a")
+    with pytest.raises(RecipeError, match="give the folder as --source"):
+        reproduce(tmp_path / "a", None, None, 1, True)
+    with pytest.raises(ImatrixError, match="--imatrix"):
+        reproduce(tmp_path / "a", str(small), None, 1, True)
+    other = shutil.copytree(small, tmp_path / "small")
+    (other / "tokenizer.json").write_text('{"other": 1}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not the file"):
+        reproduce(tmp_path / "a", str(other), small / "imatrix.gguf", 1, True)
+    changed = bytearray((small / "imatrix.gguf").read_bytes())
+    changed[-1] ^= 1
+    (tmp_path / "imatrix").write_bytes(changed)
+    with pytest.raises(ImatrixError, match="not the one that this was made with"):
+        reproduce(tmp_path / "a", str(small), tmp_path / "imatrix", 1, True)
+
+
+def test_reproduce_refuses_a_file_whose_layout_is_not_its_recipes(
+    run: Build, tmp_path: Path, small: Path
+) -> None:
+    run("a")
+    with open_hfq(tmp_path / "a") as file:
+        metas = [(e, file.read(e.name)) for e in file.entries if e.name != W1]
+        assert (
+            layout(file.metadata_bytes, [e for e, _ in metas]).total_bytes < (tmp_path / "a").stat().st_size
+        )
+        write_hfq(tmp_path / "b", file.metadata_bytes, metas)
+    with pytest.raises(CheckError, match="not those that its recipe gives"):
+        reproduce(tmp_path / "b", str(small), small / "imatrix.gguf", 1, True)

@@ -1,0 +1,66 @@
+"""doctor: every probe answers on any machine, and what is missing is said with what it means."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from mq_quant.quantize.inspect import doctor
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def found(name: str) -> dict[str, str]:
+    return next(f for f in doctor.examine()["findings"] if f["what"] == name)
+
+
+def test_every_finding_has_a_state_and_a_meaning() -> None:
+    result = doctor.examine()
+    assert [f["what"] for f in result["findings"]] == [
+        "python", "torch", "numba", "device", "c++ compiler", "hipcc", "disk", "memory", "hub",
+    ]  # fmt: skip
+    assert all(f["found"] and f["meaning"] for f in result["findings"])
+    assert result["healthy"] == all(f["state"] != "missing" for f in result["findings"])
+
+
+def test_a_machine_without_a_compiler_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(doctor, "_package", lambda _: None)
+    assert found("c++ compiler")["state"] == "missing"
+    assert not doctor.examine()["healthy"]
+
+
+def test_offline_mode_is_said() -> None:
+    assert found("hub")["found"] == "offline mode"
+
+
+@pytest.mark.parametrize("status", [200, 404, 503])
+def test_a_hub_that_answers_is_reachable(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    assert found("hub")["state"] == "ok"
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "not a url"])
+def test_a_hub_that_does_not_answer_is_a_limit(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert found("hub")["state"] == "limited"

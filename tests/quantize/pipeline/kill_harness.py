@@ -1,0 +1,177 @@
+"""Kills a build at random moments, resumes it, and compares the result with an uninterrupted build, byte for byte.
+
+One command: `python tests/quantize/kill_harness.py --kills 50` (or `make kills`); a short version of it is a test.
+Builds run in forked children, so that each starts with everything imported and compiled. Children report every unit
+that they encode, so that what a kill costs is counted and not guessed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import small_model
+from mq_quant.quantize.cli.app import main as command
+from mq_quant.quantize.cli.console import INTERRUPTED
+from mq_quant.quantize.pipeline import worker_pool as engine
+from mq_quant.quantize.pipeline.build import Options, build
+from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.spec.places import choose_recipe
+from mq_quant.quantize.write.journal import read_journal
+from mq_quant.quantize.write.partial_file import JOURNAL
+
+JOBS = 3
+IN_FLIGHT = engine.AHEAD * JOBS + 1
+
+
+def run(source: Path, output: Path) -> dict[str, Any]:
+    options = Options(output, JOBS, quiet=True)
+    with open_job(choose_recipe("mq2", None, str(source)), Changes(no_imatrix=True), options.check) as job:
+        return build(job, options)
+
+
+def count_units(report: int) -> None:
+    """From now on this process writes one byte to `report` for each unit that it encodes."""
+    real = engine.encode_unit
+
+    def counted(*arguments: Any) -> Any:
+        done = real(*arguments)
+        os.write(report, b"u")
+        return done
+
+    engine.encode_unit = counted
+
+
+def child(source: Path, output: Path, report: int) -> NoReturn:
+    """Build in this process, counting units."""
+    count_units(report)
+    code = 1
+    try:
+        run(source, output)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def kill_after(source: Path, output: Path, seconds: float) -> tuple[bool, int]:
+    """Start the build and kill it after some time; returns whether it was killed, and how many units it encoded."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        child(source, output, writing)
+    os.close(writing)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        encoded = len(pipe.read())
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
+        raise SystemExit("a build failed on its own")
+    return os.WIFSIGNALED(status), encoded
+
+
+def interrupt(source: Path, output: Path) -> int:
+    """Start `mq-quant build`, send it SIGINT once its first unit is encoded, and return its exit code."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        arguments = f"build --tier mq2 --no-imatrix -q --jobs {JOBS} --source".split()
+        code = 0
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            count_units(writing)
+            command([*arguments, str(source), "-o", str(output)])
+        except SystemExit as e:
+            code = int(e.code or 0)
+        finally:
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        pipe.read(1)
+        os.kill(pid, signal.SIGINT)
+        pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def journalled(output: Path) -> int:
+    journal = output.with_name(output.name + JOURNAL)
+    return max(0, len(read_journal(journal)[0]) - 1) if journal.exists() else 0
+
+
+def harness(kills: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Kill `kills` builds, each until it is whole at last; returns the counts."""
+    chance = random.Random(seed)
+    config = {**small_model.CONFIG, "num_local_experts": 6}
+    source = small_model.save(folder / "source", small_model.tensors(config=config), config=config)
+    whole = folder / "whole"
+    run(source, whole)
+    began = time.monotonic()
+    run(source, folder / "again")
+    duration = time.monotonic() - began
+    done = same = early = files = 0
+    worst = lost = 0
+    while done < kills:
+        output = folder / "out"
+        output.unlink(missing_ok=True)
+        while not output.exists():
+            before = journalled(output)
+            killed, encoded = kill_after(source, output, chance.uniform(0, 1.1 * duration))
+            if not killed:
+                continue
+            done += 1
+            if output.exists():
+                early += 1  # killed between the rename and the end of the process
+                continue
+            lost_now = encoded - (journalled(output) - before)
+            worst, lost = max(worst, lost_now), lost + lost_now
+            if done >= kills:
+                run(source, output)
+        files += 1
+        same += output.read_bytes() == whole.read_bytes()
+        leftovers = sorted(path.name for path in folder.glob("out?*"))
+        if leftovers and not early:
+            raise SystemExit(f"left behind: {leftovers}")
+        for path in folder.glob("out?*"):
+            path.unlink()
+    output = folder / "interrupted"
+    code = interrupt(source, output)
+    clean = code in (0, INTERRUPTED) and (code == 0) == output.exists()
+    if not output.exists():
+        run(source, output)
+    return {
+        "kills": done,
+        "files": files,
+        "identical": same,
+        "units_lost_most": worst,
+        "units_lost_mean": round(lost / done, 2),
+        "units_in_flight": IN_FLIGHT,
+        "interrupt_exit_code": code,
+        "interrupt_clean": clean and output.read_bytes() == whole.read_bytes(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = harness(given.kills, given.seed, Path(folder))
+    print(json.dumps(result))
+    good = result["identical"] == result["files"] and result["units_lost_most"] <= IN_FLIGHT
+    sys.exit(0 if good and result["interrupt_clean"] else 1)
+
+
+if __name__ == "__main__":
+    main()

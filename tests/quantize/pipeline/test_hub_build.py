@@ -1,0 +1,126 @@
+"""Builds from a hub on loopback: the same payloads as from the folder, resumed across runs, pinned to one revision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hub_server
+import numpy as np
+import pytest
+import small_model
+from hub_server import MAIN, REPO
+from huggingface_hub import constants
+from mq_quant.formats.errors import ResumeError
+from mq_quant.quantize.calibrate.tokens import TokenRequest
+from mq_quant.quantize.inspect.reproduce import reproduce
+from mq_quant.quantize.inspect.show import provenance
+from mq_quant.quantize.pipeline import worker_pool as engine
+from mq_quant.quantize.pipeline.build import Options, build
+from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.spec.recipe import Recipe, load_tier
+from mq_quant.quantize.write.partial_file import JOURNAL
+
+Build = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def repository(small: Path) -> dict[str, bytes]:
+    return {**hub_server.repository(small), "imatrix.gguf": (small / "imatrix.gguf").read_bytes()}
+
+
+@pytest.fixture
+def hub(
+    repository: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[hub_server.HubServer]:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with hub_server.serve({REPO: {MAIN: repository}}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
+
+
+def recipe() -> Recipe:
+    """mq2 of a model that lies, with its imatrix, in the loopback repository."""
+    base = load_tier("mq2", "tiny")
+    document = {
+        "name": "streamed",
+        "source": {"repository": REPO},
+        "imatrix": {"repository": REPO, "file": "imatrix.gguf"},
+    }
+    model = type(base.model).model_validate(document)
+    return base.model_copy(update={"model": model, "quantization_hash": None})
+
+
+def stream(folder: Path) -> dict[str, Any]:
+    options = Options(folder / "out", 2, quiet=True)
+    with open_job(recipe(), Changes(alpha=0.3), options.check, scratch=folder) as job:
+        return build(job, options)
+
+
+def test_streamed_payloads_are_those_of_the_folder(
+    hub: hub_server.HubServer, run: Build, tmp_path: Path
+) -> None:
+    local = run("local")
+    streamed = stream(tmp_path)
+    assert streamed["quantization_hash"] == local["quantization_hash"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "local", "out"]
+    record = provenance(tmp_path / "out")
+    assert record["source"]["origin"] == {"repository": REPO, "revision": MAIN}
+    assert record["source"]["files"] == provenance(tmp_path / "local")["source"]["files"]
+    assert record["recipe"]["model"]["source"]["revision"] == MAIN
+    assert record["recipe"]["model"]["imatrix"]["revision"] == MAIN
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_streamed_build_can_calibrate_itself(
+    shards: int, hub: hub_server.HubServer, run: Build, tmp_path: Path
+) -> None:
+    """A layer is read twice, by the model and by the encoder, however few of its shards fit on the disk."""
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, (2, 16)))
+    inline = TokenRequest(tokens=tmp_path / "tokens.npy")
+    local = run("local", imatrix=None, inline=inline)
+    options = Options(tmp_path / "out", 2, quiet=True)
+    changes = Changes(alpha=0.3, inline=inline)
+    with open_job(recipe(), changes, options.check, shards, scratch=tmp_path) as job:
+        streamed = build(job, options)
+    assert streamed["quantization_hash"] == local["quantization_hash"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "local", "out", "tokens.npy"]
+
+
+def test_a_streamed_file_is_reproduced_from_what_it_says_alone(
+    hub: hub_server.HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stream(tmp_path)
+    assert reproduce(tmp_path / "out", None, None, 2, quiet=True)["identical"]
+
+
+def test_a_streamed_build_resumes_and_refuses_another_revision(
+    hub: hub_server.HubServer, repository: dict[str, bytes], tmp_path: Path
+) -> None:
+    real, begun = engine.encode_unit, 0
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        if begun > 18:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "encode_unit", failing)
+        with pytest.raises(KeyboardInterrupt):
+            stream(tmp_path)
+    assert (tmp_path / f"out{JOURNAL}").exists()
+    moved = "b" * 40
+    config = json.dumps({**small_model.CONFIG, "note": "changed"}).encode()
+    hub.repositories[REPO] = {moved: {**repository, "config.json": config}}
+    with pytest.raises(ResumeError, match=rf"revision is '{MAIN}' there and '{moved}' here"):
+        stream(tmp_path)
+    hub.repositories[REPO] = {MAIN: repository}
+    assert stream(tmp_path)["resumed_units"] > 0

@@ -1,0 +1,94 @@
+"""From --source to a model: folders, config.json alone, the tiny source, and names that are none of these."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mq_quant.formats.errors import CheckpointError, ConfigError, RecipeError
+from mq_quant.quantize.spec.places import choose_recipe, local_folder, model_files, side_files
+from mq_quant.quantize.spec.recipe import load_tier
+
+MINE = """
+schema: 1
+tier: mine
+description: x
+model: minimax-m2.7
+rules: [{tensors: '.*', format: Q8F16}]
+"""
+
+
+def test_a_folder_names_the_model_and_has_no_imatrix_of_its_own(small: Path) -> None:
+    model = choose_recipe("mq2", None, str(small)).model
+    assert (model.name, model.source.folder, model.source.repository) == ("small", str(small), None)
+    assert model.imatrix is None
+
+
+def test_the_default_source_is_the_recipes_also_when_it_is_named() -> None:
+    default = choose_recipe("mq2", None, None)
+    assert default.model.source.repository == "MiniMaxAI/MiniMax-M2.7"
+    assert choose_recipe("mq2", None, "MiniMaxAI/MiniMax-M2.7") == default
+
+
+def test_another_repository_keeps_nothing_of_the_recipes_model() -> None:
+    model = choose_recipe("mq2", None, "acme/other-m2").model
+    assert (model.name, model.source.repository, model.config, model.imatrix) == (
+        "other-m2", "acme/other-m2", None, None,
+    )  # fmt: skip
+
+
+def test_the_tiny_source_has_recipes_and_an_imatrix_of_its_own(tmp_path: Path) -> None:
+    assert choose_recipe("mq2", None, "tiny") == load_tier("mq2", "tiny")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(MINE)
+    model = choose_recipe(None, mine, "tiny").model
+    assert (model.name, model.imatrix is not None) == ("tiny", True)
+
+
+@pytest.mark.parametrize("tier", [None, "mq2"])
+def test_exactly_one_of_tier_and_recipe_is_needed(tier: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml" if tier else None
+    with pytest.raises(RecipeError, match="either --tier or --recipe"):
+        choose_recipe(tier, path, None)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "a/b/c", "../x", ".hidden/x"])
+def test_what_is_neither_folder_nor_repository_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        local_folder(name)
+
+
+def test_config_alone_is_enough_to_plan(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((small / "config.json").read_text())
+    for source in (tmp_path, tmp_path / "config.json"):
+        files = model_files(choose_recipe("mq2", None, str(source)).model)
+        assert files.config["hidden_size"] == 256
+        assert not files.complete
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 1, "a": 2}', '{"model_type": NaN}'])
+def test_a_broken_config_is_an_error_that_names_the_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        model_files(choose_recipe("mq2", None, str(tmp_path)).model)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("tokenizer.json", b"\xff"), ("tokenizer.json", b"["), ("chat_template.jinja", b"\xff")],
+)
+def test_broken_side_files_are_errors_that_name_the_file(name: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=name):
+        side_files(lambda wanted: tmp_path / wanted if wanted == name else None)
+
+
+def test_the_tokenizer_is_kept_byte_for_byte(tmp_path: Path) -> None:
+    text = json.dumps({"model": {"vocab": {"é\u2028": 0}}}, ensure_ascii=False, indent=3)
+    (tmp_path / "tokenizer.json").write_text(text)
+    found = side_files(lambda name: tmp_path / name if name == "tokenizer.json" else None)
+    assert found.tokenizer == text

@@ -1,0 +1,172 @@
+"""Compile every kernel for the GPUs that are not here, and look at what came out: `python tools/check_kernels.py`.
+
+For AMD it needs clang and lld of version 18 or later (Debian: clang-19, lld-19) and no ROCm; for NVIDIA, nvrtc. What
+it asserts of a code object: the machine, the architecture, one descriptor per kernel, nothing left undefined. It
+prints the registers and LDS of each kernel. Depends on sources, elf, cuda and errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from elf import DYNSYM, SYMTAB, Elf, read_elf
+from mq_quant.formats.errors import BackendError, CheckError
+from mq_quant.kernels.runtime import cuda
+from mq_quant.kernels.runtime.sources import INCLUDE, Kernel, Module, Sources
+
+ELF_AMDGPU = 0xE0
+AMD_ARCHES = {"gfx1100": 0x41, "gfx1151": 0x4A, "gfx1201": 0x4E}
+"""Architectures that are checked, with the number that e_flags holds for them."""
+NVIDIA_ARCH = "sm_90"
+NVIDIA_RESERVED = 1024
+"""Bytes of shared memory that every block gives to the system, counted in a kernel's section."""
+CLANGS = ("clang-19", "clang-20", "clang-18", "clang")
+_FLAGS = (
+    *("-x", "hip", "--offload-device-only", "--no-gpu-bundle-output", "-nogpuinc", "-nogpulib", "-fdeclspec"),
+    *("-std=c++17", "-O3", "-ffp-contract=off", "-mcumode", "-Rpass-analysis=kernel-resource-usage"),
+)
+_REMARK = re.compile(
+    r"remark:.*?\s(Function Name|TotalSGPRs|SGPRs|VGPRs|ScratchSize|LDS Size)(?: \[[^]]*\])?: (\S+)"
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes on one architecture; `scalar` registers are AMD's only, `scratch` and `lds` are bytes."""
+
+    kernel: str
+    arch: str
+    vector: int
+    scalar: int
+    scratch: int
+    lds: int
+
+
+def judge(code: Elf, arch: str, kernels: Sequence[Kernel], label: str) -> None:
+    """CheckError where a code object is not what the kernels of a module must become on an AMD architecture."""
+    if code.machine != ELF_AMDGPU:
+        raise CheckError(f"{label} for {arch} has machine {code.machine:#x}, not {ELF_AMDGPU:#x}")
+    if code.flags & 0xFF != AMD_ARCHES[arch]:
+        raise CheckError(f"{label} for {arch} has flags {code.flags:#x}, not {AMD_ARCHES[arch]:#x}")
+    symbols = [s for section in code.sections if section.kind == DYNSYM for s in section.symbols]
+    if missing := [s.name for s in symbols if s.name and not s.defined]:
+        raise CheckError(f"{label} for {arch} leaves undefined: {', '.join(missing)}")
+    found = sorted(s.name for s in symbols if s.name.endswith(".kd"))
+    expected = sorted(f"{k.name}.kd" for k in kernels)
+    if found != expected:
+        raise CheckError(f"{label} for {arch} describes {found}, not {expected}")
+
+
+def find_clang() -> str | None:
+    """A clang whose lld is there too; None where either is missing."""
+    for name in CLANGS:
+        version = name.removeprefix("clang")
+        if shutil.which(name) and (shutil.which(f"ld.lld{version}") or shutil.which(f"lld{version}")):
+            return name
+    return None
+
+
+def check_amd(
+    sources: Sources, module: Module, kernels: Sequence[Kernel], arch: str, clang: str
+) -> list[Usage]:
+    """Compile a module for an AMD architecture and judge it; CheckError where it does not hold."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, made = Path(scratch) / "k.hip", Path(scratch) / "k.hsaco"
+        source.write_text(sources.text(module.file), encoding="utf-8")
+        command = [clang, f"--offload-arch={arch}", *_FLAGS, "-I", str(INCLUDE / "amdgpu")]
+        command += [*(f"-D{d}" for d in module.defines), str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CheckError(f"{module.label} does not compile for {arch}:\n{done.stderr.strip()[-4000:]}")
+        judge(read_elf(made.read_bytes()), arch, kernels, module.label)
+    return list(_amd_usage(done.stderr, module, arch))
+
+
+def _amd_usage(remarks: str, module: Module, arch: str) -> Iterator[Usage]:
+    values: dict[str, str] = {}
+    for name, value in _REMARK.findall(remarks):
+        if name == "Function Name":
+            values = {}
+        values[name.removeprefix("Total")] = value
+        if name == "LDS Size":
+            label = values["Function Name"] + (f"[{module.format}]" if module.format else "")
+            numbers = [int(values.get(k, "0")) for k in ("VGPRs", "SGPRs", "ScratchSize", "LDS Size")]
+            yield Usage(label, arch, *numbers)
+
+
+def check_nvidia(sources: Sources, module: Module, kernels: Sequence[Kernel], arch: str) -> list[Usage]:
+    """Compile a module with nvrtc; CheckError where the kernels are not all there."""
+    code = read_elf(cuda.compile_module(sources, module, arch)[0])
+    registers = dict(_registers(code))
+    if sorted(registers) != sorted(k.name for k in kernels):
+        raise CheckError(f"{module.label} for {arch} has kernels {sorted(registers)}")
+    out = []
+    for kernel in kernels:
+        shared = code.section(f".nv.shared.{kernel.name}")
+        lds = max(0, shared.size - NVIDIA_RESERVED) if shared else 0
+        out.append(Usage(kernel.label, arch, registers[kernel.name], 0, 0, lds))
+    return out
+
+
+def _registers(code: Elf) -> Iterator[tuple[str, int]]:
+    """(kernel, registers) of a cubin, from the records of type 4, attribute 0x2f in .nv.info."""
+    table = next((s.symbols for s in code.sections if s.kind == SYMTAB), ())
+    info = code.section(".nv.info")
+    content, at = info.content if info else b"", 0
+    while at + 4 <= len(content):
+        kind, attribute, size = struct.unpack_from("<BBH", content, at)
+        if (kind, attribute) == (4, 0x2F):
+            symbol, count = struct.unpack_from("<II", content, at + 4)
+            yield table[symbol].name, count
+        at += 4 + (size if kind == 4 else 0)
+
+
+def check_all(sources: Sources, amd: bool = True, nvidia: bool = True) -> list[Usage]:
+    """Check every module.
+
+    BackendError where a compiler that is asked for is missing, CheckError where a module does not hold.
+    """
+    clang = find_clang()
+    if amd and clang is None:
+        raise BackendError(
+            "the compile check finds no clang with lld",
+            hint="apt-get install --no-install-recommends clang-19 lld-19",
+        )
+    out: list[Usage] = []
+    for module, kernels in sources.modules().items():
+        if amd and clang:
+            for arch in AMD_ARCHES:
+                out += check_amd(sources, module, kernels, arch, clang)
+        if nvidia:
+            out += check_nvidia(sources, module, kernels, NVIDIA_ARCH)
+    if not out:
+        raise CheckError("the compile check saw no kernel")
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python tools/check_kernels.py", description=__doc__)
+    parser.add_argument("--no-amd", action="store_true", help="leave out the AMD architectures")
+    parser.add_argument("--no-nvidia", action="store_true", help="leave out nvrtc")
+    options = parser.parse_args()
+    try:
+        usage = check_all(Sources(), amd=not options.no_amd, nvidia=not options.no_nvidia)
+    except (BackendError, CheckError) as e:
+        print(e)
+        return e.exit_code
+    print(f"{'kernel':<28}{'arch':<9}{'vector':>7}{'scalar':>7}{'scratch':>8}{'lds':>7}")
+    for u in usage:
+        print(f"{u.kernel:<28}{u.arch:<9}{u.vector:>7}{u.scalar:>7}{u.scratch:>8}{u.lds:>7}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

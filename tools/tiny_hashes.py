@@ -1,0 +1,39 @@
+"""Writes the quantization hash of every tier of the tiny source into its recipe: `make hashes`.
+
+For use after a change that is meant to alter bytes; the tests rebuild the tiers and compare. Run it as
+`python tools/tiny_hashes.py`. Depends on job, build and recipe.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+from mq_quant.formats.machine import cores
+from mq_quant.quantize.pipeline.build import Options, build
+from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.spec.places import TINY
+from mq_quant.quantize.spec.recipe import bundled_path, load_tier, tiers
+
+_LINE = re.compile(r"^quantization_hash: .*\n", re.MULTILINE)
+
+
+def tiny_hash(tier: str, folder: Path, jobs: int) -> str:
+    """Build one tier of the tiny source in `folder` and return its quantization hash."""
+    options = Options(folder / f"{TINY}.{tier}", jobs, force=True, quiet=True)
+    with open_job(load_tier(tier, TINY), Changes(), options.check) as job:
+        return str(build(job, options)["quantization_hash"])
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for tier in tiers(TINY):
+            value = tiny_hash(tier, Path(folder), cores())
+            path = bundled_path(tier, TINY)
+            path.write_text(_LINE.sub("", path.read_text()) + f"quantization_hash: '{value}'\n")
+            print(f"{tier:10} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The reference forward pass of MiniMax-M2 in torch, straight from a checkpoint's weights.
+
+Every built file is judged against it. All tokens pass through one layer before the next is read, only routed experts
+are read, and one expert is held at a time, so the 229B model runs in the memory of its activations. Weights come from
+anything with `weight(name)`: the FP8 checkpoint, or a decoded HFQ file (`decoded.py`). The arithmetic is done in the
+dtype of `hidden` (f32 unless asked otherwise), on its device. An Observer sees every matrix's inputs, which is how
+importances and second moments are gathered. Depends on torch, numpy and formats.minimax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from ...formats.minimax import ModelConfig, expert_name, layer_prefix
+
+
+class Weights(Protocol):
+    """Anything that hands out one dequantised tensor at a time, in the basis of the original checkpoint."""
+
+    def weight(self, name: str) -> NDArray[np.float32]: ...
+
+
+@runtime_checkable
+class RowWeights(Weights, Protocol):
+    """One that can also read rows of the vocabulary's matrices, which are never held whole then."""
+
+    def rows(self, name: str, low: int, high: int) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token takes: ids i64 [n, k], best first, and their weights [n, k], which sum to 1."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+class Observer:
+    """Sees the inputs of every matrix of a layer; override what is needed. Rows are tokens, n = n_seq · len of them."""
+
+    def dense(self, layer: int, projection: str, inputs: Tensor) -> None:
+        """The inputs [n, K] of an attention projection: q_proj, k_proj, v_proj or o_proj."""
+
+    def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
+        """The normed inputs [n, H] that the router and all experts of a layer see, and the router's choice."""
+
+    def expert(self, layer: int, expert: int, tokens: Tensor, inputs: Tensor, product: Tensor) -> None:
+        """One expert's rows: token indices i64 [m], what w1 and w3 see [m, H], and what w2 sees [m, I]."""
+
+
+_SILENT = Observer()
+ROWS = 1 << 13
+"""Rows of a vocabulary's matrix that are read at a time."""
+
+
+def load(weights: Weights, name: str, like: Tensor) -> Tensor:
+    """One tensor of the provider in the dtype and on the device of `like`."""
+    array = np.ascontiguousarray(weights.weight(name))
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(like)
+
+
+def blocks(weights: Weights, name: str, count: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(first row, f32 rows) of a matrix of `count` rows, ROWS at a time where the provider can do that."""
+    if not isinstance(weights, RowWeights):
+        yield 0, weights.weight(name)
+        return
+    for low in range(0, count, ROWS):
+        yield low, weights.rows(name, low, min(low + ROWS, count))
+
+
+def embed(weights: Weights, tokens: NDArray[np.integer], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Token ids [n_seq, len] to the residual stream [n_seq, len, H], on the CPU; only their rows are read."""
+    name, ids = "model.embed_tokens.weight", np.asarray(tokens, np.int64)
+    if not isinstance(weights, RowWeights):
+        return load(weights, name, torch.empty(0))[torch.from_numpy(ids)].to(dtype)
+    wanted, places = np.unique(ids, return_inverse=True)
+    table = np.concatenate([weights.rows(name, i, i + 1) for i in wanted.tolist()])
+    return torch.from_numpy(table[places.reshape(ids.shape)]).to(dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x · weight / rms(x) over the last axis."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rope_tables(cfg: ModelConfig, positions: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """cos and sin f64 [positions, rotary_dim / 2] of pos · theta^(-2i / rotary_dim)."""
+    inverse = cfg.rope_theta ** (-np.arange(0, cfg.rotary_dim, 2) / cfg.rotary_dim)
+    angle = np.arange(positions)[:, None] * inverse
+    return np.cos(angle), np.sin(angle)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + rotary/2) of the first rotary dimensions of heads [..., len, head_dim]."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def attention(
+    weights: Weights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = _SILENT
+) -> Tensor:
+    """The attention block's addition to the residual stream, [n_seq, len, H], causal within each sequence."""
+    p, (n_seq, length, _) = layer_prefix(layer), hidden.shape
+    norm = load(weights, f"{p}input_layernorm.weight", hidden)
+    t = rms_norm(hidden, norm, cfg.rms_norm_eps)
+    tables = [torch.from_numpy(table).to(hidden) for table in rope_tables(cfg, length)]
+
+    def project(name: str, heads: int) -> Tensor:
+        observer.dense(layer, f"{name}_proj", t.flatten(0, 1))
+        out = F.linear(t, load(weights, f"{p}self_attn.{name}_proj.weight", hidden))
+        if name != "v":
+            out = rms_norm(out, load(weights, f"{p}self_attn.{name}_norm.weight", hidden), cfg.rms_norm_eps)
+        out = out.view(n_seq, length, heads, cfg.head_dim).transpose(1, 2)
+        return out if name == "v" else _rotate(out, tables[0], tables[1])
+
+    q = project("q", cfg.num_attention_heads)
+    k, v = (project(name, cfg.num_key_value_heads) for name in "kv")
+    mixed = torch.empty_like(q)
+    for s in range(n_seq):  # one sequence at a time bounds the scores to [heads, len, len]
+        mixed[s] = _causal(q[s], k[s], v[s])
+    flat = mixed.transpose(1, 2).reshape(n_seq, length, cfg.q_dim)
+    observer.dense(layer, "o_proj", flat.flatten(0, 1))
+    return F.linear(flat, load(weights, f"{p}self_attn.o_proj.weight", hidden))
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of q [heads, len, d] over k, v [kv, len, d]; query heads share kv heads in order."""
+    share = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
+    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+    out: Tensor = scores.masked_fill_(future, -torch.inf).softmax(-1) @ v
+    return out
+
+
+def route(weights: Weights, cfg: ModelConfig, layer: int, inputs: Tensor) -> Routing:
+    """The router's choice for normed inputs [n, H]: top k of sigmoid + bias, ties to the lower index."""
+    moe = f"{layer_prefix(layer)}block_sparse_moe."
+    scores = F.linear(inputs, load(weights, f"{moe}gate.weight", inputs)).sigmoid()
+    choice = scores + load(weights, f"{moe}e_score_correction_bias", inputs)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : cfg.num_experts_per_tok]
+    chosen = scores.gather(1, ids)
+    return Routing(ids, chosen / chosen.sum(-1, keepdim=True))
+
+
+def experts(
+    weights: Weights,
+    cfg: ModelConfig,
+    layer: int,
+    inputs: Tensor,
+    routing: Routing,
+    observer: Observer = _SILENT,
+) -> Tensor:
+    """The weighted sum of the routed experts' outputs [n, H] for normed inputs [n, H]."""
+    out = torch.zeros_like(inputs)
+    for e in torch.unique(routing.ids).tolist():
+        tokens, slot = torch.nonzero(routing.ids == e, as_tuple=True)
+        x = inputs[tokens]
+        w1, w3, w2 = (load(weights, expert_name(layer, e, w), inputs) for w in ("w1", "w3", "w2"))
+        product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
+        observer.expert(layer, e, tokens, x, product)
+        out.index_add_(0, tokens, F.linear(product, w2) * routing.weights[tokens, slot, None])
+    return out
+
+
+def layer_forward(
+    weights: Weights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = _SILENT
+) -> Tensor:
+    """One decoder layer: the residual stream [n_seq, len, H] before it to the one after it."""
+    hidden = hidden + attention(weights, cfg, layer, hidden, observer)
+    norm = load(weights, f"{layer_prefix(layer)}post_attention_layernorm.weight", hidden)
+    t = rms_norm(hidden, norm, cfg.rms_norm_eps).flatten(0, 1)
+    routing = route(weights, cfg, layer, t)
+    observer.routed(layer, t, routing)
+    return hidden + experts(weights, cfg, layer, t, routing, observer).view_as(hidden)
+
+
+def layer_by_layer(
+    weights: Weights,
+    cfg: ModelConfig,
+    tokens: NDArray[np.integer],
+    observer: Observer = _SILENT,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (layer, residual stream [n_seq, len, H] after it) for token ids [n_seq, len]."""
+    hidden = embed(weights, tokens, dtype)
+    for layer in range(cfg.num_hidden_layers):
+        hidden = layer_forward(weights, cfg, layer, hidden, observer)
+        yield layer, hidden
+
+
+def logits(weights: Weights, cfg: ModelConfig, hidden: Tensor) -> Iterator[Tensor]:
+    """Yield each sequence's next-token logits [len, vocab] from hidden [n_seq, len, H]; lm_head is read once."""
+    norm = load(weights, "model.norm.weight", hidden)
+    head = hidden.new_empty(cfg.vocab_size, cfg.hidden_size)
+    for low, rows in blocks(weights, "lm_head.weight", cfg.vocab_size):
+        head[low : low + len(rows)] = torch.from_numpy(rows)
+    for sequence in hidden:
+        yield F.linear(rms_norm(sequence, norm, cfg.rms_norm_eps), head)

@@ -1,0 +1,1 @@
+"""The stages of `verify`, each one judgement: structure, decode parity, fidelity, forward parity, generation."""

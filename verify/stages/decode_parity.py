@@ -1,0 +1,80 @@
+"""Stage 2: the kernels' decode against the plain numpy decode of formats.blocks, bit for bit, and every value finite.
+
+Whole tensors in pieces, or a fixed sample of pieces for large files. Depends on kernels and formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats.hfq.container import HfqFile, TensorEntry
+from ...kernels.forward import ops
+from ...kernels.runtime.host import Backend
+from ..model.hfq_weights import PIECE, format_of, pieces
+from .stage import Stage
+
+SAMPLE_WEIGHTS = 1 << 16
+
+
+def check_decode(file: HfqFile, backend: Backend, sample: bool = False) -> Stage:
+    """Decode every tensor (or a sample: first, middle and last pieces of some) on `backend` and compare all bits."""
+    problems: list[str] = []
+    blocks = 0
+    tensors = sampled(file) if sample else file.entries
+    for entry in tensors:
+        fmt = format_of(file, entry)
+        start = 0
+        for payload in _sample_pieces(file, entry) if sample else pieces(file, entry, PIECE):
+            groups = payload.size // fmt.group_bytes
+            expected = fmt.decode(payload).reshape(-1)
+            got = backend.download(ops.decode(backend, backend.upload(payload), fmt.name, expected.size))
+            blocks += groups
+            problem = _compare(expected, got, fmt.group, start)
+            if problem:
+                problems.append(f"{entry.name}: {problem}")
+                break
+            start += groups
+    values = {"tensors": len(tensors), "of": len(file.entries), "sampled": sample, "backend": backend.name}
+    return Stage("decode", blocks, "groups", tuple(problems), (), values)
+
+
+def _compare(expected: NDArray[np.float32], got: NDArray[np.float32], group: int, start: int) -> str | None:
+    different = expected.view(np.uint32) != got.view(np.uint32)
+    if different.any():
+        at = int(different.argmax())
+        where = f"weight {at % group} of group {start + at // group}"
+        return f"{where} decodes to {got[at]!r} in the kernel, and to {expected[at]!r} in numpy"
+    bad = ~np.isfinite(expected)
+    if bad.any():
+        at = int(bad.argmax())
+        return f"weight {at % group} of group {start + at // group} is {expected[at]!r}"
+    return None
+
+
+def sampled(file: HfqFile) -> Sequence[TensorEntry]:
+    """Everything but experts, and of each layer its first expert, its last, and one that changes with the layer."""
+    experts: dict[str, dict[int, list[TensorEntry]]] = {}
+    keep: list[TensorEntry] = []
+    for entry in file.entries:
+        layer, found, rest = entry.name.partition(".experts.")
+        if found:
+            experts.setdefault(layer, {}).setdefault(int(rest.split(".")[0]), []).append(entry)
+        else:
+            keep.append(entry)
+    for i, by_expert in enumerate(experts.values()):
+        ids = sorted(by_expert)
+        for e in sorted({ids[0], ids[(1 + 37 * i) % len(ids)], ids[-1]}):
+            keep += by_expert[e]
+    return keep
+
+
+def _sample_pieces(file: HfqFile, entry: TensorEntry) -> Iterator[NDArray[np.uint8]]:
+    """The first, the middle and the last piece of a payload."""
+    fmt = format_of(file, entry)
+    step = max(1, SAMPLE_WEIGHTS // fmt.group) * fmt.group_bytes
+    count = -(-entry.nbytes // step)
+    for i in sorted({0, count // 2, count - 1}):
+        yield file.read_range(entry, i * step, min((i + 1) * step, entry.nbytes))

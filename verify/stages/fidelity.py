@@ -1,0 +1,242 @@
+"""Stage 3: every stored matrix against the dequantised source: weight SNR, output-weighted SNR, and the slope.
+
+Output-weighted energies count each input channel with its E[x²] from the imatrix: Σ d·(w − ŵ)² is the expected error
+of the output. The slope of ŵ on w (also weighted) is 1 but for the encoder's shrinkage; tensors that were swapped have
+a slope of 0, and a scale that is off shows in it directly. The bars below only tell faults from noise: quality is
+judged by the forward stage. Depends on formats and decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats.hfq.container import HfqFile, TensorEntry
+from ...formats.minimax import ModelConfig, TensorSpec, awq_scale_name, expert_name, inventory
+from ...formats.statistics.imatrix import Imatrix, expert_entry
+from ..model.hfq_weights import DecodedFile, format_of
+from ..model.metrics import snr_db
+from ..model.reference import Weights, blocks
+from .stage import Stage
+
+F32 = NDArray[np.float32]
+FLOORS: Mapping[str, float] = {
+    "F32": 140.0,
+    "F16": 50.0,
+    "Q8F16": 30.0,
+    "MQ6": 20.0,
+    "MQ4": 9.0,
+    "MQ4-Lloyd": 9.0,
+    "MQ3-Lloyd": 5.0,
+    "MQ2-Lloyd": 1.0,
+}
+"""Output-weighted SNR (dB) of one tensor under which a format has a fault rather than noise."""
+SLOPES: Mapping[str, tuple[float, float]] = {"MQ2-Lloyd": (0.8, 1.12), "MQ3-Lloyd": (0.92, 1.06)}
+"""Bounds of a tensor's slope; without the gain 2 bits shrink it to about 0.89, 3 bits to 0.97."""
+SLOPE = (0.97, 1.03)
+"""The bounds for all other formats."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Energies of one tensor or of several together, plain and weighted by E[x²] of the inputs."""
+
+    signal: float
+    noise: float
+    weighted_signal: float
+    weighted_noise: float
+    weighted_product: float
+
+    def __add__(self, other: Fidelity) -> Fidelity:
+        return Fidelity(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    @property
+    def snr(self) -> float:
+        return snr_db(self.signal, self.noise)
+
+    @property
+    def output_snr(self) -> float:
+        return snr_db(self.weighted_signal, self.weighted_noise)
+
+    @property
+    def slope(self) -> float:
+        """⟨w, ŵ⟩ / ⟨w, w⟩; 1 for a tensor of zeros that stayed so."""
+        if self.weighted_signal == 0:
+            return 1.0 if self.weighted_noise == 0 else float("inf")
+        return self.weighted_product / self.weighted_signal
+
+
+ROWS = 1 << 22
+
+
+def measure(source: F32, decoded: F32, importance: F32 | None) -> Fidelity:
+    """Compare f32 [R, K] or [K] with its decoded self; `importance` f32 [K] is E[x²], None weighs all equally."""
+    a, b = np.atleast_2d(source), np.atleast_2d(decoded)
+    weight = np.ones(a.shape[1]) if importance is None else importance.astype(np.float64)
+    columns = np.zeros((3, a.shape[1]))
+    step = max(1, ROWS // a.shape[1])
+    for start in range(0, len(a), step):
+        w, q = (part[start : start + step].astype(np.float64) for part in (a, b))
+        columns += np.stack([(w * w).sum(0), ((w - q) ** 2).sum(0), (w * q).sum(0)])
+    plain, weighted = columns.sum(1), columns @ weight
+    return Fidelity(plain[0], plain[1], weighted[0], weighted[1], weighted[2])
+
+
+class ChannelImportance:
+    """E[x²] of every expert's inputs, read from an imatrix one layer and projection at a time."""
+
+    def __init__(self, imatrix: Imatrix | None, cfg: ModelConfig) -> None:
+        self.imatrix, self.cfg = imatrix, cfg
+        self._at: tuple[int, str] | None = None
+        self._rows: F32 | None = None
+
+    def of(self, spec: TensorSpec) -> F32 | None:
+        """f32 [K]: the expert's own where it was seen, else the layer's mean; None where nothing is known."""
+        if self.imatrix is None or spec.layer is None or spec.expert is None or spec.projection is None:
+            return None
+        if self._at != (spec.layer, spec.projection):
+            self._at = (spec.layer, spec.projection)
+            self._rows = self._filled(self.imatrix, spec.layer, spec.projection)
+        return None if self._rows is None else self._rows[spec.expert]
+
+    def _filled(self, imatrix: Imatrix, layer: int, projection: str) -> F32 | None:
+        entry = expert_entry(imatrix, layer, projection, self.cfg.num_local_experts)
+        if entry is None or len(entry.sum2_mean) != self.cfg.num_local_experts:
+            return None
+        good = np.isfinite(entry.sum2_mean) & (entry.sum2_mean >= 0)
+        good &= (entry.sum2_mean > 0).any(axis=1, keepdims=True)
+        total = np.where(good, entry.sum2_mean, np.float32(0)).sum(axis=0, dtype=np.float64)
+        mean = total / np.maximum(good.sum(axis=0), 1)
+        return np.where(good, entry.sum2_mean, mean).astype(np.float32) if mean.any() else None
+
+
+def check_fidelity(
+    file: HfqFile,
+    source: Weights,
+    cfg: ModelConfig,
+    imatrix: Imatrix | None,
+    tensors: Sequence[TensorEntry] | None = None,
+) -> Stage:
+    """Measure the file's tensors (or only `tensors`) against the source; a problem is one under its format's floor."""
+    chosen = {entry.name for entry in (file.entries if tensors is None else tensors)}
+    importance, folded = ChannelImportance(imatrix, cfg), folds_down(file)
+    problems: list[str] = []
+    rows: dict[tuple[int, str], _Row] = {}
+    seen = 0
+    for spec in inventory(cfg):
+        if spec.name not in chosen or spec.name not in file:
+            continue
+        fmt = format_of(file, file.entry(spec.name)).name
+        parts = []
+        for weight, decoded in _pairs(file, source, spec, folded):
+            if weight.shape != decoded.shape:
+                problems.append(
+                    f"{spec.name}: has shape {list(decoded.shape)}, the source {list(weight.shape)}"
+                )
+                break
+            parts.append(measure(weight, decoded, importance.of(spec)))
+        else:
+            fidelity = reduce(add, parts)
+            seen += 1
+            problems += [f"{spec.name}: {text}" for text in _problems(fidelity, fmt, _sidecar(file, spec))]
+            key = (-1 if spec.layer is None else spec.layer, _projection(spec))
+            rows.setdefault(key, _Row(fmt)).add(spec.name, fidelity)
+    table = [
+        {"layer": None if layer < 0 else layer, "projection": projection, **row.as_json()}
+        for (layer, projection), row in sorted(rows.items())
+    ]
+    values: dict[str, Any] = {"weighted": imatrix is not None, "rows": table}
+    return Stage("fidelity", seen, "tensors", tuple(problems), (), values)
+
+
+def _pairs(file: HfqFile, source: Weights, spec: TensorSpec, folded: bool) -> Iterator[tuple[F32, F32]]:
+    """A tensor of the source and of the file, in the same basis: whole, or by rows where it is the vocabulary's."""
+    stored, name = DecodedFile(file), spec.name
+    if spec.role in ("embed", "lm_head"):
+        for low, weight in blocks(source, name, spec.shape[0]):
+            yield weight, stored.rows(name, low, min(low + len(weight), file.entry(name).shape[0]))
+        return
+    weight, decoded = source.weight(name), stored.weight(name)
+    if folded and spec.layer is not None and spec.expert is not None and spec.projection in ("w2", "w3"):
+        up = expert_name(spec.layer, spec.expert, "w3")
+        fold = recovered_fold(source.weight(up), stored.weight(up))
+        decoded = decoded * fold[:, None] if spec.projection == "w3" else decoded / fold
+    yield weight, decoded
+
+
+def _sidecar(file: HfqFile, spec: TensorSpec) -> str | None:
+    """The AWQ scale that a matrix is divided by, if the file has one."""
+    if spec.layer is None or spec.projection not in ("w1", "w3"):
+        return None
+    name = awq_scale_name(spec.layer)
+    return name if name in file else None
+
+
+def folds_down(file: HfqFile) -> bool:
+    """Whether the file's recipe moved a scale per expert from the rows of w3 to the columns of w2."""
+    awq: Any = file.metadata.get("mq_quant")
+    for key in ("recipe", "awq", "fold_down"):
+        awq = awq.get(key) if isinstance(awq, Mapping) else None
+    return bool(awq)
+
+
+def recovered_fold(source: F32, decoded: F32) -> F32:
+    """The powers of two f32 [R] by which the rows of w3 [R, K] were divided: noise is far too small to hide them."""
+    energy = [np.einsum("rk,rk->r", w, w, dtype=np.float64) for w in (source, decoded)]
+    ratio = np.where(
+        (energy[0] > 0) & (energy[1] > 0), energy[0] / np.where(energy[1] > 0, energy[1], 1), 1.0
+    )
+    fold: F32 = np.exp2(np.rint(np.log2(ratio) / 2)).astype(np.float32)
+    return fold
+
+
+def _projection(spec: TensorSpec) -> str:
+    if spec.projection:
+        return spec.projection
+    name = spec.name.removesuffix(".weight")
+    return name.split(".", 3)[3] if spec.layer is not None else name
+
+
+def _problems(fidelity: Fidelity, fmt: str, sidecar: str | None) -> Iterator[str]:
+    where = f" (its scale is {sidecar})" if sidecar else ""
+    low, high = SLOPES.get(fmt, SLOPE)
+    if not fidelity.output_snr >= FLOORS[fmt]:
+        yield (
+            f"{fmt} against the source has an SNR of {fidelity.output_snr:.1f} dB, under {FLOORS[fmt]:.0f} dB:"
+            f" these are not the source's weights{where}"
+        )
+    elif not low <= fidelity.slope <= high:
+        yield f"its values are {fidelity.slope:.3f} times the source's: a scale is off{where}"
+
+
+@dataclass
+class _Row:
+    """One projection of one layer: all its tensors together, and the worst of them."""
+
+    fmt: str
+    total: Fidelity | None = None
+    worst: tuple[float, str] = (float("inf"), "")
+    tensors: int = 0
+
+    def add(self, name: str, fidelity: Fidelity) -> None:
+        self.total = fidelity if self.total is None else self.total + fidelity
+        self.worst = min(self.worst, (fidelity.output_snr, name))
+        self.tensors += 1
+
+    def as_json(self) -> dict[str, Any]:
+        assert self.total is not None
+        return {
+            "format": self.fmt,
+            "tensors": self.tensors,
+            "snr_db": round(self.total.snr, 2),
+            "output_snr_db": round(self.total.output_snr, 2),
+            "slope": round(float(self.total.slope), 5),
+            "worst_db": round(self.worst[0], 2),
+            "worst": self.worst[1],
+        }

@@ -1,0 +1,303 @@
+"""Stage 1: everything that the engine's loader needs of a file, and everything that it silently gets wrong.
+
+Names, shapes, formats that run, equal formats within a layer, AWQ sidecars, config keys, tokenizer, counts and hashes
+are held against the specification; every payload is read once, in pieces. Each problem names its tensor or metadata
+key. Depends on xxhash and formats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ...formats.blocks import (
+    EXPERT_FORMATS,
+    F16_FORMAT,
+    F32_FORMAT,
+    FORMATS,
+    Q8F16,
+    AffineFormat,
+    FloatFormat,
+    Format,
+    LloydFormat,
+    Q8Format,
+)
+from ...formats.errors import ConfigError
+from ...formats.hfq.container import HfqFile, QuantizationHash, TensorEntry
+from ...formats.hfq.layout import ENGINE_KEYS, metadata_checksum
+from ...formats.minimax import ARCH_ID, ModelConfig, awq_scale_name, inventory, normalize_config, parse_config
+from ..model.hfq_weights import pieces
+from .stage import Stage
+
+PROVENANCE = "mq_quant"
+_FLOATS = frozenset({F16_FORMAT.quant_type, F32_FORMAT.quant_type})
+_Q8 = frozenset({Q8F16.quant_type})
+ALLOWED: Mapping[str, tuple[frozenset[int], str]] = {
+    "norm": (_FLOATS, "norms must be F16 or F32"),
+    "bias": (_FLOATS, "the routing bias must be F16 or F32"),
+    "router": (_Q8, "the router must be Q8F16: the engine's kernel for others gives wrong logits"),
+    "expert": (EXPERT_FORMATS, "the engine runs experts only in MQ4, MQ6, MQ2-Lloyd and MQ3-Lloyd"),
+    "embed": (_Q8, "embeddings must be Q8F16"),
+    "lm_head": (_Q8, "lm_head must be Q8F16"),
+    "attn": (_Q8, "attention must be Q8F16: its inputs are not rotated"),
+}
+Problems = Iterator[str]
+
+
+def check_structure(file: HfqFile) -> Stage:
+    """Check a file's metadata, index and payloads; `seen` counts the tensors that were read."""
+    problems = list(_header_problems(file))
+    notes: list[str] = []
+    config = file.metadata.get("config")
+    cfg = None
+    try:
+        cfg = parse_config(config if isinstance(config, Mapping) else {})
+    except ConfigError as e:
+        problems.append(f"metadata.config: {e.problem}")
+    if cfg is not None and isinstance(config, Mapping):
+        problems += _config_problems(config)
+        problems += _inventory_problems(file, cfg)
+        problems += _layer_problems(file, cfg)
+        problems += _count_problems(file, cfg)
+    problems += _tokenizer_problems(file, cfg, notes)
+    stated = _stated_checksums(file)
+    if stated is None:
+        notes.append(
+            "the file does not give a checksum per tensor, so only the hash of the whole file is checked"
+        )
+    problems += _edited(file)
+    recomputed, wrong = _read_payloads(file, stated)
+    problems += wrong
+    problems += _hash_problems(file, recomputed)
+    values = {"quantization_hash": recomputed, "tensors": len(file.entries), "by_format": _by_format(file)}
+    return Stage("structure", len(file.entries), "tensors", tuple(problems), tuple(notes), values)
+
+
+def _by_format(file: HfqFile) -> dict[str, dict[str, int]]:
+    out: dict[str, dict[str, int]] = {}
+    for entry in file.entries:
+        fmt = FORMATS.get(entry.quant_type)
+        row = out.setdefault(
+            fmt.name if fmt else str(entry.quant_type), {"tensors": 0, "weights": 0, "bytes": 0}
+        )
+        row["tensors"] += 1
+        row["weights"] += math.prod(entry.shape)
+        row["bytes"] += entry.nbytes
+    return out
+
+
+def _header_problems(file: HfqFile) -> Problems:
+    if file.arch_id != ARCH_ID:
+        yield f"header: arch_id is {file.arch_id}, MiniMax-M2 is {ARCH_ID}"
+    if file.metadata.get("architecture") != "minimax_m2":
+        yield f"metadata.architecture: is {file.metadata.get('architecture')!r}, not 'minimax_m2'"
+    for key in ("tokenizer_config", "generation_config"):
+        value = file.metadata.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            yield f"metadata.{key}: is {type(value).__name__}, not an object"
+
+
+def _config_problems(config: Mapping[str, Any]) -> Problems:
+    for key, value in normalize_config(config).items():
+        if key not in config:
+            yield f"metadata.config.{key}: is missing, and the engine's default for it may run the model wrongly"
+        elif config[key] != value:
+            yield f"metadata.config.{key}: is {config[key]!r}, not {value!r}"
+
+
+def _inventory_problems(file: HfqFile, cfg: ModelConfig) -> Problems:
+    known = set()
+    for spec in inventory(cfg):
+        known.add(spec.name)
+        if spec.name not in file:
+            yield f"{spec.name}: is missing"
+            continue
+        entry = file.entry(spec.name)
+        allowed, why = ALLOWED[spec.role]
+        if entry.shape != spec.shape:
+            yield f"{spec.name}: has shape {list(entry.shape)}, the config calls for {list(spec.shape)}"
+        if entry.quant_type not in allowed:
+            yield f"{spec.name}: is stored as {_name(entry)}; {why}"
+    known.update(awq_scale_name(layer) for layer in range(cfg.num_hidden_layers))
+    for entry in file.entries:
+        if entry.name not in known:
+            yield f"{entry.name}: is not a tensor of this model"
+
+
+def _name(entry: TensorEntry) -> str:
+    fmt = FORMATS.get(entry.quant_type)
+    return fmt.name if fmt else f"quant_type {entry.quant_type}"
+
+
+def _layer_problems(file: HfqFile, cfg: ModelConfig) -> Problems:
+    """The loader reads a layer's formats from expert 0, and skips sidecars of another form without a word."""
+    first: dict[tuple[int | None, bool], TensorEntry] = {}
+    for spec in inventory(cfg):
+        if spec.role != "expert" or spec.name not in file:
+            continue
+        entry = file.entry(spec.name)
+        model = first.setdefault((spec.layer, spec.projection == "w2"), entry)
+        if entry.quant_type != model.quant_type:
+            yield f"{entry.name}: is {_name(entry)}, but {model.name} is {_name(model)}; a layer needs one format"
+    present = [layer for layer in range(cfg.num_hidden_layers) if awq_scale_name(layer) in file]
+    for layer in range(cfg.num_hidden_layers):
+        name = awq_scale_name(layer)
+        if name in file:
+            entry = file.entry(name)
+            if entry.quant_type != F16_FORMAT.quant_type or entry.shape != (cfg.hidden_size,):
+                yield f"{name}: is {_name(entry)} {list(entry.shape)}, not F16 [{cfg.hidden_size}]: the loader skips it"
+        elif present:
+            yield f"{name}: is missing, though layer {present[0]} has its AWQ scale"
+
+
+def _count_problems(file: HfqFile, cfg: ModelConfig) -> Problems:
+    counts = file.metadata.get("parameter_counts")
+    if not isinstance(counts, Mapping):
+        yield "metadata.parameter_counts: is missing"
+        return
+    total = sum(math.prod(spec.shape) for spec in inventory(cfg))
+    if counts.get("total_params") != total:
+        yield f"metadata.parameter_counts.total_params: is {counts.get('total_params')}, the config gives {total}"
+
+
+def _byte_symbols() -> set[str]:
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    return {chr(b) for b in printable} | {chr(256 + i) for i in range(256 - len(printable))}
+
+
+def _tokenizer_problems(file: HfqFile, cfg: ModelConfig | None, notes: list[str]) -> Problems:
+    text = file.metadata.get("tokenizer")
+    if text is None:
+        notes.append("the file has no tokenizer, so the engine can run it on token ids only")
+        return
+    if not isinstance(text, str):
+        yield f"metadata.tokenizer: is {type(text).__name__}, not tokenizer.json as a string"
+        return
+    try:
+        vocab = json.loads(text)["model"]["vocab"]
+        ids = [int(i) for i in vocab.values()]
+        missing = _byte_symbols() - set(vocab)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        yield f"metadata.tokenizer: is not a byte-level BPE tokenizer.json ({type(e).__name__}: {e})"
+        return
+    if missing:
+        yield f"metadata.tokenizer: {len(missing)} of the 256 byte symbols are not in its vocabulary"
+    if cfg is not None and max(ids, default=0) >= cfg.vocab_size:
+        yield f"metadata.tokenizer: holds id {max(ids)}, but the vocabulary has {cfg.vocab_size}"
+    config = file.metadata.get("tokenizer_config")
+    if not (isinstance(config, Mapping) and config.get("chat_template")):
+        notes.append("the file has no chat template")
+
+
+def _read_payloads(file: HfqFile, stated: list[str] | None) -> tuple[str, list[str]]:
+    """The recomputed quantization hash, and what is wrong with any payload: its checksum or its levels."""
+    digest, problems = QuantizationHash(), []
+    for i, entry in enumerate(file.entries):
+        checksum, levels = xxhash.xxh64(), _Levels(entry)
+        digest.update(entry, _tee(file, entry, checksum, levels))
+        if stated is not None and checksum.hexdigest() != stated[i]:
+            problems.append(
+                f"{entry.name}: its bytes are not those that were written (checksum {checksum.hexdigest()})"
+            )
+        if levels.problem:
+            problems.append(f"{entry.name}: {levels.problem}")
+    return digest.hexdigest, problems
+
+
+def _tee(file: HfqFile, entry: TensorEntry, checksum: Any, levels: _Levels) -> Iterator[NDArray[np.uint8]]:
+    source = pieces(file, entry) if entry.quant_type in FORMATS else file.chunks(entry)
+    for piece in source:
+        checksum.update(piece.data)
+        levels.look(piece)
+        yield piece
+
+
+def _edited(file: HfqFile) -> Problems:
+    """The build records a checksum of what the engine reads besides payloads: config, tokenizer and so on."""
+    provenance = file.metadata.get(PROVENANCE)
+    stated = provenance.get("metadata_checksum") if isinstance(provenance, Mapping) else None
+    if stated is not None and stated != metadata_checksum(file.metadata):
+        yield f"metadata: {', '.join(ENGINE_KEYS)} are not as they were written: one of them was edited"
+
+
+def _stated_checksums(file: HfqFile) -> list[str] | None:
+    """The checksum of each tensor in file order, as the build recorded them; None where there are none that fit."""
+    provenance = file.metadata.get(PROVENANCE)
+    record = provenance.get("checksums") if isinstance(provenance, Mapping) else None
+    text = record.get("values") if isinstance(record, Mapping) else None
+    if not isinstance(text, str) or len(text) != 16 * len(file.entries):
+        return None
+    return [text[i : i + 16] for i in range(0, len(text), 16)]
+
+
+class _Levels:
+    """Looks at the levels of every group of one tensor and keeps the first problem."""
+
+    def __init__(self, entry: TensorEntry) -> None:
+        self.fmt: Format | None = FORMATS.get(entry.quant_type)
+        self.sidecar = entry.name.endswith("awq_scale_gate_up.weight")
+        self.groups = 0
+        self.problem: str | None = None if self.fmt else f"quant_type {entry.quant_type} is unknown"
+
+    def look(self, piece: NDArray[np.uint8]) -> None:
+        if self.fmt is None:
+            return
+        bad = _bad_groups(self.fmt, piece)
+        if self.sidecar:
+            bad |= ~(self.fmt.decode(piece)[:, 0] > 0)
+        if bad.any() and self.problem is None:
+            first = self.groups + int(bad.argmax())
+            what = "is not positive and finite" if self.sidecar else _SANE[type(self.fmt)]
+            self.problem = f"group {first} {what}"
+        self.groups += len(bad)
+
+
+_HEADS: dict[type[Format], tuple[str, int]] = {
+    FloatFormat: ("<f4", 1),
+    Q8Format: ("<f2", 1),
+    AffineFormat: ("<f4", 2),
+    LloydFormat: ("<f2", 0),
+}
+"""The dtype and number of the levels at the head of a group; 0 where it is the codebook's size."""
+_SANE: dict[type[Format], str] = {
+    FloatFormat: "is not finite",
+    Q8Format: "has a scale that is not finite",
+    AffineFormat: "has a scale or zero that is not finite",
+    LloydFormat: "has centroids that are not finite and ascending",
+}
+
+
+def _bad_groups(fmt: Format, piece: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which groups of a piece no encoder writes, from their heads alone: bool [groups]."""
+    dtype, count = _HEADS[type(fmt)]
+    count = count or fmt.levels
+    if isinstance(fmt, FloatFormat):
+        dtype = fmt.dtype.str
+    width = np.dtype(dtype).itemsize * count
+    levels: NDArray[Any] = np.ascontiguousarray(fmt.groups(piece)[:, :width]).view(dtype)
+    bad: NDArray[np.bool_] = np.logical_not(np.isfinite(levels).all(axis=1))
+    if isinstance(fmt, LloydFormat):
+        bad |= (levels[:, 1:] < levels[:, :-1]).any(axis=1)
+    return bad
+
+
+def _hash_problems(file: HfqFile, recomputed: str) -> Problems:
+    record = file.metadata.get("quantization_hash")
+    if not isinstance(record, Mapping):
+        yield "metadata.quantization_hash: is missing"
+        return
+    expected = {
+        **QuantizationHash().record(str(record.get("producer"))),
+        "value": recomputed,
+        "tensor_count": len(file.entries),
+        "payload_bytes": sum(entry.nbytes for entry in file.entries),
+    }
+    for key, value in expected.items():
+        if record.get(key) != value:
+            yield f"metadata.quantization_hash.{key}: is {record.get(key)!r}, the file gives {value!r}"
