@@ -1,7 +1,7 @@
 """A bounded set of shards on disk: fetched in the order of need, the next one early, deleted after the last use.
 
 At most `slots` shards are on the disk or on their way to it. Where a shard is asked for out of order, the one whose
-next use lies farthest makes room. Knows nothing of the hub: `fetch` brings a shard. Depends on errors only.
+next use lies farthest makes room. Knows nothing of the hub: `fetch` brings a shard.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import HubError
-
-PART = ".part"
-"""What a shard that is not whole yet ends in."""
+from ..hub.client import PART
 
 Fetch = Callable[[str, Path], Path]
 """Brings a shard to the given path, and returns where it lies: there, or elsewhere in a place that is not ours."""

@@ -2,7 +2,7 @@
 
 `HubCheckpoint` offers what a local Checkpoint does. The revision is resolved once, the inventory is checked from
 ranged reads of the headers alone, and the disk holds at most `shard_cache` shards. In offline mode the copy in
-huggingface_hub's cache is used. Depends on checkpoint, hubclient, shardcache, shards and errors.
+huggingface_hub's cache is used.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError, HubError
 from ..hub.client import Hub, Repository, offline
+from ..hub.files import snapshot
 from ..minimax import is_mtp, scale_inv_name
 from .safetensors_file import TensorInfo, by_name, header_length, parse_header, read_header, read_tensor
 from .shard_cache import ShardCache
@@ -189,48 +190,9 @@ def open_hub(
     if shard_cache < 1:
         raise HubError(f"a shard cache of {shard_cache} shards cannot hold any")
     if offline():
-        return CachedCheckpoint(_snapshot(repository, revision), repository)
+        return CachedCheckpoint(snapshot(repository, revision), repository)
     hub = hub or Hub()
     return HubCheckpoint(hub, hub.resolve(repository, revision), shard_cache, scratch or Path.cwd())
-
-
-def fetch_file(repository: str, name: str, revision: str | None = None, *, hub: Hub | None = None) -> Path:
-    """One file of a repository in huggingface_hub's cache, verified; its folder is named by the resolved commit."""
-    if offline():
-        path = _snapshot(repository, revision) / name
-        if ".." in Path(name).parts or not path.is_file():
-            raise HubError("is not in the cache, and HF_HUB_OFFLINE is set", file=f"{repository}/{name}")
-        return path
-    hub = hub or Hub()
-    resolved = hub.resolve(repository, revision)
-    return hub.small_file(resolved, resolved.file(name))
-
-
-def fetch_side_files(repository: str, revision: str | None = None, *, hub: Hub | None = None) -> Path:
-    """The folder, in huggingface_hub's cache, of a repository's config.json and SIDE_FILES; no weights are fetched."""
-    if offline():
-        return _snapshot(repository, revision)
-    hub = hub or Hub()
-    resolved = hub.resolve(repository, revision)
-    config = hub.small_file(resolved, resolved.file(CONFIG))
-    for name in SIDE_FILES:
-        if name in resolved.files:
-            hub.small_file(resolved, resolved.file(name))
-    return config.parent
-
-
-def _snapshot(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise HubError(
-            "is not in the cache, and HF_HUB_OFFLINE is set",
-            file=repository,
-            hint="unset it, or fetch the repository with `hf download` first",
-        ) from None
 
 
 def _claim(folder: Path, commit: str) -> tuple[Path, BinaryIO]:

@@ -2,7 +2,7 @@
 
 Requests go through huggingface_hub's session, so its token, endpoint and offline settings hold. Every request is
 retried with growing pauses; what comes is held against the size and hash that the hub itself states. Nothing from a
-repository is ever executed. Depends on huggingface_hub (imported when needed), shardcache and errors.
+repository is ever executed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoint.shard_cache import PART
 from ..errors import HubError
 
 T = TypeVar("T")
@@ -28,6 +27,8 @@ ATTEMPTS = 7
 LONGEST_PAUSE = 60.0
 PROGRESS = 1 << 20
 CHUNK = 1 << 20
+PART = ".part"
+"""The ending of a file that is not whole yet."""
 _BUSY = (408, 429, 500, 502, 503, 504)
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TOKEN = "set HF_TOKEN to a token that may read it"

@@ -120,7 +120,7 @@ def _imatrix_file(recipe: Recipe, changes: Changes) -> Path | None:
             hint="give --imatrix FILE (llama.cpp's GGUF or .dat), or --no-imatrix for a plain build",
         )
     if ref.repository is not None:
-        from ...formats.checkpoint.streamed import fetch_file
+        from ...formats.hub.files import fetch_file
 
         return fetch_file(ref.repository, ref.file, ref.revision)
     folder = local_folder(recipe.model.source.place)

@@ -1,6 +1,6 @@
 """From `--source`, `--tier` and `--recipe` to the recipe and the model's files: folder, hub repository or `tiny`.
 
-Depends on formats (checkpoint, hub), recipe, metadata and tiny; heavy readers are imported only where they are needed.
+The readers of checkpoints and of the hub are imported where they are used, so that a command of a folder loads neither.
 """
 
 from __future__ import annotations
@@ -142,15 +142,15 @@ def model_files(model: Model) -> ModelFiles:
     if model.config is not None:
         return ModelFiles(normalize_config(model.config), SideFiles(), False)
     folder = local_folder(model.source.place)
+    names = (checkpoint.CONFIG, *checkpoint.SIDE_FILES)
     if folder is None:
         assert model.source.repository is not None
-        from ...formats.checkpoint.streamed import fetch_side_files
+        from ...formats.hub.files import fetch_files
 
-        folder = fetch_side_files(model.source.repository, model.source.revision)
-    raw = read_json(folder / "config.json")
-
-    def find(name: str) -> Path | None:
-        return folder / name if (folder / name).is_file() else None
-
-    side = side_files(find)
-    return ModelFiles(raw, side, side.tokenizer is not None)
+        files = fetch_files(model.source.repository, names, model.source.revision)
+    else:
+        files = {name: folder / name for name in names if (folder / name).is_file()}
+    if checkpoint.CONFIG not in files:
+        raise ConfigError("is missing", file=f"{model.source.place}/{checkpoint.CONFIG}")
+    side = side_files(files.get)
+    return ModelFiles(read_json(files[checkpoint.CONFIG]), side, side.tokenizer is not None)

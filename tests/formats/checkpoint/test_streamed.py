@@ -12,9 +12,10 @@ import pytest
 from hub_fixtures import INDEX, SHARDS, Opener, names, read_all, stored
 from hub_server import MAIN, REPO, Fault, HubServer
 from mq_quant.formats.checkpoint.source import Checkpoint, open_checkpoint
-from mq_quant.formats.checkpoint.streamed import fetch_file, fetch_side_files, open_hub
+from mq_quant.formats.checkpoint.streamed import open_hub
 from mq_quant.formats.errors import CheckpointError, ConfigError, HubError
 from mq_quant.formats.hub.client import Hub
+from mq_quant.formats.hub.files import fetch_file, fetch_files, snapshot
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -186,16 +187,17 @@ def test_offline_uses_the_cached_snapshot(
     hub = Hub(server.endpoint, pause=0.001)
     for file in local.path.iterdir():
         fetch_file(REPO, file.name, "main", hub=hub)
-    snapshot = fetch_side_files(REPO, hub=hub)
-    (snapshot.parents[1] / "refs").mkdir(exist_ok=True)
-    (snapshot.parents[1] / "refs" / "main").write_text(MAIN)
+    folder = fetch_file(REPO, "config.json", hub=hub).parent
+    (folder.parents[1] / "refs").mkdir(exist_ok=True)
+    (folder.parents[1] / "refs" / "main").write_text(MAIN)
     before = len(server.requests)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     source = open_hub(REPO)
     source.validate()
     assert source.origin == {"repository": REPO, "revision": MAIN}
     assert source.fingerprint() == local.fingerprint()
-    assert fetch_side_files(REPO) == snapshot
+    assert snapshot(REPO, None) == folder
+    assert fetch_files(REPO, ("config.json", "absent")) == {"config.json": folder / "config.json"}
     assert fetch_file(REPO, INDEX).read_bytes() == (local.path / INDEX).read_bytes()
     with pytest.raises(HubError, match="not in the cache"):
         fetch_file(REPO, "../../../etc/passwd")

@@ -11,10 +11,11 @@ import pytest
 from hub_fixtures import NOWHERE, SHARDS, Opener, names, read_all
 from hub_server import MAIN, REPO, Fault, HubServer
 from mq_quant.formats.checkpoint.source import Checkpoint
-from mq_quant.formats.checkpoint.streamed import fetch_file, fetch_side_files, open_hub
+from mq_quant.formats.checkpoint.streamed import open_hub
 from mq_quant.formats.errors import HubError
 from mq_quant.formats.hub import client as hubclient
 from mq_quant.formats.hub.client import Hub, Remote
+from mq_quant.formats.hub.files import fetch_file, fetch_files
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -158,8 +159,9 @@ def test_single_files(server: HubServer, tmp_path: Path) -> None:
     path = fetch_file("acme/imatrix", "imatrix.gguf_file", hub=hub)
     assert path.read_bytes() == b"GGUF" * 100
     assert MAIN in path.parts
-    folder = fetch_side_files(REPO, hub=hub)
-    assert {p.name for p in folder.iterdir()} == {"config.json", "tokenizer.json"}
+    found = fetch_files(REPO, ("config.json", "tokenizer.json", "chat_template.jinja"), hub=hub)
+    assert set(found) == {"config.json", "tokenizer.json"}
+    assert {p.name for p in found["config.json"].parent.iterdir()} == set(found)
     path.resolve().write_bytes(b"GGUF" * 99 + b"oops")
     assert fetch_file("acme/imatrix", "imatrix.gguf_file", hub=hub).read_bytes() == b"GGUF" * 100
     path.resolve().write_bytes(b"GGUF" * 99 + b"oops")
