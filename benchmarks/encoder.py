@@ -25,6 +25,7 @@ from mq_quant.formats.blocks import BY_NAME, AffineFormat, LloydFormat
 from mq_quant.formats.fwht import SIGNS2, rotate
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.lloyd import encode
+from mq_quant.lloyd.constants import ROUNDS
 from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.group import fit_rows, settle_rows
 from mq_quant.lloyd.hessian.group import from_diagonal
@@ -88,7 +89,7 @@ def stages_of(fmt: LloydFormat | AffineFormat, runs: int) -> dict[str, Any]:
             lambda: fit_rows(rows, 0, h.matrix, h.feedback, *given, grid, rounds, levels.copy(), codes)
         )
 
-    first, cold, whole = fit(0), fit(1), fit(encode.ROUNDS)
+    first, cold, whole = fit(0), fit(1), fit(ROUNDS)
     return {
         "format": fmt.name,
         "Hessian": took(lambda: from_diagonal(weights)),

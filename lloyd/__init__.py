@@ -21,7 +21,7 @@ def _keep_caches_apart() -> None:
     if "NUMBA_CACHE_DIR" in os.environ:
         return
     sources = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.glob("*.py")):
+    for module in sorted(Path(__file__).parent.rglob("*.py")):
         sources.update(module.read_bytes())
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "mq-quant" / f"numba-{sources.hexdigest()[:16]}"

@@ -16,22 +16,19 @@ from numpy.typing import NDArray
 from ..formats.blocks import AffineFormat, FloatFormat, Format, LloydFormat, Q8Format
 from ..formats.fwht import SIGNS2
 from . import engine_quantiser as reference
-from .codes.descent import SWEEPS, shake_signs
+from .codes.descent import shake_signs
+from .constants import F16_MAX, F16_SMALLEST, GRID_STEPS, GROUP, ROUNDS, SWEEPS
 from .group import fit_rows, nearest_rows, settle_rows
 from .hessian.group import GroupHessian
 from .hessian.row import RowHessian, compensate
-from .levels.affine import STEPS, affine_rows
+from .levels.affine import affine_rows
 from .levels.kmeans import kmeans_rows
 
 Fit = Literal["reference", "exact", "hessian"]
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
-GROUP = 256
-ROUNDS = 4
-"""Rounds of descent and refit after the first refit."""
 SHAKES = shake_signs(ROUNDS * SWEEPS)
-_F16_MAX = 65504.0
 _NO_CODES = np.empty((0, GROUP), np.uint8)
 
 
@@ -49,8 +46,8 @@ def encode_plain(values: F32, fmt: Format, fit: Fit) -> U8:
 def _q8(groups: F32) -> tuple[NDArray[np.float16], NDArray[np.int8]]:
     """Q8F16 with the scale rounded to f16 before it divides; a scale that would underflow becomes the smallest f16."""
     amax = np.abs(groups).max(axis=1)
-    scale = np.minimum(amax / np.float32(127), np.float32(_F16_MAX)).astype(np.float16)
-    scale = np.where((scale == 0) & (amax > 0), np.float16(2.0**-24), scale)
+    scale = np.minimum(amax / np.float32(127), np.float32(F16_MAX)).astype(np.float16)
+    scale = np.where((scale == 0) & (amax > 0), np.float16(F16_SMALLEST), scale)
     divisor = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)
     codes = np.clip(np.rint(groups / divisor[:, None]), -127, 127)
     return scale, codes.astype(np.int8)
@@ -108,7 +105,7 @@ def _plain_group(rows: F32, column: int, fmt: LloydFormat | AffineFormat, fit: F
         return _pack(fmt, _stored(fmt, levels), codes)
     if isinstance(fmt, AffineFormat):
         params = np.empty((len(rows), 2), np.float32)
-        affine_rows(rows, column, fmt.levels, STEPS, params, codes)
+        affine_rows(rows, column, fmt.levels, GRID_STEPS, params, codes)
         return _pack(fmt, params, codes)
     stored = _stored(fmt, _initial_levels(rows, column, fmt, exact=True))
     nearest_rows(rows, column, stored, codes)
@@ -135,7 +132,7 @@ def _initial_levels(rows: F32, column: int, fmt: LloydFormat | AffineFormat, exa
     """Centroids f32 [R, K], or (zero, scale) f32 [R, 2], best in plain squared error."""
     if isinstance(fmt, AffineFormat):
         params = np.empty((len(rows), 2), np.float32)
-        affine_rows(rows, column, fmt.levels, STEPS, params, _NO_CODES)
+        affine_rows(rows, column, fmt.levels, GRID_STEPS, params, _NO_CODES)
         return params
     levels = np.empty((len(rows), fmt.levels), np.float32)
     kmeans_rows(rows, column, exact, levels)
@@ -146,7 +143,7 @@ def _stored(fmt: LloydFormat | AffineFormat, levels: F32) -> F32:
     """Levels, or (zero, scale), rounded to the precision in which the format stores them, as f32."""
     if isinstance(fmt, AffineFormat):
         return levels.astype(np.float32)
-    return np.clip(levels, -_F16_MAX, _F16_MAX).astype(np.float16).astype(np.float32)
+    return np.clip(levels, -F16_MAX, F16_MAX).astype(np.float16).astype(np.float32)
 
 
 def _expand(fmt: LloydFormat | AffineFormat, stored: F32) -> F32:

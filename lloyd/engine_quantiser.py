@@ -10,9 +10,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .simd.lanes import GROUP
-
-ITERATIONS = 8
+from .constants import ENGINE_STEPS, GROUP
 
 
 @njit(cache=True, nogil=True)
@@ -69,12 +67,14 @@ def lloyd_rows(rows, column, levels, codes):
         if values[0] == values[GROUP - 1]:
             # Zeros of either sign count as equal and keep their order, so each quantile is read from the group itself.
             for k in range(count):
-                levels[r, k] = rows[r, column + int(np.floor(255.0 * (2 * k + 1) / (2 * count) + 0.5))]
+                levels[r, k] = rows[
+                    r, column + int(np.floor((GROUP - 1.0) * (2 * k + 1) / (2 * count) + 0.5))
+                ]
             out[:] = 0
             continue
         for k in range(count):
-            centroids[k] = values[int(np.floor(255.0 * (2 * k + 1) / (2 * count) + 0.5))]
-        for step in range(ITERATIONS):
+            centroids[k] = values[int(np.floor((GROUP - 1.0) * (2 * k + 1) / (2 * count) + 0.5))]
+        for step in range(ENGINE_STEPS):
             changed = False
             total[:] = 0.0
             members[:] = 0

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .codes.descent import SHAKE, SWEEPS, descend, heat
+from .codes.descent import descend, heat
 from .codes.feedback import feedback, residual
+from .constants import GROUP, SHAKE, SIGNAL_FLOOR, SWEEPS
 from .levels.refit import (
     dense_equations,
     indicator,
@@ -22,7 +23,7 @@ from .levels.refit import (
     solve_grid,
     weighted_dot,
 )
-from .simd.lanes import GROUP, assign, gather, hadamard, lined_up, midpoints, scatter, sort_levels
+from .simd.lanes import assign, gather, hadamard, lined_up, midpoints, scatter, sort_levels
 from .simd.vec import LANES, load, splat, store
 
 
@@ -178,7 +179,7 @@ def settle_rows(rows, column, matrix, weights, signs, shakes, stored, codes_io, 
         for r in range(live):
             whole = totals[0, r]
             kept = whole - totals[1, r]
-            gains[first + r] = whole / kept if kept > np.float32(0.5) * whole else np.float32(1)
+            gains[first + r] = whole / kept if kept > SIGNAL_FLOOR * whole else np.float32(1)
 
 
 @njit(cache=True, nogil=True)

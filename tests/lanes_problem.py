@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from mq_quant.formats.fwht import rotate
+from mq_quant.lloyd.constants import GRID_STEPS
 from mq_quant.lloyd.hessian.group import GroupHessian, from_diagonal
-from mq_quant.lloyd.levels.affine import STEPS, affine_rows
+from mq_quant.lloyd.levels.affine import affine_rows
 from mq_quant.lloyd.levels.kmeans import kmeans_rows
 
 LANES = 16
@@ -58,7 +59,7 @@ def problem(count: int, sigma: float, seed: int = 0, grid: bool = False) -> Prob
     h = from_diagonal(unequal_weights(sigma, seed))
     if grid:
         params = np.empty((LANES, 2), np.float32)
-        affine_rows(rows, 0, count, STEPS, params, NO_CODES)
+        affine_rows(rows, 0, count, GRID_STEPS, params, NO_CODES)
         levels = params[:, :1] + params[:, 1:] * np.arange(count, dtype=np.float32)
     else:
         levels = np.empty((LANES, count), np.float32)

@@ -14,18 +14,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ...formats.fwht import draw_signs
-from ..simd.lanes import GROUP
+from ..constants import GROUP, MOST_ENERGY, SHAKE_SEED
 from ..simd.vec import LANES, count_gt, first_outside, fma, load, root, splat, store, where_eq, where_gt
 
-SHAKE = np.float32(0.25)
-"""How far warm sweeps shift a target, as a share of the root mean square error of a row's columns under H."""
-SHAKE_SEED = 77
-SWEEPS = 8
-"""Sweeps of a round of descent."""
 BLOCKS = GROUP // LANES
 CODE, LOW, HIGH = BLOCKS, 2 * BLOCKS, 3 * BLOCKS
 """Where parts of a row begin, after its levels."""
-_MOST = np.float32(1e38)
 
 
 def shake_signs(sweeps: int) -> NDArray[np.float32]:
@@ -53,7 +47,7 @@ def heat(errors, pull, share, out):
         width //= 2
     energy = load(parts, 0) * splat(np.float32(1) / np.float32(GROUP))
     # Neither what rounding has driven below zero nor what has overflown is a temperature.
-    energy = where_gt(splat(_MOST), energy, energy, nothing)
+    energy = where_gt(splat(MOST_ENERGY), energy, energy, nothing)
     store(out, 0, splat(share) * root(where_gt(energy, nothing, energy, nothing)))
 
 

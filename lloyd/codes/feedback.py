@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..simd.lanes import GROUP, assign
+from ..constants import GROUP
+from ..simd.lanes import assign
 from ..simd.vec import fma, load, splat, store, where_eq
 
 PANEL = 8

@@ -17,13 +17,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ...formats.fwht import SIGNS2
+from ..constants import GROUP, WEIGHT_RANGE, WHITE_RATIO
 
-GROUP = 256
 _XOR = np.arange(GROUP)[:, None] ^ np.arange(GROUP)[None, :]
 _SIGNS = np.outer(SIGNS2, SIGNS2).astype(np.float64)
-RANGE = 1e6
-"""Largest ratio kept between channel weights of one group; beyond it f32 arithmetic on H would lose the small ones."""
-
 UNUSABLE = "no usable importance"
 
 
@@ -43,7 +40,7 @@ class GroupHessian:
     @property
     def nearly_white(self) -> bool:
         """Whether all channels weigh about the same: then refits hardly leave the basin of the initial levels."""
-        return self.diagonal.size > 0 and bool(self.diagonal.max() < 2 * self.diagonal.min())
+        return self.diagonal.size > 0 and bool(self.diagonal.max() < WHITE_RATIO * self.diagonal.min())
 
 
 @njit(cache=True, nogil=True)
@@ -103,7 +100,7 @@ def bounded(weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
     top = float(weights.max(initial=0.0))
     if not np.isfinite(weights).all() or top <= 0:
         return None
-    w = np.maximum(weights / top, 1.0 / RANGE)
+    w = np.maximum(weights / top, 1.0 / WEIGHT_RANGE)
     w /= w.mean()
     return np.asarray(w, np.float64)
 

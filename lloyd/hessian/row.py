@@ -19,13 +19,11 @@ from numba import njit
 from numpy.typing import NDArray
 
 from ..codes.feedback import PANEL, product
+from ..constants import EXTRA_DAMPING, GROUP
 from ..simd.lanes import gather, scatter_at
 from ..simd.vec import LANES
-from .group import GROUP, GroupHessian, from_diagonal, identity
+from .group import GroupHessian, from_diagonal, identity
 from .lapack import cholesky, invert_lower
-
-_EXTRA_DAMPING = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
-"""Shares of the mean diagonal added, one after the other, until the factorisation succeeds."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def from_moment(moment: NDArray[np.float64]) -> RowHessian:
     if not mean > 0:
         return white
     scaled = moment / mean
-    for extra in _EXTRA_DAMPING:
+    for extra in EXTRA_DAMPING:
         upper = inverse_factor(scaled, extra)
         if upper is not None:
             notes = (f"second moment damped by a further {extra:g}",) if extra else ()

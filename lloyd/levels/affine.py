@@ -8,27 +8,23 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..simd.lanes import GROUP, assign, gather, midpoints, scatter
+from ..constants import (
+    BOTH_ENDS,
+    COARSE_SCALE,
+    DETERMINANT_FLOOR,
+    GROUP,
+    ONE_END,
+    ROUNDER,
+    SMALLEST_SCALE,
+)
+from ..simd.lanes import assign, gather, midpoints, scatter
 from ..simd.vec import LANES, fma, load, splat, store, where_gt
-
-_MAGIC = np.float32(12582912.0)
-"""1.5 · 2²³: adding and subtracting it rounds to the nearest whole number, ties to even."""
-_SMALLEST = np.float32(2.0**-124)
-"""Scales beyond this have a finite reciprocal; a group too narrow for one counts as constant."""
-_COARSE = np.float32(2.0**-20)
-"""Scales beyond this share of the largest level keep neighbouring levels well apart in f32."""
-BOTH_ENDS = (0.06, 0.14)
-"""Shares of the range that the search first cuts off at both ends."""
-ONE_END = (0.03, 0.015)
-"""Shares by which it then moves one end at a time, in and out."""
-STEPS = 3
-"""Least-squares steps that follow the search."""
 
 
 @njit(cache=True, nogil=True)
 def grid_code(value, zero, inverse, top):
     """The whole number in 0..top nearest to (value - zero) · inverse."""
-    magic = splat(_MAGIC)
+    magic = splat(ROUNDER)
     q = (value - zero) * inverse
     q = where_gt(q, splat(np.float32(0)), q, splat(np.float32(0)))
     q = where_gt(q, top, top, q)
@@ -63,11 +59,11 @@ def refine(y, zero, scale, top, out):
         syq = fma(v, q, syq)
     n = splat(np.float32(GROUP))
     determinant = n * sqq - sq * sq
-    usable = where_gt(determinant, splat(np.float32(0.5)), one, none)
+    usable = where_gt(determinant, splat(DETERMINANT_FLOOR), one, none)
     safe = where_gt(usable, none, determinant, one)
     new_scale = (n * syq - sq * sy) / safe
     new_zero = zero + (sy * sqq - sq * syq) / safe
-    usable = where_gt(new_scale, splat(_SMALLEST), usable, none)
+    usable = where_gt(new_scale, splat(SMALLEST_SCALE), usable, none)
     store(out, 0, where_gt(usable, none, new_zero, zero))
     store(out, 1, where_gt(usable, none, new_scale, scale))
 
@@ -120,7 +116,7 @@ def best_grid(y, count, steps, best, out):
         high = where_gt(v, high, v, high)
     width = high - low
     step = width * splat(np.float32(1) / np.float32(count - 1))
-    flat = where_gt(step, splat(_SMALLEST), none, one)
+    flat = where_gt(step, splat(SMALLEST_SCALE), none, one)
     step = where_gt(flat, none, one, step)
     search(y, low, width, step, top, best)
     a, b = load(best, 1), load(best, 2)
@@ -147,7 +143,7 @@ def nearest_grid(y, grid, live, levels, mids, codes):
     coarse = False
     for r in range(live):
         reach = abs(grid[0, r]) + grid[1, r] * np.float32(count)
-        coarse = coarse or not grid[1, r] > reach * np.float32(_COARSE)
+        coarse = coarse or not grid[1, r] > reach * COARSE_SCALE
     zero, scale = load(grid, 0), load(grid, 1)
     if coarse:
         for k in range(count):

@@ -15,7 +15,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..simd.lanes import GROUP, gather, sort_lanes
+from ..constants import BOUND_SLACK, GROUP, LLOYD_STEPS, PAIR_SWEEPS, QUANTILE_POWER
+from ..simd.lanes import gather, sort_lanes
 from ..simd.vec import (
     LANES,
     WIDE_LANES,
@@ -161,7 +162,7 @@ def layer(previous, sums, inverse, energy, bound, reach, first, gains, starts, l
         previous, sums, inverse, last, low, min(last - 1, reach), gains, starts
     )
     cut = GROUP
-    stride = 128
+    stride = GROUP // 2
     while stride >= 1:
         for i in range(stride, min(last, cut), 2 * stride):
             if i <= first:
@@ -234,7 +235,7 @@ def gaussian_bounds(count):
     bounds[0] = 0
     bounds[count] = GROUP
     for k in range(1, count):
-        odds = (k / (count - k)) ** 1.6
+        odds = (k / (count - k)) ** QUANTILE_POWER
         bounds[k] = int(np.floor(GROUP * odds / (1.0 + odds) + 0.5))
     return bounds
 
@@ -287,8 +288,8 @@ def kmeans_rows(rows, column, exact, levels):
             values[r] = block[:, WIDE_LANES * half + r]
             own_sums[r, : GROUP + 1] = sums[:, r]
             bounds[r] = quantiles
-            lloyd_bounds(values[r], own_sums[r], means[0, r], bounds[r], 4)
-            split_pairs(own_sums[r], inverse, falling, bounds[r], 4)
+            lloyd_bounds(values[r], own_sums[r], means[0, r], bounds[r], LLOYD_STEPS)
+            split_pairs(own_sums[r], inverse, falling, bounds[r], PAIR_SWEEPS)
         if exact:
             squares(block, half, means, energy)
             for r in range(live):
@@ -296,8 +297,7 @@ def kmeans_rows(rows, column, exact, levels):
                 for k in range(count):
                     d = own_sums[r, bounds[r, k + 1]] - own_sums[r, bounds[r, k]]
                     explained += d * d * inverse[bounds[r, k + 1] - bounds[r, k]]
-                # A little above what rounding of these sums can amount to.
-                bound[0, r] = energy[GROUP, r] - explained + 1e-12 * energy[GROUP, r]
+                bound[0, r] = energy[GROUP, r] - explained + BOUND_SLACK * energy[GROUP, r]
             # Lanes beyond the last row hold zeros, and nothing of them is worth continuing.
             bound[0, live:] = -1.0
             exact_bounds(sums, inverse, energy, bound, gains, starts, bounds)

@@ -11,12 +11,10 @@ import numpy as np
 from numba import njit
 
 from ..codes.feedback import PANEL, product
-from ..simd.lanes import GROUP
+from ..constants import GROUP, PIVOT_FLOOR, POSED_FLOOR, RIDGE
 from ..simd.vec import LANES, fma, load, root, splat, store, where_eq, where_gt
 
 HALF = GROUP // 2
-RIDGE = np.float32(1e-3)
-"""Share of the mean diagonal that ties each level to its old place; it alone decides a level that no code uses."""
 
 
 @njit(cache=True, nogil=True)
@@ -168,7 +166,7 @@ def solve(gram, rhs, levels):
     for k in range(count):
         trace = trace + load(gram[k], k)
     tie = trace * splat(RIDGE / np.float32(count))
-    floor = tie * splat(np.float32(0.01))
+    floor = tie * splat(PIVOT_FLOOR)
     good = one
     for k in range(count):
         store(gram[k], k, load(gram[k], k) + tie)
@@ -212,7 +210,7 @@ def solve_grid(gram, rhs, levels):
     b1 = load(rhs, 1)
     nothing = splat(np.float32(0))
     determinant = g00 * g11 - g10 * g10
-    good = where_gt(determinant, splat(np.float32(1e-4)) * g00 * g11, splat(np.float32(1)), nothing)
+    good = where_gt(determinant, splat(POSED_FLOOR) * g00 * g11, splat(np.float32(1)), nothing)
     safe = where_gt(good, nothing, determinant, splat(np.float32(1)))
     zero = (b0 * g11 - b1 * g10) / safe
     scale = (b1 * g00 - b0 * g10) / safe

@@ -8,9 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ..constants import GROUP
 from .vec import LANES, load, splat, store, where_gt
-
-GROUP = 256
 
 
 @njit(cache=True, nogil=True)

@@ -21,7 +21,8 @@ from ...formats.blocks import AffineFormat, LloydFormat
 from ...formats.errors import BackendError
 from ...kernels.encode.device_encoder import Encoder, HostHessian
 from ...kernels.runtime.host import Backend, has_device, open_backend
-from ...lloyd.hessian.group import GROUP, UNUSABLE, bounded
+from ...lloyd.constants import GROUP
+from ...lloyd.hessian.group import UNUSABLE, bounded
 from ...lloyd.hessian.row import RowHessian, counted
 from .layer_encoder import CPU, Coder, MatrixTask, row_hessian
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from lanes_problem import EMPTY, NO_CODES, heavy_rows, unequal_weights
 from mq_quant.formats.fwht import SIGNS2
-from mq_quant.lloyd.encode import ROUNDS, SHAKES
+from mq_quant.lloyd.constants import GRID_STEPS, ROUNDS
+from mq_quant.lloyd.encode import SHAKES
 from mq_quant.lloyd.group import fit_rows, nearest_rows, settle_rows
 from mq_quant.lloyd.hessian.group import GroupHessian, from_diagonal
-from mq_quant.lloyd.levels.affine import STEPS, affine_rows
+from mq_quant.lloyd.levels.affine import affine_rows
 from mq_quant.lloyd.levels.kmeans import kmeans_rows
 
 ROWS = 37
@@ -19,7 +20,7 @@ CASES = [(4, False), (8, False), (16, False), (16, True), (64, True)]
 def initial(rows: np.ndarray, count: int, grid: bool) -> np.ndarray:
     if grid:
         params = np.empty((len(rows), 2), np.float32)
-        affine_rows(rows, 0, count, STEPS, params, NO_CODES)
+        affine_rows(rows, 0, count, GRID_STEPS, params, NO_CODES)
         return params[:, :1] + params[:, 1:] * np.arange(count, dtype=np.float32)
     levels = np.empty((len(rows), count), np.float32)
     kmeans_rows(rows, 0, False, levels)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from lanes_problem import Problem, problem
-from mq_quant.lloyd.codes.descent import SHAKE, SWEEPS, descend, heat, shake_signs
+from mq_quant.lloyd.codes.descent import descend, heat, shake_signs
+from mq_quant.lloyd.constants import SHAKE, SWEEPS
 from mq_quant.lloyd.hessian.group import identity
 
 CASES = [(4, 0.0), (4, 1.0), (8, 0.6), (16, 0.3), (16, 1.5)]

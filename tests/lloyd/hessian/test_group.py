@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mq_quant.lloyd.hessian.group import RANGE, GroupHessian, cholesky_upper, from_diagonal, identity
+from mq_quant.lloyd.constants import WEIGHT_RANGE
+from mq_quant.lloyd.hessian.group import GroupHessian, cholesky_upper, from_diagonal, identity
 from rotation import matrix
 
 R = matrix()
@@ -66,7 +67,7 @@ def test_singular_and_enormous_weights_are_bounded(weights: np.ndarray) -> None:
     h = from_diagonal(weights)
     check(h)
     assert not h.note
-    assert h.diagonal.max() / h.diagonal.min() <= RANGE * 1.001
+    assert h.diagonal.max() / h.diagonal.min() <= WEIGHT_RANGE * 1.001
     assert h.diagonal.mean() == pytest.approx(1, rel=1e-5)
     assert np.linalg.eigvalsh(h.matrix.astype(np.float64)).min() > -1e-4
     assert np.abs(h.feedback).max() < 1e4
@@ -75,7 +76,7 @@ def test_singular_and_enormous_weights_are_bounded(weights: np.ndarray) -> None:
 @pytest.mark.parametrize("sigma", [0.0, 0.5, 1.0, 2.0])
 def test_matrix_and_feedback_are_those_of_the_definition(sigma: float) -> None:
     d = np.exp(np.random.default_rng(4).normal(0, 2 * sigma, 256))
-    d = np.maximum(d, d.max() / RANGE)
+    d = np.maximum(d, d.max() / WEIGHT_RANGE)
     h = from_diagonal(d)
     check(h)
     assert not h.note

@@ -7,8 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from lanes_problem import NO_CODES
+from mq_quant.lloyd.constants import GRID_STEPS
 from mq_quant.lloyd.group import nearest_rows
-from mq_quant.lloyd.levels.affine import STEPS, affine_rows, nearest_grid
+from mq_quant.lloyd.levels.affine import affine_rows, nearest_grid
 from mq_quant.lloyd.simd.lanes import gather, scatter
 
 RANDOM = np.random.default_rng(11)
@@ -25,7 +26,7 @@ FAMILIES = {
 FLAT = {"zero": 0.0, "minus zero": -0.0, "positive": 3.5, "negative": -2e-20, "subnormal": 2.0**-149}
 
 
-def fit(groups: np.ndarray, count: int, steps: int = STEPS) -> np.ndarray:
+def fit(groups: np.ndarray, count: int, steps: int = GRID_STEPS) -> np.ndarray:
     params = np.full((len(groups), 2), np.nan, np.float32)
     affine_rows(np.ascontiguousarray(groups, np.float32), 0, count, steps, params, NO_CODES)
     return params
@@ -93,7 +94,7 @@ def test_groups_inside_a_row_are_read_at_their_column() -> None:
     rows = np.concatenate([np.zeros_like(groups), groups], axis=1)
     params = np.empty((3, 2), np.float32)
     codes = np.empty((3, 256), np.uint8)
-    affine_rows(rows, 256, 16, STEPS, params, codes)
+    affine_rows(rows, 256, 16, GRID_STEPS, params, codes)
     np.testing.assert_array_equal(params, fit(groups, 16))
     np.testing.assert_array_equal(codes, nearest(groups, params, 16))
 

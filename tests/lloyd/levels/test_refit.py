@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from lanes_problem import EMPTY, Problem, problem
 from mq_quant.formats.fwht import SIGNS2
+from mq_quant.lloyd.constants import RIDGE
 from mq_quant.lloyd.group import pulled, refit_levels
-from mq_quant.lloyd.levels.refit import RIDGE, dense_equations, multiply
+from mq_quant.lloyd.levels.refit import dense_equations, multiply
 from mq_quant.lloyd.simd.vec import LANES
 
 
