@@ -1,12 +1,15 @@
-"""The errors that mq-quant shows its users; the lowest module of the lowest room, it imports nothing of ours.
+"""The errors that mq-quant shows its users.
 
 Each error says what is wrong, with which file and tensor, and what to do next. The command line prints the message
-and exits with the class's `exit_code`: 2 for bad input, 1 for a failed check or a fault of the machine.
+and exits with the class's `exit_code`: 2 for bad input, 1 for a failed check or a fault of the machine. Names and
+values from files may hold anything, so a message shows every control character as an escape.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from .text import printable
 
 
 class MqError(Exception):
@@ -29,9 +32,12 @@ class MqError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        where = [part for part in (self.file, self.tensor) if part]
-        text = f"{': '.join(where)}: {self.problem}" if where else self.problem
-        return f"{text}\n  {self.hint}" if self.hint else text
+        """The whole message, safe to be shown; only line ends that the problem or the hint holds remain."""
+        where = [printable(part) for part in (self.file, self.tensor) if part]
+        text = printable(self.problem, keep="\n")
+        hint = printable(self.hint or "", keep="\n")
+        text = f"{': '.join(where)}: {text}" if where else text
+        return f"{text}\n  {hint}" if hint else text
 
 
 class ConfigError(MqError):

@@ -1,0 +1,146 @@
+"""Files that a long run reads again and again, and that must stay as they were.
+
+The hash of such a file goes into the provenance at the beginning, and its bytes are used hours later. `UnchangedFile`
+makes both speak of the same bytes: it compares the file's state before and after every use, and where only the state
+differs (another mode, another hard link), the hash decides. Nothing is mapped, so a file that shrinks is an error and
+does not end the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from .errors import MqError
+
+ATTEMPTS = 3
+"""A use during which the file's state changed is repeated as often as this, and then refused."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What the file system says of a file; whoever writes to the file or replaces it changes one of these.
+
+    `changed_ns` (ctime) also tells of new bytes whose writer has set `modified_ns` back.
+    """
+
+    size: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, file: BinaryIO | Path) -> FileState:
+        """The state of an open file or of a path; OSError where there is none."""
+        s = os.stat(file) if isinstance(file, Path) else os.fstat(file.fileno())  # noqa: PTH116
+        return cls(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev)
+
+    def same_content(self, other: FileState) -> bool:
+        """Whether size, time of the last write and inode are equal: all that can be asked without a hash."""
+        return (self.size, self.modified_ns, self.inode, self.device) == (
+            other.size,
+            other.modified_ns,
+            other.inode,
+            other.device,
+        )
+
+
+class UnchangedFile:
+    """A file whose state is noted now, and compared at every use. Safe for several threads.
+
+    `error` is the class of what is raised, and the message names the file. It is raised where the file cannot be read,
+    and where it has changed: before `sha256` or `content` was called, on another size, time of the last write or inode;
+    afterwards, on another hash.
+    """
+
+    def __init__(self, path: Path, error: type[MqError]) -> None:
+        self.path, self._error = path, error
+        self._lock = threading.Lock()
+        self._sha256: str | None = None
+        try:
+            self._state = FileState.of(path)
+        except OSError as e:
+            raise self._unreadable(e) from None
+
+    @property
+    def size(self) -> int:
+        """The file's bytes."""
+        return self._state.size
+
+    def read(self, use: Callable[[BinaryIO], T]) -> T:
+        """What `use` makes of the open file, which was the same before and after; `use` may be called again."""
+        try:
+            with self.path.open("rb") as file:
+                for _ in range(ATTEMPTS):
+                    before = FileState.of(file)
+                    self._accept(file, before)
+                    file.seek(0)
+                    try:
+                        value = use(file)
+                    except MqError:
+                        if FileState.of(file) == before:
+                            raise
+                    else:
+                        if FileState.of(file) == before:
+                            return value
+        except OSError as e:
+            raise self._unreadable(e) from None
+        raise self._changed()
+
+    def sha256(self) -> str:
+        """The hash of the file's bytes, 64 lower-case hexadecimal digits; it is computed once."""
+        if self._sha256 is None:
+            self._sha256 = self.read(_sha256)
+        return self._sha256
+
+    def content(self, limit: int) -> bytes:
+        """All of the file's bytes, which from now on are the ones that `sha256` speaks of; refused above `limit`."""
+        if self.size > limit:
+            raise self._error(f"has {self.size} bytes, more than {limit}", file=self.path)
+        data = self.read(lambda file: file.read(limit + 1))
+        digest = hashlib.sha256(data).hexdigest()
+        with self._lock:
+            if self._sha256 not in (None, digest):
+                raise self._changed()
+            self._sha256 = digest
+        return data
+
+    def check(self) -> None:
+        """Raise the error where the file is not as it was noted."""
+        self.read(lambda _: None)
+
+    def _accept(self, file: BinaryIO, state: FileState) -> None:
+        with self._lock:
+            if state == self._state:
+                return
+            if self._sha256 is None:
+                if state.same_content(self._state):
+                    return
+            elif state.size == self._state.size and _sha256(file) == self._sha256:
+                if FileState.of(file) == state:
+                    self._state = state
+                return
+        raise self._changed()
+
+    def _changed(self) -> MqError:
+        return self._error(
+            "changed after this command had begun to read it",
+            file=self.path,
+            hint="what was made from its old content is not used; run the command again when nothing writes there",
+        )
+
+    def _unreadable(self, fault: OSError) -> MqError:
+        return self._error(f"cannot be read: {fault.strerror or fault}", file=self.path)
+
+
+def _sha256(file: BinaryIO) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
