@@ -13,8 +13,9 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 from .errors import MqError
 
@@ -38,7 +39,7 @@ class FileState:
     device: int
 
     @classmethod
-    def of(cls, file: BinaryIO | Path) -> FileState:
+    def of(cls, file: BufferedReader | Path) -> FileState:
         """The state of an open file or of a path; OSError where there is none."""
         s = os.stat(file) if isinstance(file, Path) else os.fstat(file.fileno())  # noqa: PTH116
         return cls(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev)
@@ -75,7 +76,7 @@ class UnchangedFile:
         """The file's bytes."""
         return self._state.size
 
-    def read(self, use: Callable[[BinaryIO], T]) -> T:
+    def read(self, use: Callable[[BufferedReader], T]) -> T:
         """What `use` makes of the open file, which was the same before and after; `use` may be called again."""
         try:
             with self.path.open("rb") as file:
@@ -117,7 +118,7 @@ class UnchangedFile:
         """Raise the error where the file is not as it was noted."""
         self.read(lambda _: None)
 
-    def _accept(self, file: BinaryIO, state: FileState) -> None:
+    def _accept(self, file: BufferedReader, state: FileState) -> None:
         with self._lock:
             if state == self._state:
                 return
@@ -141,6 +142,6 @@ class UnchangedFile:
         return self._error(f"cannot be read: {fault.strerror or fault}", file=self.path)
 
 
-def _sha256(file: BinaryIO) -> str:
+def _sha256(file: BufferedReader) -> str:
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()

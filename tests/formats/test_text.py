@@ -7,7 +7,6 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from mq_quant.formats.errors import HfqError, MqError
 from mq_quant.formats.text import printable, shown
 
