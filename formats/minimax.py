@@ -29,6 +29,7 @@ _REQUIRED = (
 )
 _LARGEST = 1 << 31
 _MTP_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"model\.layers\.(\d{1,9})\.block_sparse_moe\.experts\.(\d{1,9})\.(w[123])\.weight")
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,12 @@ def layer_prefix(layer: int) -> str:
 
 def expert_name(layer: int, expert: int, projection: str) -> str:
     return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight"
+
+
+def expert_of(name: str) -> tuple[int, int, str] | None:
+    """Undo `expert_name`: (layer, expert, projection), None for a tensor that is no expert's."""
+    match = _EXPERT.fullmatch(name)
+    return (int(match[1]), int(match[2]), match[3]) if match else None
 
 
 def awq_scale_name(layer: int) -> str:

@@ -117,8 +117,8 @@ def diff(
     from ..inspect.diff import diff_files
 
     result = diff_files(a, b)
-    emit(result, as_json, _render_diff)
-    if not result["identical"]:
+    emit(result.as_json(), as_json, _render_diff)
+    if not result.identical:
         raise typer.Exit(1)
 
 

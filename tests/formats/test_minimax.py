@@ -12,6 +12,7 @@ from mq_quant.formats.errors import ConfigError
 from mq_quant.formats.minimax import (
     awq_scale_name,
     expert_name,
+    expert_of,
     inventory,
     is_mtp,
     normalize_config,
@@ -178,6 +179,9 @@ def test_names() -> None:
     assert scale_inv_name(expert_name(3, 7, "w1")) == (
         "model.layers.3.block_sparse_moe.experts.7.w1.weight_scale_inv"
     )
+    assert expert_of(expert_name(2, 11, "w3")) == (2, 11, "w3")
+    for other in ("lm_head.weight", awq_scale_name(2), expert_name(2, 11, "w4"), expert_name(2, 10**9, "w1")):
+        assert expert_of(other) is None
     assert awq_scale_name(2) == "model.layers.2.block_sparse_moe.awq_scale_gate_up.weight"
 
 

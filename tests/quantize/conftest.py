@@ -39,11 +39,14 @@ def run(small: Path, tmp_path: Path) -> Build:
         force: bool = False,
         restart: bool = False,
         coder: Coder = CPU,
+        fold_down: float = 0.0,
         **changes: Any,
     ) -> dict[str, Any]:
         given = Changes(**({"imatrix": small / "imatrix.gguf", "alpha": 0.3} | changes))
         options = Options(tmp_path / name, jobs, force, restart, quiet=True, coder=coder)
-        with open_job(choose_recipe(tier, None, str(source)), given, options.check) as job:
+        recipe = choose_recipe(tier, None, str(source))
+        folded = recipe.model_copy(update={"awq": recipe.awq.model_copy(update={"fold_down": fold_down})})
+        with open_job(folded, given, options.check) as job:
             return build(job, options)
 
     return run_build

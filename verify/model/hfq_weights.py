@@ -1,35 +1,22 @@
-"""A built file as a source of weights in the original basis: decoded, rotated back, and divided by the AWQ scale.
+"""A built file as a source of weights in the basis of the checkpoint: decoded, rotated back, divided by the AWQ scale.
 
-Gives `weight(name)` like a checkpoint, so that the reference forward can run a quantised file. One tensor at a time,
-large ones in pieces, so that memory stays at the size of the f32 result. Depends on numpy and formats.
+`DecodedFile.weight(name)` gives one tensor as a checkpoint does, so that the reference forward can run a quantised
+file. Large tensors are decoded in pieces, so that memory stays at the size of the f32 result.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.blocks import FORMATS, Format
-from ...formats.errors import HfqError
-from ...formats.fwht import unrotate
 from ...formats.hfq.container import HfqFile, TensorEntry
-from ...formats.minimax import awq_scale_name
+from ...formats.hfq.stored import format_of, stored_form
 
 PIECE = 1 << 22
 """Weights decoded at a time."""
-_GATE_UP = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.\d+\.w[13]\.weight")
-
-
-def format_of(file: HfqFile, entry: TensorEntry) -> Format:
-    """The block format of a tensor; HfqError where its quant_type is unknown."""
-    fmt = FORMATS.get(entry.quant_type)
-    if fmt is None:
-        raise HfqError(f"quant_type {entry.quant_type} is unknown", file=file.path, tensor=entry.name)
-    return fmt
 
 
 def pieces(file: HfqFile, entry: TensorEntry, weights: int = PIECE) -> Iterator[NDArray[np.uint8]]:
@@ -59,21 +46,19 @@ class DecodedFile:
         return out.reshape(entry.shape)
 
     def rows(self, name: str, low: int, high: int) -> NDArray[np.float32]:
-        """Rows low to high of a matrix that is not rotated and has no scale, f32 [high - low, K]."""
+        """Rows low to high of a matrix in the checkpoint's basis, f32 [high - low, K]; ValueError outside of it."""
         entry = self.file.entry(name)
-        fmt = format_of(self.file, entry)
-        if fmt.rotated or _GATE_UP.fullmatch(name) or not 0 <= low <= high <= entry.shape[0]:
-            raise ValueError(f"rows {low}:{high} of {name} cannot be read on their own")
+        if not 0 <= low <= high <= entry.shape[0]:
+            raise ValueError(f"rows {low}:{high} are not inside the {entry.shape[0]} rows of {name}")
         each = entry.nbytes // entry.shape[0]
         payload = self.file.read_range(entry, low * each, high * each)
-        return fmt.decode(payload).reshape(high - low, *entry.shape[1:])
+        form = stored_form(self.file, name).rows(low, high)
+        return form.decode(payload, (high - low, *entry.shape[1:]))
 
-    def weight(self, name: str) -> NDArray[np.float32]:
-        """One tensor in the basis of the checkpoint, f32 of its shape."""
-        values = self.stored(name)
-        if format_of(self.file, self.file.entry(name)).rotated:
-            values = unrotate(values)
-        match = _GATE_UP.fullmatch(name)
-        if match and awq_scale_name(int(match[1])) in self.file:
-            values /= self.stored(awq_scale_name(int(match[1])))
-        return values
+    def weight(self, name: str, fold: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """One tensor in the basis of the checkpoint, f32 of its shape.
+
+        `fold` f32 [intermediate] is that of the tensor's expert. Without it w2 and w3 keep the file's fold, which
+        cancels in the expert's output.
+        """
+        return stored_form(self.file, name, fold).from_stored(self.stored(name))

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from ...formats.blocks import FORMATS
 from ...formats.errors import CheckError
 from ...formats.hfq.container import HfqFile
+from ...formats.hfq.stored import awq_scale, format_of
 from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_prefix
 from ...kernels.forward import ops
 from ...kernels.runtime.host import Backend, Buffer
-from .hfq_weights import DecodedFile, format_of, pieces
+from .hfq_weights import DecodedFile, pieces
 
 RESIDENT_BYTES = 1 << 30
 """Files up to this size are kept loaded, layer by layer, once they were read."""
@@ -114,14 +115,17 @@ class KernelModel:
         if layer not in self._dense:
             p = layer_prefix(layer)
             norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-            scale_name = awq_scale_name(layer)
-            scale = self._vector(scale_name) if scale_name in self.file else None
+            scale = awq_scale(self.file, layer, self.cfg.hidden_size)
+            if scale is None:
+                scale = np.ones(self.cfg.hidden_size, np.float32)
+            else:
+                self.traffic.take(self.file.entry(awq_scale_name(layer)).nbytes)
             self._dense[layer] = Dense(
                 {name: self._vector(f"{p}{name}.weight") for name in norms},
                 {name: self._matrix(f"{p}self_attn.{name}_proj.weight") for name in "qkvo"},
                 self._matrix(f"{p}block_sparse_moe.gate.weight"),
                 self._vector(f"{p}block_sparse_moe.e_score_correction_bias"),
-                scale or self.backend.upload(np.ones(self.cfg.hidden_size, np.float32)),
+                self.backend.upload(scale),
             )
         return self._dense[layer]
 

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.hfq.container import HfqFile, TensorEntry
+from ...formats.hfq.stored import format_of
 from ...kernels.forward import ops
 from ...kernels.runtime.host import Backend
-from ..model.hfq_weights import PIECE, format_of, pieces
+from ..model.hfq_weights import PIECE, pieces
 from .stage import Stage
 
 SAMPLE_WEIGHTS = 1 << 16

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.hfq.container import HfqFile, TensorEntry
-from ...formats.minimax import ModelConfig, TensorSpec, awq_scale_name, expert_name, inventory
+from ...formats.hfq.stored import RecoveredFolds, folds_down, format_of
+from ...formats.minimax import ModelConfig, TensorSpec, awq_scale_name, inventory
 from ...formats.statistics.imatrix import Imatrix, expert_entry
-from ..model.hfq_weights import DecodedFile, format_of
+from ..model.hfq_weights import DecodedFile
 from ..model.metrics import snr_db
 from ..model.reference import Weights, blocks
 from .stage import Stage
@@ -125,7 +126,8 @@ def check_fidelity(
 ) -> Stage:
     """Measure the file's tensors (or only `tensors`) against the source; a problem is one under its format's floor."""
     chosen = {entry.name for entry in (file.entries if tensors is None else tensors)}
-    importance, folded = ChannelImportance(imatrix, cfg), folds_down(file)
+    importance, stored = ChannelImportance(imatrix, cfg), DecodedFile(file)
+    folds = RecoveredFolds(source.weight, stored.weight) if folds_down(file) else None
     problems: list[str] = []
     rows: dict[tuple[int, str], _Row] = {}
     seen = 0
@@ -134,7 +136,7 @@ def check_fidelity(
             continue
         fmt = format_of(file, file.entry(spec.name)).name
         parts = []
-        for weight, decoded in _pairs(file, source, spec, folded):
+        for weight, decoded in _pairs(stored, source, spec, folds):
             if weight.shape != decoded.shape:
                 problems.append(
                     f"{spec.name}: has shape {list(decoded.shape)}, the source {list(weight.shape)}"
@@ -155,19 +157,19 @@ def check_fidelity(
     return Stage("fidelity", seen, "tensors", tuple(problems), (), values)
 
 
-def _pairs(file: HfqFile, source: Weights, spec: TensorSpec, folded: bool) -> Iterator[tuple[F32, F32]]:
-    """A tensor of the source and of the file, in the same basis: whole, or by rows where it is the vocabulary's."""
-    stored, name = DecodedFile(file), spec.name
+def _pairs(
+    stored: DecodedFile, source: Weights, spec: TensorSpec, folds: RecoveredFolds | None
+) -> Iterator[tuple[F32, F32]]:
+    """A tensor of the source and of the file, both f32 in the checkpoint's basis: whole, or by rows where it is the
+    vocabulary's.
+    """
+    name = spec.name
     if spec.role in ("embed", "lm_head"):
         for low, weight in blocks(source, name, spec.shape[0]):
-            yield weight, stored.rows(name, low, min(low + len(weight), file.entry(name).shape[0]))
+            yield weight, stored.rows(name, low, min(low + len(weight), stored.file.entry(name).shape[0]))
         return
-    weight, decoded = source.weight(name), stored.weight(name)
-    if folded and spec.layer is not None and spec.expert is not None and spec.projection in ("w2", "w3"):
-        up = expert_name(spec.layer, spec.expert, "w3")
-        fold = recovered_fold(source.weight(up), stored.weight(up))
-        decoded = decoded * fold[:, None] if spec.projection == "w3" else decoded / fold
-    yield weight, decoded
+    shape = stored.file.entry(name).shape
+    yield source.weight(name), stored.weight(name, folds.of(name, shape) if folds else None)
 
 
 def _sidecar(file: HfqFile, spec: TensorSpec) -> str | None:
@@ -176,24 +178,6 @@ def _sidecar(file: HfqFile, spec: TensorSpec) -> str | None:
         return None
     name = awq_scale_name(spec.layer)
     return name if name in file else None
-
-
-def folds_down(file: HfqFile) -> bool:
-    """Whether the file's recipe moved a scale per expert from the rows of w3 to the columns of w2."""
-    awq: Any = file.metadata.get("mq_quant")
-    for key in ("recipe", "awq", "fold_down"):
-        awq = awq.get(key) if isinstance(awq, Mapping) else None
-    return bool(awq)
-
-
-def recovered_fold(source: F32, decoded: F32) -> F32:
-    """The powers of two f32 [R] by which the rows of w3 [R, K] were divided: noise is far too small to hide them."""
-    energy = [np.einsum("rk,rk->r", w, w, dtype=np.float64) for w in (source, decoded)]
-    ratio = np.where(
-        (energy[0] > 0) & (energy[1] > 0), energy[0] / np.where(energy[1] > 0, energy[1], 1), 1.0
-    )
-    fold: F32 = np.exp2(np.rint(np.log2(ratio) / 2)).astype(np.float32)
-    return fold
 
 
 def _projection(spec: TensorSpec) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mq_quant.formats.errors import CheckError, CheckpointError, HfqError, ImatrixError, RecipeError
 from mq_quant.formats.hfq.container import layout, open_hfq, write_hfq
-from mq_quant.quantize.inspect.diff import diff_files
+from mq_quant.quantize.inspect.diff import EQUAL_DB, diff_files
 from mq_quant.quantize.inspect.reproduce import reproduce
 from mq_quant.quantize.inspect.show import inspect_file, provenance
 
@@ -34,30 +34,53 @@ def altered(path: Path, name: str, tmp_path: Path, at: int = 10) -> Path:
 def test_a_file_is_identical_to_itself(run: Build, tmp_path: Path) -> None:
     count = run("a")["tensor_count"]
     result = diff_files(tmp_path / "a", tmp_path / "a")
-    assert result["identical"]
-    assert result["equal_tensors"] == count
+    assert result.identical
+    assert result.equal_tensors == count
 
 
 def test_one_flipped_bit_is_one_different_tensor(run: Build, tmp_path: Path) -> None:
     run("a")
     result = diff_files(tmp_path / "a", altered(tmp_path / "a", W1, tmp_path))
-    assert not result["identical"]
-    (row,) = result["different_tensors"]
-    assert row["name"] == W1
-    assert row["snr_db"] > 3
+    assert not result.identical
+    (row,) = result.different_tensors
+    assert row.name == W1
+    assert row.snr_db is not None and row.snr_db > 3
 
 
 def test_scales_and_formats_are_seen_through(run: Build, tmp_path: Path) -> None:
     run("a", tier="mq4", alpha=0.0, gain=False)
     run("b", tier="mq3", alpha=0.5, gain=False)
     result = diff_files(tmp_path / "a", tmp_path / "b")
-    keys = {row["key"] for row in result["metadata"]}
+    keys = {row.key for row in result.metadata}
     assert {"mq_quant.recipe.awq.alpha", "mq_quant.recipe.tier", "quantization_hash.value"} <= keys
     assert not any("checksums" in key or "reserved" in key for key in keys)
-    rows = {row["name"]: row for row in result["different_tensors"]}
-    assert (rows[W1]["format_a"], rows[W1]["format_b"]) == ("MQ4", "MQ3-Lloyd")
-    assert 8 < rows[W1]["snr_db"] < 20
+    rows = {row.name: row for row in result.different_tensors}
+    assert (rows[W1].format_a, rows[W1].format_b) == ("MQ4", "MQ3-Lloyd")
+    assert 8 < (rows[W1].snr_db or 0) < 20
     assert "model.embed_tokens.weight" not in rows
+
+
+def test_a_folded_scale_is_seen_through(run: Build, tmp_path: Path) -> None:
+    """Two builds that differ in the fold alone are as near to a third, and to each other, as their roundings are."""
+    for name, tier, fold in (("fine", "mq4", 0.0), ("plain", "mq3", 0.0), ("folded", "mq3", 0.5)):
+        run(name, tier=tier, fold_down=fold, gain=False)
+
+    def snr(a: str, b: str) -> dict[str, float]:
+        rows = diff_files(tmp_path / a, tmp_path / b).different_tensors
+        return {row.name: row.snr_db for row in rows if row.snr_db is not None}
+
+    plain, folded = snr("fine", "plain"), snr("fine", "folded")
+    assert plain.keys() == folded.keys() and len(plain) == 18
+    for name, of_plain in plain.items():
+        # Only w2 is rounded anew; in the same basis its error is spread a little differently over the columns.
+        assert folded[name] == pytest.approx(of_plain, abs=1.5 if ".w2." in name else 0.01), name
+    for pair in (("plain", "folded"), ("folded", "plain")):
+        found = snr(*pair)
+        assert {name.split(".")[-2] for name in found} == {"w2", "w3"}, "w1 takes no part in a fold"
+        for name, value in found.items():
+            assert value == EQUAL_DB if ".w3." in name else 9.5 < value < 13, name
+    # The signal is that of the first file, and a folded one has a little more or less of it.
+    assert snr("plain", "folded") == pytest.approx(snr("folded", "plain"), abs=0.2)
 
 
 def test_tensors_on_one_side_only_and_unknown_formats_are_listed(run: Build, tmp_path: Path) -> None:
@@ -66,9 +89,9 @@ def test_tensors_on_one_side_only_and_unknown_formats_are_listed(run: Build, tmp
         metas = [(e, file.read(e.name)) for e in file.entries if e.name != W1]
         write_hfq(tmp_path / "b", file.metadata_bytes, metas)
     result = diff_files(tmp_path / "a", tmp_path / "b")
-    assert result["only_a"] == [W1]
-    assert not result["identical"]
-    assert diff_files(tmp_path / "b", tmp_path / "a")["only_b"] == [W1]
+    assert result.only_a == (W1,)
+    assert not result.identical
+    assert diff_files(tmp_path / "b", tmp_path / "a").only_b == (W1,)
 
 
 def test_inspect_lists_filters_and_decodes(run: Build, tmp_path: Path) -> None:

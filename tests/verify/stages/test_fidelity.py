@@ -9,9 +9,10 @@ import pytest
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.checkpoint.source import Checkpoint
 from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq.stored import recovered_fold
 from mq_quant.formats.minimax import expert_name, inventory
 from mq_quant.formats.statistics.imatrix import ImatrixEntry, read_imatrix, write_imatrix
-from mq_quant.verify.stages.fidelity import ChannelImportance, check_fidelity, measure, recovered_fold
+from mq_quant.verify.stages.fidelity import ChannelImportance, check_fidelity, measure
 from plainfile import Build, Tensors, by_name, encode
 
 RNG = np.random.default_rng(5)
