@@ -23,9 +23,10 @@ from ..formats.hfq.container import HfqFile
 from ..formats.minimax import ModelConfig, normalize_config, parse_config
 from ..formats.statistics.imatrix import Imatrix
 from ..kernels.runtime.host import Backend
+from .bars import Bars
 from .stages.decode_parity import check_decode, sampled
 from .stages.fidelity import check_fidelity
-from .stages.forward_parity import Bars, check_forward
+from .stages.forward_parity import check_forward
 from .stages.generation import check_generation
 from .stages.stage import Stage
 from .stages.structure import check_structure

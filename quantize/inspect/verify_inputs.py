@@ -19,12 +19,12 @@ from ...formats.errors import CheckpointError, MqError, RecipeError
 from ...formats.hfq.container import HfqFile
 from ...formats.minimax import parse_config
 from ...formats.statistics.imatrix import read_imatrix
+from ...verify.bars import Bars
 from ...verify.run import Request
-from ...verify.stages.forward_parity import Bars
 from ...verify.stages.generation import tokenizer_of
 from ..spec.metadata import PROVENANCE
 from ..spec.places import TINY, local_folder
-from ..spec.recipe import DEFAULT_MODEL, Thresholds, load_recipe, load_tier, tiers
+from ..spec.recipe import DEFAULT_MODEL, load_recipe, load_tier, tiers
 
 SEQUENCE = 128
 CONTEXT = 16
@@ -58,7 +58,7 @@ class Wanted:
 def request_of(file: HfqFile, wanted: Wanted) -> Request:
     """Resolve the options for one file; raises the error of whatever cannot be used."""
     built_with = _recipe_record(file)
-    thresholds = _thresholds(built_with, wanted.recipe)
+    bars = _bars(built_with, wanted.recipe)
     folder = _source_folder(built_with, wanted.source)
     source: Source | None = None
     if folder is not None:
@@ -72,9 +72,7 @@ def request_of(file: HfqFile, wanted: Wanted) -> Request:
         imatrix=read_imatrix(imatrix) if imatrix else None,
         tokens=tokens if source else None,
         prompt=None if tokens is None else tokens[0] if wanted.prompt is not None else tokens[0, :CONTEXT],
-        bars=Bars(
-            **{**thresholds.model_dump(), "coherence": thresholds.coherence or wanted.prompt is not None}
-        ),
+        bars=bars.model_copy(update={"coherence": bars.coherence or wanted.prompt is not None}),
         sample=wanted.sample,
         generate=wanted.generate,
         dump=wanted.dump,
@@ -98,13 +96,13 @@ def _model_record(built_with: Mapping[str, Any]) -> tuple[Any, Any]:
     )
 
 
-def _thresholds(built_with: Mapping[str, Any], path: Path | None) -> Thresholds:
+def _bars(built_with: Mapping[str, Any], path: Path | None) -> Bars:
     """The bars of the given recipe, or of the bundled tier that the file was built as; none for other files."""
     if path is not None:
         return load_recipe(path).verify
     tier = built_with.get("tier")
     model = TINY if _model_record(built_with)[0] == TINY else DEFAULT_MODEL
-    return load_tier(tier, model).verify if isinstance(tier, str) and tier in tiers(model) else Thresholds()
+    return load_tier(tier, model).verify if isinstance(tier, str) and tier in tiers(model) else Bars()
 
 
 def _source_folder(built_with: Mapping[str, Any], source: str | None) -> Path | None:

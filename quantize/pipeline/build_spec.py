@@ -102,8 +102,8 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
 
 def open_source(recipe: Recipe, shard_cache: int, scratch: Path | None) -> Source:
     """The weights that a recipe names, their whole inventory checked on metadata alone."""
-    where = recipe.model.source
-    source = open_place(where.place, where.revision, shard_cache, scratch)
+    where = recipe.model.place
+    source = open_place(where.address, where.revision, shard_cache, scratch)
     source.validate()
     return source
 
@@ -123,7 +123,7 @@ def _imatrix_file(recipe: Recipe, changes: Changes) -> Path | None:
         from ...formats.hub.files import fetch_file
 
         return fetch_file(ref.repository, ref.file, ref.revision)
-    folder = local_folder(recipe.model.source.place)
+    folder = local_folder(recipe.model.place.address)
     assert folder is not None
     return folder / ref.file
 
@@ -132,8 +132,8 @@ def _pinned(recipe: Recipe, changes: Changes, source: Source, imatrix: Path | No
     """The recipe as it was resolved: revisions of its repositories, and its imatrix only where that one is used."""
     model = recipe.model
     if "revision" in source.origin:
-        where = model.source.model_copy(update={"revision": source.origin["revision"]})
-        model = model.model_copy(update={"source": where})
+        where = model.place.model_copy(update={"revision": source.origin["revision"]})
+        model = model.model_copy(update={"place": where})
     ref = model.imatrix
     if imatrix is None or changes.imatrix is not None:
         model = model.model_copy(update={"imatrix": None})
@@ -199,7 +199,7 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
     side = side_files(source.side_file)
     if side.tokenizer is None:
         raise CheckpointError(
-            "has no tokenizer.json, which the engine reads from the file", file=recipe.model.source.place
+            "has no tokenizer.json, which the engine reads from the file", file=recipe.model.place.address
         )
     skipped = sum(math.prod(source.tensors[name].shape) for name in source.skipped_mtp)
     made_from: dict[str, Any] = {

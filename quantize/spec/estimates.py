@@ -35,9 +35,9 @@ def plan_summary(
     recipe = choose_recipe(tier, path, source)
     files = model_files(recipe.model)
     plan = offline_plan(recipe, files)
-    shards = recipe.model.source.shards
+    shards = recipe.model.place.shards
     streamed = shard_cache * -(-source_bytes(plan.config) // shards) if shards else 0
-    known = shards is not None or local_folder(recipe.model.source.place) is not None
+    known = shards is not None or local_folder(recipe.model.place.address) is not None
     workers, sizes = jobs or cores(), summary(plan, jobs or cores())
     encoding = sizes["peak_memory_bytes"] + moment_bytes(plan.config, workers)
     return {

@@ -17,7 +17,7 @@ from ...formats.errors import CheckpointError, ConfigError, RecipeError
 from ...formats.minimax import normalize_config
 from ...formats.strictjson import JsonError, parse_object
 from .metadata import SideFiles
-from .recipe import DEFAULT_MODEL, Model, Recipe, Source, load_model, load_recipe, load_tier
+from .recipe import DEFAULT_MODEL, Model, Place, Recipe, load_model, load_recipe, load_tier
 
 TINY = "tiny"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -41,13 +41,13 @@ def choose_recipe(tier: str | None, path: Path | None, source: str | None) -> Re
 
 def retarget(recipe: Recipe, source: str) -> Recipe:
     """The recipe for another source: its own model's place is left as it is, anything else replaces the model."""
-    if source == recipe.model.source.place:
+    if source == recipe.model.place.address:
         return recipe
     if source == TINY:
         return recipe.model_copy(update={"model": load_model(TINY), "quantization_hash": None})
     local = local_folder(source)
     name = local.resolve().name if local else source.split("/")[-1]
-    where = Source(folder=str(local)) if local else Source(repository=source)
+    where = Place(folder=str(local)) if local else Place(repository=source)
     model = Model(name=_NAME.sub("-", name) or "model", source=where)
     return recipe.model_copy(update={"model": model, "quantization_hash": None})
 
@@ -141,16 +141,16 @@ def model_files(model: Model) -> ModelFiles:
     """Config and texts for planning: the recipe's own config where it has one, so that no network is needed."""
     if model.config is not None:
         return ModelFiles(normalize_config(model.config), SideFiles(), False)
-    folder = local_folder(model.source.place)
+    folder = local_folder(model.place.address)
     names = (checkpoint.CONFIG, *checkpoint.SIDE_FILES)
     if folder is None:
-        assert model.source.repository is not None
+        assert model.place.repository is not None
         from ...formats.hub.files import fetch_files
 
-        files = fetch_files(model.source.repository, names, model.source.revision)
+        files = fetch_files(model.place.repository, names, model.place.revision)
     else:
         files = {name: folder / name for name in names if (folder / name).is_file()}
     if checkpoint.CONFIG not in files:
-        raise ConfigError("is missing", file=f"{model.source.place}/{checkpoint.CONFIG}")
+        raise ConfigError("is missing", file=f"{model.place.address}/{checkpoint.CONFIG}")
     side = side_files(files.get)
     return ModelFiles(read_json(files[checkpoint.CONFIG]), side, side.tokenizer is not None)

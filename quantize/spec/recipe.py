@@ -20,10 +20,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ...formats.blocks import BY_NAME, Format
 from ...formats.errors import RecipeError
+from ...verify.bars import Bars
 
 DEFAULT_MODEL = "minimax-m2.7"
 MODEL_FILE = "model.yaml"
 MAX_BYTES = 1 << 20
+MAX_ALPHA = 2
 Fit = Literal["reference", "exact", "hessian"]
 
 
@@ -41,27 +43,34 @@ def _format(name: str) -> str:
     return name
 
 
+def _exponent(alpha: float | str) -> float | str:
+    if alpha != "search" and not (isinstance(alpha, float | int) and 0 <= alpha <= MAX_ALPHA):
+        raise ValueError(f"is {alpha}, not an exponent from 0 to {MAX_ALPHA} or 'search'")
+    return alpha
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Source(_Strict):
-    """Where the weights come from: a hub repository, the built-in checkpoint `tiny`, or a folder on this machine."""
+class Place(_Strict):
+    """Where a model's weights are: in a hub repository or in a folder. The repository `tiny` is made on demand."""
 
     repository: str | None = None
     revision: str | None = None
     folder: str | None = None
     shards: int | None = Field(default=None, ge=1)
-    """About how many shards a repository has, for planning the disk without asking the hub."""
+    """About how many shards the repository has, so that `plan` can size the disk without asking the hub."""
 
     @model_validator(mode="after")
-    def _one_place(self) -> Source:
+    def _one_place(self) -> Place:
         if (self.repository is None) == (self.folder is None):
             raise ValueError("needs either repository or folder")
         return self
 
     @property
-    def place(self) -> str:
+    def address(self) -> str:
+        """The place as `--source` takes it."""
         return self.repository or self.folder or ""
 
 
@@ -74,10 +83,13 @@ class ImatrixRef(_Strict):
 
 
 class Model(_Strict):
-    """One model: its name (which names the output), source, imatrix, and the config for planning offline."""
+    """One model: its name (which names the output), place, imatrix, and the config for planning offline.
+
+    A recipe calls the place `source`.
+    """
 
     name: str
-    source: Source
+    place: Place = Field(alias="source")
     imatrix: ImatrixRef | None = None
     config: dict[str, Any] | None = None
 
@@ -92,19 +104,8 @@ class Rule(_Strict):
 class Awq(_Strict):
     """Exponents of the gate/up scale (`search`: one per layer) and of down's scale folded into up (0: none)."""
 
-    alpha: float | Literal["search"] = "search"
+    alpha: Annotated[float | Literal["search"], AfterValidator(_exponent)] = "search"
     fold_down: float = Field(default=0.0, ge=0, le=1)
-
-
-class Thresholds(_Strict):
-    """What `verify` demands of a file of this tier; a bar that is absent is not judged."""
-
-    cosine_mean: float | None = Field(default=None, ge=0, le=1)
-    cosine_min: float | None = Field(default=None, ge=0, le=1)
-    kld_mean: float | None = Field(default=None, ge=0)
-    top1: float | None = Field(default=None, ge=0, le=1)
-    routing: float | None = Field(default=None, ge=0, le=1)
-    coherence: bool = False
 
 
 class Recipe(_Strict):
@@ -118,7 +119,7 @@ class Recipe(_Strict):
     fit: Fit = "hessian"
     gain: bool = True
     awq: Awq = Awq()
-    verify: Thresholds = Thresholds()
+    verify: Bars = Bars()
     quantization_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{16}$")
 
     def format_of(self, name: str) -> Format:
@@ -140,7 +141,7 @@ class Recipe(_Strict):
 _NOT_RESOLVED: Any = {
     "verify": True,
     "quantization_hash": True,
-    "model": {"config": True, "source": {"folder", "shards"}},
+    "model": {"config": True, "place": {"folder", "shards"}},
 }
 _compiled = lru_cache(maxsize=256)(re.compile)
 
@@ -174,7 +175,7 @@ def _read(path: Traversable | Path) -> dict[str, Any]:
 
 
 def _field_names() -> set[str]:
-    models = (Recipe, Model, Source, ImatrixRef, Rule, Awq, Thresholds)
+    models = (Recipe, Model, Place, ImatrixRef, Rule, Awq, Bars)
     return {field.alias or name for model in models for name, field in model.model_fields.items()}
 
 

@@ -23,23 +23,12 @@ from ...formats.errors import CheckError
 from ...formats.hfq.container import HfqFile
 from ...formats.minimax import ModelConfig
 from ...kernels.runtime.host import Backend
+from ..bars import Bars
 from ..hidden import HiddenWriter
 from ..model.kernel_forward import KernelModel
 from ..model.metrics import Divergence, DivergenceSummary, cosine
 from ..model.reference import Observer, Routing, Weights, embed, layer_forward, logits
 from .stage import Stage
-
-
-@dataclass(frozen=True)
-class Bars:
-    """What a tier demands of the forward stage and of a continuation's coherence; an absent bar is not judged."""
-
-    cosine_mean: float | None = None
-    cosine_min: float | None = None
-    kld_mean: float | None = None
-    top1: float | None = None
-    routing: float | None = None
-    coherence: bool = False
 
 
 @dataclass(frozen=True)

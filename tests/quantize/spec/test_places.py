@@ -21,19 +21,19 @@ rules: [{tensors: '.*', format: Q8F16}]
 
 def test_a_folder_names_the_model_and_has_no_imatrix_of_its_own(small: Path) -> None:
     model = choose_recipe("mq2", None, str(small)).model
-    assert (model.name, model.source.folder, model.source.repository) == ("small", str(small), None)
+    assert (model.name, model.place.folder, model.place.repository) == ("small", str(small), None)
     assert model.imatrix is None
 
 
 def test_the_default_source_is_the_recipes_also_when_it_is_named() -> None:
     default = choose_recipe("mq2", None, None)
-    assert default.model.source.repository == "MiniMaxAI/MiniMax-M2.7"
+    assert default.model.place.repository == "MiniMaxAI/MiniMax-M2.7"
     assert choose_recipe("mq2", None, "MiniMaxAI/MiniMax-M2.7") == default
 
 
 def test_another_repository_keeps_nothing_of_the_recipes_model() -> None:
     model = choose_recipe("mq2", None, "acme/other-m2").model
-    assert (model.name, model.source.repository, model.config, model.imatrix) == (
+    assert (model.name, model.place.repository, model.config, model.imatrix) == (
         "other-m2", "acme/other-m2", None, None,
     )  # fmt: skip
 

@@ -43,6 +43,16 @@ def write(folder: Path, text: str) -> Path:
         (("model: tiny", "model: tiny\ngain: 'yes'"), "gain"),
         (("model: tiny", "model: tiny\nverify: {cosine_mean: 2}"), "cosine_mean"),
         (("model: tiny", "model: tiny\nawq: {alfa: 1.0}"), "did you mean 'alpha'?"),
+        (
+            ("model: tiny", "model: tiny\nawq: {alpha: 2.01}"),
+            "awq.alpha: is 2.01, not an exponent from 0 to 2",
+        ),
+        (("model: tiny", "model: tiny\nawq: {alpha: -0.1}"), "awq.alpha: is -0.1, not"),
+        (("model: tiny", "model: tiny\nawq: {alpha: .nan}"), "awq.alpha: is nan, not"),
+        (
+            ("model: tiny", "model: {name: x, place: {folder: x}}"),
+            "model.source: Field required; unknown key model.place",
+        ),
         (("model: tiny", "model: !!python/object/apply:os.system ['false']"), "not valid YAML"),
     ],
 )

@@ -13,13 +13,14 @@ from mq_quant.formats.errors import CheckError
 from mq_quant.formats.hfq.container import open_hfq
 from mq_quant.formats.minimax import awq_scale_name, expert_name, inventory
 from mq_quant.kernels.runtime.host import Backend
+from mq_quant.verify.bars import Bars
 from mq_quant.verify.hidden import open_hidden
 from mq_quant.verify.model import kernel_forward as kernel_model
 from mq_quant.verify.model.hfq_weights import DecodedFile
 from mq_quant.verify.model.kernel_forward import KernelModel
 from mq_quant.verify.model.reference import layer_by_layer, logits
 from mq_quant.verify.stages import generation as generate
-from mq_quant.verify.stages.forward_parity import Bars, check_forward
+from mq_quant.verify.stages.forward_parity import check_forward
 from mq_quant.verify.stages.generation import check_generation, coherence
 from plainfile import Build, Tensors, by_name
 
