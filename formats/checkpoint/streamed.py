@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, HubError
-from ..hub.client import Hub, Repository, offline
+from ..hub.cache import cached, fetched
+from ..hub.client import Hub, offline
 from ..hub.files import snapshot
+from ..hub.repository import Repository
 from ..minimax import is_mtp, scale_inv_name
 from .safetensors_file import TensorInfo, by_name, header_length, parse_header, read_header, read_tensor
 from .shard_cache import ShardCache
@@ -134,7 +136,7 @@ class HubCheckpoint:
             remote = self._repository.file(name)
             if remote.size > JSON_LIMIT:
                 raise HubError(f"has {remote.size} bytes, more than {JSON_LIMIT}", file=f"{self.path}/{name}")
-            self._small[name] = self._hub.small_file(self._repository, remote)
+            self._small[name] = fetched(self._hub, self._repository, remote)
         return self._small[name]
 
     def _read_header(self, shard: str) -> list[TensorInfo]:
@@ -149,9 +151,9 @@ class HubCheckpoint:
 
     def _fetch_shard(self, shard: str, target: Path) -> Path:
         remote = self._repository.file(shard)
-        path = self._hub.cached(self._repository, remote)
+        path = cached(self._repository, remote)
         if path is None:
-            if not (target.is_file() and self._hub.verify(remote, target)):
+            if not (target.is_file() and remote.matches(target)):
                 self._hub.download(self._repository, remote, target)
             path = target
         if [_place(i) for i in read_header(path)] != [_place(i) for i in self._headers[shard]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import HubError
+from .cache import fetched
 from .client import Hub, offline
 
 _NOT_CACHED = "is not in the cache, and HF_HUB_OFFLINE is set"
@@ -32,7 +33,7 @@ def fetch_files(
         return {n: folder / n for n in names if ".." not in Path(n).parts and (folder / n).is_file()}
     hub = hub or Hub()
     resolved = hub.resolve(repository, revision)
-    return {n: hub.small_file(resolved, resolved.file(n)) for n in names if n in resolved.files}
+    return {n: fetched(hub, resolved, resolved.file(n)) for n in names if n in resolved.files}
 
 
 def snapshot(repository: str, revision: str | None) -> Path:

@@ -1,0 +1,189 @@
+"""What an answer of HTTP means: usable, worth another attempt, or the end, with the sentence that says so."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+
+from ..errors import HubError
+from .patience import ADVICE, AgainError
+
+LOGIN_TRIES = 6
+"""Attempts where a page answers in the hub's place: the person has a minute to log in, no more."""
+USABLE = (200, 203, 206)
+LOGIN = "log in to the network in a browser, or check HF_ENDPOINT and the proxy"
+PACKED = "a proxy packs what nobody asked it to pack; go round it (NO_PROXY), or have it leave files alone"
+_PASSING = {408, 421, 423, 425, 429, *range(500, 600)} - {501, 505, 511}
+_HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|script|meta|\?xml|!--)", re.IGNORECASE)
+_RANGE = re.compile(r"bytes\s+(\d+)-(\d+)/(\d+|\*)")
+_LIMITS = ("ratelimit", "x-ratelimit", "x-rate-limit")
+_RESET = re.compile(r"\b(?:t|reset)\s*=\s*(\d+)")
+_LEFT = re.compile(r"\b(?:r|remaining)\s*=\s*(\d+)")
+_ACCESS = "check the name; if it is private, set HF_TOKEN to a token that may read it"
+_REFUSED = "the token was sent and does not help: it must be valid, and its account must have access"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as its errors tell it: `what` is the file or repository, `host` the address that answered.
+
+    `trusted` says that the endpoint itself answered and no other host, `secret` that the endpoint got a token.
+    """
+
+    what: str
+    host: str
+    trusted: bool
+    secret: bool
+
+
+def check_status(asked: Asked, status: int, headers: Mapping[str, str]) -> None:
+    """Raises HubError or AgainError unless the status is one of those whose body counts. Keys are in lower case."""
+    if status in USABLE:
+        return
+    code = headers.get("x-error-code", "")
+    if status == 511:
+        raise login_page(asked)
+    if status == 407:
+        hint = "put its user name and password into the proxy's address (HTTPS_PROXY=http://user:password@host:port)"
+        raise HubError(
+            f"the proxy asks for a login (407); {asked.host} was to be asked", file=asked.what, hint=hint
+        )
+    if status in _PASSING:
+        raise AgainError(
+            f"the hub answered {status}", wait=_wish(status, headers), host=asked.host, hint=_busy(status)
+        )
+    if not asked.trusted and status in (400, 401, 403, 404, 410):
+        problem = (
+            f"the hub answered {status} from its storage host"  # a signed address grows old, a copy is late
+        )
+        raise AgainError(problem, host=asked.host, tries=4, content=True)
+    if status == 416:
+        raise RangeError("the hub answered 416: it has no such range", host=asked.host, content=True)
+    if code == "GatedRepo":
+        hint = "accept its terms on the hub's page of the model"
+        hint += f"; {_REFUSED}" if asked.secret else ", and set HF_TOKEN to a token that may read it"
+        raise HubError("access to this repository is restricted", file=asked.what, hint=hint)
+    if code == "RevisionNotFound":
+        raise HubError("there is no such revision", file=asked.what)
+    if code == "EntryNotFound":
+        raise HubError("there is no such file in this revision", file=asked.what)
+    if code == "RepoNotFound" or (status == 401 and not asked.secret):
+        problem = "there is no such repository, or no access to it"
+        raise HubError(problem, file=asked.what, hint=_REFUSED if asked.secret else _ACCESS)
+    said = f", {headers['x-error-message'][:200]!r}" if "x-error-message" in headers else ""
+    if status in (401, 403):
+        hint = _REFUSED if asked.secret else _ACCESS
+    else:
+        hint = (
+            "check the name and the revision" if status in (404, 410) else "check HF_ENDPOINT and the proxy"
+        )
+    raise HubError(
+        f"the hub answered {status}{said}; the address is {asked.host}", file=asked.what, hint=hint
+    )
+
+
+class RangeError(AgainError):
+    """The server cannot serve the rest of a file: the next attempt begins at its first byte."""
+
+
+def check_body(asked: Asked, headers: Mapping[str, str], head: bytes) -> None:
+    """Raises AgainError where the first bytes of a body are those of a web page in the hub's place."""
+    kind = headers.get("content-type", "").lower()
+    if _HTML.match(head) or ("html" in kind and head.lstrip()[:1] == b"<"):
+        raise login_page(asked)
+
+
+def login_page(asked: Asked) -> AgainError:
+    """The fault of a network that answers every request with its own page."""
+    return AgainError(
+        "a web page (HTML) answered, not the hub: a login page or a proxy's message",
+        host=asked.host,
+        tries=LOGIN_TRIES,
+        hint=LOGIN,
+        content=True,
+    )
+
+
+def check_coding(asked: Asked, headers: Mapping[str, str]) -> bool:
+    """Whether the body is packed (Content-Encoding) in a way that can be undone. HubError for other codings."""
+    given = headers.get("content-encoding", "")
+    codings = [c for c in (part.strip().lower() for part in given.split(",")) if c not in ("", "identity")]
+    if any(c not in ("gzip", "x-gzip", "deflate") for c in codings):
+        problem = f"the answer is packed (Content-Encoding: {given[:40]!r}), which cannot be undone here"
+        raise HubError(f"{problem}; the address is {asked.host}", file=asked.what, hint=PACKED)
+    return bool(codings)
+
+
+def body_start(asked: Asked, status: int, headers: Mapping[str, str], start: int, size: int) -> int:
+    """The place in the file of a body's first byte: `start`, or 0 where the server sends the whole file instead.
+
+    `size` is the file's size in bytes. Raises RangeError where the body is another part, or a part of another file.
+    """
+    if status != 206:
+        return 0
+    match = _RANGE.fullmatch(headers.get("content-range", "").strip())
+    if match is None or int(match[1]) != start or int(match[2]) < start:
+        problem = f"the hub sent another part of the file than bytes {start} and on"
+        raise RangeError(problem, host=asked.host, content=True)
+    if match[3] != "*" and int(match[3]) != size:
+        problem = f"the copy that answered has {int(match[3])} bytes, not the {size} that the hub states"
+        raise RangeError(problem, host=asked.host, content=True)
+    return start
+
+
+def _busy(status: int) -> str:
+    if status == 429:
+        return "too many requests from this address or account: wait some minutes, or set HF_TOKEN"
+    return ADVICE
+
+
+def _wish(status: int, headers: Mapping[str, str]) -> float:
+    """Seconds that the server asks to wait: Retry-After, else the rate-limit headers in their several spellings."""
+    asked = _seconds(headers.get("retry-after", ""), headers)
+    if asked is None and status in (429, 503):
+        found = [
+            float(reset[1])
+            for name in _LIMITS
+            for policy in headers.get(name, "").split(",")
+            if (reset := _RESET.search(policy)) and (left := _LEFT.search(policy)) and int(left[1]) == 0
+        ]
+        found += [
+            wait
+            for name in _LIMITS
+            if headers.get(f"{name}-remaining", "0").strip() == "0"
+            and (wait := _seconds(headers.get(f"{name}-reset", ""), headers)) is not None
+        ]
+        asked = max(found, default=None)
+    return max(asked or 0.0, 0.0)
+
+
+def _seconds(text: str, headers: Mapping[str, str]) -> float | None:
+    """A wait from a number of seconds, a point in time in seconds since 1970, or a date; None for anything else.
+
+    A date is held against the server's own clock, since this machine's may be wrong.
+    """
+    text = text.strip().removesuffix("s")
+    try:
+        value = float(text)
+    except ValueError:
+        when, now = _date(text), _date(headers.get("date", ""))
+        return None if when is None else when - (time.time() if now is None else now)
+    if not math.isfinite(value):
+        return None
+    if value > 1e12:  # milliseconds since 1970
+        value /= 1000
+    return value - (_date(headers.get("date", "")) or time.time()) if value > 1e9 else value
+
+
+def _date(text: str) -> float | None:
+    """Seconds since 1970 of a date in any of HTTP's three forms, all of which mean UTC; None for anything else."""
+    try:
+        when = parsedate_to_datetime(text)
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None

@@ -1,0 +1,66 @@
+"""huggingface_hub's cache of files, read and written in its own layout, and checked by hash before anything is used.
+
+A file lies at `models--owner--name/snapshots/COMMIT/NAME`: a link to `blobs/HASH`, or the file itself where the file
+system has no links. Other programs read and write the same folder, so nothing here is changed in place.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ..errors import HubError
+from .client import Hub
+from .repository import Remote, Repository
+
+
+def cached(repository: Repository, remote: Remote) -> Path | None:
+    """A file's place in the cache, if it is there whole, with the hash that the hub states."""
+    place = _place(repository, remote)
+    try:
+        return place if place.is_file() and remote.matches(place) else None
+    except OSError:
+        return None
+
+
+def fetched(hub: Hub, repository: Repository, remote: Remote) -> Path:
+    """A file in the cache, fetched where it is not there or not whole. Raises HubError."""
+    found = cached(repository, remote)
+    if found is not None:
+        return found
+    place = _place(repository, remote)
+    blob = _folder(repository) / "blobs" / str(remote.expected)
+    try:
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{remote.expected}.", dir=blob.parent) as own:
+            fresh = Path(own) / "file"
+            hub.download(repository, remote, fresh)
+            _put(fresh, blob, place)
+    except OSError as e:
+        hint = "HF_HOME names the folder of the cache; it must be one that can be written"
+        raise HubError(f"cannot be stored: {e.strerror}", file=e.filename or place, hint=hint) from None
+    return place
+
+
+def _put(fresh: Path, blob: Path, place: Path) -> None:
+    """Give a whole file its name in the cache: as a blob with a link to it, or itself where there are no links."""
+    link = fresh.with_name("link")
+    try:
+        link.symlink_to(os.path.relpath(blob, place.parent))
+    except OSError:
+        fresh.replace(place)
+        return
+    fresh.replace(blob)
+    link.replace(place)
+
+
+def _place(repository: Repository, remote: Remote) -> Path:
+    return _folder(repository) / "snapshots" / repository.commit / remote.name
+
+
+def _folder(repository: Repository) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / "--".join(("models", *repository.name.split("/")))
