@@ -24,7 +24,7 @@ from mq_quant.formats.fp8 import dequantize, scale_shape
 from mq_quant.formats.minimax import ModelConfig, inventory
 from mq_quant.formats.statistics.moment_file import DOWN_FORMS
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
-from mq_quant.quantize.spec.calibration_plan import estimate
+from mq_quant.quantize.spec.estimates import calibration_sizes
 from mq_quant.verify.model.reference import embed, layer_forward
 from numpy.typing import NDArray
 
@@ -126,7 +126,7 @@ def main() -> None:
         "model_minutes": round(layer * LAYERS / 60, 1),
         "host_bytes": result["peak_rss_bytes"],
         "device_bytes": gpu,
-        "estimate_bytes": estimate(source.config, tokens.size, args.down)["memory_bytes"],
+        "estimate_bytes": calibration_sizes(source.config, tokens.size, args.down).memory_bytes,
         "layer_file_bytes": result["estimate"]["layer_bytes"],
     }
     print(json.dumps(row) if args.json else "\n".join(f"{key:17} {value}" for key, value in row.items()))

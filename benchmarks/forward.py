@@ -26,7 +26,7 @@ from mq_quant.formats.blocks import BY_NAME, Format
 from mq_quant.formats.hfq.container import TensorMeta, layout, open_hfq
 from mq_quant.formats.minimax import ModelConfig, awq_scale_name, inventory, parse_config
 from mq_quant.kernels.runtime.host import Backend, open_backend
-from mq_quant.quantize.tiny.checkpoint import TinySpec
+from mq_quant.quantize.tiny.folder import TinySpec
 from mq_quant.verify.model import kernel_forward as kernel_model
 from mq_quant.verify.model.kernel_forward import KernelModel
 from numpy.typing import NDArray

@@ -29,7 +29,7 @@ from mq_quant.formats.statistics.imatrix import read_imatrix
 from mq_quant.quantize.pipeline.build import Options, build
 from mq_quant.quantize.pipeline.build_spec import Changes, open_job
 from mq_quant.quantize.spec.places import choose_recipe
-from mq_quant.quantize.tiny.checkpoint import ensure_tiny
+from mq_quant.quantize.tiny.folder import ensure_tiny
 from mq_quant.verify.model.hfq_weights import DecodedFile
 from mq_quant.verify.model.metrics import Divergence
 from mq_quant.verify.model.reference import Weights, layer_by_layer, logits

@@ -64,11 +64,11 @@ def test_other_examples_name_real_commands_and_options(line: str) -> None:
 
 
 def test_the_table_of_tiers_is_what_the_program_says() -> None:
-    for row in tier_table(None)["tiers"]:
-        (stated,) = re.findall(rf"^\| `{row['tier']}` \|(.*)\|$", TEXT, re.MULTILINE)
+    for row in tier_table().tiers:
+        (stated,) = re.findall(rf"^\| `{row.tier}` \|(.*)\|$", TEXT, re.MULTILINE)
         *_, size, memory = (cell.strip() for cell in stated.split("|"))
-        assert size == f"{row['total_bytes'] / 1e9:.1f} GB"
-        assert memory == row["memory"]
+        assert size == f"{row.total_bytes / 1e9:.1f} GB"
+        assert memory == row.memory
 
 
 def test_links_lead_somewhere() -> None:

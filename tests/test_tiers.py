@@ -18,7 +18,7 @@ from mq_quant.quantize.pipeline.build import Options, build
 from mq_quant.quantize.pipeline.build_spec import Changes, open_job
 from mq_quant.quantize.spec.places import TINY, choose_recipe
 from mq_quant.quantize.spec.recipe import load_tier
-from mq_quant.quantize.tiny.checkpoint import ensure_tiny
+from mq_quant.quantize.tiny.folder import ensure_tiny
 from mq_quant.verify.run import Verdict, verify
 
 TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")

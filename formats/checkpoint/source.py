@@ -21,12 +21,9 @@ from ..errors import CheckpointError, ConfigError, WeightError
 from ..fp8 import dequantize, scale_shape
 from ..minimax import ModelConfig, inventory, is_mtp, parse_config, scale_inv_name
 from ..strictjson import JsonError, parse_object
+from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
 from .safetensors_file import TensorInfo, by_name, read_header, read_tensor
 
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 JSON_LIMIT = 32 << 20
 SHARD_LIMIT = 1 << 12
 SHOWN = 8

@@ -24,15 +24,12 @@ from ..hub.client import Hub, offline
 from ..hub.files import snapshot
 from ..hub.repository import Repository
 from ..minimax import is_mtp, scale_inv_name
+from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
 from .safetensors_file import TensorInfo, by_name, header_length, parse_header, read_header, read_tensor
 from .shard_cache import ShardCache
 from .source import (
-    CONFIG,
     F32,
-    INDEX,
     JSON_LIMIT,
-    SIDE_FILES,
-    SINGLE,
     Checkpoint,
     Source,
     check_index,

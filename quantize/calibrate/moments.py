@@ -21,7 +21,7 @@ from ...formats.statistics.moment_file import (
     pack_moment,
 )
 from ...verify.model.reference import Observer, Routing
-from ..spec.calibration_plan import CHUNK
+from ..spec.estimates import CHUNK
 
 ATTENTION = {"q_proj": (0, "attn.in"), "o_proj": (1, "attn.out")}
 """Row of attn.counts and tensor of each input; k_proj and v_proj see what q_proj sees."""

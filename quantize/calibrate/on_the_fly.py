@@ -19,7 +19,7 @@ from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import DownForm
-from ..spec.calibration_plan import inline_estimate
+from ..spec.estimates import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text
 from .layer_pass import enter, gather_layer, manifest_of, open_device
@@ -54,7 +54,7 @@ class InlineCalibration:
     @property
     def disk_bytes(self) -> int:
         """The most disk that the moments of a layer and the residual streams around it take beside the output."""
-        return inline_estimate(self.config, self._tokens.size)["disk_bytes"]
+        return inline_sizes(self.config, self._tokens.size).disk_bytes
 
     def signature(self) -> dict[str, Any]:
         """What of it decides the built bytes, besides the source."""

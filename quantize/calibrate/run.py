@@ -21,7 +21,7 @@ from ...formats.machine import peak_rss
 from ...formats.minimax import TensorSpec, layer_inventory
 from ...formats.statistics.moment_file import DownForm
 from ..cli.progress_bar import Progress
-from ..spec.calibration_plan import estimate
+from ..spec.estimates import calibration_sizes
 from ..spec.provenance import flatten
 from ..spec.recipe import Recipe
 from .folder import CalibrationFolder
@@ -88,8 +88,8 @@ def calibrate(source: Source, tokens: Tokens, folder: Path, options: Calibration
     made_from = {"origin": source.origin, "files": source.fingerprint()}
     propagate = options.propagate.resolved() if options.propagate else "source"
     manifest = manifest_of(config, made_from, tokens, options.down, options.device, propagate)
-    sizes = estimate(config, tokens.size, options.down)
-    needed = sizes["folder_bytes"] + 2 * sizes["unfinished_bytes"] + source.disk_bytes()
+    sizes = calibration_sizes(config, tokens.size, options.down)
+    needed = sizes.folder_bytes + 2 * sizes.unfinished_bytes + source.disk_bytes()
     with CalibrationFolder(folder, dict(flatten(manifest)), options.force, options.restart) as out:
         out.check_space(needed)
         records = out.done()
@@ -107,7 +107,7 @@ def calibrate(source: Source, tokens: Tokens, folder: Path, options: Calibration
         "folder_bytes": sum(f.stat().st_size for f in folder.iterdir()),
         "seconds": round(time.monotonic() - began, 3),
         "peak_rss_bytes": peak_rss(),
-        "estimate": sizes,
+        "estimate": {key: value for key, value in sizes.as_json().items() if key != "tokens"},
     }
 
 

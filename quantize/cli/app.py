@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -38,6 +37,8 @@ for module in (cli_build, cli_calibrate, cli_inspect, cli_verify):
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"mq-quant {version('mq-quant')}")
         raise typer.Exit
 

@@ -12,6 +12,7 @@ from .console import emit, gigabytes, resumable, table
 
 if TYPE_CHECKING:
     from ..calibrate.tokens import TokenRequest
+    from ..spec.estimates import PlanSummary, TierTable
     from ..spec.recipe import Fit
 
 SHOWN = 8
@@ -192,26 +193,20 @@ def plan(
     emit(plan_summary(tier, recipe, source, jobs, shard_cache), as_json, _render_plan)
 
 
-def _render_plan(result: Mapping[str, Any]) -> str:
-    rows = [
-        (name, row["tensors"], row["weights"], gigabytes(row["bytes"]))
-        for name, row in result["by_format"].items()
-    ]
-    head = f"{result['model']}.{result['tier']}: {gigabytes(result['total_bytes'])} in {result['tensor_count']} tensors"
-    memory = f"memory for the build: about {gigabytes(result['peak_memory_bytes'])}"
-    if result["disk_bytes"] is None:
+def _render_plan(result: PlanSummary) -> str:
+    rows = [(name, row.tensors, row.weights, gigabytes(row.bytes)) for name, row in result.by_format.items()]
+    head = f"{result.model}.{result.tier}: {gigabytes(result.total_bytes)} in {result.tensor_count} tensors"
+    memory = f"memory for the build: about {gigabytes(result.peak_memory_bytes)}"
+    if result.disk_bytes is None:
         disk = "disk for the build: the file, and the shards of --shard-cache"
     else:
-        disk = f"disk for the build: {gigabytes(result['disk_bytes'])}, the streamed shards included"
-    sizes = result["calibration"]
+        disk = f"disk for the build: {gigabytes(result.disk_bytes)}, the streamed shards included"
+    sizes, inline = result.calibration, result.calibrate_inline
     calibration = (
-        f"to calibrate on {sizes['tokens']} tokens: memory about {gigabytes(sizes['memory_bytes'])}, "
-        f"disk {gigabytes(sizes['folder_bytes'] + sizes['unfinished_bytes'])}"
-    )
-    inline = result["calibrate_inline"]
-    calibration += (
-        f"\nto calibrate on them inside the build: memory about {gigabytes(inline['memory_bytes'])}, "
-        f"{gigabytes(inline['disk_bytes'])} of disk beside the file"
+        f"to calibrate on {sizes.tokens} tokens: memory about {gigabytes(sizes.memory_bytes)}, "
+        f"disk {gigabytes(sizes.folder_bytes + sizes.unfinished_bytes)}\n"
+        f"to calibrate on them inside the build: memory about {gigabytes(inline.memory_bytes)}, "
+        f"{gigabytes(inline.disk_bytes)} of disk beside the file"
     )
     return "\n".join([head, table(("format", "tensors", "weights", "size"), rows), memory, disk, calibration])
 
@@ -232,12 +227,9 @@ def tiers(
     emit(tier_table(source), as_json, _render_tiers)
 
 
-def _render_tiers(result: Mapping[str, Any]) -> str:
-    rows = [
-        (row["tier"], gigabytes(row["total_bytes"]), row["memory"], row["description"])
-        for row in result["tiers"]
-    ]
-    return table(("tier", "size", "fits in", "what"), rows) + f"\n\n{result['memory_note']}"
+def _render_tiers(result: TierTable) -> str:
+    rows = [(row.tier, gigabytes(row.total_bytes), row.memory, row.description) for row in result.tiers]
+    return table(("tier", "size", "fits in", "what"), rows) + f"\n\n{result.memory_note}"
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"build": build, "plan": plan, "tiers": tiers}

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from .build import Jobs, Json, _percent, _some
 from .console import emit, gigabytes, note, resumable
+
+if TYPE_CHECKING:
+    from ..spec.estimates import CalibrationSizes
 
 DEVICES = ("cpu", "cuda")
 PROPAGATE = ("source", "quantised")
@@ -65,7 +68,7 @@ def calibrate(
     from ..calibrate.run import CalibrationOptions
     from ..calibrate.run import calibrate as run
     from ..calibrate.tokens import TokenRequest, load_tokens
-    from ..spec.calibration_plan import estimate
+    from ..spec.estimates import calibration_sizes
     from ..spec.places import choose_recipe, open_place
 
     _one_of("--down", down, DOWN_FORMS)
@@ -81,12 +84,12 @@ def calibrate(
         opened.validate()
         ids = load_tokens(opened, TokenRequest(text, tokens, sequences, length))
         form = cast(DownForm, down)
-        sizes = estimate(opened.config, ids.size, form)
+        sizes = calibration_sizes(opened.config, ids.size, form)
         if dry_run:
-            emit({"tokens": int(ids.size), **sizes}, as_json, _render_sizes)
+            emit(sizes, as_json, _render_sizes)
             return
         if not (quiet or as_json):
-            note(_render_sizes({"tokens": int(ids.size), **sizes}))
+            note(_render_sizes(sizes))
         options = CalibrationOptions(form, chosen, device, jobs or cores(), force, restart, quiet or as_json)
         result = run(opened, ids, output, options)
     if as_json or not quiet:
@@ -98,10 +101,10 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
 
 
-def _render_sizes(sizes: Mapping[str, Any]) -> str:
+def _render_sizes(sizes: CalibrationSizes) -> str:
     return (
-        f"{sizes['tokens']} tokens: memory about {gigabytes(sizes['memory_bytes'])}, folder "
-        f"{gigabytes(sizes['folder_bytes'])}, while unfinished {gigabytes(sizes['unfinished_bytes'])} more"
+        f"{sizes.tokens} tokens: memory about {gigabytes(sizes.memory_bytes)}, folder "
+        f"{gigabytes(sizes.folder_bytes)}, while unfinished {gigabytes(sizes.unfinished_bytes)} more"
     )
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import typer
 
@@ -14,9 +14,27 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
 
 
-def emit(result: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], str]) -> None:
+class Result(Protocol):
+    """What a command gives back."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as the one JSON object that `--json` prints."""
+        ...
+
+
+R = TypeVar("R", bound="Result | Mapping[str, Any]")
+
+
+def emit(result: R, as_json: bool, render: Callable[[R], str]) -> None:
     """Print a command's result, with `render` turning it into text for people."""
-    print(json.dumps(result, ensure_ascii=False) if as_json else render(result), flush=True)
+    if as_json:
+        print(json.dumps(_document(result), ensure_ascii=False), flush=True)
+    else:
+        print(render(result), flush=True)
+
+
+def _document(result: Result | Mapping[str, Any]) -> Mapping[str, Any]:
+    return result if isinstance(result, Mapping) else result.as_json()
 
 
 def note(text: str) -> None:

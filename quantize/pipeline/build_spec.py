@@ -20,7 +20,7 @@ from ...formats.minimax import normalize_config
 from ...formats.statistics.imatrix import Imatrix, read_imatrix
 from ..calibrate.tokens import TokenRequest, load_tokens
 from ..encode.layer_encoder import FitSettings, fit_settings
-from ..spec.metadata import template
+from ..spec.metadata import template, totals_of
 from ..spec.places import local_folder, open_place, side_files
 from ..spec.plan import Plan, make_plan, plan_tensors
 from ..spec.provenance import flatten, program
@@ -217,7 +217,7 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
         made_from["calibration"] = inline.signature()
         stated = {**made_from, "calibration": blank_record(inline.record())}
     provenance = {"program": program(), **stated, "skipped_tensors": len(source.skipped_mtp)}
-    metadata = template(source.raw_config, side, config, tensors, provenance, skipped)
+    metadata = template(source.raw_config, side, config, totals_of(tensors), provenance, skipped)
     plan = make_plan(recipe, config, tensors, metadata)
     settings = fit_settings(recipe)
     signature = {

@@ -49,11 +49,33 @@ class Outcome:
     calibration: Mapping[str, Any] | None = None
 
 
-def parameter_counts(config: ModelConfig, tensors: Sequence[PlannedTensor], skipped: int) -> dict[str, Any]:
-    """The informational counts; `skipped` is the number of weights of modules that are left out."""
+@dataclass(frozen=True)
+class Totals:
+    """All tensors of a file together. AWQ scales count as tensors and bytes, but their values are no weights."""
+
+    tensors: int
+    payload_bytes: int
+    weights: int
+    expert_weights: int
+    quantised_weights: int
+    """Weights in formats whose groups hold more than one."""
+
+
+def totals_of(tensors: Sequence[PlannedTensor]) -> Totals:
+    """The totals of a plan's tensors."""
     kept = [t for t in tensors if t.spec]
-    total = sum(t.weights for t in kept)
-    experts = sum(t.weights for t in kept if t.spec and t.spec.role == "expert")
+    return Totals(
+        len(tensors),
+        sum(t.nbytes for t in tensors),
+        sum(t.weights for t in kept),
+        sum(t.weights for t in kept if t.spec and t.spec.role == "expert"),
+        sum(t.weights for t in kept if t.format.group > 1),
+    )
+
+
+def parameter_counts(config: ModelConfig, totals: Totals, skipped: int) -> dict[str, Any]:
+    """The informational counts; `skipped` is the number of weights of modules that are left out."""
+    total, experts = totals.weights, totals.expert_weights
     used, count = config.num_experts_per_tok, config.num_local_experts
     active = experts * used // count
     common = math.gcd(used, count)
@@ -63,7 +85,7 @@ def parameter_counts(config: ModelConfig, tensors: Sequence[PlannedTensor], skip
         "source_total_params": total + skipped,
         "active_params": total - experts + active,
         "effective_params": total,
-        "quantized_params": sum(t.weights for t in kept if t.format.group > 1),
+        "quantized_params": totals.quantised_weights,
         "skipped_params": skipped,
         "moe": {
             "num_experts": count,
@@ -87,12 +109,12 @@ def template(
     raw_config: Mapping[str, Any],
     side: SideFiles,
     config: ModelConfig,
-    tensors: Sequence[PlannedTensor],
+    totals: Totals,
     provenance: Mapping[str, Any],
     skipped_params: int = 0,
 ) -> dict[str, Any]:
     """The metadata with the length it will have; `provenance` is everything of it that is known before the work."""
-    blank = Outcome("0" * 16, ["0" * 16] * len(tensors), [])
+    blank = Outcome("0" * 16, ["0" * 16] * totals.tensors, [])
     room = " " * (LAYER_ROOM * (config.num_hidden_layers + 1))
     metadata: dict[str, Any] = {
         "architecture": "minimax_m2",
@@ -100,20 +122,20 @@ def template(
         **({"tokenizer": side.tokenizer} if side.tokenizer is not None else {}),
         "tokenizer_config": _tokenizer_config(side),
         "generation_config": dict(side.generation_config) if side.generation_config is not None else None,
-        "quantization_hash": _hash_record(blank, tensors),
-        "parameter_counts": parameter_counts(config, tensors, skipped_params),
+        "quantization_hash": _hash_record(blank, totals),
+        "parameter_counts": parameter_counts(config, totals, skipped_params),
         PROVENANCE: {"schema": SCHEMA, **provenance, **_outcome(blank), "reserved": room},
     }
     metadata[PROVENANCE]["metadata_checksum"] = metadata_checksum(metadata)
     return metadata
 
 
-def _hash_record(outcome: Outcome, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+def _hash_record(outcome: Outcome, totals: Totals) -> dict[str, Any]:
     return {
         **QuantizationHash().record(PRODUCER),
         "value": outcome.quantization_hash,
-        "tensor_count": len(tensors),
-        "payload_bytes": sum(t.nbytes for t in tensors),
+        "tensor_count": totals.tensors,
+        "payload_bytes": totals.payload_bytes,
     }
 
 

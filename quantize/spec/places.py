@@ -1,6 +1,6 @@
 """From `--source`, `--tier` and `--recipe` to the recipe and the model's files: folder, hub repository or `tiny`.
 
-The readers of checkpoints and of the hub are imported where they are used, so that a command of a folder loads neither.
+Readers of checkpoints are imported only where they are needed: a plan of a config.json needs none of them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...formats.checkpoint import source as checkpoint
+from ...formats.checkpoint.names import CONFIG, SIDE_FILES
 from ...formats.errors import CheckpointError, ConfigError, RecipeError
 from ...formats.minimax import normalize_config
 from ...formats.strictjson import JsonError, parse_object
 from .metadata import SideFiles
 from .recipe import DEFAULT_MODEL, Model, Place, Recipe, load_model, load_recipe, load_tier
+
+if TYPE_CHECKING:
+    from ...formats.checkpoint.source import Source as Checkpoint
 
 TINY = "tiny"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -109,7 +112,7 @@ def local_folder(source: str) -> Path | None:
     Raises CheckpointError where it is neither a folder nor a repository's name.
     """
     if source == TINY:
-        from ..tiny.checkpoint import ensure_tiny
+        from ..tiny.folder import ensure_tiny
 
         return ensure_tiny()
     path = Path(source)
@@ -127,11 +130,13 @@ def local_folder(source: str) -> Path | None:
     )
 
 
-def open_place(place: str, revision: str | None, shard_cache: int, scratch: Path | None) -> checkpoint.Source:
+def open_place(place: str, revision: str | None, shard_cache: int, scratch: Path | None) -> Checkpoint:
     """The checkpoint in a folder or a hub repository, its inventory unchecked; streamed shards lie in `scratch`."""
     folder = local_folder(place)
     if folder is not None:
-        return checkpoint.open_checkpoint(folder)
+        from ...formats.checkpoint.source import open_checkpoint
+
+        return open_checkpoint(folder)
     from ...formats.checkpoint.streamed import open_hub
 
     return open_hub(place, revision, shard_cache, scratch=scratch)
@@ -142,7 +147,7 @@ def model_files(model: Model) -> ModelFiles:
     if model.config is not None:
         return ModelFiles(normalize_config(model.config), SideFiles(), False)
     folder = local_folder(model.place.address)
-    names = (checkpoint.CONFIG, *checkpoint.SIDE_FILES)
+    names = (CONFIG, *SIDE_FILES)
     if folder is None:
         assert model.place.repository is not None
         from ...formats.hub.files import fetch_files
@@ -150,7 +155,7 @@ def model_files(model: Model) -> ModelFiles:
         files = fetch_files(model.place.repository, names, model.place.revision)
     else:
         files = {name: folder / name for name in names if (folder / name).is_file()}
-    if checkpoint.CONFIG not in files:
-        raise ConfigError("is missing", file=f"{model.place.address}/{checkpoint.CONFIG}")
+    if CONFIG not in files:
+        raise ConfigError("is missing", file=f"{model.place.address}/{CONFIG}")
     side = side_files(files.get)
-    return ModelFiles(read_json(files[checkpoint.CONFIG]), side, side.tokenizer is not None)
+    return ModelFiles(read_json(files[CONFIG]), side, side.tokenizer is not None)

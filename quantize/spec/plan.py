@@ -22,8 +22,6 @@ from .recipe import Recipe
 SIDECAR = BY_NAME["F16"]
 ROW_WEIGHTS = 1 << 24
 """Embeddings of more weights than this are encoded some rows at a time (64 MiB of f32)."""
-BASE_MEMORY = 900 << 20
-COPIES = 7
 _ALLOWED = {
     "norm": ({1, 2}, "norms must be F16 or F32"),
     "bias": ({1, 2}, "the routing bias must be F16 or F32"),
@@ -76,7 +74,8 @@ class Plan:
         return hashlib.sha256(json.dumps([rows, self.total_bytes]).encode()).hexdigest()
 
 
-def _check(recipe: Recipe, spec: TensorSpec, fmt: Format) -> None:
+def check_format(recipe: Recipe, spec: TensorSpec, fmt: Format) -> None:
+    """RecipeError where the engine cannot run a tensor in this format, WeightError where rows do not fill groups."""
     allowed, why = _ALLOWED[spec.role]
     if fmt.quant_type not in allowed:
         raise RecipeError(
@@ -91,16 +90,17 @@ def _check(recipe: Recipe, spec: TensorSpec, fmt: Format) -> None:
         )
 
 
-def _check_layers(recipe: Recipe, tensors: Iterable[PlannedTensor]) -> None:
-    first: dict[tuple[int | None, bool], PlannedTensor] = {}
-    for t in tensors:
-        if t.spec is None or t.spec.role != "expert":
+def check_layers(recipe: Recipe, tensors: Iterable[tuple[TensorSpec, Format]]) -> None:
+    """RecipeError where the gate and up matrices of a layer's experts, or their down matrices, differ in format."""
+    first: dict[tuple[int | None, bool], tuple[TensorSpec, Format]] = {}
+    for spec, fmt in tensors:
+        if spec.role != "expert":
             continue
-        model = first.setdefault((t.layer, t.spec.projection == "w2"), t)
-        if t.format != model.format:
+        model, expected = first.setdefault((spec.layer, spec.projection == "w2"), (spec, fmt))
+        if fmt != expected:
             raise RecipeError(
-                f"the recipe for {recipe.tier} gives it {t.format.name}, and {model.name} {model.format.name}",
-                tensor=t.name,
+                f"the recipe for {recipe.tier} gives it {fmt.name}, and {model.name} {expected.name}",
+                tensor=spec.name,
                 hint="the engine reads the format of a layer's gate/up and down from expert 0: keep them equal",
             )
 
@@ -115,7 +115,7 @@ def _rows(recipe: Recipe, config: ModelConfig) -> Iterator[_Row]:
             assert spec.layer is not None
             yield awq_scale_name(spec.layer), SIDECAR, (config.hidden_size,), spec.layer, None
         fmt = recipe.format_of(spec.name)
-        _check(recipe, spec, fmt)
+        check_format(recipe, spec, fmt)
         yield spec.name, fmt, spec.shape, spec.layer, spec
 
 
@@ -129,7 +129,7 @@ def plan_tensors(recipe: Recipe, config: ModelConfig) -> tuple[PlannedTensor, ..
     for name, fmt, shape, layer, spec in _rows(recipe, config):
         out.append(PlannedTensor(name, fmt, shape, start, fmt.nbytes(math.prod(shape)), layer, spec))
         start += out[-1].nbytes
-    _check_layers(recipe, out)
+    check_layers(recipe, ((t.spec, t.format) for t in out if t.spec))
     return tuple(out)
 
 
@@ -139,36 +139,3 @@ def make_plan(
     """Lay the file out; `metadata` must already have the length that it will have in the finished file."""
     laid = layout(metadata, [t.meta() for t in tensors])
     return Plan(recipe, config, tensors, laid.data_offset, laid.total_bytes, len(dump_object(metadata)))
-
-
-def summary(plan: Plan, jobs: int) -> dict[str, Any]:
-    """What `mq-quant plan --json` prints."""
-    by_format: dict[str, dict[str, int]] = {}
-    for t in plan.tensors:
-        row = by_format.setdefault(t.format.name, {"tensors": 0, "weights": 0, "bytes": 0})
-        row["tensors"] += 1
-        row["weights"] += t.weights
-        row["bytes"] += t.nbytes
-    return {
-        "tier": plan.recipe.tier,
-        "model": plan.recipe.model.name,
-        "total_bytes": plan.total_bytes,
-        "payload_bytes": plan.payload_bytes,
-        "metadata_bytes": plan.metadata_bytes,
-        "tensor_count": len(plan.tensors),
-        "by_format": by_format,
-        "peak_memory_bytes": peak_memory(plan, jobs),
-    }
-
-
-def peak_memory(plan: Plan, jobs: int) -> int:
-    """An estimate of the build's peak resident memory in bytes.
-
-    Each worker holds one expert (or one piece of a plain tensor) as f32 with the encoder's copies of it; the
-    interpreter and its libraries, and the importance of two layers, come on top.
-    """
-    c = plan.config
-    expert = 3 * c.hidden_size * c.intermediate_size
-    plain = max(min(t.weights, ROW_WEIGHTS) for t in plan.tensors)
-    importance = 2 * c.num_local_experts * (2 * c.hidden_size + c.intermediate_size) * 8
-    return BASE_MEMORY + importance + 4 * COPIES * max(expert, plain) * jobs

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -193,7 +194,7 @@ def parse_recipe(document: dict[str, Any], where: str) -> Recipe:
     if isinstance(name, str):
         if name not in models():
             raise RecipeError(f"there is no model {name!r}; there are {', '.join(models())}", file=where)
-        document = {**document, "model": _read(_root() / name / MODEL_FILE)}
+        document = {**document, "model": _bundled_model(name)}
     try:
         return Recipe.model_validate(document)
     except ValidationError as e:
@@ -202,6 +203,11 @@ def parse_recipe(document: dict[str, Any], where: str) -> Recipe:
 
 def _root() -> Traversable:
     return files(__name__.removesuffix("quantize.spec.recipe") + "recipes")
+
+
+@cache
+def _bundled_model(name: str) -> Mapping[str, Any]:
+    return _read(_root() / name / MODEL_FILE)
 
 
 def models() -> list[str]:
@@ -219,7 +225,7 @@ def tiers(model: str = DEFAULT_MODEL) -> list[str]:
 
 def load_model(name: str) -> Model:
     """A bundled model."""
-    return Model.model_validate(_read(_root() / name / MODEL_FILE))
+    return Model.model_validate(_bundled_model(name))
 
 
 def load_tier(tier: str, model: str = DEFAULT_MODEL) -> Recipe:

@@ -9,7 +9,8 @@ import pytest
 from mq_quant.formats.checkpoint.source import Checkpoint, open_checkpoint
 from mq_quant.formats.hfq.container import write_hfq
 from mq_quant.kernels.runtime.host import Backend, open_backend
-from mq_quant.quantize.tiny.checkpoint import TinySpec, write_tiny
+from mq_quant.quantize.tiny.checkpoint import write_tiny
+from mq_quant.quantize.tiny.folder import TinySpec
 from plainfile import Build, Change, Tensors, metadata_of, tensors_of
 
 SPEC = TinySpec(

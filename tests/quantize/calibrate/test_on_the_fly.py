@@ -28,7 +28,7 @@ from mq_quant.quantize.inspect.reproduce import reproduce
 from mq_quant.quantize.pipeline import worker_pool as engine
 from mq_quant.quantize.pipeline.build import Options, build
 from mq_quant.quantize.pipeline.build_spec import Changes, open_job
-from mq_quant.quantize.spec.calibration_plan import inline_estimate
+from mq_quant.quantize.spec.estimates import inline_sizes
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.write.partial_file import CALIBRATION, PARTIAL
 from small_imatrix import save_imatrix
@@ -314,7 +314,7 @@ def test_a_restart_leaves_what_is_not_ours(run: Run, tmp_path: Path) -> None:
 def test_the_disk_is_checked_with_the_moments_in_mind(
     run: Run, source: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: list[int]
 ) -> None:
-    extra = inline_estimate(open_checkpoint(source).config, TOKENS.size)["disk_bytes"]
+    extra = inline_sizes(open_checkpoint(source).config, TOKENS.size).disk_bytes
     usage = shutil.disk_usage(tmp_path)
     free = len(whole) + extra // 2
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))

@@ -39,7 +39,7 @@ from mq_quant.quantize.calibrate.layer_pass import open_device
 from mq_quant.quantize.calibrate.moments import LayerMoments, mean_squares, second_moment
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.tokens import check_tokens, read_tokens, tokenize
-from mq_quant.quantize.spec.calibration_plan import estimate
+from mq_quant.quantize.spec.estimates import calibration_sizes
 from mq_quant.verify.model.reference import Observer, Routing, layer_by_layer, layer_forward
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (3, 20)).astype(np.int32)
@@ -146,10 +146,10 @@ def test_each_form_of_the_down_moments_keeps_what_it_says(
     down: DownForm, full: Path, source: Checkpoint, tmp_path: Path
 ) -> None:
     result = calibrate(source, TOKENS, tmp_path / "calib", options(down=down))
-    sizes = estimate(source.config, TOKENS.size, down)
+    sizes = calibration_sizes(source.config, TOKENS.size, down)
     written = (tmp_path / "calib" / layer_file(0)).stat().st_size
-    assert sizes["layer_bytes"] < written < sizes["layer_bytes"] + 4096
-    assert sizes["folder_bytes"] < result["folder_bytes"] < 1.5 * sizes["folder_bytes"]
+    assert sizes.layer_bytes < written < sizes.layer_bytes + 4096
+    assert sizes.folder_bytes < result["folder_bytes"] < 1.5 * sizes.folder_bytes
     file, exact = opened(tmp_path / "calib", source, 0, down), opened(full, source, 0)
     assert ("down.moment" in file.infos) == (down != "pooled")
     np.testing.assert_array_equal(file.array("down.pooled"), exact.array("down.pooled"))
@@ -535,7 +535,7 @@ def test_a_gpu_gathers_what_the_cpu_does(full: Path, source: Checkpoint, tmp_pat
 def test_the_estimate_counts_every_tensor_of_the_file(source: Checkpoint) -> None:
     for down in DOWN_FORMS:
         sizes = {name: np.prod(shape) for name, (_, shape) in layer_tensors(source.config, down).items()}
-        assert estimate(source.config, 60, down)["layer_bytes"] > 2 * sum(sizes.values())
+        assert calibration_sizes(source.config, 60, down).layer_bytes > 2 * sum(sizes.values())
 
 
 def test_the_command_writes_a_folder_that_a_build_takes(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from mq_quant.quantize.cli.app import app, main
+from mq_quant.quantize.tiny.folder import ensure_tiny
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -160,18 +161,49 @@ def test_every_command_has_help_with_examples(mq: Run) -> None:
         assert f"mq-quant {command.name}" in out.partition("Examples:")[2], command.name
 
 
-def test_help_and_version_import_nothing_heavy() -> None:
-    heavy = "{'numpy', 'torch', 'numba', 'yaml', 'huggingface_hub', 'sklearn', 'gguf', 'tqdm'}"
-    script = (
-        "import sys\n"
-        "from mq_quant.quantize.cli.app import main\n"
-        "try: main(['build', '--help'])\n"
-        "except SystemExit: pass\n"
-        f"print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[]"
-    assert "Usage" in done.stdout
+LISTED = """
+import sys
+from mq_quant.quantize.cli.app import main
+try: main(sys.argv[1:])
+except SystemExit as e: code = e.code
+print(code or 0, *sorted(set(sys.modules)), file=sys.stderr)
+"""
+
+
+def loaded(*arguments: str) -> tuple[str, set[str]]:
+    """What a command prints, and the packages that a process of its own has loaded when it ends well."""
+    command = [sys.executable, "-c", LISTED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    code, *modules = done.stderr.split()
+    assert code == "0"
+    return done.stdout, {name.partition(".")[0] for name in modules}
+
+
+ALL_HEAVY = {
+    "numpy", "torch", "numba", "scipy", "pydantic", "yaml", "huggingface_hub", "sklearn", "gguf", "tqdm", "safetensors",
+    "tokenizers", "jinja2", "rich", "matplotlib", "xxhash", "threadpoolctl",
+}  # fmt: skip
+"""What takes time to import."""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in ("build", "verify"))]
+)
+def test_help_and_version_load_nothing_heavy(arguments: list[str]) -> None:
+    out, packages = loaded(*arguments)
+    assert "mq-quant" in out
+    assert packages & ALL_HEAVY <= {"pydantic"}, "which typer may use to read a command's options"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tiers"], ["plan", "--tier", "mq2"], ["plan", "--tier", "mq2", "--source", "tiny"]]
+)
+def test_sizes_need_recipes_and_arithmetic_only(arguments: list[str]) -> None:
+    """numpy states the formats, pydantic and yaml read recipes, xxhash makes a checksum of the metadata."""
+    ensure_tiny()
+    out, packages = loaded(*arguments)
+    assert "mq2" in out
+    assert packages & ALL_HEAVY <= {"numpy", "pydantic", "yaml", "xxhash"}
 
 
 def test_the_installed_command_runs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mq_quant.formats.fwht import rotate, unrotate
 from mq_quant.formats.minimax import expert_name
 from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.hessian.row import RowHessian, from_moment
-from mq_quant.quantize.tiny.checkpoint import ensure_tiny
+from mq_quant.quantize.tiny.folder import ensure_tiny
 from mq_quant.verify.model.reference import Observer, Routing, embed, layer_forward
 
 ROWS = 48

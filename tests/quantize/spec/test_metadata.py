@@ -18,17 +18,19 @@ from mq_quant.quantize.spec.metadata import (
     complete,
     parameter_counts,
     template,
+    totals_of,
 )
 from mq_quant.quantize.spec.plan import plan_tensors
 from mq_quant.quantize.spec.recipe import load_tier
 
 CONFIG = parse_config(small_model.CONFIG)
 TENSORS = plan_tensors(load_tier("mq3"), CONFIG)
+TOTALS = totals_of(TENSORS)
 SIDE = SideFiles(tokenizer='{"a": "}{"}', chat_template="{{ x }}")
 
 
 def laid_out() -> dict[str, Any]:
-    return template(small_model.CONFIG, SIDE, CONFIG, TENSORS, {"program": {"version": "1"}})
+    return template(small_model.CONFIG, SIDE, CONFIG, TOTALS, {"program": {"version": "1"}})
 
 
 def outcome(reports: list[dict[str, Any]]) -> Outcome:
@@ -54,12 +56,12 @@ def test_reports_that_do_not_fit_are_an_error() -> None:
 def test_a_chat_template_in_tokenizer_config_wins_over_the_file() -> None:
     side = SideFiles("{}", {"chat_template": "own"}, None, "other")
     assert (
-        template(small_model.CONFIG, side, CONFIG, TENSORS, {})["tokenizer_config"]["chat_template"] == "own"
+        template(small_model.CONFIG, side, CONFIG, TOTALS, {})["tokenizer_config"]["chat_template"] == "own"
     )
 
 
 def test_parameters_are_counted() -> None:
-    counts = parameter_counts(CONFIG, TENSORS, skipped=10)
+    counts = parameter_counts(CONFIG, TOTALS, skipped=10)
     experts = 2 * 3 * 3 * 256 * 256
     assert counts["moe"]["routed_expert_params"] == experts
     assert counts["moe"]["routed_expert_active_params"] == experts * 2 // 3

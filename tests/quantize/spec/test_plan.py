@@ -45,25 +45,25 @@ def config(**changes: int) -> ModelConfig:
 )
 def test_the_full_size_tiers_have_their_published_sizes(tier: str, gigabytes: float) -> None:
     result = plan_summary(tier, None, None, 1)
-    assert round(result["total_bytes"] / 1e9, 1) == gigabytes
-    by_format = result["by_format"].values()
-    assert sum(row["bytes"] for row in by_format) == result["payload_bytes"] < result["total_bytes"]
-    assert sum(row["tensors"] for row in by_format) == result["tensor_count"] == 62 * (10 + 3 * 256 + 1) + 3
-    assert result["peak_memory_bytes"] < 4 << 30
+    assert round(result.total_bytes / 1e9, 1) == gigabytes
+    by_format = result.by_format.values()
+    assert sum(row.bytes for row in by_format) == result.payload_bytes < result.total_bytes
+    assert sum(row.tensors for row in by_format) == result.tensor_count == 62 * (10 + 3 * 256 + 1) + 3
+    assert result.peak_memory_bytes < 4 << 30
     shard = 230e9 / 125
-    assert 0.95 * 2 * shard < result["disk_bytes"] - result["total_bytes"] < 1.05 * 2 * shard
+    assert 0.95 * 2 * shard < (result.disk_bytes or 0) - result.total_bytes < 1.05 * 2 * shard
 
 
 def test_a_plan_says_what_calibrating_takes() -> None:
     """Inside a build that is one layer of full moments, 1.25 GB, and the residual streams of 65536 tokens around it."""
     few, many = (plan_summary("mq2", None, None, jobs) for jobs in (1, 64))
-    folder, inline = few["calibration"], few["calibrate_inline"]
-    assert folder["tokens"] == inline["tokens"] == 65536
+    folder, inline = few.calibration, few.calibrate_inline
+    assert folder.tokens == inline.tokens == 65536
     stream = 4 * 65536 * 3072
     full = 4 * (256 * (1536 * 1537 // 2 + 3072 + 1536) + 3072 * 3073 // 2)
-    assert full + 2 * stream < inline["disk_bytes"] < 1.02 * (full + 2 * stream)
-    assert folder["memory_bytes"] < inline["memory_bytes"] < folder["memory_bytes"] + full
-    assert many["calibrate_inline"]["memory_bytes"] > many["peak_memory_bytes"] > inline["memory_bytes"]
+    assert full + 2 * stream < inline.disk_bytes < 1.02 * (full + 2 * stream)
+    assert folder.memory_bytes < inline.memory_bytes < folder.memory_bytes + full
+    assert many.calibrate_inline.memory_bytes > many.peak_memory_bytes > inline.memory_bytes
 
 
 def test_tensors_follow_each_other_without_holes_and_each_layer_has_its_sidecar() -> None:

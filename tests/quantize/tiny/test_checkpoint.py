@@ -14,7 +14,9 @@ from mq_quant.formats.checkpoint.source import Checkpoint, open_checkpoint
 from mq_quant.formats.minimax import expert_name, inventory, layer_prefix, scale_inv_name
 from mq_quant.formats.statistics.imatrix import check_imatrix, expert_entry, read_imatrix
 from mq_quant.quantize.tiny import checkpoint as tiny
-from mq_quant.quantize.tiny.checkpoint import TinySpec, ensure_tiny, write_tiny
+from mq_quant.quantize.tiny import folder as folder_of_tiny
+from mq_quant.quantize.tiny.checkpoint import write_tiny
+from mq_quant.quantize.tiny.folder import TinySpec, ensure_tiny
 from mq_quant.quantize.tiny.tokenizer import byte_symbols, tokenizer_json
 from mq_quant.verify.model.reference import layer_by_layer, logits
 from safetensors import safe_open
@@ -148,7 +150,7 @@ def test_tokenizer_reads_any_bytes_and_its_own_words(small: Checkpoint) -> None:
 
 def test_is_made_once_and_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tiny, "TinySpec", lambda: SMALL)
+    monkeypatch.setattr(folder_of_tiny, "TinySpec", lambda: SMALL)
     folder = ensure_tiny()
     stamp = (folder / "config.json").stat().st_mtime_ns
     assert folder.parent == tmp_path / "mq-quant"
