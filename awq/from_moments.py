@@ -16,14 +16,8 @@ import numpy as np
 
 from ..formats.errors import CalibrationError
 from ..formats.minimax import ModelConfig
-from ..formats.statistics.moment_file import (
-    Calibration,
-    LayerFile,
-    config_record,
-    open_calibration,
-    unpack_correlation,
-    unpack_moment,
-)
+from ..formats.statistics.moment_file import LayerFile, unpack_correlation, unpack_moment
+from ..formats.statistics.moment_folder import Calibration, SourceRecord, config_record, open_calibration
 from .few_tokens import backed_gate_up, limit, on_correlations, shrunk, thin_notes
 from .importance import F64, Importance, LayerImportance, ModelImportance
 
@@ -125,13 +119,13 @@ class CalibratedModel:
     def layer(self, layer: int) -> CalibratedLayer:
         """One layer's importances; CalibrationError where its file is not the one that the manifest names."""
         behind = self.imatrix.layer(layer) if self.imatrix else None
-        record = self.calibration.manifest["layers"][layer]
+        record = self.calibration.manifest.layers[layer].model_dump()
         return read_layer(self.calibration.layer(layer), self.config, layer, record, behind)
 
     @property
     def coverage(self) -> float:
         """Share of experts that saw a token."""
-        return coverage_of(self.config, self.calibration.manifest["layers"])
+        return coverage_of(self.config, [record.model_dump() for record in self.calibration.manifest.layers])
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -140,7 +134,7 @@ class CalibratedModel:
 
     def record(self) -> dict[str, Any]:
         """What a file made with it says of it."""
-        tokens = self.calibration.manifest.get("tokens")
+        tokens = self.calibration.manifest.tokens
         return calibration_record(self.calibration.sha256, tokens, self.calibration.down, self.coverage)
 
 
@@ -179,7 +173,7 @@ def load_calibration(
         f"{k} is {found[k]} there and {expected[k]} here" for k in expected if found[k] != expected[k]
     ]
     if not different and source is not None:
-        different = _source_differences(calibration.manifest["source"], source)
+        different = _source_differences(calibration.manifest.source, source)
     if different:
         raise CalibrationError(
             f"was made from another model: {'; '.join(different[:8])}",
@@ -189,17 +183,17 @@ def load_calibration(
     return CalibratedModel(calibration, config, imatrix)
 
 
-def _source_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def _source_differences(there: SourceRecord, here: Mapping[str, Any]) -> list[str]:
     """Sentences on shards and tokenizer that differ; texts that do not reach the activations may."""
     out = []
-    names = {
-        n for n in {*there["files"], *here["files"]} if n == "tokenizer.json" or n.endswith(".safetensors")
-    }
-    for name in sorted(names):
-        a, b = (side["files"].get(name, {}).get("sha256") for side in (there, here))
-        if a != b:
-            out.append(f"{name} has sha256 {str(a)[:12]} there and {str(b)[:12]} here")
-    revisions = [side["origin"].get("revision") for side in (there, here)]
+    old = {name: record.sha256 for name, record in there.files.items()}
+    new = {name: record["sha256"] for name, record in here["files"].items()}
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name) and (name == "tokenizer.json" or name.endswith(".safetensors")):
+            out.append(
+                f"{name} has sha256 {str(old.get(name))[:12]} there and {str(new.get(name))[:12]} here"
+            )
+    revisions = [there.origin.get("revision"), here["origin"].get("revision")]
     if out and all(revisions) and revisions[0] != revisions[1]:
         out.insert(0, f"revision is {revisions[0]} there and {revisions[1]} here")
     return out

@@ -1,30 +1,25 @@
-"""Calibration folders: what a run of the model on text left behind, one safetensors file per layer and a manifest.
+"""The file of one layer's moments: names, shapes, the packing of symmetric matrices, and strict reading.
 
-Only the bytes: names, shapes, the packing of symmetric matrices, and strict reading; what the numbers are used for is
-policy. The manifest is written last, so that a folder without one is unfinished. Depends on numpy, and on shards,
-strictjson, minimax and errors.
+A calibration leaves one such safetensors file for each layer. What its numbers are used for is the room `awq`'s part.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.safetensors_file import TensorInfo, read_header, read_tensor
+from ..checkpoint.safetensors_file import TensorInfo, header_length, parse_header
 from ..errors import CalibrationError, CheckpointError
 from ..minimax import ModelConfig
-from ..strictjson import JsonError, dump_object, parse_object
-
-SCHEMA = 1
-MANIFEST = "manifest.json"
-IMATRIX = "imatrix.gguf"
-MANIFEST_LIMIT = 16 << 20
+from ..strictjson import dump_object
+from ..unchanged import UnchangedFile
 
 DownForm = Literal["full", "compact", "pooled"]
 """How the second moments of down's inputs are kept: per expert in f32 or as f16 correlations, or one per layer."""
@@ -35,7 +30,7 @@ Arrays = dict[str, NDArray[Any]]
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
 _STORED = {numpy: stored for stored, numpy in _NUMPY.items()}
-_AGAIN = "calibrate again, into a new folder"
+CALIBRATE_AGAIN = "calibrate again, into a new folder"
 
 
 def layer_file(layer: int) -> str:
@@ -107,30 +102,12 @@ def unpack_correlation(packed: NDArray[np.float16], diagonal: NDArray[Any]) -> F
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """An opened folder: `manifest` as it is, `sha256` of its bytes, and the layers' files by number."""
-
-    folder: Path
-    manifest: Mapping[str, Any]
-    sha256: str
-    config: ModelConfig
-    down: DownForm
-
-    def layer(self, layer: int) -> LayerFile:
-        """One layer's file, its bytes held against the manifest; CalibrationError where they differ."""
-        record, path = self.manifest["layers"][layer], self.folder / layer_file(layer)
-        with path.open("rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != record["sha256"]:
-                raise CalibrationError("is not what the manifest says it is", file=path, hint=_AGAIN)
-        return LayerFile(path, layer_infos(path, self.config, self.down))
-
-
-@dataclass(frozen=True)
 class LayerFile:
     """One layer's tensors, each read when asked for; safe for several threads."""
 
     path: Path
     infos: Mapping[str, TensorInfo]
+    _file: UnchangedFile
 
     def array(self, name: str) -> NDArray[Any]:
         """A whole tensor of `layer_tensors`."""
@@ -144,18 +121,24 @@ class LayerFile:
         return self._read(replace(info, shape=info.shape[1:], start=start, stop=start + size))
 
     def _read(self, info: TensorInfo) -> NDArray[Any]:
+        def take(f: BufferedReader) -> bytes:
+            f.seek(info.start)
+            return f.read(info.stop - info.start)
+
         try:
-            return read_tensor(self.path, info).view(_NUMPY[info.dtype]).reshape(info.shape)
-        except CheckpointError as e:
-            raise CalibrationError(e.problem, file=self.path, tensor=info.name, hint=_AGAIN) from None
+            data = self._file.read(take)
+        except CalibrationError as e:
+            raise CalibrationError(e.problem, file=self.path, tensor=info.name, hint=e.hint) from None
+        return np.frombuffer(data, _NUMPY[info.dtype]).reshape(info.shape)
 
 
-def layer_infos(path: Path, config: ModelConfig, down: DownForm) -> dict[str, TensorInfo]:
-    """The tensors of one layer's file by name, held against `layer_tensors` on metadata; CalibrationError."""
-    try:
-        infos = {info.name: info for info in read_header(path)}
-    except CheckpointError as e:
-        raise CalibrationError(e.problem, file=path, tensor=e.tensor, hint=_AGAIN) from None
+def open_layer_file(path: Path, config: ModelConfig, down: DownForm, sha256: str | None = None) -> LayerFile:
+    """One layer's file, its tensors held against `layer_tensors` on metadata, its bytes against `sha256`.
+
+    Raises CalibrationError where they differ, and later, at a read, where the file has changed meanwhile.
+    """
+    file = UnchangedFile(path, CalibrationError)
+    infos = {info.name: info for info in file.read(lambda f: _header(f, path))}
     expected = layer_tensors(config, down)
     found = {name: (info.dtype, info.shape) for name, info in infos.items()}
     for name in sorted({*expected, *found}):
@@ -164,9 +147,24 @@ def layer_infos(path: Path, config: ModelConfig, down: DownForm) -> dict[str, Te
                 f"is {_shown(found.get(name))}, the manifest calls for {_shown(expected.get(name))}",
                 file=path,
                 tensor=name,
-                hint=_AGAIN,
+                hint=CALIBRATE_AGAIN,
             )
-    return infos
+    if sha256 is not None and file.sha256() != sha256:
+        raise CalibrationError("is not what the manifest says it is", file=path, hint=CALIBRATE_AGAIN)
+    return LayerFile(path, infos, file)
+
+
+def _header(f: BufferedReader, path: Path) -> list[TensorInfo]:
+    """The tensors that the head of an open file names; CalibrationError."""
+    size = f.seek(0, os.SEEK_END)
+    f.seek(0)
+    try:
+        length = header_length(f.read(8), path)
+        if 8 + length > size:
+            raise CheckpointError("ends inside its header")
+        return parse_header(f.read(length), path.name, size, path)
+    except CheckpointError as e:
+        raise CalibrationError(e.problem, file=path, tensor=e.tensor, hint=CALIBRATE_AGAIN) from None
 
 
 def _shown(tensor: tuple[str, tuple[int, ...]] | None) -> str:
@@ -192,76 +190,3 @@ def encode_layer(arrays: Arrays) -> Iterator[memoryview]:
     yield memoryview(len(raw).to_bytes(8, "little") + raw)
     for name in order:
         yield np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data
-
-
-def open_calibration(folder: str | Path) -> Calibration:
-    """Open a finished folder: manifest, schema, every layer's file on metadata; CalibrationError."""
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise CalibrationError("is not a folder", file=folder, hint="mq-quant calibrate -o makes one")
-    if not path.is_file():
-        raise CalibrationError(
-            f"has no {MANIFEST}: its calibration has not finished, or it holds something else",
-            file=folder,
-            hint="run the same mq-quant calibrate again to finish it",
-        )
-    raw = _bytes(path)
-    try:
-        manifest = parse_object(raw)
-    except JsonError as e:
-        raise CalibrationError(str(e), file=path, hint=_AGAIN) from None
-    schema = manifest.get("schema")
-    if schema != SCHEMA:
-        raise CalibrationError(
-            f"has schema {schema!r}, this program reads {SCHEMA}",
-            file=path,
-            hint="calibrate again, or use the program that made it",
-        )
-    config, down = _manifest_config(manifest, path)
-    calibration = Calibration(folder, manifest, hashlib.sha256(raw).hexdigest(), config, down)
-    for layer, record in enumerate(manifest["layers"]):
-        file = folder / layer_file(layer)
-        if not file.is_file() or file.stat().st_size != record["bytes"]:
-            raise CalibrationError("is missing or not of the manifest's size", file=file, hint=_AGAIN)
-        layer_infos(file, config, down)
-    return calibration
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as f:
-            raw = f.read(MANIFEST_LIMIT + 1)
-    except OSError as e:
-        raise CalibrationError(f"cannot be read: {e.strerror}", file=path) from None
-    if len(raw) > MANIFEST_LIMIT:
-        raise CalibrationError(f"is larger than {MANIFEST_LIMIT} bytes", file=path)
-    return raw
-
-
-def config_record(config: ModelConfig) -> dict[str, Any]:
-    """The dimensions of a model as a manifest holds them."""
-    return {**asdict(config), "block_shape": list(config.block_shape)}
-
-
-def _manifest_config(manifest: Mapping[str, Any], path: Path) -> tuple[ModelConfig, DownForm]:
-    """The dimensions and the form of the down moments, everything else that reading needs being checked too."""
-    try:
-        record = dict(manifest["config"])
-        config = ModelConfig(**{**record, "block_shape": tuple(record["block_shape"])})
-        sizes = (config.hidden_size, config.intermediate_size, config.num_local_experts, config.q_dim)
-        layers = manifest["layers"]
-        good = (
-            all(type(n) is int and 0 < n < 1 << 20 for n in sizes)
-            and manifest["down"] in DOWN_FORMS
-            and isinstance(layers, list)
-            and len(layers) == config.num_hidden_layers
-            and all(type(r["bytes"]) is int and isinstance(r["sha256"], str) for r in layers)
-            and isinstance(manifest["source"]["files"], dict)
-            and isinstance(manifest["source"]["origin"], dict)
-        )
-    except (KeyError, TypeError, AttributeError):
-        raise CalibrationError("is not a whole manifest", file=path, hint=_AGAIN) from None
-    if not good:
-        raise CalibrationError("is not a whole manifest", file=path, hint=_AGAIN)
-    return config, manifest["down"]

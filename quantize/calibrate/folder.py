@@ -26,17 +26,8 @@ from ...formats.checkpoint.source import file_record
 from ...formats.errors import OutputError, ResumeError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
-from ...formats.statistics.moment_file import (
-    IMATRIX,
-    MANIFEST,
-    SCHEMA,
-    Arrays,
-    DownForm,
-    LayerFile,
-    encode_layer,
-    layer_file,
-    layer_infos,
-)
+from ...formats.statistics.moment_file import Arrays, DownForm, encode_layer, layer_file, open_layer_file
+from ...formats.statistics.moment_folder import IMATRIX, MANIFEST, SCHEMA
 from ..write.journal import Journal
 from ..write.partial_file import disk_errors
 
@@ -131,9 +122,7 @@ class CalibrationFolder:
     ) -> CalibratedLayer:
         """The importances in a layer's file; the notes are those of `record`."""
         path = self.path / layer_file(layer)
-        return read_layer(
-            LayerFile(path, layer_infos(path, config, down)), config, layer, record or {}, imatrix
-        )
+        return read_layer(open_layer_file(path, config, down), config, layer, record or {}, imatrix)
 
     def finish_layer(self, layer: int, hidden: NDArray[np.float32] | None, record: dict[str, Any]) -> None:
         """Make the residual stream behind a written layer durable (None after the last), then the journal's line."""
@@ -227,7 +216,7 @@ def imatrix_entries(path: Path, config: ModelConfig, down: DownForm) -> dict[str
     out = {}
     for layer in range(config.num_hidden_layers):
         file = path / layer_file(layer)
-        tensors = LayerFile(file, layer_infos(file, config, down))
+        tensors = open_layer_file(file, config, down)
         counts = tensors.array("attn.counts").astype(np.float64)
         for name, side in ATTN_NAMES.items():
             count = counts[:1] if side == "in" else counts[1:]

@@ -15,7 +15,8 @@ from torch import Tensor
 from ...awq.importance import LayerImportance
 from ...formats.errors import BackendError
 from ...formats.minimax import ModelConfig
-from ...formats.statistics.moment_file import DownForm, config_record
+from ...formats.statistics.moment_file import DownForm
+from ...formats.statistics.moment_folder import config_record
 from ...verify.model.reference import Weights, embed, layer_forward
 from ..spec.provenance import program
 from .folder import CalibrationFolder

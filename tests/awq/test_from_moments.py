@@ -17,7 +17,6 @@ from mq_quant.awq.importance import LayerImportance
 from mq_quant.formats.errors import CalibrationError
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.formats.statistics.moment_file import (
-    MANIFEST,
     layer_file,
     pack_correlation,
     pack_moment,
@@ -25,6 +24,7 @@ from mq_quant.formats.statistics.moment_file import (
     unpack_correlation,
     unpack_moment,
 )
+from mq_quant.formats.statistics.moment_folder import MANIFEST
 
 
 @pytest.fixture(scope="module")

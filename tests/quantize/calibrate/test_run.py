@@ -24,16 +24,15 @@ from mq_quant.formats.minimax import expert_name
 from mq_quant.formats.statistics.imatrix import check_imatrix, expert_entry, read_imatrix
 from mq_quant.formats.statistics.moment_file import (
     DOWN_FORMS,
-    IMATRIX,
-    MANIFEST,
     DownForm,
     LayerFile,
     layer_file,
-    layer_infos,
     layer_tensors,
+    open_layer_file,
     unpack_correlation,
     unpack_moment,
 )
+from mq_quant.formats.statistics.moment_folder import IMATRIX, MANIFEST
 from mq_quant.quantize.calibrate.folder import JOURNAL, hidden_file
 from mq_quant.quantize.calibrate.layer_pass import open_device
 from mq_quant.quantize.calibrate.moments import LayerMoments, mean_squares, second_moment
@@ -56,7 +55,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def opened(folder: Path, source: Checkpoint, layer: int, down: DownForm = "full") -> LayerFile:
     path = folder / layer_file(layer)
-    return LayerFile(path, layer_infos(path, source.config, down))
+    return open_layer_file(path, source.config, down)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
