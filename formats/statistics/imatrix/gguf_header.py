@@ -86,7 +86,8 @@ def _aligned(position: int, alignment: Any) -> int:
     good = isinstance(alignment, int) and 0 < alignment <= ALIGNMENT_LIMIT and not alignment & (alignment - 1)
     if not good:
         raise ValueError(f"its alignment is {alignment!r}, not a power of two up to {ALIGNMENT_LIMIT}")
-    return -(-position // alignment) * alignment
+    step = int(alignment)
+    return -(-position // step) * step
 
 
 class _Walk:
