@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, HubError
-from ..hub.cache import cached, fetched
+from ..hub.cache import cached, fetched, snapshot_of
 from ..hub.client import Hub, offline
 from ..hub.files import snapshot
 from ..hub.repository import Repository
@@ -37,6 +37,7 @@ from .source import (
     file_record,
     load_config,
     load_index,
+    open_checkpoint,
     read_rows,
     read_weight,
 )
@@ -163,15 +164,21 @@ class HubCheckpoint:
 
 
 class CachedCheckpoint(Checkpoint):
-    """A snapshot in huggingface_hub's cache: a local checkpoint that knows where it came from."""
+    """A snapshot in huggingface_hub's cache: a local checkpoint that knows its repository and commit."""
 
-    def __init__(self, path: Path, repository: str) -> None:
+    def __init__(self, path: Path, repository: str, revision: str) -> None:
         super().__init__(path)
-        self._repository = repository
+        self._origin = {"repository": repository, "revision": revision}
 
     @property
     def origin(self) -> dict[str, str]:
-        return {"repository": self._repository, "revision": self.path.name}
+        return self._origin
+
+
+def open_folder(path: Path) -> Checkpoint:
+    """A checkpoint in a folder, which may be a snapshot in huggingface_hub's cache; ConfigError or CheckpointError."""
+    known = snapshot_of(path)
+    return CachedCheckpoint(path, *known) if known else open_checkpoint(path)
 
 
 def open_hub(
@@ -189,7 +196,7 @@ def open_hub(
     if shard_cache < 1:
         raise HubError(f"a shard cache of {shard_cache} shards cannot hold any")
     if offline():
-        return CachedCheckpoint(snapshot(repository, revision), repository)
+        return open_folder(snapshot(repository, revision))
     hub = hub or Hub()
     return HubCheckpoint(hub, hub.resolve(repository, revision), shard_cache, scratch or Path.cwd())
 

@@ -7,12 +7,15 @@ system has no links. Other programs read and write the same folder, so nothing h
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from ..errors import HubError
 from .client import Hub
 from .repository import Remote, Repository
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def cached(repository: Repository, remote: Remote) -> Path | None:
@@ -42,6 +45,14 @@ def fetched(hub: Hub, repository: Repository, remote: Remote) -> Path:
         hint = "HF_HOME names the folder of the cache; it must be one that can be written"
         raise HubError(f"cannot be stored: {e.strerror}", file=e.filename or place, hint=hint) from None
     return place
+
+
+def snapshot_of(folder: Path) -> tuple[str, str] | None:
+    """(repository, commit) of a folder that is a snapshot in a cache of huggingface_hub's; None for any other."""
+    path = folder.resolve()
+    kind, *names = path.parent.parent.name.split("--")
+    inside = kind == "models" and path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
+    return ("/".join(names), path.name) if inside and len(names) in (1, 2) and all(names) else None
 
 
 def _put(fresh: Path, blob: Path, place: Path) -> None:

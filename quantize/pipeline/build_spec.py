@@ -131,9 +131,9 @@ def _imatrix_file(recipe: Recipe, changes: Changes) -> Path | None:
 def _pinned(recipe: Recipe, changes: Changes, source: Source, imatrix: Path | None) -> Recipe:
     """The recipe as it was resolved: revisions of its repositories, and its imatrix only where that one is used."""
     model = recipe.model
-    if "revision" in source.origin:
-        where = model.place.model_copy(update={"revision": source.origin["revision"]})
-        model = model.model_copy(update={"place": where})
+    if "revision" in source.origin:  # a snapshot's folder names its repository too
+        where = {"folder": None, **source.origin}
+        model = model.model_copy(update={"place": model.place.model_copy(update=where)})
     ref = model.imatrix
     if imatrix is None or changes.imatrix is not None:
         model = model.model_copy(update={"imatrix": None})

@@ -43,16 +43,30 @@ def choose_recipe(tier: str | None, path: Path | None, source: str | None) -> Re
 
 
 def retarget(recipe: Recipe, source: str) -> Recipe:
-    """The recipe for another source: its own model's place is left as it is, anything else replaces the model."""
+    """The recipe for another source: its own model's place is left as it is, anything else replaces the model.
+
+    The model is named after the repository, also where a snapshot of huggingface_hub's cache is given, else after the
+    folder.
+    """
     if source == recipe.model.place.address:
         return recipe
     if source == TINY:
         return recipe.model_copy(update={"model": load_model(TINY), "quantization_hash": None})
     local = local_folder(source)
-    name = local.resolve().name if local else source.split("/")[-1]
+    name = _folder_name(local) if local else source.split("/")[-1]
     where = Place(folder=str(local)) if local else Place(repository=source)
     model = Model(name=_NAME.sub("-", name) or "model", source=where)
     return recipe.model_copy(update={"model": model, "quantization_hash": None})
+
+
+def _folder_name(folder: Path) -> str:
+    """What a model in a folder is called; a snapshot is named by a commit, which tells a person nothing."""
+    from ...formats.hub.cache import snapshot_of
+
+    known, path = snapshot_of(folder), folder.resolve()
+    if known:
+        return known[0].split("/")[-1]
+    return path.parent.parent.name if path.parent.name == "snapshots" else path.name
 
 
 @dataclass(frozen=True)
@@ -133,12 +147,10 @@ def local_folder(source: str) -> Path | None:
 def open_place(place: str, revision: str | None, shard_cache: int, scratch: Path | None) -> Checkpoint:
     """The checkpoint in a folder or a hub repository, its inventory unchecked; streamed shards lie in `scratch`."""
     folder = local_folder(place)
+    from ...formats.checkpoint.streamed import open_folder, open_hub
+
     if folder is not None:
-        from ...formats.checkpoint.source import open_checkpoint
-
-        return open_checkpoint(folder)
-    from ...formats.checkpoint.streamed import open_hub
-
+        return open_folder(folder)
     return open_hub(place, revision, shard_cache, scratch=scratch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mq_quant.quantize.inspect.show import provenance
 from mq_quant.quantize.pipeline import worker_pool as engine
 from mq_quant.quantize.pipeline.build import Options, build
 from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.spec.recipe import Recipe, load_tier
 from mq_quant.quantize.write.partial_file import JOURNAL
 
@@ -98,6 +100,20 @@ def test_a_streamed_file_is_reproduced_from_what_it_says_alone(
     monkeypatch.chdir(tmp_path)
     stream(tmp_path)
     assert reproduce(tmp_path / "out", None, None, 2, quiet=True)["identical"]
+
+
+def test_a_snapshot_folder_is_known_as_its_repository(small: Path, tmp_path: Path) -> None:
+    """The same provenance as of a build from the hub, though nothing is fetched."""
+    folder = tmp_path / "models--acme--Small-M2" / "snapshots" / MAIN
+    shutil.copytree(small, folder)
+    recipe = choose_recipe("mq2", None, str(folder))
+    options = Options(tmp_path / "out", 2, quiet=True)
+    with open_job(recipe, Changes(no_imatrix=True), options.check) as job:
+        build(job, options)
+    record = provenance(tmp_path / "out")
+    assert record["source"]["origin"] == {"repository": "acme/Small-M2", "revision": MAIN}
+    assert record["recipe"]["model"]["name"] == "Small-M2"
+    assert record["recipe"]["model"]["source"] == {"repository": "acme/Small-M2", "revision": MAIN}
 
 
 def test_a_streamed_build_resumes_and_refuses_another_revision(

@@ -92,3 +92,24 @@ def test_the_tokenizer_is_kept_byte_for_byte(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     found = side_files(lambda name: tmp_path / name if name == "tokenizer.json" else None)
     assert found.tokenizer == text
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        (f"models--acme--Small-M2/snapshots/{'1' * 40}", "Small-M2"),
+        (f"models--small/snapshots/{'1' * 40}", "small"),
+        (f"copy of it/snapshots/{'1' * 40}", "copy-of-it"),
+        (f"models--acme--Small-M2/{'1' * 40}", "1" * 40),
+        ("models--acme--Small-M2/snapshots/main", "models--acme--Small-M2"),
+        ("my model", "my-model"),
+    ],
+)
+def test_a_snapshot_is_named_after_its_repository(
+    folder: str, name: str, small: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / folder
+    path.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(path)
+    for source in (path, tmp_path / "link"):
+        assert choose_recipe("mq2", None, str(source)).model.name == name
