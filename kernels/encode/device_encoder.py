@@ -15,21 +15,14 @@ from numpy.typing import DTypeLike, NDArray
 
 from ...formats.blocks import AffineFormat, LloydFormat
 from ...formats.errors import BackendError
-from ...formats.fwht import SIGNS1, SIGNS2, draw_signs
-from ..runtime.host import WAVE, Argument, Backend, Buffer
+from ...formats.fwht import SIGNS1, SIGNS2
+from ...lloyd.codes.descent import shake_signs
+from ...lloyd.constants import BOTH_ENDS, GRID_STEPS, GROUP, ONE_END, ROUNDS, SHAKE, SWEEPS, WHITE_RATIO
+from ...lloyd.levels.kmeans import gaussian_bounds
+from ..runtime.block_table import BLOCK_THREADS, WAVE
+from ..runtime.host import Argument, Backend, Buffer
+from .geometry import DESCENT_WAVES, KMEANS_ROWS, PANELS, TILE, refit_waves
 
-GROUP = 256
-TILE = 32
-KMEANS_ROWS = 8
-PANELS = 8
-"""Blocks that share the 256 columns of a product."""
-DESCENT_WAVES = 4
-ROUNDS = 4
-SWEEPS = 8
-SHAKE, SHAKE_SEED = 0.25, 77
-BOTH_ENDS = np.array([0.06, 0.14], np.float32)
-ONE_END = np.array([0.03, 0.015], np.float32)
-REFINE_STEPS = 3
 SLOTS = 3
 """Sets of Hessians that stay on the device: where all experts share one, it stays."""
 
@@ -63,7 +56,7 @@ class HostHessian:
     def white(self) -> list[bool]:
         """Per group, whether all channels weigh about the same."""
         rows = [w.astype(np.float32) for w in self.weights] if self.weights is not None else self.diagonals
-        return [bool(d.size and d.max() < 2 * d.min()) for d in rows]
+        return [bool(d.size and d.max() < WHITE_RATIO * d.min()) for d in rows]
 
 
 @dataclass(frozen=True)
@@ -113,17 +106,6 @@ class _Space:
         return buffer
 
 
-def gaussian_bounds(count: int) -> NDArray[np.int32]:
-    """Where Lloyd iterations start: i32 [K+1], as lloyd.kmeans has them."""
-    odds = [(k / (count - k)) ** 1.6 for k in range(1, count)]
-    return np.array([0, *(int(GROUP * o / (1.0 + o) + 0.5) for o in odds), GROUP], np.int32)
-
-
-def shake_signs(rounds: int) -> F32:
-    """Which way each sweep's targets are shifted: ±1 f32 [rounds, 8·256], as lloyd.descent has them."""
-    return draw_signs(SHAKE_SEED, rounds * SWEEPS * GROUP).reshape(rounds, SWEEPS * GROUP)
-
-
 @dataclass(frozen=True)
 class _Work:
     """One matrix under way: rotated rows f32 [count, 256·groups], params f32, codes u8."""
@@ -147,9 +129,13 @@ class Encoder:
         self.backend = backend
         self._space = _Space(backend)
         self._signs = backend.upload(np.stack([SIGNS1, SIGNS2]))
-        self._shakes = backend.upload(shake_signs(ROUNDS))
-        self._both_ends, self._one_end = backend.upload(BOTH_ENDS), backend.upload(ONE_END)
-        self._quantiles = {count: backend.upload(gaussian_bounds(count)) for count in (4, 8, 16)}
+        self._shakes = backend.upload(shake_signs(ROUNDS * SWEEPS).reshape(ROUNDS, SWEEPS * GROUP))
+        self._both_ends, self._one_end = (
+            backend.upload(np.array(ends, np.float32)) for ends in (BOTH_ENDS, ONE_END)
+        )
+        self._quantiles = {
+            count: backend.upload(gaussian_bounds(count).astype(np.int32)) for count in (4, 8, 16)
+        }
         self._slots: list[_Slot] = []
 
     def encode(
@@ -210,7 +196,7 @@ class Encoder:
         if isinstance(work.fmt, AffineFormat):
             shape = (work.count, work.groups, first)
             ends = (self._both_ends, len(BOTH_ENDS), self._one_end, len(ONE_END))
-            args = (work.params, work.rows, *ends, REFINE_STEPS, *shape)
+            args = (work.params, work.rows, *ends, GRID_STEPS, *shape)
             self._launch("affine_levels", (work.tiles, len(exact)), args, work.fmt)
             return
         blocks = -(-work.count // KMEANS_ROWS)
@@ -240,7 +226,7 @@ class Encoder:
             self._launch(name, (blocks, len(chosen)), searched, work.fmt)
 
     def _round(self, work: _Work, first: int, number: int, fitted: bool) -> None:
-        grid = (-(-work.count // 256), number)
+        grid = (-(-work.count // BLOCK_THREADS), number)
         args = (work.params, int(fitted), work.count, work.groups, first)
         self._launch("round_levels", grid, args, work.fmt)
 
@@ -265,7 +251,7 @@ class Encoder:
         self._launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
         self._refit(work, h, pulled, first, number)
         for n in range(ROUNDS):
-            self._descend(work, h, n, SHAKE if n + 1 < ROUNDS else 0.0, first, number)
+            self._descend(work, h, n, float(SHAKE) if n + 1 < ROUNDS else 0.0, first, number)
             self._refit(work, h, pulled, first, number)
         self._round(work, first, number, fitted=True)
         self._descend(work, h, 0, 0.0, first, number)
@@ -288,7 +274,7 @@ class Encoder:
 
     def _refit(self, work: _Work, h: _Hessian, pulled: Buffer, first: int, number: int) -> None:
         fmt, shape = work.fmt, (work.count, work.groups, first)
-        waves = 8 if isinstance(fmt, AffineFormat) else WAVE // fmt.levels
+        waves = refit_waves(fmt)
         grid, threads = (-(-work.count // waves), number), waves * WAVE
         if not h.of.dense:
             args = (work.params, work.codes, work.rows, h.weights, self._signs)
@@ -298,7 +284,7 @@ class Encoder:
         if isinstance(fmt, AffineFormat):
             wide = self._space.take("wide", work.codes.shape, np.float32)
             turned = self._space.take("turned", work.codes.shape, np.float32)
-            self._launch("widen_codes", (-(-wide.size // 256),), (wide, work.codes, wide.size))
+            self._launch("widen_codes", (-(-wide.size // BLOCK_THREADS),), (wide, work.codes, wide.size))
             self._multiply(work, turned, wide, h, -1.0, first, number)
         given = (work.params, work.codes, pulled, turned, h.plain, h.totals)
         self._launch("refit_dense", grid, (*given, *shape), fmt, threads)

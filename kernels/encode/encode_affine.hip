@@ -2,15 +2,13 @@
 // both ends of the range, then least squares.
 #include "encode_levels.h"
 
-constexpr float MAGIC = 12582912.0f;          // 1.5 · 2²³: added and subtracted, it rounds to the nearest whole number
-constexpr float SMALLEST = 4.70197740328915e-38f;    // 2⁻¹²⁴
 constexpr float TOP = (float)(LEVELS - 1);
 
 DEVICE float grid_code(float value, float zero, float inverse) {
   float q = (value - zero) * inverse;
   q = q > 0.0f ? q : 0.0f;
   q = q > TOP ? TOP : q;
-  return (q + MAGIC) - MAGIC;
+  return (q + ROUNDER) - ROUNDER;
 }
 
 DEVICE float grid_error(const float* y, float zero, float scale) {
@@ -56,7 +54,7 @@ DEVICE Best search(const float* y, const Range& range, const float* both_ends, i
 
 // params f32 [count, groups, 2] of rows f32 [count, 256·groups]; `both_ends` and `one_end` are the shares of the search, as
 // many as the numbers behind them say. Lane t has row t of a tile. Grid (tiles, groups from `first` on).
-KERNEL(32) affine_levels(float* __restrict__ params, const float* __restrict__ rows, const float* __restrict__ both_ends,
+KERNEL(WAVE) affine_levels(float* __restrict__ params, const float* __restrict__ rows, const float* __restrict__ both_ends,
                          int both, const float* __restrict__ one_end, int one, int steps, int count, int groups,
                          int first) {
   LDS(float, block, GROUP* PITCH);
@@ -76,7 +74,7 @@ KERNEL(32) affine_levels(float* __restrict__ params, const float* __restrict__ r
     high = v > high ? v : high;
   }
   const float span = high - low, spacing = span * (1.0f / TOP);
-  const bool flat = !(spacing > SMALLEST);
+  const bool flat = !(spacing > SMALLEST_SCALE);
   const Range range = {low, span, flat ? 1.0f : spacing};
   const Best best = search(y, range, both_ends, both, one_end, one);
   float zero = flat ? low : fmaf(best.a, span, low);
@@ -93,10 +91,10 @@ KERNEL(32) affine_levels(float* __restrict__ params, const float* __restrict__ r
       syq = fmaf(v, q, syq);
     }
     const float n = (float)GROUP, determinant = n * sqq - sq * sq;
-    bool usable = determinant > 0.5f;
+    bool usable = determinant > DETERMINANT_FLOOR;
     const float safe = usable ? determinant : 1.0f;
     const float new_scale = (n * syq - sq * sy) / safe, new_zero = zero + (sy * sqq - sq * syq) / safe;
-    usable = usable && new_scale > SMALLEST;
+    usable = usable && new_scale > SMALLEST_SCALE;
     zero = usable ? new_zero : zero;
     scale = usable ? new_scale : scale;
   }

@@ -2,15 +2,16 @@
 // one group of one row; shapes as in encode_fit.hip.
 #include "encode_levels.h"
 
-constexpr int BYTES = (GRID ? 8 : 2 * LEVELS) + 32 * BITS;
-constexpr float HALF_MAX = 65504.0f;
+constexpr int BYTES = Block::BYTES;
+constexpr int CODES = BYTES - Block::HEAD;    // bytes of a group's codes
+constexpr int REBIAS = 127 - 15;              // from the exponent of a float to that of a half
 
 // f32 of magnitude up to 65504 to the nearest f16, ties to even.
 DEVICE uint32_t half_bits(float f) {
   const uint32_t bits = __float_as_uint(f), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  const int exponent = (int)(magnitude >> 23) - 112;      // of the half
+  const int exponent = (int)(magnitude >> 23) - REBIAS;      // of the half
   if (exponent > 0) {
-    const uint32_t shifted = magnitude - (112u << 23);
+    const uint32_t shifted = magnitude - ((uint32_t)REBIAS << 23);
     return sign | (shifted + 0xfff + (shifted >> 13 & 1)) >> 13;
   }
   if (exponent < -10) return sign;
@@ -28,8 +29,8 @@ DEVICE float stored_level(float level) {
 }
 
 // params f32 [count, groups, PARAMS] in the format's precision. A grid that was fitted under a Hessian is read off its first
-// and last level. Threads are rows, grid (rows / 256, groups from `first` on).
-KERNEL(256) round_levels(float* __restrict__ params, int fitted, int count, int groups, int first) {
+// and last level. Threads are rows, grid (rows / threads, groups from `first` on).
+KERNEL(BLOCK_THREADS) round_levels(float* __restrict__ params, int fitted, int count, int groups, int first) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= count) return;
   float* mine = params + ((int64_t)row * groups + first + blockIdx.y) * PARAMS;
@@ -43,7 +44,7 @@ KERNEL(256) round_levels(float* __restrict__ params, int fitted, int count, int 
 }
 
 // Codes of the nearest level. Grid (rows, groups from `first` on).
-KERNEL(32) nearest(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
+KERNEL(WAVE) nearest(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
                    int groups, int first) {
   const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
   float v[PER_LANE];
@@ -63,7 +64,7 @@ DEVICE void residual(float (&e)[PER_LANE], const float (&y)[PER_LANE], const uin
 }
 
 // errors f32 [rows, 256·groups]: rows minus what the decoder gives. Grid (rows, groups from `first` on).
-KERNEL(32) residual_rows(float* __restrict__ errors, const float* __restrict__ rows, const float* __restrict__ params,
+KERNEL(WAVE) residual_rows(float* __restrict__ errors, const float* __restrict__ rows, const float* __restrict__ params,
                          const uint8_t* __restrict__ codes, int groups, int first) {
   const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
   float y[PER_LANE], e[PER_LANE];
@@ -75,7 +76,7 @@ KERNEL(32) residual_rows(float* __restrict__ errors, const float* __restrict__ r
 // Multiplies the levels by what lloyd.encode.partial_gains makes of (yᵀH y) / (yᵀH ŷ), or of 1 where that is beyond 2 or not
 // positive; `noise` is 1 minus the gain there. `dense` says that pulled holds H·y; otherwise H is diagonal, `weights` in the
 // basis before the rotation, and pulled is not read. Grid (rows, groups).
-KERNEL(32) apply_gain(float* __restrict__ params, const float* __restrict__ rows, const uint8_t* __restrict__ codes,
+KERNEL(WAVE) apply_gain(float* __restrict__ params, const float* __restrict__ rows, const uint8_t* __restrict__ codes,
                       const float* __restrict__ weights, const float* __restrict__ pulled,
                       const float* __restrict__ signs, int dense, float noise, int groups, int first) {
   LDS(float, left, GROUP);
@@ -113,13 +114,13 @@ KERNEL(32) apply_gain(float* __restrict__ params, const float* __restrict__ rows
   sum = sum + __shfl_xor(sum, 1);
   sum = sum + __shfl_xor(sum, 2);
   const float whole = __shfl(sum, 0), kept = whole - __shfl(sum, 4);
-  const float gain = kept > 0.5f * whole ? whole / kept : 1.0f;
+  const float gain = kept > SIGNAL_FLOOR * whole ? whole / kept : 1.0f;
   if (t < PARAMS) param[t] = stored_level(param[t] * (gain / (1.0f + noise * (gain - 1.0f))));
 }
 
 // The payload: BYTES per group, params already in the format's precision. Grid (rows · groups).
-KERNEL(32) pack(uint8_t* __restrict__ payload, const float* __restrict__ params, const uint8_t* __restrict__ codes) {
-  LDS(uint8_t, out, 32 * BITS);
+KERNEL(WAVE) pack(uint8_t* __restrict__ payload, const float* __restrict__ params, const uint8_t* __restrict__ codes) {
+  LDS(uint8_t, out, CODES);
   const int t = lane();
   const int64_t at = blockIdx.x;
   const float* param = params + at * PARAMS;
@@ -140,8 +141,8 @@ KERNEL(32) pack(uint8_t* __restrict__ payload, const float* __restrict__ params,
     out[BITS * t + i] = (uint8_t)byte;
   }
   __syncthreads();
-  uint8_t* body = group + BYTES - 32 * BITS;
-  for (int i = 2 * t; i < 32 * BITS; i += 2 * WAVE) {
+  uint8_t* body = group + Block::HEAD;
+  for (int i = 2 * t; i < CODES; i += 2 * WAVE) {
     *reinterpret_cast<uint16_t*>(body + i) = (uint16_t)(out[i] | out[i + 1] << 8);
   }
 }

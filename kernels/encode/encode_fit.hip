@@ -6,7 +6,7 @@
 #include "encode_levels.h"
 
 // Rounds every column in turn, and moves the targets of the later ones by its error.
-KERNEL(32) feedback(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
+KERNEL(WAVE) feedback(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
                     const float* __restrict__ factors, int count, int groups, int first) {
   LDS(float, work, GROUP* PITCH);
   LDS(Quad, panel, 2 * GROUP);
@@ -51,13 +51,11 @@ KERNEL(32) feedback(uint8_t* __restrict__ codes, const float* __restrict__ rows,
   }
 }
 
-constexpr int DESCENT_WAVES = 4;
-
 // Sweeps of coordinate descent, each column taking the level that is best given all others, targets shifted by `share` of the
 // row's error under H as signs f32 [sweeps, 256] say. `matrix` is H, `inverse` f32 [256] holds 1 / H_cc; turned f32 [count,
 // 256·groups] holds H·(rows - levels) for a `dense` H, else it is not read and H is of `weights` and rotation. A wave per row,
 // whose lane t keeps columns 8t .. 8t+7: it goes from one column that moves to the next.
-KERNEL(128) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
+KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
                     const float* __restrict__ matrix, const float* __restrict__ inverse,
                     const float* __restrict__ weights, const float* __restrict__ turned,
                     const float* __restrict__ rotation, const float* __restrict__ signs, int dense, int sweeps,
@@ -99,7 +97,7 @@ KERNEL(128) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows,
 #pragma unroll
   for (int j = 0; j < PER_LANE; j++) part = fmaf(error[j], pull[j], part);
   const float energy = wave_sum(part) * (1.0f / (float)GROUP);
-  const float heat = share * sqrtf(energy > 0.0f && energy < 1e38f ? energy : 0.0f);
+  const float heat = share * sqrtf(energy > 0.0f && energy < MOST_ENERGY ? energy : 0.0f);
   load_group(reciprocal, inverse + group * GROUP);
   for (int sweep = 0; sweep < sweeps; sweep++) {
     float shift[PER_LANE];
@@ -145,8 +143,8 @@ KERNEL(128) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows,
 
 // Where a wave keeps vectors of 256: they are COLUMN floats apart, so that eight of them begin in different banks.
 constexpr int COLUMN = GROUP + 4;
-constexpr int WAVES = GRID ? 8 : 32 / LEVELS;
-constexpr int ROW_WAVES = 32 * WAVES;
+constexpr int WAVES = GRID ? GRID_WAVES : WAVE / LEVELS;
+constexpr int ROW_WAVES = WAVE * WAVES;
 constexpr int DENSE_COLUMNS = GRID ? 4 : LEVELS + 1;
 
 // Sums of products of columns, as lloyd.refit.weighted_dot takes them: four chains of every fourth element, lane c of a
@@ -163,7 +161,7 @@ DEVICE float solve(float (&a)[LEVELS], float rhs, float old) {
   float trace = 0.0f;
 #pragma unroll
   for (int m = 0; m < LEVELS; m++) trace = trace + __shfl(a[m], m);
-  const float tie = trace * (1e-3f / (float)LEVELS), floor = tie * 0.01f;
+  const float tie = trace * (RIDGE / (float)LEVELS), floor = tie * PIVOT_FLOOR;
   bool good = true;
   float z = fmaf(tie, old, rhs);
 #pragma unroll
@@ -220,7 +218,7 @@ DEVICE void refit_book(float* params, uint8_t* codes, const float* system, int* 
 // The zero and scale that solve the two equations of an evenly spaced grid.
 DEVICE void refit_grid(float* params, float g00, float g10, float g11, float b0, float b1, bool live) {
   const float determinant = g00 * g11 - g10 * g10;
-  const bool posed = determinant > 1e-4f * g00 * g11;
+  const bool posed = determinant > POSED_FLOOR * g00 * g11;
   const float safe = posed ? determinant : 1.0f;
   const float zero = (b0 * g11 - b1 * g10) / safe, scale = (b1 * g00 - b0 * g10) / safe;
   if (live && lane() == 0 && posed && scale > 0.0f) {
@@ -246,7 +244,7 @@ DEVICE constexpr int count_runs() {
 }
 
 // New levels under a diagonal importance: the equations from transformed columns. A wave per row.
-KERNEL(256) refit(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ rows,
+KERNEL(REFIT_THREADS) refit(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ rows,
                   const float* __restrict__ weights, const float* __restrict__ signs, int count, int groups,
                   int first) {
   LDS(float, shared, WAVES*(PARAMS + 1) * COLUMN);
@@ -316,7 +314,7 @@ KERNEL(256) refit(float* __restrict__ params, uint8_t* __restrict__ codes, const
 
 // New levels under a dense H: pulled f32 [count, 256·groups] holds H·y. For a grid `turned` holds -H·codes, and totals f32
 // [groups] the sums over H; for a codebook rows of H are summed by code. A wave per row.
-KERNEL(256) refit_dense(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ pulled,
+KERNEL(REFIT_THREADS) refit_dense(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ pulled,
                         const float* __restrict__ turned, const float* __restrict__ matrix,
                         const float* __restrict__ totals, int count, int groups, int first) {
   LDS(float, shared, WAVES* DENSE_COLUMNS* COLUMN);

@@ -3,7 +3,7 @@
 // eight lanes of the CPU do. All sums are f64 and sequential.
 #include "encode_levels.h"
 
-constexpr int ROWS = 8;
+constexpr int ROWS = KMEANS_ROWS;
 constexpr int ENDS = GROUP + 1;
 constexpr int SPAN = GROUP + 2;      // doubles from one row's sums to the next: the place of a row's values too, in 16 bytes
 constexpr uint32_t SIGN = 0x80000000;
@@ -76,7 +76,7 @@ DEVICE double prefix_sums(const float* values, double* sums) {
   double mean = 0.0;
 #pragma unroll 8
   for (int i = 0; i < GROUP; i++) mean += (double)values[i];
-  mean /= 256.0;
+  mean /= (double)GROUP;
   double sum = 0.0;
   sums[0] = 0.0;
 #pragma unroll 8
@@ -151,11 +151,11 @@ DEVICE double start(const Row& row, const float* group, const int32_t* quantiles
   if (lane() == 0) {
     mean = prefix_sums(row.values, row.sums);
     for (int k = 0; k <= LEVELS; k++) row.bounds[k] = quantiles[k];
-    lloyd_bounds(row, mean, 4);
+    lloyd_bounds(row, mean, LLOYD_STEPS);
   }
   sync_wave();
   mean = shuffle(mean, 0);
-  split_pairs(row, 4);
+  split_pairs(row, PAIR_SWEEPS);
   sync_wave();
   return mean;
 }
@@ -177,7 +177,7 @@ DEVICE void centroids(float* levels, const Row& row, double mean) {
 // params f32 [count, groups, LEVELS] of rows f32 [count, 256·groups], for the groups listed in `chosen`; quantiles i32
 // [LEVELS + 1] is where Lloyd iterations start. The search ends at a partition of which no single boundary can be improved.
 // Grid (rows / 8, groups chosen).
-KERNEL(256) kmeans_pairs(float* __restrict__ params, const float* __restrict__ rows, const int32_t* __restrict__ chosen,
+KERNEL(KMEANS_THREADS) kmeans_pairs(float* __restrict__ params, const float* __restrict__ rows, const int32_t* __restrict__ chosen,
                          const int32_t* __restrict__ quantiles, int count, int groups) {
   LDS(float, values, ROWS* GROUP);
   LDS(double, sums, ROWS* SPAN);
@@ -221,7 +221,7 @@ DEVICE double scan(const double* sums, const double* previous, const double* inv
 
 // As kmeans_pairs, by dynamic programming from there. `energies` f64 [blocks, 8, 2, 257] and `paths` u8 [blocks, LEVELS, 8,
 // 256] are scratch.
-KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energies, uint8_t* __restrict__ paths,
+KERNEL(KMEANS_THREADS) kmeans_exact(float* __restrict__ params, double* __restrict__ energies, uint8_t* __restrict__ paths,
                          const float* __restrict__ rows, const int32_t* __restrict__ chosen,
                          const int32_t* __restrict__ quantiles, int count, int groups) {
   LDS(double, all_sums, ROWS* SPAN);
@@ -259,7 +259,7 @@ KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energi
       running = running + d * d;
       energy[i + 1] = running;
     }
-    bound = running - explained + 1e-12 * running;
+    bound = running - explained + BOUND_SLACK * running;
   }
   bound = shuffle(bound, 0);
   __syncthreads();
@@ -307,8 +307,8 @@ KERNEL(256) kmeans_exact(float* __restrict__ params, double* __restrict__ energi
     }
     // What the ends explain is kept aside until the layer is done, since the layer reads the one before.
 #pragma unroll 1
-    for (int level = 0; level < 8; level++) {
-      const int stride = 128 >> level, ends = 1 << level, share = ends < WAVE ? WAVE / ends : 1;
+    for (int level = 0; level < GROUP_BITS; level++) {
+      const int stride = GROUP / 2 >> level, ends = 1 << level, share = ends < WAVE ? WAVE / ends : 1;
       __syncthreads();
       const int cut = limits[ROWS];
 #pragma unroll 1

@@ -3,30 +3,10 @@
 #pragma once
 #include "encode_tile.h"
 
-struct MQ4 {
-  static constexpr int BITS = 4;
-  static constexpr bool GRID = true;
-};
-struct MQ6 {
-  static constexpr int BITS = 6;
-  static constexpr bool GRID = true;
-};
-struct MQ2_Lloyd {
-  static constexpr int BITS = 2;
-  static constexpr bool GRID = false;
-};
-struct MQ3_Lloyd {
-  static constexpr int BITS = 3;
-  static constexpr bool GRID = false;
-};
-struct MQ4_Lloyd {
-  static constexpr int BITS = 4;
-  static constexpr bool GRID = false;
-};
-
-constexpr int BITS = FORMAT::BITS;
-constexpr bool GRID = FORMAT::GRID;
-constexpr int LEVELS = 1 << BITS;
+using Block = blocks::FORMAT;
+constexpr int BITS = Block::BITS;
+constexpr bool GRID = Block::GRID;
+constexpr int LEVELS = Block::LEVELS;
 constexpr int PARAMS = GRID ? 2 : LEVELS;
 
 // The level of one code.

@@ -4,7 +4,7 @@
 
 // out = rotate(weights · scale) of f32 [rows, 256·groups]; scale f32 [256·groups], signs as formats/fwht.py has them. A wave
 // per group, grid (groups, rows).
-KERNEL(32) rotate_rows(float* __restrict__ out, const float* __restrict__ weights, const float* __restrict__ scale,
+KERNEL(WAVE) rotate_rows(float* __restrict__ out, const float* __restrict__ weights, const float* __restrict__ scale,
                        const float* __restrict__ signs) {
   const int64_t at = ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * GROUP;
   float v[PER_LANE], factor[PER_LANE];
@@ -18,13 +18,13 @@ KERNEL(32) rotate_rows(float* __restrict__ out, const float* __restrict__ weight
   hadamard(v);
   load_group(factor, signs + GROUP);
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++) v[j] = v[j] * (factor[j] * 0.0625f);
+  for (int j = 0; j < PER_LANE; j++) v[j] = v[j] * (factor[j] * ROTATION_SCALE);
   store_group(out + at, v);
 }
 
 // out = sign · matrix · y for y f32 [count, 256·groups], `matrix` f32 [groups, 256, 256] transposed; sign is -1 as the CPU
 // forms it, or +1, its opposite. Grid (tiles, 8, groups from `first` on).
-KERNEL(32) multiply_rows(float* __restrict__ out, const float* __restrict__ y, const float* __restrict__ matrix,
+KERNEL(WAVE) multiply_rows(float* __restrict__ out, const float* __restrict__ y, const float* __restrict__ matrix,
                          float sign, int count, int groups, int first) {
   LDS(float, block, GROUP* PITCH);
   LDS(Quad, panel, 2 * GROUP);
@@ -52,14 +52,14 @@ KERNEL(32) multiply_rows(float* __restrict__ out, const float* __restrict__ y, c
 }
 
 // out f32 = codes u8, of n elements.
-KERNEL(256) widen_codes(float* __restrict__ out, const uint8_t* __restrict__ codes, int64_t n) {
+KERNEL(BLOCK_THREADS) widen_codes(float* __restrict__ out, const uint8_t* __restrict__ codes, int64_t n) {
   const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) out[i] = (float)codes[i];
 }
 
 // The columns of rows f32 [count, 256·groups] after `group` answer its errors, of the same shape: rows -= errors · answerᵀ,
 // with `answer` transposed, f32 [256, columns after the group]. Grid (tiles, blocks that share the columns).
-KERNEL(32) answer_errors(float* __restrict__ rows, const float* __restrict__ errors, const float* __restrict__ answer,
+KERNEL(WAVE) answer_errors(float* __restrict__ rows, const float* __restrict__ errors, const float* __restrict__ answer,
                          int count, int groups, int group) {
   LDS(float, block, GROUP* PITCH);
   LDS(Quad, panel, 2 * GROUP);
@@ -97,12 +97,10 @@ DEVICE void transform(double* x) {
   __syncthreads();
 }
 
-constexpr int STRIP = 8;             // rows of the factor that are worked on at a time
-
 // The Hessian of each group from channel weights f64 [groups, 256] of mean 1: matrix and feedback f32 [groups, 256, 256] (of
 // the feedback only what lies below the diagonal), weights and 1 / diagonal f32 [groups, 256]; failed i32 [groups] is 1
 // where the factorisation broke down. `upper` f64 [groups, 256, 256] is scratch. Grid (groups).
-KERNEL(256) diagonal_hessian(float* __restrict__ matrix, float* __restrict__ feedback, float* __restrict__ weights,
+KERNEL(GROUP) diagonal_hessian(float* __restrict__ matrix, float* __restrict__ feedback, float* __restrict__ weights,
                              float* __restrict__ inverse, int32_t* __restrict__ failed, double* __restrict__ upper,
                              const double* __restrict__ given, const float* __restrict__ signs) {
   LDS(double, spectrum, GROUP);
@@ -117,10 +115,10 @@ KERNEL(256) diagonal_hessian(float* __restrict__ matrix, float* __restrict__ fee
   spectrum[k] = w;
   transform(spectrum);
   for (int i = 0; i < GROUP; i++) {
-    matrix[square + i * GROUP + k] = (float)(spectrum[i ^ k] * (double)(sign[i] * sign[k]) / 256.0);
+    matrix[square + i * GROUP + k] = (float)(spectrum[i ^ k] * (double)(sign[i] * sign[k]) / (double)GROUP);
   }
   weights[blockIdx.x * GROUP + k] = (float)w;
-  inverse[blockIdx.x * GROUP + k] = 1.0f / (float)(spectrum[0] / 256.0);
+  inverse[blockIdx.x * GROUP + k] = 1.0f / (float)(spectrum[0] / (double)GROUP);
   __syncthreads();
   spectrum[k] = 1.0 / w;
   transform(spectrum);
@@ -131,7 +129,7 @@ KERNEL(256) diagonal_hessian(float* __restrict__ matrix, float* __restrict__ fee
     double sums[STRIP];
 #pragma unroll
     for (int r = 0; r < STRIP; r++) {
-      sums[r] = spectrum[(at + r) ^ k] * (double)(sign[at + r] * sign[k]) / 256.0;
+      sums[r] = spectrum[(at + r) ^ k] * (double)(sign[at + r] * sign[k]) / (double)GROUP;
     }
     // Waves whose columns all lie below the diagonal have nothing to sum.
     const int rows = at < (k | (WAVE - 1)) ? at : 0;

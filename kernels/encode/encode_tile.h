@@ -2,11 +2,10 @@
 // matrix with a tile of 32 rows. Every sum is taken in the order of the CPU's encoder, so that the bits are the same.
 #pragma once
 #include "device.h"
+#include "encode_constants.h"    // made by geometry.py
 
-constexpr int TILE = 32;             // rows of a tile: lane t of the one wave has row t
 constexpr int PITCH = TILE + 1;      // floats from one column of a tile to the next; odd, so that rows and columns both
                                      // spread over the banks
-constexpr int PANEL = 8;             // columns of a matrix that are held at a time
 constexpr int SQUARE = GROUP * GROUP;
 
 DEVICE Quad load_quad(const float* p) { return *reinterpret_cast<const Quad*>(p); }

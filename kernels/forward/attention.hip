@@ -1,12 +1,13 @@
 // Attention over a key-value cache. The softmax runs online over chunks of keys, so that no score is kept and any context
 // length fits. All f32; a cache is [capacity, kv_heads · head_dim], row p written by the token at position p.
 #include "device.h"
+#include "forward_constants.h"    // made by geometry.py
 
-constexpr int THREADS = 128;
-constexpr int MOST = 256;    // largest head_dim; a thread sums MOST / THREADS of the output's columns
+constexpr int THREADS = ATTENTION_THREADS;
+constexpr int COLUMNS = MAX_HEAD_DIM / THREADS;    // columns of the output that a thread sums, at most
 
 // Writes k, v f32 [tokens, n] into row positions[t] of the caches. Grid (n / 256, tokens).
-KERNEL(256) kv_append(float* __restrict__ k_cache, float* __restrict__ v_cache, const float* __restrict__ k,
+KERNEL(BLOCK_THREADS) kv_append(float* __restrict__ k_cache, float* __restrict__ v_cache, const float* __restrict__ k,
                       const float* __restrict__ v, const int32_t* __restrict__ positions, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) {
@@ -19,10 +20,10 @@ KERNEL(256) kv_append(float* __restrict__ k_cache, float* __restrict__ v_cache, 
 // out f32 [tokens, heads, head_dim]: softmax(scale · q · Kᵀ) · V over rows 0 .. positions[t] of the caches; head h reads
 // key-value head h / (heads / kv_heads); head_dim is a multiple of 4. Grid (heads, tokens). A thread scores one key of a
 // chunk, then sums columns.
-KERNEL(128) attention(float* __restrict__ out, const float* __restrict__ q, const float* __restrict__ k_cache,
+KERNEL(ATTENTION_THREADS) attention(float* __restrict__ out, const float* __restrict__ q, const float* __restrict__ k_cache,
                       const float* __restrict__ v_cache, const int32_t* __restrict__ positions, int kv_heads,
                       int head_dim, float scale) {
-  LDS(float, query, MOST);
+  LDS(float, query, MAX_HEAD_DIM);
   LDS(float, weight, THREADS);
   LDS(float, scratch, THREADS / WAVE);
   const int tid = threadIdx.x, heads = gridDim.x;
@@ -34,7 +35,7 @@ KERNEL(128) attention(float* __restrict__ out, const float* __restrict__ q, cons
   for (int d = tid; d < head_dim; d += THREADS) query[d] = q[at + d];
   __syncthreads();
 
-  float most = -infinite, total = 0.0f, sum[MOST / THREADS] = {};
+  float most = -infinite, total = 0.0f, sum[COLUMNS] = {};
   for (int first = 0; first < keys; first += THREADS) {
     float score = -infinite;
     if (first + tid < keys) {
@@ -56,7 +57,7 @@ KERNEL(128) attention(float* __restrict__ out, const float* __restrict__ q, cons
     __syncthreads();
     const int count = min(THREADS, keys - first);
 #pragma unroll
-    for (int c = 0; c < MOST / THREADS; c++) {
+    for (int c = 0; c < COLUMNS; c++) {
       const int d = tid + c * THREADS;
       if (d < head_dim) {
         const float* value = v_cache + (int64_t)first * stride + column + d;
@@ -69,7 +70,7 @@ KERNEL(128) attention(float* __restrict__ out, const float* __restrict__ q, cons
     most = now;
   }
 #pragma unroll
-  for (int c = 0; c < MOST / THREADS; c++) {
+  for (int c = 0; c < COLUMNS; c++) {
     const int d = tid + c * THREADS;
     if (d < head_dim) out[at + d] = sum[c] / total;
   }

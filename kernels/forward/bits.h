@@ -6,14 +6,16 @@
 // the 32 columns of its words number s and s + 4. Sums over columns are whole numbers, those over groups f32.
 #pragma once
 #include "dot.h"
+#include "forward_constants.h"    // made by geometry.py
 
 #ifdef MQ_BITS
 // Formats for BitDot. `bits` gives, of the lane's word i, the columns in which each set's bits are set, in the order in which
 // `load_x` takes them; `shares` the d of each set and that of none. LDS holds all rows of products of at most WHOLE matrices,
 // whose loop takes UNROLLED groups a turn.
-template <int HEAD, int WORDS>
+template <class Block>
 struct CountedGroup {
-  static constexpr int BYTES = HEAD + 32 * WORDS, SLICE = 64, ROWS = 2;
+  static constexpr int BYTES = Block::BYTES, HEAD = Block::HEAD, WORDS = Block::BITS, SETS = Block::LEVELS - 1;
+  static constexpr int SLICE = Block::COUNTED_SLICE, ROWS = Block::COUNTED_ROWS;
   struct Raw {
     uint32_t head[HEAD / 4], codes[2][WORDS];
   };
@@ -33,8 +35,8 @@ struct CountedGroup {
   }
 };
 
-struct MQ2_Bits : CountedGroup<8, 2> {
-  static constexpr int SETS = 3, WHOLE = 2, UNROLLED = 1;
+struct MQ2_Bits : CountedGroup<blocks::MQ2_Lloyd> {
+  static constexpr int WHOLE = WHOLE_MQ2_Lloyd, UNROLLED = 1;
   // Even bits from the first word, odd ones from the second.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
     const Quad* quads = reinterpret_cast<const Quad*>(x + i / 4 * 32) + i % 4;
@@ -62,8 +64,8 @@ struct MQ2_Bits : CountedGroup<8, 2> {
   }
 };
 
-struct MQ3_Bits : CountedGroup<16, 3> {
-  static constexpr int SETS = 7, WHOLE = 1, UNROLLED = 3;
+struct MQ3_Bits : CountedGroup<blocks::MQ3_Lloyd> {
+  static constexpr int WHOLE = WHOLE_MQ3_Lloyd, UNROLLED = 3;
   // The lowest bit of code i is bit 3i of its words, and so bit 3i % 32 of one of them: each bit has one code.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
     const float* eight[4];    // column 11 · (8q + j) % 32 lies in eight 11 · j / 8 - q

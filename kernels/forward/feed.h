@@ -4,6 +4,7 @@
 // kernel awaits the one before it.
 #pragma once
 #include "formats.h"
+#include "forward_constants.h"
 
 template <class Format, int MATRICES>
 struct Rows {
@@ -104,9 +105,9 @@ template <class Format, int MATRICES>
 struct Ring {
   using Raw = typename Format::Raw;
   using Share = Rows<Format, MATRICES>;
-  static constexpr int ROWS = Share::ROWS, TEAM = Share::TEAM, COPY = 16 * TEAM, STEP = 2;
+  static constexpr int ROWS = Share::ROWS, TEAM = Share::TEAM, COPY = 16 * TEAM, STEP = RING_STEP;
   static constexpr int LINE = STEP * Format::BYTES, APART = Share::APART * LINE, STAGE = ROWS * APART;
-  static constexpr int DEPTH = 3, WAVE_BYTES = DEPTH * STAGE;
+  static constexpr int DEPTH = RING_DEPTH, WAVE_BYTES = DEPTH * STAGE;
   const uint8_t* row[ROWS];
   const uint8_t* ring;    // the team's first line
   LdsAddress target;

@@ -7,7 +7,7 @@
 #include "feed.h"
 #ifdef MQ_RESIDENT    // registers are kept to what this many threads of a multiprocessor leave, and change places in two steps
 #undef KERNEL
-#define KERNEL(threads) extern "C" __global__ void MQ_RESIDENT(threads, 768 / threads)
+#define KERNEL(threads) extern "C" __global__ void MQ_RESIDENT(threads, RESIDENT_THREADS / threads)
 constexpr int LANE_STEPS = 2;
 #else
 constexpr int LANE_STEPS = 1;
@@ -36,7 +36,6 @@ using Dot = How::Dot;
 constexpr int SLICE = FORMAT::SLICE, SPAN = GROUP / SLICE;    // of decoding: elements of a lane, lanes of a group
 constexpr int ROWS = Weights::ROWS;
 constexpr int TEAM = GROUP / Weights::SLICE;    // lanes that share a row
-constexpr int CHUNK = 12;                       // groups of x in LDS at a time
 constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
 
 DEVICE int slice() { return threadIdx.x % TEAM; }
@@ -122,7 +121,7 @@ DEVICE void decode_slice(float* out, const uint8_t* group) {
 }
 
 // out f32 [n]: the payload decoded in the stored basis. One lane per slice; n fills whole blocks of the format.
-KERNEL(128) decode(float* __restrict__ out, const uint8_t* __restrict__ payload, int64_t n) {
+KERNEL(MATRIX_THREADS) decode(float* __restrict__ out, const uint8_t* __restrict__ payload, int64_t n) {
   await_previous();
   const int64_t lanes = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, group = lanes / SPAN, start = SLICE * lanes;
   if (start + SLICE <= n) {
@@ -134,7 +133,7 @@ KERNEL(128) decode(float* __restrict__ out, const uint8_t* __restrict__ payload,
 
 // out f32 [tokens, cols]: row ids[t] of a table [rows, cols]; NaN where the id is out of range. One lane per slice, grid
 // (blocks of a row, tokens).
-KERNEL(128) embed(float* __restrict__ out, const uint8_t* __restrict__ table, const int32_t* __restrict__ ids, int rows,
+KERNEL(MATRIX_THREADS) embed(float* __restrict__ out, const uint8_t* __restrict__ table, const int32_t* __restrict__ ids, int rows,
                   int groups) {
   await_previous();
   const int id = ids[blockIdx.y], group = (blockIdx.x * blockDim.x + threadIdx.x) / SPAN;
@@ -148,7 +147,7 @@ KERNEL(128) embed(float* __restrict__ out, const uint8_t* __restrict__ table, co
 }
 
 // out f32 [tokens, rows] = matrix [rows, cols] · x f32 [tokens, cols]. Grid (blocks of rows, tokens).
-KERNEL(128) matvec(float* __restrict__ out, const uint8_t* __restrict__ matrix, const float* __restrict__ x, int rows,
+KERNEL(MATRIX_THREADS) matvec(float* __restrict__ out, const uint8_t* __restrict__ matrix, const float* __restrict__ x, int rows,
                    int groups) {
   LDS(float, staged, STAGES);
   const Rows<Weights, 1> share = share_of<1>({matrix}, rows, groups);
@@ -198,7 +197,7 @@ DEVICE void not_loaded(float* out, int rows) {
 // lie at gate_at[e] and up_at[e] bytes in the two buffers (which may be one), or at -1. Grid (blocks of rows, slots, tokens);
 // a team makes ROWS / 2 rows of each matrix from one read of x. `copied`: the waves of a block whose rows come through the
 // dynamic LDS, all of them or none.
-KERNEL(384) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, const uint8_t* __restrict__ gate_matrices,
+KERNEL(EXPERT_THREADS) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, const uint8_t* __restrict__ gate_matrices,
                            const int64_t* __restrict__ gate_at, const uint8_t* __restrict__ up_matrices,
                            const int64_t* __restrict__ up_at, const int32_t* __restrict__ ids,
                            const float* __restrict__ x, int experts, int rows, int groups, int copied) {
@@ -220,7 +219,7 @@ KERNEL(384) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, con
 
 // out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid (blocks of rows, slots,
 // tokens); `copied` as above.
-KERNEL(384) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices, const int64_t* __restrict__ at,
+KERNEL(EXPERT_THREADS) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices, const int64_t* __restrict__ at,
                         const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows, int groups,
                         int copied) {
   LDS(float, staged, STAGES);

@@ -7,7 +7,7 @@ before anything runs. `out`, where a function takes it, is written instead of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +16,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from ...formats.blocks import BY_NAME
 from ...formats.errors import BackendError
-from ...formats.fwht import SIGNS1, SIGNS2
-from ..runtime.host import WAVE, Argument, Backend, Buffer
+from ...formats.fwht import GROUP, SIGNS1, SIGNS2
+from ..runtime.block_table import BLOCK_THREADS, SLICES, WAVE
+from ..runtime.host import Argument, Backend, Buffer
 from ..runtime.sources import Kernel
-
-GROUP = 256
-_CHUNK = 12
-"""Groups of x that a block has in LDS at a time (CHUNK in matrix.hip)."""
-MAX_HEAD_DIM = 256
-_LANES = {"F32": (8, 2), "F16": (8, 2), "Q8F16": (8, 4)}
-"""(SLICE, ROWS) of a format's struct in formats.h where they are not (32, 2)."""
-_COPIED: Mapping[tuple[str, str], tuple[int, int | None]] = {
-    ("expert_gate_up", "MQ2-Lloyd"): (7, None),
-    ("expert_gate_up", "MQ3-Lloyd"): (12, 6),
-    ("expert_down", "MQ2-Lloyd"): (6, None),
-    ("expert_down", "MQ3-Lloyd"): (8, None),
-}
-"""Products whose rows come through LDS where a back end copies them (feed.h): the waves of a block, found best on an
-H100, and the groups of a row that LDS holds at a time, None for all."""
+from .geometry import CHUNK, COPYING_WAVES, MATRIX_THREADS, MAX_HEAD_DIM, RING_DEPTH, RING_STEP, WHOLE
 
 
 @dataclass(frozen=True)
@@ -114,7 +101,7 @@ def decode(backend: Backend, payload: Buffer, fmt: str, n: int, out: Buffer | No
     if payload.nbytes != expected:
         raise BackendError(f"{n} weights of {fmt} have {expected} bytes, the payload {payload.nbytes}")
     out = _out(backend, out, (n,), np.float32)
-    _launch(backend, "decode", (_ceil(n, 128 * _slice(fmt)),), (out, payload, n), fmt)
+    _launch(backend, "decode", (_ceil(n, MATRIX_THREADS * SLICES[fmt][0]),), (out, payload, n), fmt)
     return out
 
 
@@ -123,7 +110,7 @@ def embed(backend: Backend, table: Matrix, ids: Buffer, out: Buffer | None = Non
     (tokens,) = _shape(ids, "ids", 1)
     out = _out(backend, out, (tokens, table.cols), np.float32)
     groups = table.cols // GROUP
-    grid = (_ceil(table.cols, 128 * _slice(table.format)), tokens)
+    grid = (_ceil(table.cols, MATRIX_THREADS * SLICES[table.format][0]), tokens)
     _launch(backend, "embed", grid, (out, table.data, ids, table.rows, groups), table.format)
     return out
 
@@ -172,7 +159,7 @@ def kv_append(
     capacity, _ = _shape(k_cache, "k_cache", 2)
     _fits(k_cache, "k_cache", (capacity, n))
     _fits(v_cache, "v_cache", (capacity, n))
-    _launch(backend, "kv_append", (_ceil(n, 256), tokens), (k_cache, v_cache, k, v, positions, n))
+    _launch(backend, "kv_append", (_ceil(n, BLOCK_THREADS), tokens), (k_cache, v_cache, k, v, positions, n))
 
 
 def attention(
@@ -282,13 +269,13 @@ def combine(backend: Backend, h: Buffer, x: Buffer, weights: Buffer) -> None:
     tokens, slots, n = _shape(x, "x", 3)
     _fits(h, "h", (tokens, n))
     _fits(weights, "weights", (tokens, slots))
-    _launch(backend, "combine", (_ceil(n, 256), tokens), (h, x, weights, slots, n))
+    _launch(backend, "combine", (_ceil(n, BLOCK_THREADS), tokens), (h, x, weights, slots, n))
 
 
 def add(backend: Backend, h: Buffer, x: Buffer) -> None:
     """h += x, both f32 of one shape."""
     _fits(x, "x", h.shape)
-    _launch(backend, "add", (_ceil(h.size, 256),), (h, x, h.size))
+    _launch(backend, "add", (_ceil(h.size, BLOCK_THREADS),), (h, x, h.size))
 
 
 def _launch(
@@ -313,21 +300,17 @@ def _launch_experts(
 def _copied(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int]:
     """(waves of a block whose rows are copied into LDS, bytes of it that they take); none where it cannot be done."""
     fmt, groups = w[0].format, w[0].cols // GROUP
-    waves, held = _COPIED.get((kernel.name, fmt), (0, None))
-    lds = _rows(backend, fmt, waves) * (held or groups) * BY_NAME[fmt].nbytes(GROUP)
-    walkable = groups <= _CHUNK if held is None else groups % 2 == 0
+    waves, whole = COPYING_WAVES.get((kernel.name, fmt), 0), len(w) <= WHOLE.get(fmt, 0)
+    held = groups if whole else RING_DEPTH * RING_STEP
+    lds = _rows(backend, fmt, waves) * held * BY_NAME[fmt].nbytes(GROUP)
+    walkable = groups <= CHUNK if whole else groups % RING_STEP == 0
     possible = waves > 0 and walkable and all(m.aligned for m in w) and lds <= backend.lds_for_copies(kernel)
     return (waves, lds) if possible else (0, 0)
 
 
-def _slice(fmt: str) -> int:
-    """Elements of a group that one lane decodes."""
-    return _LANES.get(fmt, (32, 2))[0]
-
-
 def _rows(backend: Backend, fmt: str, waves: int) -> int:
     """Rows that so many waves multiply: some for every GROUP / slice lanes."""
-    slice_, rows = _LANES.get(fmt, (32, 2))
+    slice_, rows = SLICES[fmt]
     return waves * WAVE * backend.slices.get(fmt, slice_) // GROUP * rows
 
 

@@ -3,9 +3,9 @@
 #include "device.h"
 
 // out = x · weight / sqrt(mean(x²) + eps), over rows of n. One block per row.
-KERNEL(256) rmsnorm(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weight, int n,
+KERNEL(BLOCK_THREADS) rmsnorm(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weight, int n,
                     float eps) {
-  LDS(float, scratch, 256 / WAVE);
+  LDS(float, scratch, BLOCK_THREADS / WAVE);
   const float* row = x + (int64_t)blockIdx.x * n;
   float squares = 0.0f;
   for (int i = threadIdx.x; i < n; i += blockDim.x) squares = fmaf(row[i], row[i], squares);
@@ -15,7 +15,7 @@ KERNEL(256) rmsnorm(float* __restrict__ out, const float* __restrict__ x, const 
 
 // Rotate-half RoPE in place on the first 2·half of each head's head_dim: pairs (i, i + half). x f32 [tokens, heads,
 // head_dim]; cos, sin f32 [positions, half], read at row positions[t]. Grid (heads, tokens).
-KERNEL(32) rope(float* __restrict__ x, const float* __restrict__ cos, const float* __restrict__ sin,
+KERNEL(WAVE) rope(float* __restrict__ x, const float* __restrict__ cos, const float* __restrict__ sin,
                 const int32_t* __restrict__ positions, int head_dim, int half) {
   float* head = x + ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * head_dim;
   const int64_t at = (int64_t)positions[blockIdx.y] * half;
@@ -50,12 +50,12 @@ DEVICE void rotate(float (&v)[PER_LANE], const float* signs) {
     }
   }
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++) v[j] *= signs[GROUP + PER_LANE * t + j] * 0.0625f;
+  for (int j = 0; j < PER_LANE; j++) v[j] *= signs[GROUP + PER_LANE * t + j] * ROTATION_SCALE;
 }
 
 // out = rotate(x / scale), or x / scale where `rotated` is 0. x f32 [tokens, 256·groups], scale f32 [256·groups],
 // signs f32 [2, 256]. Grid (groups, tokens).
-KERNEL(32) scale_rotate(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ scale,
+KERNEL(WAVE) scale_rotate(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ scale,
                         const float* __restrict__ signs, int rotated) {
   const int column = blockIdx.x * GROUP + PER_LANE * lane();
   const int64_t at = (int64_t)blockIdx.y * gridDim.x * GROUP + column;
@@ -68,7 +68,7 @@ KERNEL(32) scale_rotate(float* __restrict__ out, const float* __restrict__ x, co
 }
 
 // out = rotate(silu(gate) ∘ up), or unrotated where `rotated` is 0; all f32 [runs, 256]. One block per run.
-KERNEL(32) silu_mul_rotate(float* __restrict__ out, const float* __restrict__ gate, const float* __restrict__ up,
+KERNEL(WAVE) silu_mul_rotate(float* __restrict__ out, const float* __restrict__ gate, const float* __restrict__ up,
                            const float* __restrict__ signs, int rotated) {
   const int64_t at = (int64_t)blockIdx.x * GROUP + PER_LANE * lane();
   float v[PER_LANE];
@@ -83,13 +83,13 @@ KERNEL(32) silu_mul_rotate(float* __restrict__ out, const float* __restrict__ ga
 }
 
 // h += x, elementwise over n.
-KERNEL(256) add(float* __restrict__ h, const float* __restrict__ x, int64_t n) {
+KERNEL(BLOCK_THREADS) add(float* __restrict__ h, const float* __restrict__ x, int64_t n) {
   const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) h[i] += x[i];
 }
 
 // h f32 [tokens, n] += Σ weights[t, slot] · x[t, slot], in slot order. Grid (n / 256, tokens).
-KERNEL(256) combine(float* __restrict__ h, const float* __restrict__ x, const float* __restrict__ weights, int slots,
+KERNEL(BLOCK_THREADS) combine(float* __restrict__ h, const float* __restrict__ x, const float* __restrict__ weights, int slots,
                     int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const int64_t first = (int64_t)blockIdx.y * slots;
@@ -104,7 +104,7 @@ KERNEL(256) combine(float* __restrict__ h, const float* __restrict__ x, const fl
 // weights s / Σ s. logits f32 [tokens, experts]; ids i32 and weights f32 [tokens, slots]. One wave per token. Where fewer
 // than `slots` scores are numbers, id -1 and weight NaN. Each round takes the largest score after the one taken last in the
 // order (score descending, index ascending), so that no score has to be held or marked.
-KERNEL(32) router_top_k(int32_t* __restrict__ ids, float* __restrict__ weights, const float* __restrict__ logits,
+KERNEL(WAVE) router_top_k(int32_t* __restrict__ ids, float* __restrict__ weights, const float* __restrict__ logits,
                         const float* __restrict__ bias, int experts, int slots) {
   const float* row = logits + (int64_t)blockIdx.x * experts;
   const int64_t first = (int64_t)blockIdx.x * slots;

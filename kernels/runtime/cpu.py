@@ -136,7 +136,7 @@ class CpuBackend(Backend):
         return cached(f"cpu-{name}.so", compile_to)
 
     def _runtime(self) -> Path:
-        return self._build("the CPU runtime", (HEADERS / "runtime.cpp").read_text(encoding="utf-8"), ())
+        return self._build("the CPU runtime", self.sources.text("runtime.cpp"), ())
 
     def _library(self, module: Module) -> ctypes.CDLL:
         if module not in self._libraries:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...formats.errors import BackendError
+from .block_table import COUNTED
 from .cache import cached, key
 from .gpu import Compiler, Driver, GpuBackend, compile_program, load_library
 from .host import arguments
@@ -125,7 +126,7 @@ class CudaBackend(GpuBackend):
 
     name = "cuda"
     driver = DRIVER
-    counted: ClassVar[Mapping[str, int]] = {"MQ2-Lloyd": 64, "MQ3-Lloyd": 64}
+    counted: ClassVar[Mapping[str, int]] = {name: slice_ for name, (slice_, _) in COUNTED.items()}
     """`slices` of a device whose tensor cores count bits."""
 
     def _select(self) -> None:

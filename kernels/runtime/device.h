@@ -7,16 +7,14 @@
 #include <hip/hip_runtime.h>
 #endif
 
+#include "block_table.h"    // made by block_table.py
+
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #ifndef LDS
 #define LDS(type, name, count) __shared__ type name[count]
 #endif
-
-constexpr int WAVE = 32;
-constexpr int GROUP = 256;       // weights of one group of a matrix row, of every format
-constexpr int PER_LANE = 8;      // lane t of a wave holds elements 8t .. 8t+7 of a group
 
 DEVICE int lane() { return threadIdx.x % WAVE; }
 DEVICE int wave() { return threadIdx.x / WAVE; }

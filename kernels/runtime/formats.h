@@ -32,16 +32,15 @@ DEVICE uint32_t bits24(const uint32_t* words, int k) {
   return shift <= 8 ? words[word] >> shift : words[word] >> shift | words[word + 1] << (32 - shift);
 }
 
-struct F32 {
-  static constexpr int BYTES = 1024, SLICE = 8, ROWS = 2, VALUE = 4;
+struct F32 : blocks::F32 {
   struct Raw {
     float w[SLICE];
   };
-  DEVICE float value(const uint8_t* payload, int64_t i) { return load_f32(payload + 4 * i); }
+  DEVICE float value(const uint8_t* payload, int64_t i) { return load_f32(payload + VALUE * i); }
   DEVICE Raw load(const uint8_t* group, int s) {
     Raw raw;
 #pragma unroll
-    for (int j = 0; j < SLICE; j++) raw.w[j] = load_f32(group + 4 * (SLICE * s + j));
+    for (int j = 0; j < SLICE; j++) raw.w[j] = load_f32(group + VALUE * (SLICE * s + j));
     return raw;
   }
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
@@ -51,16 +50,15 @@ struct F32 {
   DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float, float sum) { return dot_weights<F32>(raw, x, sum); }
 };
 
-struct F16 {
-  static constexpr int BYTES = 512, SLICE = 8, ROWS = 2, VALUE = 2;
+struct F16 : blocks::F16 {
   struct Raw {
     uint16_t bits[SLICE];
   };
-  DEVICE float value(const uint8_t* payload, int64_t i) { return load_f16(payload + 2 * i); }
+  DEVICE float value(const uint8_t* payload, int64_t i) { return load_f16(payload + VALUE * i); }
   DEVICE Raw load(const uint8_t* group, int s) {
     Raw raw;
 #pragma unroll
-    for (int j = 0; j < SLICE; j++) raw.bits[j] = fetch_u16(group + 2 * (SLICE * s + j));
+    for (int j = 0; j < SLICE; j++) raw.bits[j] = fetch_u16(group + VALUE * (SLICE * s + j));
     return raw;
   }
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
@@ -70,18 +68,18 @@ struct F16 {
   DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float, float sum) { return dot_weights<F16>(raw, x, sum); }
 };
 
-// Blocks of 34 bytes: f16 scale, 32 signed bytes; four lanes to a block.
-struct Q8F16 {
-  static constexpr int BYTES = 272, SLICE = 8, ROWS = 4, VALUE = 0;
+// Blocks of an f16 scale and signed bytes, a few lanes to a block.
+struct Q8F16 : blocks::Q8F16 {
+  static constexpr int LANES = BLOCK_WEIGHTS / SLICE;
   struct Raw {
     uint16_t scale, pairs[SLICE / 2];
   };
   DEVICE Raw load(const uint8_t* group, int s) {
-    const uint8_t* block = group + 34 * (s / 4);
+    const uint8_t* block = group + BLOCK * (s / LANES);
     Raw raw;
     raw.scale = fetch_u16(block);
 #pragma unroll
-    for (int j = 0; j < SLICE / 2; j++) raw.pairs[j] = fetch_u16(block + 2 + SLICE * (s % 4) + 2 * j);
+    for (int j = 0; j < SLICE / 2; j++) raw.pairs[j] = fetch_u16(block + HEAD + SLICE * (s % LANES) + 2 * j);
     return raw;
   }
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
@@ -90,19 +88,22 @@ struct Q8F16 {
     for (int j = 0; j < SLICE; j++) w[j] = scale * (float)(int8_t)(raw.pairs[j / 2] >> (8 * (j % 2)) & 0xff);
   }
   DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float x_sum, float sum) {
-    float part = -384.0f * x_sum;    // the 256 of lifted codes, and the 128 that makes them unsigned
+    constexpr int LIFTED = LEVELS + LEVELS / 2;    // 2^BITS of lifted codes, and half of it, which makes them unsigned
+    float part = -(float)LIFTED * x_sum;
 #pragma unroll
     for (int j = 0; j < SLICE; j++) {
-      part = fmaf(lifted<8>(raw.pairs[j / 2] ^ 0x8080u, 8 * (j % 2)), x[j], part);
+      part = fmaf(lifted<BITS>(raw.pairs[j / 2] ^ 0x8080u, 8 * (j % 2)), x[j], part);
     }
     return fmaf(half_to_float(raw.scale), part, sum);
   }
 };
 
-// A group as words: HEAD bytes of scale and zero or of levels, then the codes; a lane takes the head and WORDS words of codes.
-template <int HEAD, int WORDS>
-struct Packed {
-  static constexpr int BYTES = HEAD + 32 * WORDS, SLICE = 32, ROWS = 2, VALUE = 0;
+// A group as words: HEAD bytes of scale and zero or of levels, then the codes; a lane takes the head and as many words of codes
+// as a code has bits.
+template <class Block>
+struct Packed : Block {
+  static constexpr int HEAD = Block::HEAD, WORDS = Block::BITS;
+  static_assert(Block::SLICE == 32, "a lane's codes fill whole words");
   struct Raw {
     uint32_t head[HEAD / 4], codes[WORDS];
   };
@@ -115,10 +116,10 @@ struct Packed {
 };
 
 // Groups of f32 scale, f32 zero and codes: w = zero + scale · q, the product rounded before the sum.
-template <class Format, int BITS>
-struct Affine : Packed<8, BITS> {
-  using typename Packed<8, BITS>::Raw;
-  static constexpr int SLICE = 32;
+template <class Format, class Block>
+struct Affine : Packed<Block> {
+  using typename Packed<Block>::Raw;
+  static constexpr int SLICE = Block::SLICE, BITS = Block::BITS;
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
     const float scale = __int_as_float(raw.head[0]), zero = __int_as_float(raw.head[1]);
 #pragma unroll
@@ -128,7 +129,7 @@ struct Affine : Packed<8, BITS> {
   }
   DEVICE float dot(const Raw& raw, const float (&x)[SLICE], float x_sum, float sum) {
     const float scale = __int_as_float(raw.head[0]), zero = __int_as_float(raw.head[1]);
-    float part = -(float)(1 << BITS) * x_sum;
+    float part = -(float)Block::LEVELS * x_sum;
 #pragma unroll
     for (int j = 0; j < SLICE; j++) {
       part = fmaf(lifted<BITS>(Format::codes(raw, j), Format::shift(j)), x[j], part);
@@ -137,20 +138,20 @@ struct Affine : Packed<8, BITS> {
   }
 };
 
-struct MQ4 : Affine<MQ4, 4> {
+struct MQ4 : Affine<MQ4, blocks::MQ4> {
   DEVICE uint32_t codes(const Raw& raw, int j) { return raw.codes[j / 8]; }
-  DEVICE int shift(int j) { return 4 * (j % 8); }
+  DEVICE int shift(int j) { return BITS * (j % 8); }
 };
 
-struct MQ6 : Affine<MQ6, 6> {
+struct MQ6 : Affine<MQ6, blocks::MQ6> {
   DEVICE uint32_t codes(const Raw& raw, int j) { return bits24(raw.codes, j / 4); }
-  DEVICE int shift(int j) { return 6 * (j % 4); }
+  DEVICE int shift(int j) { return BITS * (j % 4); }
 };
 
 // Groups of an ascending f16 codebook and codes: w = codebook[code].
 struct MQ2_Bits;
 struct MQ3_Bits;
-struct MQ2_Lloyd : Packed<8, 2> {
+struct MQ2_Lloyd : Packed<blocks::MQ2_Lloyd> {
   using Counted = MQ2_Bits;
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
     const Book book = make_book(raw.head[0], raw.head[1], 0, 0);
@@ -172,7 +173,7 @@ struct MQ2_Lloyd : Packed<8, 2> {
   }
 };
 
-struct MQ3_Lloyd : Packed<16, 3> {
+struct MQ3_Lloyd : Packed<blocks::MQ3_Lloyd> {
   using Counted = MQ3_Bits;
   // Eight codes of three bits, each in a nibble: the halves are moved apart, then their halves, then theirs.
   DEVICE uint32_t nibbles(uint32_t codes) {
@@ -194,7 +195,7 @@ struct MQ3_Lloyd : Packed<16, 3> {
   }
 };
 
-struct MQ4_Lloyd : Packed<32, 4> {
+struct MQ4_Lloyd : Packed<blocks::MQ4_Lloyd> {
   DEVICE void weights(const Raw& raw, float (&w)[SLICE]) {
     const Book lower = make_book(raw.head[0], raw.head[1], raw.head[2], raw.head[3]);
     const Book upper = make_book(raw.head[4], raw.head[5], raw.head[6], raw.head[7]);

@@ -25,11 +25,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ...formats.errors import BackendError
+from .block_table import MAX_LDS, MAX_THREADS, WAVE
 from .sources import Kernel, Parameter, Sources
 
-WAVE = 32
-MAX_THREADS = 1024
-MAX_LDS = 64 << 10
 _INTEGERS = {np.dtype(np.int32): (ctypes.c_int32, 31), np.dtype(np.int64): (ctypes.c_int64, 63)}
 
 

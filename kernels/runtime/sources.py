@@ -1,12 +1,13 @@
 """The kernels as text: their modules, sources with our includes put in place, and every kernel's signature.
 
 The source is the one truth about a kernel's arguments: signatures are read from its KERNEL lines, launches are checked
-against them, and the CPU build asserts that the compiler reads them the same way. Depends on numpy, errors and
-formats.blocks.
+against them, and the CPU build asserts that the compiler reads them the same way. Some headers are no files: they are
+made from tables of Python, so that kernels and host share every number.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,12 @@ FOLDER = Path(__file__).parents[1]
 """The room of kernels: its shelves hold the .hip files and the headers they share, each under a name of its own."""
 INCLUDE = Path(__file__).parent / "include"
 """What stands in for the vendors' headers, a folder for each."""
+HEADERS: Mapping[str, str] = {
+    "block_table.h": ".block_table",
+    "encode_constants.h": "..encode.geometry",
+    "forward_constants.h": "..forward.geometry",
+}
+"""Headers that are made, each by a module: `header()` is the text, and `CONSTANTS` are the numbers in it by name."""
 SCALARS = {"int": "int32", "int64_t": "int64", "float": "float32"}
 POINTERS = {
     "float*": "float32",
@@ -43,11 +50,11 @@ PER_FORMAT: Mapping[str, tuple[str, ...]] = {
 }
 """Sources that are built once per block format, with their formats."""
 _KERNEL = re.compile(
-    r"^KERNEL\((\d+)\)\s*(\w+)\(([^)]*)\) \{(.*?)(?=^\}|^KERNEL|\Z)", re.MULTILINE | re.DOTALL
+    r"^KERNEL\((\w+)\)\s*(\w+)\(([^)]*)\) \{(.*?)(?=^\}|^KERNEL|\Z)", re.MULTILINE | re.DOTALL
 )
 _AWAIT = re.compile(r"\bawait_\w+")
 _PARAMETER = re.compile(r"(const\s+)?(\w+)\s*(\*?)\s*(?:__restrict__\s+)?(\w+)")
-_INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
+_INCLUDE = re.compile(r'^#include "([\w.]+)"[^\n]*\n', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,8 @@ class Sources:
         return _INCLUDE.sub(insert, self._read(file))
 
     def _read(self, file: str) -> str:
+        if file in HEADERS:
+            return str(_maker(file).header())
         path = self.path(file)
         try:
             return path.read_text(encoding="utf-8")
@@ -163,6 +172,21 @@ class Sources:
         return out
 
 
+def _maker(header: str) -> Any:
+    return importlib.import_module(HEADERS[header], __package__)
+
+
+def _threads(text: str, file: Path) -> int:
+    """The number that KERNEL(text) states: digits, or a name of one of the headers that are made."""
+    named: dict[str, Any] = {}
+    for header in HEADERS:
+        named |= _maker(header).CONSTANTS
+    try:
+        return int(named.get(text, text))
+    except ValueError:
+        raise BackendError(f"no header gives the number of threads {text!r}", file=file) from None
+
+
 def signatures(
     text: str, file: Path
 ) -> list[tuple[str, int, tuple[Parameter, ...], frozenset[np.dtype[Any]] | None]]:
@@ -172,7 +196,7 @@ def signatures(
     found = []
     for match in _KERNEL.finditer(text):
         parameters = tuple(_parameter(p, file) for p in match[3].split(","))
-        found.append((match[2], int(match[1]), parameters, _early(match[4], parameters)))
+        found.append((match[2], _threads(match[1], file), parameters, _early(match[4], parameters)))
     return found
 
 

@@ -14,7 +14,7 @@ import pytest
 from elf import DYNSYM, read_elf
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.errors import CheckError
-from mq_quant.kernels.forward import ops
+from mq_quant.kernels.forward.geometry import COPYING_WAVES, RING_DEPTH, RING_STEP, WHOLE
 from mq_quant.kernels.runtime import cuda
 from mq_quant.kernels.runtime.sources import INCLUDE, Module, Sources
 
@@ -52,14 +52,14 @@ def test_devices_that_do_not_count_bits_or_copy_rows_have_kernels_too(arch):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("name", "fmt"), list(ops._COPIED))
+@pytest.mark.parametrize(("name", "fmt"), list(COPYING_WAVES))
 def test_copies_leave_room_for_the_next_launch_where_two_fit(name, fmt):
     """A multiprocessor has 64 K registers and 227 KB of LDS, from which a block takes 1 KB more than its own."""
     sources, module = Sources(), Module("matrix.hip", fmt)
     usage = check.check_nvidia(sources, module, sources.modules()[module], check.NVIDIA_ARCH)
     own = next(u for u in usage if u.kernel == f"{name}[{fmt}]")
-    waves, held = ops._COPIED[name, fmt]
-    groups = held or {"expert_gate_up": 3072, "expert_down": 1536}[name] // 256
+    waves, whole = COPYING_WAVES[name, fmt], {"expert_gate_up": 2, "expert_down": 1}[name] <= WHOLE[fmt]
+    groups = {"expert_gate_up": 3072, "expert_down": 1536}[name] // 256 if whole else RING_DEPTH * RING_STEP
     lds = own.lds + waves * 16 * groups * BY_NAME[fmt].nbytes(256) + 1024
     blocks = 1 if (name, fmt) == ("expert_gate_up", "MQ3-Lloyd") else 2
     assert blocks * lds <= 227 * 1024

@@ -11,13 +11,9 @@ from lanes_problem import heavy_rows, unequal_weights
 from mq_quant.formats.blocks import BY_NAME, MQ2_LLOYD, MQ4
 from mq_quant.formats.errors import BackendError
 from mq_quant.formats.fwht import rotate, unrotate
-from mq_quant.kernels.encode import device_encoder as encoder_module
-from mq_quant.kernels.encode.device_encoder import Encoder, HostHessian, gaussian_bounds
-from mq_quant.lloyd import encode
-from mq_quant.lloyd.codes import descent
+from mq_quant.kernels.encode.device_encoder import Encoder, HostHessian
 from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.hessian.row import RowHessian, from_moment, from_weights
-from mq_quant.lloyd.levels import affine, kmeans
 from mq_quant.quantize.encode.encoders import on_device
 
 FORMATS = [f for f in BY_NAME.values() if f.rotated]
@@ -119,15 +115,3 @@ def test_no_rows_are_no_bytes(encoder):
 def test_the_engines_own_fit_is_refused(encoder):
     with pytest.raises(BackendError, match="'reference' does not run on a device"):
         encoder.encode(heavy_rows(1), MQ4, "reference")
-
-
-def test_constants_are_those_of_the_cpu():
-    for count in (4, 8, 16):
-        np.testing.assert_array_equal(gaussian_bounds(count), kmeans.gaussian_bounds(count))
-    np.testing.assert_array_equal(encoder_module.BOTH_ENDS, np.float32(affine.BOTH_ENDS))
-    np.testing.assert_array_equal(encoder_module.ONE_END, np.float32(affine.ONE_END))
-    assert encoder_module.REFINE_STEPS == affine.STEPS
-    assert encoder_module.ROUNDS == encode.ROUNDS
-    assert (encoder_module.SWEEPS, np.float32(encoder_module.SHAKE)) == (descent.SWEEPS, descent.SHAKE)
-    signs = encoder_module.shake_signs(encode.ROUNDS)
-    np.testing.assert_array_equal(signs.reshape(-1), encode.SHAKES.reshape(-1))

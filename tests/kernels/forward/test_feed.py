@@ -7,6 +7,7 @@ import pytest
 from counted_cpu import FORMATS, counting
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.kernels.forward import ops
+from mq_quant.kernels.forward.geometry import COPYING_WAVES
 from mq_quant.kernels.runtime.cuda import CudaBackend
 
 WAVES = 2
@@ -33,8 +34,7 @@ def copying(order, tmp_path_factory):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    few = {key: (WAVES, held) for key, (_, held) in ops._COPIED.items()}
-    monkeypatch.setattr(ops, "_COPIED", few)
+    monkeypatch.setattr(ops, "COPYING_WAVES", dict.fromkeys(COPYING_WAVES, WAVES))
 
 
 def products(backend, fmt, rows, cols, data, start, ids, rng):

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 #include "fiber.h"
+#include "block_table.h"    // made by block_table.py
 
 extern "C" void mq_switch(void** save, void* to);
 
@@ -86,8 +87,8 @@ namespace mq {
 namespace {
 
 // Stacks are no power of two apart, or the tops of all of them would compete for one set of the cache.
-constexpr size_t STACK = (64 << 10) + 192, LDS_BYTES = 64 << 10, GUARD = 16;
-constexpr unsigned MOST_THREADS = 1024, WARP = 32;
+constexpr size_t STACK = (64 << 10) + 192, LDS_BYTES = MAX_LDS, GUARD = 16;
+constexpr unsigned MOST_THREADS = MAX_THREADS, WARP = WAVE;
 constexpr uint64_t CANARY = 0x6d712d7175616e74;
 // What LDS holds before a block begins: NaN as float and half, and in descending order another value, so that a read of
 // what was never written shows as a difference between the orders even where both results are NaN.
