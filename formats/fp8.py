@@ -1,8 +1,7 @@
 """FP8 E4M3 with F32 block scales, as MiniMax-M2 checkpoints store their matrices.
 
 A weight is `e4m3(code) * scale_inv[r // 128, c // 128]`: despite its name the stored scale multiplies. Tiles at the
-right and bottom edge are partial when a dimension is not a multiple of the block. Depends on numpy and numba; errors
-on errors.
+right and bottom edge are partial when a dimension is not a multiple of the block.
 """
 
 from __future__ import annotations
@@ -52,18 +51,12 @@ def dequantize(
     *,
     name: str | None = None,
 ) -> NDArray[np.float32]:
-    """Decode u8 codes [R, C] with f32 scales [ceil(R/128), ceil(C/128)] to f32 [R, C].
+    """Decode u8 codes [R, C] with f32 scales [ceil(R / rows), ceil(C / columns)] of `block` to f32 [R, C].
 
-    Raises WeightError, naming the tensor `name`, for scales of another shape or not finite, and for NaN codes.
+    Raises WeightError, naming the tensor `name`, for scales of another shape or not finite, for NaN codes, and where
+    a product overflows f32.
     """
-    if scale_inv.shape != scale_shape(codes.shape, block):
-        raise WeightError(
-            f"weight_scale_inv has shape {scale_inv.shape}, "
-            f"but weight {codes.shape} needs {scale_shape(codes.shape, block)}",
-            tensor=name,
-        )
-    if not np.isfinite(scale_inv).all():
-        raise WeightError("weight_scale_inv holds values that are not finite", tensor=name)
+    _check_scales(codes.shape, scale_inv, block, name)
     out = np.empty(codes.shape, np.float32)
     _dequantize(np.ascontiguousarray(codes), np.ascontiguousarray(scale_inv), block[0], block[1], E4M3, out)
     if not np.isfinite(out).all():
@@ -71,6 +64,28 @@ def dequantize(
         what = f"holds {nan_codes} NaN codes" if nan_codes else "overflows f32 after scaling"
         raise WeightError(f"the FP8 matrix {what}", tensor=name, hint="the shard is broken; fetch it again")
     return out
+
+
+def check_codes(
+    codes: NDArray[np.uint8], scale_inv: NDArray[np.float32], block: tuple[int, int] = BLOCK
+) -> None:
+    """Raise what `dequantize` would raise, without decoding where the largest scale shows that nothing overflows."""
+    _check_scales(codes.shape, scale_inv, block, None)
+    largest = float(np.abs(scale_inv).max(initial=0)) * MAX
+    if largest > float(np.finfo(np.float32).max) or ((codes & 127) == 127).any():
+        dequantize(codes, scale_inv, block)
+
+
+def _check_scales(
+    shape: tuple[int, ...], scale_inv: NDArray[np.float32], block: tuple[int, int], name: str | None
+) -> None:
+    if scale_inv.shape != scale_shape(shape, block):
+        raise WeightError(
+            f"weight_scale_inv has shape {scale_inv.shape}, but weight {shape} needs {scale_shape(shape, block)}",
+            tensor=name,
+        )
+    if not np.isfinite(scale_inv).all():
+        raise WeightError("weight_scale_inv holds values that are not finite", tensor=name)
 
 
 def quantize(

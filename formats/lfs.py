@@ -7,7 +7,11 @@ HEAD_BYTES = 64
 PROBLEM = "is a pointer file of Git LFS: the file itself was not fetched"
 HINT = "fetch it with `git lfs pull` or `hf download`"
 
-_BEGINNINGS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+_BEGINNINGS = (
+    b"version https://git-lfs.github.com/spec/",
+    b"version https://hawser.github.com/spec/",
+    b"# xet version",
+)
 
 
 def is_pointer(head: bytes) -> bool:

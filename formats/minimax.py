@@ -1,6 +1,6 @@
 """MiniMax-M2 as the toolchain sees it: the config, its normalisation, and the inventory of tensors.
 
-Pure metadata: no file is opened here. Imports only errors.
+Pure metadata: no file is opened here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from .errors import ConfigError
 
 Role = Literal["embed", "lm_head", "norm", "attn", "router", "bias", "expert"]
-Stored = Literal["fp8", "bf16", "f32"]
+StoredType = Literal["fp8", "bf16", "f32"]
 PROJECTIONS = ("w1", "w2", "w3")
 ARCH_ID = 10
 
@@ -28,7 +28,8 @@ _REQUIRED = (
     "num_experts_per_tok",
 )
 _LARGEST = 1 << 31
-_MTP_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_MTP = re.compile(r"(model\.)?(mtp|nextn)\w*\.")
 _EXPERT = re.compile(r"model\.layers\.(\d{1,9})\.block_sparse_moe\.experts\.(\d{1,9})\.(w[123])\.weight")
 
 
@@ -66,7 +67,7 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    stored: Stored
+    stored: StoredType
     role: Role
     layer: int | None = None
     expert: int | None = None
@@ -131,10 +132,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     quantization = c.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
         raise ConfigError("config key 'quantization_config' is not an object")
-    block = quantization.get("weight_block_size", [128, 128])
-    if not (isinstance(block, list) and len(block) == 2):
-        raise ConfigError(f"quantization_config.weight_block_size is {block!r}, not two positive integers")
-    rows, cols = (_whole("quantization_config.weight_block_size", b) for b in block)
+    rows, cols = _block_shape(quantization.get("weight_block_size", [128, 128]))
     cfg = ModelConfig(
         **{key: c[key] for key in _REQUIRED},
         head_dim=c["head_dim"],
@@ -151,6 +149,18 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     if cfg.num_experts_per_tok > cfg.num_local_experts:
         raise ConfigError("num_experts_per_tok is larger than num_local_experts")
     return cfg
+
+
+def _block_shape(value: Any) -> tuple[int, int]:
+    """Rows and columns of the weights that share an FP8 scale; null stands for whole matrices."""
+    if value is None:
+        return _LARGEST, _LARGEST
+    if not (isinstance(value, list) and len(value) == 2):
+        raise ConfigError(
+            f"quantization_config.weight_block_size is {_shown(value)}, not two positive integers"
+        )
+    rows, cols = (_whole("quantization_config.weight_block_size", side) for side in value)
+    return rows, cols
 
 
 def _whole(key: str, value: Any) -> int:
@@ -196,9 +206,18 @@ def scale_inv_name(weight: str) -> str:
 
 
 def is_mtp(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor belongs to a multi-token-prediction module, which files for the engine leave out."""
-    match = _MTP_LAYER.match(name)
-    return name.startswith("mtp.") or (match is not None and int(match[1]) >= config.num_hidden_layers)
+    """Whether a tensor belongs to a multi-token-prediction module, which files for the engine leave out.
+
+    Such modules are named mtp or model.mtp, or they follow the last layer as further ones.
+    """
+    layer = _LAYER.match(name)
+    beyond = layer is not None and int(layer[1]) >= config.num_hidden_layers
+    return beyond or _MTP.match(name) is not None
+
+
+def may_be_zero(name: str) -> bool:
+    """Whether a weight of zeros only is no sign of damage: a fresh routing bias is one."""
+    return name.endswith(".e_score_correction_bias")
 
 
 def inventory(cfg: ModelConfig) -> Iterator[TensorSpec]:

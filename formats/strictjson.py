@@ -1,19 +1,29 @@
 """JSON from files that nobody vouches for: one object, read strictly, with bounded depth and size.
 
-Two readers must never see two different things in one file, so repeated keys, NaN and lone surrogates are
-refused. Standard library only; raises JsonError, which callers turn into their own error with the file named.
+Two readers must never see two different things in one file. Repeated keys, NaN, numbers beyond all readers (1e999) and
+lone surrogates are therefore refused. A JsonError names no file: callers turn it into their own error.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from . import lfs
+from .text import shown
+
 DEPTH_LIMIT = 127
 """Nested objects and arrays; deeper ones are refused by the engine's JSON reader too."""
+
+EMBEDDED_DEPTH = DEPTH_LIMIT - 7
+"""The depth of a file that becomes a part of a file's metadata, which must not be deeper than DEPTH_LIMIT itself."""
+
+DIGITS_LIMIT = 308
+"""Digits of a whole number; readers that make a float of a large one know none beyond 1.8e308."""
 
 TOKEN_LIMIT = 1 << 22
 """Strings, objects and arrays that a scanned object may hold, each of which costs far more memory than file."""
@@ -87,11 +97,22 @@ def object_end(raw: bytes) -> int | None:
     return ObjectScanner().feed(raw)
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """Parse bytes that are exactly one JSON object (white space around it allowed); JsonError otherwise."""
+def parse_object(raw: bytes, depth: int = DEPTH_LIMIT) -> dict[str, Any]:
+    """Parse bytes that are exactly one JSON object (white space around it allowed), nested at most `depth` levels.
+
+    Raises JsonError otherwise.
+    """
+    if lfs.is_pointer(raw):
+        raise JsonError(f"{lfs.PROBLEM}; {lfs.HINT}")
     try:
         text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_bounded_int,
+        )
         if _SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -106,6 +127,8 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise JsonError(f"is not JSON: {e}") from None
     if not isinstance(value, dict):
         raise JsonError("is not a JSON object")
+    if _nests_deeper(value, depth):
+        raise JsonError(f"nests deeper than {depth} levels")
     return value
 
 
@@ -121,12 +144,42 @@ def dump_object(value: Mapping[str, Any]) -> bytes:
     return raw
 
 
+def _nests_deeper(value: Any, limit: int) -> bool:
+    """Whether objects and arrays in `value` nest more than `limit` levels, found level by level."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise JsonError(f"repeats the key {repeated!r}")
+        raise JsonError(f"repeats the key {shown(repeated)}")
     return out
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonError(f"holds the number {text[:40]}, which is beyond every float")
+    return value
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > DIGITS_LIMIT:
+        raise JsonError(
+            f"holds a number of {len(text)} digits, which is not JSON that other programs can read"
+        )
+    return int(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

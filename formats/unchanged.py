@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import MqError
 
@@ -59,11 +59,11 @@ class UnchangedFile:
 
     `error` is the class of what is raised, and the message names the file. It is raised where the file cannot be read,
     and where it has changed: before `sha256` or `content` was called, on another size, time of the last write or inode;
-    afterwards, on another hash.
+    afterwards, on another hash. `hint` is what to do where the file cannot be read.
     """
 
-    def __init__(self, path: Path, error: type[MqError]) -> None:
-        self.path, self._error = path, error
+    def __init__(self, path: Path, error: type[MqError], hint: str | None = None) -> None:
+        self.path, self._error, self._hint = path, error, hint
         self._lock = threading.Lock()
         self._sha256: str | None = None
         try:
@@ -102,6 +102,11 @@ class UnchangedFile:
             self._sha256 = self.read(_sha256)
         return self._sha256
 
+    def record(self) -> dict[str, Any]:
+        """What a provenance holds of the file, as it still is: {bytes, sha256}."""
+        self.check()
+        return {"bytes": self.size, "sha256": self.sha256()}
+
     def content(self, limit: int) -> bytes:
         """All of the file's bytes, which from now on are the ones that `sha256` speaks of; refused above `limit`."""
         if self.size > limit:
@@ -139,7 +144,7 @@ class UnchangedFile:
         )
 
     def _unreadable(self, fault: OSError) -> MqError:
-        return self._error(f"cannot be read: {fault.strerror or fault}", file=self.path)
+        return self._error(f"cannot be read: {fault.strerror or fault}", file=self.path, hint=self._hint)
 
 
 def _sha256(file: BufferedReader) -> str:

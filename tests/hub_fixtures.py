@@ -12,7 +12,8 @@ import pytest
 import small_model
 from hub_server import MAIN, REPO, HubServer
 from huggingface_hub import constants
-from mq_quant.formats.checkpoint.source import Checkpoint, Source, open_checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
+from mq_quant.formats.checkpoint.source import Source
 from mq_quant.formats.checkpoint.streamed import HubCheckpoint, open_hub
 from mq_quant.formats.hub.client import Hub
 from mq_quant.formats.minimax import inventory

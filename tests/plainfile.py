@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from mq_quant.formats.blocks import BY_NAME, AffineFormat, FloatFormat, Format, LloydFormat, Q8Format
-from mq_quant.formats.checkpoint.source import Checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.fwht import rotate
 from mq_quant.formats.hfq.container import QuantizationHash, TensorMeta
 from mq_quant.formats.hfq.layout import metadata_checksum

@@ -2,30 +2,35 @@
 
 The shard is never mapped, so that one cut short while it is read is an error and not a crash. Header facts: u64 length,
 one JSON object {name: {dtype, shape, data_offsets}}, then payloads without holes or overlaps up to the end of the file.
-Depends on numpy, and on strictjson and errors.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import lfs
 from ..errors import CheckpointError
 from ..strictjson import JsonError, parse_object
+from ..text import shown
 
 HEADER_LIMIT = 32 << 20
+"""Bytes of the largest header that is read."""
+HEAD = 64
+"""Bytes at the beginning of a file that tell what it is."""
 ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
     **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64"), 8),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
 _FETCH_AGAIN = "the shard is broken or incomplete; fetch it again"
 
@@ -43,13 +48,14 @@ class TensorInfo:
 
 
 def header_length(head: bytes, file: str | Path) -> int:
-    """The length of the JSON header that the first 8 bytes of a shard state; CheckpointError if it cannot be."""
-    length = int.from_bytes(head, "little")
-    if len(head) != 8 or not 2 <= length <= HEADER_LIMIT:
+    """The length of the JSON header that the first bytes of a shard (HEAD or more) state; CheckpointError otherwise."""
+    if lfs.is_pointer(head):
+        raise CheckpointError(lfs.PROBLEM, file=file, hint=lfs.HINT)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or not 2 <= length <= HEADER_LIMIT:
+        found = length if len(head) >= 8 else f"missing, for the file has {len(head)} bytes"
         raise CheckpointError(
-            f"is not a safetensors file: its header length is {length if len(head) == 8 else 'missing'}",
-            file=file,
-            hint=_FETCH_AGAIN,
+            f"is not a safetensors file: its header length is {found}", file=file, hint=_FETCH_AGAIN
         )
     return length
 
@@ -87,8 +93,7 @@ def _position(info: TensorInfo) -> tuple[int, int]:
 
 def _tensor(name: str, value: Any, shard: str, base: int, file: str | Path) -> TensorInfo:
     def refuse(problem: str) -> CheckpointError:
-        shown = name if name.isprintable() else repr(name)
-        return CheckpointError(problem, file=file, tensor=shown, hint=_FETCH_AGAIN)
+        return CheckpointError(problem, file=file, tensor=name or "''", hint=_FETCH_AGAIN)
 
     if not name or not name.isprintable():
         raise refuse("the name is empty or holds characters that cannot be printed")
@@ -96,7 +101,7 @@ def _tensor(name: str, value: Any, shard: str, base: int, file: str | Path) -> T
         raise refuse("its header entry lacks dtype, shape or data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise refuse(f"dtype {dtype!r} is not known")
+        raise refuse(f"dtype {shown(dtype)} is not known")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise refuse("shape or data_offsets are not lists of whole numbers")
     start, stop = offsets
@@ -113,13 +118,19 @@ def read_header(path: Path) -> list[TensorInfo]:
     """The tensors of a shard on disk; raises CheckpointError."""
     try:
         with path.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            length = header_length(f.read(8), path)
-            if 8 + length > size:
-                raise CheckpointError("ends inside its header", file=path, hint=_FETCH_AGAIN)
-            return parse_header(f.read(length), path.name, size, path)
+            return header_of(f, path)
     except OSError as e:
         raise CheckpointError(f"cannot be read: {e.strerror}", file=path) from None
+
+
+def header_of(file: BufferedReader, path: Path) -> list[TensorInfo]:
+    """The tensors of an open shard, read from its beginning; raises CheckpointError."""
+    size = os.fstat(file.fileno()).st_size
+    length = header_length(file.read(HEAD), path)
+    if 8 + length > size:
+        raise CheckpointError("ends inside its header", file=path, hint=_FETCH_AGAIN)
+    file.seek(8)
+    return parse_header(file.read(length), path.name, size, path)
 
 
 def by_name(shards: Iterable[list[TensorInfo]], folder: str | Path) -> dict[str, TensorInfo]:
@@ -136,17 +147,28 @@ def by_name(shards: Iterable[list[TensorInfo]], folder: str | Path) -> dict[str,
 
 def read_tensor(path: Path, info: TensorInfo) -> NDArray[np.uint8]:
     """A tensor's stored bytes as u8 [stop - start]; CheckpointError where the file cannot be read to their end."""
-    out = np.empty(info.stop - info.start, np.uint8)
-    done = 0
     try:
-        with path.open("rb", buffering=0) as f:
-            while done < out.size:
-                count = os.preadv(f.fileno(), [out[done:].data], info.start + done)
-                if count == 0:
-                    raise CheckpointError(
-                        "the shard ends inside this tensor", file=path, tensor=info.name, hint=_FETCH_AGAIN
-                    )
-                done += count
+        with path.open("rb") as f:
+            return payload_of(f, info, path)
     except OSError as e:
         raise CheckpointError(f"cannot be read: {e.strerror}", file=path, tensor=info.name) from None
+
+
+def payload_of(file: BufferedReader, info: TensorInfo, path: Path) -> NDArray[np.uint8]:
+    """A tensor's stored bytes from its open shard as u8 [stop - start]; CheckpointError where the file ends before."""
+    out = np.empty(info.stop - info.start, np.uint8)
+    done = 0
+    while done < out.size:
+        count = os.preadv(file.fileno(), [out[done:].data], info.start + done)
+        if count == 0:
+            raise CheckpointError(
+                "the shard ends inside this tensor", file=path, tensor=info.name, hint=_FETCH_AGAIN
+            )
+        done += count
     return out
+
+
+def some(names: Sequence[str], count: int = 8) -> str:
+    """Some of many names for a message."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(sorted(names)[:count]) + more

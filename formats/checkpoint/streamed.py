@@ -23,24 +23,15 @@ from ..hub.cache import cached, fetched, snapshot_of
 from ..hub.client import Hub, offline
 from ..hub.files import snapshot
 from ..hub.repository import Repository
-from ..minimax import is_mtp, scale_inv_name
+from ..unchanged import UnchangedFile
+from .documents import check_index, load_config, load_index
+from .inventory import check_inventory, left_out
+from .local import Checkpoint, open_checkpoint
 from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
 from .safetensors_file import TensorInfo, by_name, header_length, parse_header, read_header, read_tensor
 from .shard_cache import ShardCache
-from .source import (
-    F32,
-    JSON_LIMIT,
-    Checkpoint,
-    Source,
-    check_index,
-    check_inventory,
-    file_record,
-    load_config,
-    load_index,
-    open_checkpoint,
-    read_rows,
-    read_weight,
-)
+from .source import F32, JSON_LIMIT, U8, Source
+from .weights import TensorReader, scale_of
 
 HEADER_GUESS = 128 << 10
 CONNECTIONS = 8
@@ -56,19 +47,25 @@ class HubCheckpoint:
     def __init__(self, hub: Hub, repository: Repository, shard_cache: int, scratch: Path) -> None:
         self._hub, self._repository = hub, repository
         self.path = f"{repository.name}@{repository.commit[:12]}"
-        self._small: dict[str, Path] = {}
+        self._small: dict[str, UnchangedFile] = {}
         self.raw_config, self.config = load_config(self._fetch_small(CONFIG))
-        weight_map = None if SINGLE in repository.files else load_index(self._fetch_small(INDEX))
-        self.shards: tuple[str, ...] = tuple(sorted(set(weight_map.values()))) if weight_map else (SINGLE,)
+        indexed = INDEX in repository.files or SINGLE not in repository.files
+        weight_map = load_index(self._fetch_small(INDEX)) if indexed else dict[str, str]()
+        self.shards: tuple[str, ...] = tuple(sorted(set(weight_map.values()))) or (SINGLE,)
         for shard in self.shards:
             if repository.file(shard).sha256 is None:
                 raise HubError("the hub states no sha256 for this shard", file=f"{self.path}/{shard}")
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             self._headers = dict(zip(self.shards, pool.map(self._read_header, self.shards), strict=True))
         self.tensors: Mapping[str, TensorInfo] = by_name(self._headers.values(), self.path)
-        if weight_map is not None:
+        if weight_map:
             check_index(weight_map, self.tensors, self._small[INDEX])
-        self.skipped_mtp = tuple(name for name in self.tensors if is_mtp(name, self.config))
+        apart = left_out(self.tensors, self.config)
+        self.skipped_mtp = apart.mtp
+        stray = SINGLE in repository.files and SINGLE not in self.shards
+        strays = (f"{self.path}/{SINGLE} is not read: {INDEX} names other shards",) if stray else ()
+        self.notes = (*strays, *apart.notes())
+        self._reader = TensorReader(self.tensors, self.config, self._read, self.path)
         self._slots = shard_cache
         self._uses: dict[str, int] = {}
         self.scratch, self._lock = _claim(scratch, repository.commit)
@@ -86,7 +83,7 @@ class HubCheckpoint:
         """The path of one of SIDE_FILES, fetched to huggingface_hub's cache, or None where there is none."""
         if name not in SIDE_FILES:
             raise ValueError(f"{name!r} is not a side file of a checkpoint")
-        return self._fetch_small(name) if name in self._repository.files else None
+        return self._fetch_small(name).path if name in self._repository.files else None
 
     def schedule(self, names: Sequence[str]) -> None:
         """Fetch shards in the order in which these weights need them, starting now; forgets an earlier order."""
@@ -94,12 +91,16 @@ class HubCheckpoint:
         self._cache.schedule([self._shards_of(name) for name in names])
 
     def weight(self, name: str) -> F32:
-        """One tensor, dequantised to f32, once its shard is here; HubError, CheckpointError or WeightError."""
-        return read_weight(name, self.tensors, self.config, self._read, self.path)
+        """As `Source.weight`, once the shard is here; HubError where it does not come."""
+        return self._reader.weight(name)
 
     def rows(self, name: str, low: int, high: int) -> F32:
-        """Rows low to high of a tensor that is not FP8, as `weight`."""
-        return read_rows(name, low, high, self.tensors, self._read, self.path)
+        """As `Source.rows`, once the shard is here."""
+        return self._reader.rows(name, low, high)
+
+    def stored(self, name: str) -> tuple[U8, F32]:
+        """As `Source.stored`, once the shard is here."""
+        return self._reader.stored(name)
 
     def release(self, name: str) -> None:
         """Say that a scheduled weight is done with; its shard is deleted once all of its weights are."""
@@ -109,7 +110,7 @@ class HubCheckpoint:
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """As of a local checkpoint with the same files; the shards' hashes are the hub's, verified on arrival."""
         sides = [n for n in SIDE_FILES if n in self._repository.files]
-        records = {n: file_record(self._fetch_small(n)) for n in (CONFIG, *sides)}
+        records = {n: self._fetch_small(n).record() for n in (CONFIG, *sides)}
         remotes = [self._repository.file(s) for s in self.shards]
         return records | {r.name: {"bytes": r.size, "sha256": r.sha256} for r in remotes}
 
@@ -126,21 +127,21 @@ class HubCheckpoint:
         self._lock.close()
 
     def _shards_of(self, name: str) -> tuple[str, ...]:
-        infos = (self.tensors.get(n) for n in (name, scale_inv_name(name)))
+        infos = (self.tensors.get(name), scale_of(name, self.tensors))
         return tuple(dict.fromkeys(info.shard for info in infos if info is not None))
 
-    def _fetch_small(self, name: str) -> Path:
+    def _fetch_small(self, name: str) -> UnchangedFile:
         if name not in self._small:
             remote = self._repository.file(name)
             if remote.size > JSON_LIMIT:
                 raise HubError(f"has {remote.size} bytes, more than {JSON_LIMIT}", file=f"{self.path}/{name}")
-            self._small[name] = fetched(self._hub, self._repository, remote)
+            self._small[name] = UnchangedFile(fetched(self._hub, self._repository, remote), CheckpointError)
         return self._small[name]
 
     def _read_header(self, shard: str) -> list[TensorInfo]:
         remote, where = self._repository.file(shard), f"{self.path}/{shard}"
         head = self._hub.read(self._repository, remote, 0, min(HEADER_GUESS, remote.size))
-        length = header_length(head[:8], where)
+        length = header_length(head, where)
         if 8 + length > remote.size:
             raise CheckpointError("ends inside its header", file=where)
         if 8 + length > len(head):

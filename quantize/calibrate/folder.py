@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from ...awq.from_moments import CalibratedLayer, read_layer
 from ...awq.importance import LayerImportance
-from ...formats.checkpoint.source import file_record
-from ...formats.errors import OutputError, ResumeError
+from ...formats.errors import CalibrationError, OutputError, ResumeError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
 from ...formats.statistics.moment_file import Arrays, DownForm, encode_layer, layer_file, open_layer_file
 from ...formats.statistics.moment_folder import IMATRIX, MANIFEST, SCHEMA
+from ...formats.unchanged import UnchangedFile
 from ..write.journal import Journal
 from ..write.partial_file import disk_errors
 
@@ -94,7 +94,11 @@ class CalibrationFolder:
     def intact(self, layer: int) -> bool:
         """Whether a layer is finished, and its file is there as it was written."""
         record, file = self.journal.done.get(f"layer.{layer}"), self.path / layer_file(layer)
-        return record is not None and file.is_file() and file_record(file)["sha256"] == record["sha256"]
+        return (
+            record is not None
+            and file.is_file()
+            and UnchangedFile(file, CalibrationError).sha256() == record["sha256"]
+        )
 
     def drop(self, layer: int) -> None:
         """Remove a finished layer's moments; its record stays."""
@@ -104,7 +108,7 @@ class CalibrationFolder:
         """The residual stream f32 that enters a layer, as saved; ResumeError where it is damaged."""
         path = self.path / hidden_file(layer)
         expected = self.journal.done[f"layer.{layer - 1}"]["hidden"]
-        if not path.is_file() or file_record(path)["sha256"] != expected:
+        if not path.is_file() or UnchangedFile(path, CalibrationError).sha256() != expected:
             raise ResumeError("is not as the earlier run left it", file=path, hint=_RESTART)
         return np.fromfile(path, "<f4").reshape(tuple(shape)).astype(np.float32)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .console import emit, gigabytes, resumable, table
+from ...formats.text import printable
+from .console import emit, gigabytes, note, resumable, table
 
 if TYPE_CHECKING:
     from ..calibrate.tokens import TokenRequest
@@ -123,6 +124,8 @@ def build(
         with open_coder(device) as coder:
             options = Options(output, jobs or cores(), force, restart, quiet or as_json, coder)
             with open_job(chosen, changes, options.check, shards, scratch) as job:
+                for sentence in job.source.notes:
+                    note(f"note: {printable(sentence)}")
                 result = run(job, options)
     if as_json or not quiet:
         emit(result, as_json, _render_build)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.checkpoint.source import Source, open_checkpoint
+from ...formats.checkpoint.local import open_checkpoint
+from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, MqError, RecipeError
 from ...formats.hfq.container import HfqFile
 from ...formats.minimax import parse_config

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...formats.checkpoint.names import CONFIG, SIDE_FILES
 from ...formats.errors import CheckpointError, ConfigError, RecipeError
 from ...formats.minimax import normalize_config
-from ...formats.strictjson import JsonError, parse_object
+from ...formats.strictjson import EMBEDDED_DEPTH, JsonError, parse_object
 from .metadata import SideFiles
 from .recipe import DEFAULT_MODEL, Model, Place, Recipe, load_model, load_recipe, load_tier
 
@@ -84,7 +84,7 @@ class ModelFiles:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint; ConfigError where it is unreadable or not an object."""
     try:
-        return parse_object(path.read_bytes())
+        return parse_object(path.read_bytes(), EMBEDDED_DEPTH)
     except OSError as e:
         raise ConfigError(f"cannot be read: {e.strerror}", file=path) from None
     except JsonError as e:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...formats import fp8
-from ...formats.checkpoint.source import open_checkpoint
+from ...formats.checkpoint.local import open_checkpoint
 from ...formats.minimax import ModelConfig, expert_name, inventory, layer_prefix, parse_config, scale_inv_name
 from ...formats.statistics.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
 from ...verify.model.reference import Observer, Routing, layer_by_layer

@@ -39,6 +39,14 @@ REFUSED: dict[bytes, str] = {
     b'{"\\ud800":1}': "surrogate",
     b"\xef\xbb\xbf{}": "not JSON",
     b"\xff\xfe{\0}\0": "UTF-8",
+    b'{"a":1e999}': "1e999.* beyond every float",
+    b'{"a":[-1E400]}': "beyond every float",
+    b'{"a":' + b"9" * 400 + b".5}": "beyond every float",
+    b'{"a":' + b"9" * 400 + b"}": "a number of 400 digits",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n": "pointer file of Git LFS",
+    b'{"a":' + b"[" * DEPTH_LIMIT + b"]" * DEPTH_LIMIT + b"}": f"deeper than {DEPTH_LIMIT} levels",
+    b'{"a":' * (DEPTH_LIMIT + 1) + b"1" + b"}" * (DEPTH_LIMIT + 1): f"deeper than {DEPTH_LIMIT} levels",
+    b'{"\x1b[2J":1,"\x1b[2J":1}'.replace(b"\x1b", b"\\u001b"): r"repeats the key '\\x1b\[2J'",
     b'{"a":' + b"1" * 5000 + b"}": "not JSON",
     b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}": "nests deeper",
     b'{"a":' * 10**5 + b"1" + b"}" * 10**5: "nests deeper",
@@ -53,6 +61,22 @@ def test_refused(raw: bytes) -> None:
 
 def test_escaped_pairs_are_characters() -> None:
     assert parse_object(rb'{"a":"\ud83d\ude00"}') == {"a": "\U0001f600"}
+
+
+def test_large_numbers_that_files_do_hold_are_read() -> None:
+    raw = b'{"model_max_length":1000000000000000019884624838656,"other":1e30,"small":1e-400}'
+    assert parse_object(raw) == {
+        "model_max_length": 1000000000000000019884624838656,
+        "other": 1e30,
+        "small": 0.0,
+    }
+
+
+def test_the_depth_that_is_asked_for() -> None:
+    raw = b'{"a":[[{}]]}'
+    assert parse_object(raw, 4) == {"a": [[{}]]}
+    with pytest.raises(JsonError, match="deeper than 3 levels"):
+        parse_object(raw, 3)
 
 
 def test_depth_of_what_is_written_is_bounded() -> None:

@@ -16,7 +16,7 @@ import pytest
 import small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mq_quant.formats.checkpoint.source import open_checkpoint
+from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import MqError
 from mq_quant.formats.hfq.container import open_hfq, quantization_hash
 from mq_quant.formats.minimax import parse_config

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hub_fixtures import INDEX, SHARDS, Opener, names, read_all, stored
 from hub_server import MAIN, REPO, Fault, HubServer
-from mq_quant.formats.checkpoint.source import Checkpoint, open_checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.checkpoint.streamed import open_hub
 from mq_quant.formats.errors import CheckpointError, ConfigError, HubError
 from mq_quant.formats.hub.client import Hub

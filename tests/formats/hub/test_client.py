@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hub_fixtures import NOWHERE, SHARDS, Opener, names, read_all
 from hub_server import MAIN, REPO, Fault, HubServer
-from mq_quant.formats.checkpoint.source import Checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.checkpoint.streamed import open_hub
 from mq_quant.formats.errors import HubError
 from mq_quant.formats.hub.client import Hub

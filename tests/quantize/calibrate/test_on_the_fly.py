@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small_model
 import torch
-from mq_quant.formats.checkpoint.source import open_checkpoint
+from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import CalibrationError, MqError, OutputError, ResumeError
 from mq_quant.formats.hfq.container import open_hfq
 from mq_quant.quantize.calibrate import layer_pass as gather

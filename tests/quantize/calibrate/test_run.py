@@ -11,7 +11,7 @@ import pytest
 import small_model
 import torch
 from mq_quant.awq.from_moments import load_calibration
-from mq_quant.formats.checkpoint.source import Checkpoint, open_checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.errors import (
     BackendError,
     CalibrationError,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mq_quant.awq.importance import Importance
 from mq_quant.formats.blocks import BY_NAME
-from mq_quant.formats.checkpoint.source import open_checkpoint
+from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.fwht import rotate, unrotate
 from mq_quant.formats.minimax import expert_name
 from mq_quant.lloyd.encode import encode_rotated

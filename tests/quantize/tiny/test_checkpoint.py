@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mq_quant.formats.checkpoint.source import Checkpoint, open_checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.minimax import expert_name, inventory, layer_prefix, scale_inv_name
 from mq_quant.formats.statistics.imatrix import check_imatrix, expert_entry, read_imatrix
 from mq_quant.quantize.tiny import checkpoint as tiny

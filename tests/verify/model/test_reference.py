@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mq_quant.formats.checkpoint.source import Checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.minimax import ModelConfig, expert_name, inventory, layer_prefix
 from mq_quant.verify.model import reference
 from mq_quant.verify.model.reference import Observer, Routing, embed, layer_by_layer, logits, route

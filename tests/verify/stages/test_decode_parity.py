@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from mq_quant.formats.checkpoint.source import Checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.errors import HfqError
 from mq_quant.formats.hfq.container import TensorMeta, open_hfq, write_hfq
 from mq_quant.formats.minimax import inventory

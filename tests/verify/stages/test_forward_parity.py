@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mq_quant.formats.checkpoint.source import Checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.errors import CheckError
 from mq_quant.formats.hfq.container import open_hfq
 from mq_quant.formats.minimax import awq_scale_name, expert_name, inventory

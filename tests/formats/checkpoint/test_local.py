@@ -1,4 +1,4 @@
-"""Checkpoints: every way one can be broken, by name; then what is read against safetensors itself."""
+"""Checkpoints in a folder: every way one can be broken or change while it is read, then what is read of a good one."""
 
 import json
 import os
@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import small_model
 import torch
-from mq_quant.formats.checkpoint.source import Source, open_checkpoint
-from mq_quant.formats.errors import CheckpointError, ConfigError, WeightError
+from mq_quant.formats.checkpoint.local import open_checkpoint
+from mq_quant.formats.checkpoint.source import Source
+from mq_quant.formats.errors import CheckpointError, ConfigError
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_model import CONFIG, W1, W1_SCALE, Tensors
+from small_model import CONFIG, Tensors
 
 WHOLE = small_model.tensors()
 INDEX = "model.safetensors.index.json"
@@ -25,66 +26,6 @@ NORM = "model.norm.weight"
 def altered(**changes: torch.Tensor | None) -> Tensors:
     """The whole checkpoint with some tensors replaced, added, or (None) left out."""
     return {n: t for n, t in (WHOLE | changes).items() if t is not None}
-
-
-INVENTORY: dict[str, tuple[Tensors, str, str]] = {
-    "weight missing": (altered(**{NORM: None}), NORM, "is missing"),
-    "unknown tensor": (altered(extra=torch.zeros(3)), "extra", "not a tensor of this model"),
-    "FP8 without scale": (altered(**{W1_SCALE: None}), W1, "its scale .* is missing"),
-    "scale without weight": (
-        altered(**{"model.layers.0.mlp.weight_scale_inv": torch.ones(1, 1)}),
-        "model.layers.0.mlp.weight_scale_inv",
-        "scale without its weight",
-    ),
-    "scale of a plain weight": (
-        altered(**{NORM + "_scale_inv": torch.ones(1, 1)}),
-        NORM + "_scale_inv",
-        "scales a weight that is not FP8",
-    ),
-    "scale of another shape": (altered(**{W1_SCALE: torch.ones(2, 1)}), W1_SCALE, r"F32 \[2, 2\]"),
-    "scale of another dtype": (altered(**{W1_SCALE: torch.ones(2, 2).half()}), W1_SCALE, "is F16"),
-    "weight of another shape": (altered(**{NORM: torch.zeros(255)}), NORM, r"has shape \[255\]"),
-    "weight of another dtype": (altered(**{NORM: torch.zeros(256).half()}), NORM, "is F16"),
-    "FP8 where none belongs": (
-        altered(**{NORM: torch.zeros(256).to(torch.float8_e4m3fn)}),
-        NORM,
-        "is F8_E4M3",
-    ),
-    "plain where FP8 belongs": (altered(**{W1: torch.zeros(256, 256), W1_SCALE: None}), W1, "is F32, not F8"),
-}
-
-
-@pytest.mark.parametrize("case", INVENTORY)
-def test_inventory(case: str, tmp_path: Path) -> None:
-    content, name, text = INVENTORY[case]
-    checkpoint = open_checkpoint(small_model.save(tmp_path, content))
-    with pytest.raises(CheckpointError, match=text) as e:
-        checkpoint.validate()
-    assert e.value.tensor == name
-
-
-def test_many_problems_are_listed_and_bounded(tmp_path: Path) -> None:
-    config = CONFIG | {"num_hidden_layers": 2**30}
-    checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE, config=config))
-    with pytest.raises(CheckpointError, match=r"layers\.2\.input_layernorm\.weight: is missing") as e:
-        checkpoint.validate()
-    assert "and more" in str(e.value)
-
-
-def test_experts_and_layers_against_the_config(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE, config=CONFIG | {"num_local_experts": 2}))
-    with pytest.raises(CheckpointError, match=r"experts\.2\.w1\.weight: is not a tensor"):
-        checkpoint.validate()
-
-
-def test_mtp_tensors_are_skipped_and_counted(tmp_path: Path) -> None:
-    mtp = {
-        "mtp.head.weight": torch.zeros(2),
-        "model.layers.2.self_attn.q_proj.weight_scale_inv": torch.ones(1, 1),
-    }
-    checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE | mtp))
-    checkpoint.validate()
-    assert set(checkpoint.skipped_mtp) == set(mtp)
 
 
 def drop(name: str) -> Callable[[Path], None]:
@@ -108,6 +49,9 @@ def remap(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
 
 SHARD = "model-00001-of-00002.safetensors"
 OTHER = "model-00002-of-00002.safetensors"
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12\n"
 
 
 def cut(keep: int) -> Callable[[Path], None]:
@@ -163,7 +107,14 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     ),
     "other suffix": (remap(lambda m: m.update(a="model.bin")), CheckpointError, "plain .safetensors"),
     "shard is a number": (remap(lambda m: m.update(a=3)), CheckpointError, "plain .safetensors"),
-    "empty shard": (cut(0), CheckpointError, "not a safetensors file"),
+    "empty shard": (cut(0), CheckpointError, f"{SHARD}: is not a safetensors file.*has 0 bytes"),
+    "shard is a pointer": (write(SHARD, POINTER), CheckpointError, f"{SHARD}: is a pointer file of Git LFS"),
+    "index is a pointer": (write(INDEX, POINTER), CheckpointError, f"{INDEX}: is a pointer file of Git LFS"),
+    "config is a pointer": (
+        write("config.json", POINTER),
+        ConfigError,
+        "config.json: is a pointer file of Git LFS",
+    ),
     "shard cut in its length": (cut(7), CheckpointError, "not a safetensors file"),
     "shard cut in its header": (cut(60), CheckpointError, "ends inside its header"),
     "shard cut in its payloads": (cut(200_000), CheckpointError, "has 200000 bytes, its header needs"),
@@ -256,76 +207,66 @@ def test_shard_truncated_anywhere(tmp_path: Path) -> None:
             open_checkpoint(tmp_path)
 
 
-def poisoned(name: str, value: float | int) -> Tensors:
-    tensor = WHOLE[name].clone()
-    flat = tensor.view(-1)
-    if tensor.dtype == torch.float8_e4m3fn:
-        flat.view(torch.uint8)[7] = int(value)
-    else:
-        flat[1] = value
-    return altered(**{name: tensor})
-
-
-@pytest.mark.parametrize(
-    ("stored", "asked", "value", "text"),
-    [
-        (W1, W1, 0x7F, "1 NaN codes"),
-        (W1, W1, 0xFF, "1 NaN codes"),
-        (W1_SCALE, W1, float("nan"), "not finite"),
-        (W1_SCALE, W1, float("inf"), "not finite"),
-        (W1_SCALE, W1, 3e38, "overflows"),
-        (NORM, NORM, float("-inf"), "1 of 256 values are not finite"),
-        ("model.layers.0.block_sparse_moe.gate.weight",) * 2 + (float("nan"), "1 of 768 values"),
-    ],
-)
-def test_poisoned_values(stored: str, asked: str, value: float, text: str, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(small_model.save(tmp_path, poisoned(stored, value)))
-    checkpoint.validate()
-    with pytest.raises(WeightError, match=text) as e:
-        checkpoint.weight(asked)
-    assert e.value.tensor == asked
-    assert ".safetensors" in (e.value.file or "")
-
-
-def test_weight_of_no_tensor(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(small_model.save(tmp_path, altered(count=torch.ones(2, dtype=torch.int32))))
-    with pytest.raises(CheckpointError, match="no such tensor"):
-        checkpoint.weight("nowhere")
-    with pytest.raises(WeightError, match="is I32"):
-        checkpoint.weight("count")
-
-
-def test_unvalidated_fp8_without_scale_is_refused(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(small_model.save(tmp_path, altered(**{W1_SCALE: None})))
-    with pytest.raises(WeightError, match="without an F32 block scale"):
-        checkpoint.weight(W1)
-
-
-def test_shard_cut_after_opening(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 5000, None])
+def test_a_shard_that_changes_after_opening_is_named(size: int | None, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE))
-    os.truncate(tmp_path / OTHER, 5000)
-    with pytest.raises(CheckpointError, match="ends inside this tensor"):
+    checkpoint.weight(NORM)
+    data = bytearray((tmp_path / OTHER).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / OTHER).write_bytes(data[:size])
+    for use in (
+        lambda: checkpoint.weight(NORM),
+        lambda: checkpoint.rows("lm_head.weight", 0, 2),
+        checkpoint.fingerprint,
+    ):
+        with pytest.raises(CheckpointError, match=f"{OTHER}: changed"):
+            use()
+
+
+def test_a_shard_whose_time_is_set_back_is_not_what_was_hashed(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE))
+    checkpoint.fingerprint()
+    before = (tmp_path / OTHER).stat()
+    data = bytearray((tmp_path / OTHER).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / OTHER).write_bytes(data)
+    os.utime(tmp_path / OTHER, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=f"{OTHER}: changed"):
         checkpoint.weight(NORM)
 
 
-def reference(content: Tensors, name: str) -> np.ndarray:
-    weight = content[name].float()
-    scale = content.get(name + "_scale_inv")
-    if scale is not None:
-        rows, cols = weight.shape
-        weight = weight * scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
-    return weight.numpy()
+def test_a_config_that_changes_after_opening_is_named(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"rope_theta": 1e4}))
+    with pytest.raises(ConfigError, match=r"config\.json: changed"):
+        checkpoint.fingerprint()
 
 
-@pytest.mark.parametrize("shards", [1, 2, 5])
-def test_weights(shards: int, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE, shards))
-    checkpoint.validate()
-    assert len(checkpoint.shards) == shards
-    for name in (n for n in WHOLE if not n.endswith("_scale_inv")):
-        weight = checkpoint.weight(name)
-        assert weight.dtype == np.float32
-        assert np.array_equal(weight, reference(WHOLE, name)), name
+def test_a_tokenizer_that_changes_after_it_was_read_is_named(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE))
+    assert checkpoint.side_file("tokenizer.json") == tmp_path / "tokenizer.json"
+    (tmp_path / "tokenizer.json").write_text('{"other": 1}')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: changed"):
+        checkpoint.fingerprint()
+
+
+def test_the_index_decides_against_a_stray_single_file(tmp_path: Path) -> None:
+    folder = small_model.save(tmp_path, WHOLE)
+    save_file(altered(**{NORM: WHOLE[NORM] + 9}), tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.shards == (SHARD, OTHER)
+    assert np.array_equal(checkpoint.weight(NORM), WHOLE[NORM].float().numpy())
+    (said,) = checkpoint.notes
+    assert "model.safetensors is not read" in said
+
+
+def test_an_index_of_one_file_is_no_stray(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(WHOLE, tmp_path / "model.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(WHOLE, "model.safetensors")}))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.shards == ("model.safetensors",)
+    assert checkpoint.notes == ()
 
 
 def test_single_file_and_sides(tmp_path: Path) -> None:
@@ -342,7 +283,9 @@ def test_single_file_and_sides(tmp_path: Path) -> None:
 
 def test_fingerprint_changes_with_a_byte(tmp_path: Path) -> None:
     before = open_checkpoint(small_model.save(tmp_path / "a", WHOLE)).fingerprint()
-    after = open_checkpoint(small_model.save(tmp_path / "b", poisoned(NORM, 9))).fingerprint()
+    after = open_checkpoint(
+        small_model.save(tmp_path / "b", altered(**{NORM: WHOLE[NORM] + 9}))
+    ).fingerprint()
     assert [name for name in before if before[name] != after[name]] == [OTHER]
 
 

@@ -1,0 +1,134 @@
+"""A checkpoint in a local folder: `model.safetensors`, or shards and their index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError, MqError
+from ..unchanged import UnchangedFile
+from .documents import check_index, load_config, load_index
+from .inventory import check_inventory, left_out
+from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
+from .safetensors_file import TensorInfo, by_name, header_of, payload_of, some
+from .source import F32, U8
+from .stated_hash import check_stated_hash
+from .weights import TensorReader
+
+HASHERS = 4
+"""Files hashed at a time: a full checkpoint is read at the speed of the disk."""
+
+
+class Checkpoint:
+    """A checkpoint in a folder, which nobody may change while it is open. Safe for several threads.
+
+    Opening reads config.json and all shard headers and raises ConfigError or CheckpointError. Where an index and a
+    `model.safetensors` lie side by side, the index decides, and `notes` says so.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(
+                "is not a folder", file=path, hint="--source takes a checkpoint folder or a hub repository"
+            )
+        self._files: dict[str, UnchangedFile] = {}
+        self.raw_config, self.config = load_config(self._file(CONFIG, ConfigError))
+        indexed = (self.path / INDEX).is_file() or not (self.path / SINGLE).is_file()
+        weight_map = load_index(self._file(INDEX)) if indexed else dict[str, str]()
+        self.shards: tuple[str, ...] = tuple(sorted(set(weight_map.values()))) or (SINGLE,)
+        self._refuse_missing()
+        self.tensors: Mapping[str, TensorInfo] = by_name(map(self._header, self.shards), self.path)
+        if weight_map:
+            check_index(weight_map, self.tensors, self._file(INDEX))
+        apart = left_out(self.tensors, self.config)
+        self.skipped_mtp = apart.mtp
+        stray = SINGLE not in self.shards and (self.path / SINGLE).is_file()
+        strays = (f"{self.path / SINGLE} is not read: {INDEX} names other shards",) if stray else ()
+        self.notes = (*strays, *apart.notes())
+        self._reader = TensorReader(self.tensors, self.config, self._read, self.path)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        return {"folder": self.path.resolve().name}
+
+    def validate(self) -> None:
+        """Check the whole inventory against the config on metadata alone; CheckpointError names what is wrong."""
+        check_inventory(self.tensors, self.config, self.path)
+
+    def side_file(self, name: str) -> Path | None:
+        """The path of one of SIDE_FILES, or None where the folder has none."""
+        if name not in SIDE_FILES:
+            raise ValueError(f"{name!r} is not a side file of a checkpoint")
+        return self._file(name).path if (self.path / name).is_file() else None
+
+    def schedule(self, names: Sequence[str]) -> None:
+        """Nothing to prepare: local tensors can be read in any order."""
+
+    def weight(self, name: str) -> F32:
+        """As `Source.weight`."""
+        return self._reader.weight(name)
+
+    def rows(self, name: str, low: int, high: int) -> F32:
+        """As `Source.rows`."""
+        return self._reader.rows(name, low, high)
+
+    def stored(self, name: str) -> tuple[U8, F32]:
+        """As `Source.stored`."""
+        return self._reader.stored(name)
+
+    def release(self, name: str) -> None:
+        """Nothing to give back: no tensor is kept."""
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """{file name: {bytes, sha256}} of config, side files and shards; reads every byte of them.
+
+        Raises CheckpointError where a file is not what huggingface_hub states that it fetched.
+        """
+        sides = [n for n in SIDE_FILES if (self.path / n).is_file()]
+        files = {name: self._file(name) for name in (CONFIG, *sides, *self.shards)}
+        with ThreadPoolExecutor(HASHERS) as pool:
+            return dict(zip(files, pool.map(_record, files.values()), strict=True))
+
+    def disk_bytes(self) -> int:
+        """Nothing is fetched."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _file(self, name: str, error: type[MqError] = CheckpointError) -> UnchangedFile:
+        """One file of the folder, whose state is noted when it is first asked for."""
+        if name not in self._files:
+            hint = "is this the folder of a checkpoint?"
+            self._files[name] = UnchangedFile(self.path / name, error, hint)
+        return self._files[name]
+
+    def _refuse_missing(self) -> None:
+        missing = [s for s in self.shards if not (self.path / s).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} of {len(self.shards)} shards are missing: {some(missing)}",
+                file=self.path,
+                hint="fetch the missing shards",
+            )
+
+    def _header(self, shard: str) -> list[TensorInfo]:
+        file = self._file(shard)
+        return file.read(lambda f: header_of(f, file.path))
+
+    def _read(self, info: TensorInfo) -> U8:
+        file = self._file(info.shard)
+        return file.read(lambda f: payload_of(f, info, file.path))
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint folder; raises ConfigError or CheckpointError."""
+    return Checkpoint(path)
+
+
+def _record(file: UnchangedFile) -> dict[str, Any]:
+    check_stated_hash(file)
+    return file.record()
