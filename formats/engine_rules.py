@@ -33,7 +33,9 @@ RULES: Mapping[Role, Rule] = {
     "attn": Rule(_Q8, "attention must be Q8F16: its inputs are not rotated"),
 }
 
-ONE_FORMAT = "the engine reads the format of a layer's gate and up, and of its down, from expert 0: keep them equal"
+ONE_FORMAT = (
+    "the engine reads the format of a layer's gate and up, and of its down, from expert 0: keep them equal"
+)
 
 
 def refused(spec: TensorSpec, quant_type: int) -> str | None:
