@@ -33,7 +33,7 @@ from mq_quant.quantize.encode.encoders import LANES, DeviceCoder, on_device
 from mq_quant.quantize.encode.layer_encoder import CPU, Coder, FitSettings, LayerEncoder, MatrixTask
 from numpy.typing import NDArray
 
-FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ4-Lloyd", "MQ6")
+FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ6")
 FITS = ("exact", "hessian", "calibrated")
 HIDDEN, INTERMEDIATE, EXPERTS = 3072, 1536, 16
 MATRICES, CPU_RUNS = 32, 3

@@ -32,7 +32,7 @@ from mq_quant.lloyd.hessian.group import from_diagonal
 from mq_quant.lloyd.hessian.row import from_weights
 from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
 
-FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ4-Lloyd", "MQ6")
+FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ6")
 FITS = ("reference", "exact", "hessian")
 HIDDEN, INTERMEDIATE, EXPERTS = 3072, 1536, 16
 

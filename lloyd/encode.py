@@ -13,7 +13,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats.blocks import AffineFormat, FloatFormat, Format, LloydFormat, Q8Format
+from ..formats.blocks import (
+    MQ2_LLOYD,
+    MQ3_LLOYD,
+    MQ4,
+    MQ6,
+    AffineFormat,
+    FloatFormat,
+    Format,
+    LloydFormat,
+    Q8Format,
+)
 from ..formats.fwht import SIGNS2
 from . import engine_quantiser as reference
 from .codes.descent import shake_signs
@@ -28,6 +38,9 @@ Fit = Literal["reference", "exact", "hessian"]
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
+Rotated = LloydFormat | AffineFormat
+ENCODED: tuple[Rotated, ...] = (MQ4, MQ6, MQ2_LLOYD, MQ3_LLOYD)
+"""The rotated formats that are encoded: those in which the engine runs experts. MQ4-Lloyd is only decoded."""
 SHAKES = shake_signs(ROUNDS * SWEEPS)
 _NO_CODES = np.empty((0, GROUP), np.uint8)
 
@@ -63,6 +76,8 @@ def encode_rotated(
     """
     if not isinstance(fmt, LloydFormat | AffineFormat):
         raise TypeError(f"{fmt.name} is not a rotated format")
+    if fmt not in ENCODED:
+        raise TypeError(f"{fmt.name} is only decoded")
     count, groups = len(rows), rows.shape[1] // GROUP
     out = np.empty((count, groups, fmt.group_bytes), np.uint8)
     codes = np.zeros((count, GROUP), np.uint8)
@@ -96,7 +111,7 @@ def partial_gains(unbiased: F32, gain: float) -> F32:
     return np.asarray(unbiased / (one + np.float32(1 - gain) * (unbiased - one)), np.float32)
 
 
-def _plain_group(rows: F32, column: int, fmt: LloydFormat | AffineFormat, fit: Fit, codes: U8) -> U8:
+def _plain_group(rows: F32, column: int, fmt: Rotated, fit: Fit, codes: U8) -> U8:
     if fit == "reference":
         if isinstance(fmt, AffineFormat):
             return fmt.pack(*reference.affine(rows[:, column : column + GROUP], fmt.levels))
@@ -112,9 +127,7 @@ def _plain_group(rows: F32, column: int, fmt: LloydFormat | AffineFormat, fit: F
     return _pack(fmt, stored, codes)
 
 
-def _hessian_group(
-    rows: F32, column: int, fmt: LloydFormat | AffineFormat, h: GroupHessian, codes: U8
-) -> tuple[F32, F32]:
+def _hessian_group(rows: F32, column: int, fmt: Rotated, h: GroupHessian, codes: U8) -> tuple[F32, F32]:
     """Stored levels of one group under its Hessian, and each row's gain f32 [R]; codes u8 [R, 256] are written."""
     grid = isinstance(fmt, AffineFormat)
     levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=h.nearly_white))
@@ -128,7 +141,7 @@ def _hessian_group(
     return stored, gains
 
 
-def _initial_levels(rows: F32, column: int, fmt: LloydFormat | AffineFormat, exact: bool) -> F32:
+def _initial_levels(rows: F32, column: int, fmt: Rotated, exact: bool) -> F32:
     """Centroids f32 [R, K], or (zero, scale) f32 [R, 2], best in plain squared error."""
     if isinstance(fmt, AffineFormat):
         params = np.empty((len(rows), 2), np.float32)
@@ -139,14 +152,14 @@ def _initial_levels(rows: F32, column: int, fmt: LloydFormat | AffineFormat, exa
     return levels
 
 
-def _stored(fmt: LloydFormat | AffineFormat, levels: F32) -> F32:
+def _stored(fmt: Rotated, levels: F32) -> F32:
     """Levels, or (zero, scale), rounded to the precision in which the format stores them, as f32."""
     if isinstance(fmt, AffineFormat):
         return levels.astype(np.float32)
     return np.clip(levels, -F16_MAX, F16_MAX).astype(np.float16).astype(np.float32)
 
 
-def _expand(fmt: LloydFormat | AffineFormat, stored: F32) -> F32:
+def _expand(fmt: Rotated, stored: F32) -> F32:
     """All levels f32 [R, K], computed as the decoder computes them."""
     if isinstance(fmt, AffineFormat):
         steps = np.arange(fmt.levels, dtype=np.float32)
@@ -154,7 +167,7 @@ def _expand(fmt: LloydFormat | AffineFormat, stored: F32) -> F32:
     return np.ascontiguousarray(stored)
 
 
-def _pack(fmt: LloydFormat | AffineFormat, stored: F32, codes: U8) -> U8:
+def _pack(fmt: Rotated, stored: F32, codes: U8) -> U8:
     if isinstance(fmt, AffineFormat):
         return fmt.pack(np.ascontiguousarray(stored[:, 1]), np.ascontiguousarray(stored[:, 0]), codes)
     return fmt.pack(stored.astype(np.float16), codes)

@@ -18,6 +18,7 @@ from ...formats.errors import BackendError
 from ...formats.fwht import SIGNS1, SIGNS2
 from ...lloyd.codes.descent import shake_signs
 from ...lloyd.constants import BOTH_ENDS, GRID_STEPS, GROUP, ONE_END, ROUNDS, SHAKE, SWEEPS, WHITE_RATIO
+from ...lloyd.encode import ENCODED, Rotated
 from ...lloyd.levels.kmeans import gaussian_bounds
 from ..runtime.block_table import BLOCK_THREADS, WAVE
 from ..runtime.host import Argument, Backend, Buffer
@@ -29,7 +30,6 @@ SLOTS = 3
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
-Rotated = LloydFormat | AffineFormat
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +133,8 @@ class Encoder:
         self._both_ends, self._one_end = (
             backend.upload(np.array(ends, np.float32)) for ends in (BOTH_ENDS, ONE_END)
         )
-        self._quantiles = {
-            count: backend.upload(gaussian_bounds(count).astype(np.int32)) for count in (4, 8, 16)
-        }
+        books = {fmt.levels for fmt in ENCODED if isinstance(fmt, LloydFormat)}
+        self._quantiles = {count: backend.upload(gaussian_bounds(count).astype(np.int32)) for count in books}
         self._slots: list[_Slot] = []
 
     def encode(
@@ -154,6 +153,8 @@ class Encoder:
         """
         if fit not in ("exact", "hessian"):
             raise BackendError(f"the fit {fit!r} does not run on a device")
+        if fmt not in ENCODED:
+            raise BackendError(f"{fmt.name} is only decoded")
         count, columns = weights.shape
         if not weights.size:
             return np.empty(0, np.uint8)

@@ -39,7 +39,7 @@ POINTERS = {
     "uint32_t*": "uint32",
     "double*": "float64",
 }
-_BOOKS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4-Lloyd")
+_BOOKS = ("MQ2-Lloyd", "MQ3-Lloyd")
 _GRIDS = ("MQ4", "MQ6")
 PER_FORMAT: Mapping[str, tuple[str, ...]] = {
     "matrix.hip": tuple(BY_NAME),

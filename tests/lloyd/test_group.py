@@ -14,7 +14,7 @@ from mq_quant.lloyd.levels.affine import affine_rows
 from mq_quant.lloyd.levels.kmeans import kmeans_rows
 
 ROWS = 37
-CASES = [(4, False), (8, False), (16, False), (16, True), (64, True)]
+CASES = [(4, False), (8, False), (16, True), (64, True)]
 
 
 def initial(rows: np.ndarray, count: int, grid: bool) -> np.ndarray:

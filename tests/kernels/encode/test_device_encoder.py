@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from hostile_rows import HOSTILE, IMPORTANCES
 from lanes_problem import heavy_rows, unequal_weights
-from mq_quant.formats.blocks import BY_NAME, MQ2_LLOYD, MQ4
+from mq_quant.formats.blocks import MQ2_LLOYD, MQ4, MQ4_LLOYD
 from mq_quant.formats.errors import BackendError
 from mq_quant.formats.fwht import rotate, unrotate
 from mq_quant.kernels.encode.device_encoder import Encoder, HostHessian
-from mq_quant.lloyd.encode import encode_rotated
+from mq_quant.lloyd.encode import ENCODED, encode_rotated
 from mq_quant.lloyd.hessian.row import RowHessian, from_moment, from_weights
 from mq_quant.quantize.encode.encoders import on_device
 
-FORMATS = [f for f in BY_NAME.values() if f.rotated]
+FORMATS = ENCODED
 K = 512
 KINDS = ("none", "unequal", "nearly equal", "dense")
 
@@ -115,3 +115,8 @@ def test_no_rows_are_no_bytes(encoder):
 def test_the_engines_own_fit_is_refused(encoder):
     with pytest.raises(BackendError, match="'reference' does not run on a device"):
         encoder.encode(heavy_rows(1), MQ4, "reference")
+
+
+def test_a_format_that_is_only_decoded_is_refused(encoder):
+    with pytest.raises(BackendError, match="MQ4-Lloyd is only decoded"):
+        encoder.encode(heavy_rows(1), MQ4_LLOYD, "exact")
