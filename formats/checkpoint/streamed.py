@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError, HubError
 from ..hub.cache import cached, fetched, snapshot_of
-from ..hub.client import Hub, offline
+from ..hub.client import Hub
 from ..hub.files import snapshot
 from ..hub.repository import Repository
+from ..hub.settings import offline
 from ..unchanged import UnchangedFile
 from .documents import check_index, load_config, load_index
 from .inventory import check_inventory, left_out

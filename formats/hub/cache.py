@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import HubError
 from .client import Hub
 from .repository import Remote, Repository
+from .settings import cache_folder
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -72,6 +73,4 @@ def _place(repository: Repository, remote: Remote) -> Path:
 
 
 def _folder(repository: Repository) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / "--".join(("models", *repository.name.split("/")))
+    return cache_folder() / "--".join(("models", *repository.name.split("/")))

@@ -20,11 +20,12 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urljoin
 
 from ..errors import HubError
+from . import settings
 from .answers import LOGIN, LOGIN_TRIES, RangeError, body_start
 from .endpoint import origin, parse_endpoint, shown
 from .patience import AgainError, Patience
 from .repository import CHUNK, Remote, Repository, parse_commit, parse_files
-from .session import Answer, ask
+from .session import Answer, Caller, ask, knock
 
 T = TypeVar("T")
 
@@ -36,18 +37,6 @@ LISTING_SECONDS = 20.0
 _NEXT = re.compile(r'<([^>]*)>\s*;[^,]*\brel\s*=\s*"?next\b')
 
 log = logging.getLogger(__name__)
-
-
-def offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids the network."""
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in (
-        "1",
-        "ON",
-        "YES",
-        "TRUE",
-    )
 
 
 class Hub:
@@ -66,7 +55,7 @@ class Hub:
         notify: Callable[[str], None] | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        self.endpoint = parse_endpoint(endpoint or _default_endpoint())
+        self.endpoint = parse_endpoint(endpoint or settings.address())
         self.stop = stop or threading.Event()
         self._patience = Patience(pause, self.stop, notify or log.warning)
 
@@ -145,14 +134,14 @@ class Hub:
             self._retried(what, attempt, gained)
             part.replace(target)
 
-    def ping(self, seconds: float) -> None:
-        """Ask once whether the hub's address answers at all; HubError where it does not."""
+    def ping(self, seconds: float) -> str:
+        """Ask once whether anything answers at the hub's address; the address, without secrets. Raises HubError."""
         where = shown(self.endpoint.url)
         try:
-            with ask(self.endpoint, self.endpoint.url, where, self._patience, read=seconds):
-                return
+            knock(self._caller(where, seconds))
         except AgainError as e:
             raise HubError(e.problem, file=where, hint=e.hint) from None
+        return where
 
     def _attempt(self, repository: Repository, remote: Remote, part: Path, whole: bool) -> None:
         """Bring `part` to the remote's size and check its hash; with `whole`, ask for no range."""
@@ -199,13 +188,10 @@ class Hub:
         self, repository: Repository, remote: Remote, start: int, stop: int, whole: bool
     ) -> Iterator[tuple[int, Answer]]:
         """The answer that brings bytes start to stop, and the place in the file of its first byte: `start` or 0."""
-        from huggingface_hub import constants
-
         what = f"{repository.name}/{remote.name}"
         url = f"{self.endpoint.url}/{quote(repository.name)}/resolve/{repository.commit}/{quote(remote.name)}"
         span = None if whole or (start, stop) == (0, remote.size) else f"bytes={start}-{stop - 1}"
-        seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        with ask(self.endpoint, url, what, self._patience, span=span, read=seconds) as answer:
+        with ask(self._caller(what, settings.read_seconds()), url, span) as answer:
             for commit in answer.commits:
                 if commit != repository.commit:
                     problem = f"the hub answered for revision {commit[:12]}, not {repository.commit[:12]}"
@@ -224,7 +210,7 @@ class Hub:
 
         def attempt() -> tuple[Any, Mapping[str, str]]:
             data = bytearray()
-            with ask(self.endpoint, url, what, self._patience, read=LISTING_SECONDS) as answer:
+            with ask(self._caller(what, LISTING_SECONDS), url) as answer:
                 for chunk in answer.chunks:
                     data.extend(chunk)
                     if len(data) > LISTING_BYTES:
@@ -254,6 +240,9 @@ class Hub:
                 url = self.endpoint.url + "/api/" + url.partition("/api/")[2]
         raise HubError(f"the hub's list of files has more than {LISTING_PAGES} pages", file=what)
 
+    def _caller(self, what: str, seconds: float) -> Caller:
+        return Caller(self.endpoint, what, self._patience, seconds)
+
     def _retried(self, what: str, attempt: Callable[[], T], gained: Callable[[], int] = lambda: 0) -> T:
         return self._patience.retried(what, shown(self.endpoint.url), attempt, gained)
 
@@ -261,12 +250,6 @@ class Hub:
 _MIRROR = (
     "the server's copy is not the file that the hub lists; if HF_ENDPOINT names a mirror, try the hub itself"
 )
-
-
-def _default_endpoint() -> str:
-    from huggingface_hub import constants
-
-    return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
 
 
 def _entries(what: str, value: Any) -> list[Any]:

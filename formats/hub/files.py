@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..errors import HubError
 from .cache import fetched
-from .client import Hub, offline
+from .client import Hub
+from .settings import offline
 
 _NOT_CACHED = "is not in the cache, and HF_HUB_OFFLINE is set"
 

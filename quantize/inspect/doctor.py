@@ -1,6 +1,6 @@
 """`mq-quant doctor`: what this machine has, each with its version and what it means for mq-quant.
 
-Every probe is a plain function that returns a finding; none fails the others. Depends on nothing of ours but errors.
+Every probe is a plain function that returns a finding; none fails the others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
+
+from ...formats.errors import HubError
 
 COMPILERS = ("c++", "g++", "clang++")
 HIP_COMPILER = "hipcc"
@@ -122,19 +124,18 @@ def _memory() -> Finding:
 
 
 def _hub() -> Finding:
-    import urllib.error
-    import urllib.request
+    from ...formats.hub.client import Hub
+    from ...formats.hub.settings import offline
 
-    where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "ON", "YES", "TRUE"):
+    if offline():
         return Finding("hub", "limited", "offline mode", "only local folders and what is cached can be built")
     began = time.monotonic()
     try:
-        urllib.request.urlopen(urllib.request.Request(where, method="HEAD"), timeout=HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # it answered, which is all that is asked here
-    except (OSError, ValueError) as e:
-        return Finding("hub", "limited", f"{where} cannot be reached: {e}", "only local folders can be built")
+        where = Hub().ping(HUB_SECONDS)
+    except HubError as e:
+        return Finding(
+            "hub", "limited", f"{e.file}: {e.problem}", f"only local folders can be built; {e.hint}"
+        )
     took = time.monotonic() - began
     return Finding("hub", "ok", f"{where} answers in {took:.2f} s", "checkpoints can be streamed from it")
 

@@ -7,11 +7,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from huggingface_hub import constants
 from mq_quant.quantize.inspect import doctor
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # what was set when huggingface_hub was imported
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
@@ -64,3 +66,19 @@ def test_a_hub_that_does_not_answer_is_a_limit(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     assert found("hub")["state"] == "limited"
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://worker:open-sesame@127.0.0.1:9", "http://worker:open-sesame@[::1", "ftp://open-sesame@h"],
+)
+def test_the_password_of_a_mirror_is_not_shown(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert "sesame" not in str(found("hub"))
+
+
+@pytest.mark.parametrize("value", ["true", "Yes", "on", "1"])
+def test_offline_mode_has_several_words(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    assert found("hub")["found"] == "offline mode"
