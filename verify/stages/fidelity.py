@@ -1,9 +1,9 @@
-"""Stage 3: every stored matrix against the dequantised source: weight SNR, output-weighted SNR, and the slope.
+"""Stage 3: every stored tensor against the dequantised source: weight SNR, output-weighted SNR, and the slope.
 
 Output-weighted energies count each input channel with its E[x²] from the imatrix: Σ d·(w − ŵ)² is the expected error
-of the output. The slope of ŵ on w (also weighted) is 1 but for the encoder's shrinkage; tensors that were swapped have
-a slope of 0, and a scale that is off shows in it directly. The bars below only tell faults from noise: quality is
-judged by the forward stage. Depends on formats and decoded.
+of the output. The slope of ŵ on w, weighted too, is 1 but for the encoder's shrinkage; swapped tensors have a slope of
+0, and a wrong scale shows in the slope directly. The bounds below only tell faults from noise; the forward stage judges
+quality. Zeros that equal the source's zeros prove nothing and are not scored.
 """
 
 from __future__ import annotations
@@ -59,11 +59,18 @@ class Fidelity:
 
     @property
     def snr(self) -> float:
+        """Signal to noise of the weights, in dB."""
         return snr_db(self.signal, self.noise)
 
     @property
     def output_snr(self) -> float:
+        """Signal to noise of the output, in dB."""
         return snr_db(self.weighted_signal, self.weighted_noise)
+
+    @property
+    def only_zeros(self) -> bool:
+        """Whether both sides hold nothing but zeros, so that their ratio says nothing."""
+        return self.signal == 0 and self.noise == 0
 
     @property
     def slope(self) -> float:
@@ -74,6 +81,7 @@ class Fidelity:
 
 
 ROWS = 1 << 22
+"""Weights that are compared at a time."""
 
 
 def measure(source: F32, decoded: F32, importance: F32 | None) -> Fidelity:
@@ -124,13 +132,17 @@ def check_fidelity(
     imatrix: Imatrix | None,
     tensors: Sequence[TensorEntry] | None = None,
 ) -> Stage:
-    """Measure the file's tensors (or only `tensors`) against the source; a problem is one under its format's floor."""
+    """Measure the file's tensors (or only `tensors`) against the source.
+
+    A tensor under its format's floor is a problem, and so is one of nothing but zeros, but for a routing bias: a fresh
+    model's may be zero. Such a bias is noted and not scored.
+    """
     chosen = {entry.name for entry in (file.entries if tensors is None else tensors)}
     importance, stored = ChannelImportance(imatrix, cfg), DecodedFile(file)
     folds = RecoveredFolds(source.weight, stored.weight) if folds_down(file) else None
     problems: list[str] = []
     rows: dict[tuple[int, str], _Row] = {}
-    seen = 0
+    seen = zero_biases = 0
     for spec in inventory(cfg):
         if spec.name not in chosen or spec.name not in file:
             continue
@@ -146,6 +158,9 @@ def check_fidelity(
         else:
             fidelity = reduce(add, parts)
             seen += 1
+            if fidelity.only_zeros and spec.role == "bias":
+                zero_biases += 1
+                continue
             problems += [f"{spec.name}: {text}" for text in _problems(fidelity, fmt, _sidecar(file, spec))]
             key = (-1 if spec.layer is None else spec.layer, _projection(spec))
             rows.setdefault(key, _Row(fmt)).add(spec.name, fidelity)
@@ -154,7 +169,8 @@ def check_fidelity(
         for (layer, projection), row in sorted(rows.items())
     ]
     values: dict[str, Any] = {"weighted": imatrix is not None, "rows": table}
-    return Stage("fidelity", seen, "tensors", tuple(problems), (), values)
+    notes = (f"{zero_biases} routing biases hold only zeros, as in the source; they are not scored",)
+    return Stage("fidelity", seen, "tensors", tuple(problems), notes if zero_biases else (), values)
 
 
 def _pairs(
@@ -190,7 +206,12 @@ def _projection(spec: TensorSpec) -> str:
 def _problems(fidelity: Fidelity, fmt: str, sidecar: str | None) -> Iterator[str]:
     where = f" (its scale is {sidecar})" if sidecar else ""
     low, high = SLOPES.get(fmt, SLOPE)
-    if not fidelity.output_snr >= FLOORS[fmt]:
+    if fidelity.only_zeros:
+        yield (
+            "holds only zeros, and so does the source: a matrix or norm of zeros is a hole in the checkpoint;"
+            " fetch its shard again, and build again"
+        )
+    elif not fidelity.output_snr >= FLOORS[fmt]:
         yield (
             f"{fmt} against the source has an SNR of {fidelity.output_snr:.1f} dB, under {FLOORS[fmt]:.0f} dB:"
             f" these are not the source's weights{where}"

@@ -91,6 +91,48 @@ def test_a_folded_scale_is_recovered_and_undone(build: Build, checkpoint: Checkp
     assert rows[0, "w2"]["snr_db"] > 9 and rows[0, "w3"]["snr_db"] > 12
 
 
+class Holed:
+    """A source in which some tensors hold nothing but zeros."""
+
+    def __init__(self, source: Checkpoint, *names: str) -> None:
+        self.source, self.names = source, names
+
+    def weight(self, name: str) -> np.ndarray:
+        return self.source.weight(name) * np.float32(name not in self.names)
+
+
+def zeroed(*names: str) -> Any:
+    def change(metadata: dict[str, Any], tensors: Tensors) -> None:
+        for name in names:
+            by_name(tensors)[name][:] = 0
+
+    return change
+
+
+@pytest.mark.parametrize("hole", [expert_name(1, 2, "w2"), "model.layers.0.input_layernorm.weight"])
+def test_zeros_that_equal_the_sources_zeros_are_no_proof(
+    build: Build, checkpoint: Checkpoint, hole: str
+) -> None:
+    with open_hfq(build("MQ2-Lloyd", "MQ4", change=zeroed(hole))) as file:
+        stage = check_fidelity(file, Holed(checkpoint, hole), checkpoint.config, None)
+    assert not stage.ok
+    assert [text for text in stage.complaints if "zeros" in text] == list(stage.complaints)
+    assert stage.complaints[0].startswith(f"{hole}: holds only zeros")
+
+
+def test_a_routing_bias_of_zeros_is_noted_and_not_scored(build: Build, checkpoint: Checkpoint) -> None:
+    bias = "model.layers.0.block_sparse_moe.e_score_correction_bias"
+    with open_hfq(build("MQ2-Lloyd", "MQ4", change=zeroed(bias))) as file:
+        stage = check_fidelity(file, Holed(checkpoint, bias), checkpoint.config, None)
+        against_others = check_fidelity(file, checkpoint, checkpoint.config, None)
+    assert stage.ok, stage.complaints
+    assert stage.notes == ("1 routing biases hold only zeros, as in the source; they are not scored",)
+    rows = [(row["layer"], row["projection"]) for row in stage.values["rows"]]
+    assert (1, "block_sparse_moe.e_score_correction_bias") in rows
+    assert (0, "block_sparse_moe.e_score_correction_bias") not in rows
+    assert not against_others.ok, "zeros in place of the source's values are a fault"
+
+
 def test_every_matrix_has_its_row(build: Build, checkpoint: Checkpoint) -> None:
     with open_hfq(build("MQ3-Lloyd", "MQ6")) as file:
         stage = check_fidelity(
