@@ -1,4 +1,4 @@
-"""Every example of the README: console blocks are run in order, other lines are parsed against the real options."""
+"""Every example of the README and of docs/: console blocks are run in order, others are parsed against the options."""
 
 from __future__ import annotations
 
@@ -13,32 +13,47 @@ from mq_quant.quantize.cli.app import app, main
 from mq_quant.quantize.spec.estimates import tier_table
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 EXIT_CODE = re.compile(r"# exit code (\d)")
 
 
-def lines(kind: str) -> list[str]:
-    blocks = (block for name, block in BLOCKS if name == kind)
+def lines(kind: str) -> list[tuple[str, str]]:
+    """(page, command) of every example in blocks of that kind, in order."""
     return [
-        line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")
+        (page, line.removeprefix("$ "))
+        for page, text in PAGES.items()
+        for name, block in BLOCK.findall(text)
+        if name == kind
+        for line in block.splitlines()
+        if line.startswith("$ ")
     ]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("readme")
-    for kind, block in BLOCKS:
-        if kind == "yaml" and (name := re.match(r"# ([\w.-]+\.yaml)\n", block)):
-            (path / name[1]).write_text(block)
-    return path
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each page, with the recipes that the page shows."""
+    made = {}
+    for page, text in PAGES.items():
+        made[page] = tmp_path_factory.mktemp("examples")
+        for kind, block in BLOCK.findall(text):
+            if kind == "yaml" and (name := re.match(r"# ([\w.-]+\.yaml)\n", block)):
+                (made[page] / name[1]).write_text(block)
+    return made
 
 
-@pytest.mark.parametrize("line", lines("console"))
+@pytest.mark.parametrize(("page", "line"), lines("console"))
 def test_console_examples_run(
-    line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str,
+    line: str,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(folders[page])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     program, *arguments = shlex.split(line, comments=True)
     assert program == "mq-quant"
@@ -52,8 +67,8 @@ def test_console_examples_run(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("line", lines("sh"))
-def test_other_examples_name_real_commands_and_options(line: str) -> None:
+@pytest.mark.parametrize(("page", "line"), lines("sh"))
+def test_other_examples_name_real_commands_and_options(page: str, line: str) -> None:
     program, name, *arguments = shlex.split(line, comments=True)
     assert program == "mq-quant"
     group = typer.main.get_command(app)
@@ -63,19 +78,27 @@ def test_other_examples_name_real_commands_and_options(line: str) -> None:
         command.make_context(name, arguments, parent=context)
 
 
+def test_the_table_of_commands_names_every_command() -> None:
+    listed = re.findall(r"^\| `([\w-]+)` \| \w.*\|$", PAGES["README.md"], re.MULTILINE)
+    assert sorted(name for name in listed if not name.startswith("mq")) == sorted(
+        typer.main.get_command(app).commands
+    )  # type: ignore[attr-defined]
+
+
 def test_the_table_of_tiers_is_what_the_program_says() -> None:
     for row in tier_table().tiers:
-        (stated,) = re.findall(rf"^\| `{row.tier}` \|(.*)\|$", TEXT, re.MULTILINE)
+        (stated,) = re.findall(rf"^\| `{row.tier}` \|(.*)\|$", PAGES["README.md"], re.MULTILINE)
         *_, size, memory = (cell.strip() for cell in stated.split("|"))
         assert size == f"{row.total_bytes / 1e9:.1f} GB"
         assert memory == row.memory
 
 
-def test_links_lead_somewhere() -> None:
-    titles = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    titles = re.findall(r"^#+ (.*)$", PAGES[page], re.MULTILINE)
     headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         if target.startswith("#"):
             assert target[1:] in headings, target
         elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert ((ROOT / page).parent / target).exists(), target
