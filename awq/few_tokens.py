@@ -1,8 +1,8 @@
-"""Moments of too few tokens, backed by an imatrix: what was seen stays, what it is shrunk toward comes from there.
+"""Moments of too few tokens lean on an imatrix: they are shrunk toward it by the number of their tokens.
 
-A second moment of K channels needs some tokens per channel, an imatrix's diagonal far fewer, and it usually comes of
-more text. So an expert's thin down moment is shrunk toward its own energies in the imatrix on the layer's correlations,
-and a layer's thin gate/up moment toward the imatrix's energies alone. Depends on importance and numpy; f64 throughout.
+A second moment of K channels needs several tokens per channel. The diagonal in an imatrix needs far fewer, and usually
+comes from more text. So an expert's moment at down is shrunk toward its own energies in the imatrix, on the layer's
+correlations; a layer's moment at gate and up is shrunk toward the energies in the imatrix alone. All arithmetic is f64.
 """
 
 from __future__ import annotations
@@ -11,28 +11,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .importance import F64, Importance, LayerImportance
+from .from_imatrix import SHOWN_EXPERTS, ImatrixLayer
+from .importance import F64, Importance
 
 TOKENS_PER_CHANNEL = 4
-"""Fewer tokens than this times the width make a moment thin. On a trained model of width 256 (README, Calibration) the
-imatrix behind it lowered KLD by 14 % where experts had 0.5 tokens per channel, by 2 % at 2 and by nothing from 8 on."""
-KAPPA = 256.0
-"""Tokens that the imatrix is worth behind a thin moment."""
+"""A moment of fewer tokens than this times its width leans on the imatrix. On a trained model of width 256 (README,
+Calibration) that lowered KLD by 14 % where experts had 0.5 tokens per channel, by 2 % at 2 and by nothing from 8 on."""
+BACKING_PRIOR = 256.0
+"""κ: the tokens that the imatrix is worth behind such a moment."""
 
 
 def limit(width: int) -> int:
-    """The fewest tokens from which a moment of this width stands alone."""
+    """The fewest tokens with which a moment of this width does not lean on an imatrix."""
     return TOKENS_PER_CHANNEL * width
 
 
-def shrunk(moment: F64, count: float, prior: F64, kappa: float = KAPPA) -> F64:
+def shrunk(moment: F64, count: float, prior: F64, kappa: float = BACKING_PRIOR) -> F64:
     """(n·M + κ·P) / (n + κ), f64 [K, K]."""
     out: F64 = (count * moment + kappa * prior) / (count + kappa)
     return out
 
 
 def on_correlations(pooled: F64, diagonal: F64) -> F64:
-    """The moment f64 [K, K] of this diagonal [K] and the correlations of `pooled`, none for channels silent there."""
+    """The moment f64 [K, K] of this diagonal f64 [K] and the correlations of `pooled` f64 [K, K].
+
+    A channel that is silent in `pooled` correlates with no other.
+    """
     known = np.diag(pooled)
     root = np.sqrt(np.divide(diagonal, known, out=np.zeros_like(known), where=known > 0))
     out: F64 = pooled * (root[:, None] * root)  # in this order it is symmetric to the last bit
@@ -40,8 +44,8 @@ def on_correlations(pooled: F64, diagonal: F64) -> F64:
     return out
 
 
-def backed_gate_up(own: Importance, imatrix: LayerImportance) -> Importance:
-    """A layer's gate/up moment of few tokens, shrunk toward the imatrix's mean energies over experts."""
+def backed_gate_up(own: Importance, imatrix: ImatrixLayer) -> Importance:
+    """A layer's moment at gate and up of few tokens, shrunk toward the mean over experts of the imatrix's energies."""
     assert own.moment is not None
     tokens = sum(float(imatrix.counts[p].sum()) for p in ("w1", "w3"))
     energies = (
@@ -54,7 +58,7 @@ def backed_gate_up(own: Importance, imatrix: LayerImportance) -> Importance:
 
 
 def thin_notes(layer: int, tokens: float, hidden: int, down_counts: F64, intermediate: int) -> Sequence[str]:
-    """What of a layer leans on the imatrix, in words."""
+    """Sentences on what of a layer leans on the imatrix; `down_counts` f64 [experts] are each expert's tokens."""
     notes = []
     if tokens < limit(hidden):
         notes.append(
@@ -62,7 +66,7 @@ def thin_notes(layer: int, tokens: float, hidden: int, down_counts: F64, interme
         )
     few = np.flatnonzero(down_counts < limit(intermediate)).tolist()
     if few:
-        named = ", ".join(map(str, few[:8])) + (", …" if len(few) > 8 else "")
+        named = ", ".join(map(str, few[:SHOWN_EXPERTS])) + (", …" if len(few) > SHOWN_EXPERTS else "")
         unseen = int((down_counts == 0).sum())
         notes.append(
             f"layer {layer} w2: experts {named} ({len(few)}) with fewer than {limit(intermediate)} tokens, "

@@ -1,8 +1,8 @@
 """Importances from a calibration folder: the same object as from an imatrix, with the second moment of every input.
 
-gate and up see the layer's moment over all tokens; down sees its own expert's, shrunk by its count toward the layer's.
-With an imatrix behind it, moments of too few tokens lean on that instead. Depends on importance and thin, and on
-formats (calibration, minimax) and numpy; all arithmetic is f64.
+At gate and up all experts share the layer's moment over all tokens. At down each expert has its own, shrunk by the
+number of its tokens toward the layer's. Where an imatrix is given too, moments of too few tokens lean on it instead.
+All arithmetic is f64.
 """
 
 from __future__ import annotations
@@ -19,42 +19,49 @@ from ..formats.minimax import ModelConfig
 from ..formats.statistics.moment_file import LayerFile, unpack_correlation, unpack_moment
 from ..formats.statistics.moment_folder import Calibration, SourceRecord, config_record, open_calibration
 from .few_tokens import backed_gate_up, limit, on_correlations, shrunk, thin_notes
-from .importance import F64, Importance, LayerImportance, ModelImportance
+from .from_imatrix import SHOWN_EXPERTS, ImatrixLayer, ImatrixModel
+from .importance import F64, Importance, summed_energy
 
-KAPPA = 256.0
-"""Tokens that the layer's down moment is worth: an expert seen n times keeps n / (n + κ) of its own."""
+MOMENT_PRIOR = 256.0
+"""κ: the tokens that the layer's moment at down is worth. An expert seen n times keeps n / (n + κ) of its own."""
 
 
 @dataclass(frozen=True)
-class CalibratedLayer(LayerImportance):
-    """One layer of a calibration folder; experts' moments are read when they are asked for. Thread-safe.
+class CalibratedLayer:
+    """One layer of a calibration folder. An expert's moment is read from the file each time that it is asked for.
 
-    `imatrix` stands behind moments of too few tokens, where it was given.
+    `diagonals` f64 [experts, K] and `counts` f64 [experts] are E[x²] and tokens per projection. `gate_up` is the
+    importance that w1 and w3 of all experts share, `down_pooled` f64 [I, I] the layer's moment at down. Moments of too
+    few tokens lean on `imatrix`, where it was given.
     """
 
+    layer: int
+    diagonals: dict[str, F64]
+    counts: dict[str, F64]
+    notes: tuple[str, ...]
     file: LayerFile
     gate_up: Importance
     down_pooled: F64 = field(repr=False)
-    imatrix: LayerImportance | None = None
+    imatrix: ImatrixLayer | None = None
 
     def of(self, expert: int, projection: str) -> Importance:
-        """The importance of one expert's matrix, with its moment; the same object for w1 and w3 of all experts."""
+        """The importance of one matrix, with its moment; the same object for w1 and w3 of all experts."""
         if projection != "w2":
             return self.gate_up
         count = float(self.counts["w2"][expert])
         moment = self._prior(expert, count)
         if count > 0 and "down.moment" in self.file.infos:
-            moment = shrunk(self._own(expert), count, moment, KAPPA)
+            moment = shrunk(self._own(expert), count, moment, MOMENT_PRIOR)
         return Importance(np.diag(moment).copy(), moment, count)
 
     def gate_up_energy(self) -> F64:
-        """As of an imatrix; of the one behind a layer of too few tokens."""
+        """Σ over experts of the summed squares at gate and up, f64 [hidden]; the imatrix's where tokens are few."""
         if self.imatrix is not None and self.gate_up.count < limit(len(self.gate_up.diagonal)):
             return self.imatrix.gate_up_energy()
-        return super().gate_up_energy()
+        return summed_energy(self.diagonals, self.counts)
 
     def _prior(self, expert: int, count: float) -> F64:
-        """E[x xᵀ] f64 [I, I] that an expert's own moment is shrunk toward, and that stands in where it has none."""
+        """E[x xᵀ] f64 [I, I] toward which an expert's own moment is shrunk, and which an expert without one takes."""
         if self.imatrix is None or count >= limit(len(self.down_pooled)):
             return self.down_pooled
         return on_correlations(self.down_pooled, self.imatrix.of(expert, "w2").diagonal)
@@ -72,11 +79,11 @@ def read_layer(
     config: ModelConfig,
     layer: int,
     record: Mapping[str, Any],
-    imatrix: LayerImportance | None = None,
+    imatrix: ImatrixLayer | None = None,
 ) -> CalibratedLayer:
-    """The importances in one layer's file; experts' own moments stay there until they are asked for.
+    """The importances in one layer's file; the experts' own moments stay there until they are asked for.
 
-    `record` is the manifest's of the layer: what was left out when it was gathered, and the experts without a token.
+    `record` is the layer's entry in the manifest: what was left out when it was gathered, and experts without a token.
     """
 
     def by_projection(kind: str) -> dict[str, F64]:
@@ -89,32 +96,35 @@ def read_layer(
     gate_up = Importance(np.diag(moment).copy(), moment, tokens)
     counts = by_projection("counts")
     if imatrix is None:
-        notes = fallback_notes(layer, record.get("notes", ()), record.get("unseen", ()))
+        notes = unseen_notes(layer, record.get("notes", ()), record.get("unseen", ()))
     else:
         thin = thin_notes(layer, tokens, config.hidden_size, counts["w2"], config.intermediate_size)
-        notes = (*map(str, record.get("notes", ())), *thin, *(imatrix.fallbacks if thin else ()))
+        notes = (*map(str, record.get("notes", ())), *thin, *(imatrix.notes if thin else ()))
         if tokens < limit(config.hidden_size):
             gate_up = backed_gate_up(gate_up, imatrix)
     pooled = unpack_moment(file.array("down.pooled"), config.intermediate_size)
     return CalibratedLayer(layer, by_projection("diagonal"), counts, notes, file, gate_up, pooled, imatrix)
 
 
-def fallback_notes(layer: int, notes: Sequence[str], unseen: Sequence[int]) -> tuple[str, ...]:
-    """What was left out while the layer was gathered, and which experts have no moment of their own."""
+def unseen_notes(layer: int, notes: Sequence[str], unseen: Sequence[int]) -> tuple[str, ...]:
+    """Sentences on what was left out while the layer was gathered, and on experts without a moment of their own."""
     if not unseen:
         return tuple(map(str, notes))
-    named = ", ".join(map(str, unseen[:8])) + (", …" if len(unseen) > 8 else "")
+    named = ", ".join(map(str, unseen[:SHOWN_EXPERTS])) + (", …" if len(unseen) > SHOWN_EXPERTS else "")
     taken = f"layer {layer} w2: experts {named} ({len(unseen)}) without tokens took the layer's moment"
     return (*map(str, notes), taken)
 
 
 @dataclass(frozen=True)
 class CalibratedModel:
-    """The importances of a model, read layer by layer from a calibration folder; `imatrix` stands behind thin ones."""
+    """The importances of a model, read layer by layer from a calibration folder.
+
+    Moments of too few tokens lean on `imatrix`, where it was given.
+    """
 
     calibration: Calibration
     config: ModelConfig
-    imatrix: ModelImportance | None = None
+    imatrix: ImatrixModel | None = None
 
     def layer(self, layer: int) -> CalibratedLayer:
         """One layer's importances; CalibrationError where its file is not the one that the manifest names."""
@@ -127,13 +137,8 @@ class CalibratedModel:
         """Share of experts that saw a token."""
         return coverage_of(self.config, [record.model_dump() for record in self.calibration.manifest.layers])
 
-    @property
-    def fallbacks(self) -> tuple[str, ...]:
-        """What could not be taken from an expert's own tokens, over all layers; reads the whole folder."""
-        return tuple(note for n in range(self.config.num_hidden_layers) for note in self.layer(n).fallbacks)
-
     def record(self) -> dict[str, Any]:
-        """What a file made with it says of it."""
+        """What a file that is made with it says of it."""
         tokens = self.calibration.manifest.tokens
         return calibration_record(self.calibration.sha256, tokens, self.calibration.down, self.coverage)
 
@@ -146,12 +151,12 @@ def coverage_of(config: ModelConfig, records: Sequence[Mapping[str, Any]]) -> fl
 
 
 def calibration_record(sha256: str, tokens: Any, down: str, coverage: float) -> dict[str, Any]:
-    """What a file says of the calibration that it was made with; `sha256` is the manifest's."""
+    """What a file says of the calibration that it was made with; `sha256` is that of the manifest."""
     return {"sha256": sha256, "tokens": tokens, "down": down, "coverage": coverage}
 
 
 def blank_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without what is known only when all layers are gathered: of one length however that was done."""
+    """The record without what is known only when all layers are gathered, so that its length is known before."""
     return {**record, "sha256": "0" * 64, "coverage": 0.0}
 
 
@@ -159,13 +164,13 @@ def load_calibration(
     folder: str | Path,
     config: ModelConfig,
     source: Mapping[str, Any] | None = None,
-    imatrix: ModelImportance | None = None,
+    imatrix: ImatrixModel | None = None,
 ) -> CalibratedModel:
     """Open a folder for a model of these dimensions, and for this source where it is given.
 
-    `imatrix` stands behind moments of too few tokens. `source` is {"origin": …, "files": Source.fingerprint()}.
-    Raises CalibrationError naming the difference where the folder is of another model, revision or tokenizer, of
-    another schema, or incomplete.
+    Moments of too few tokens lean on `imatrix`. `source` is {"origin": …, "files": Source.fingerprint()}.
+    Raises CalibrationError that names the difference where the folder is of another model, revision, tokenizer or
+    schema, or is not complete.
     """
     calibration = open_calibration(folder)
     found, expected = config_record(calibration.config), config_record(config)
@@ -184,7 +189,7 @@ def load_calibration(
 
 
 def _source_differences(there: SourceRecord, here: Mapping[str, Any]) -> list[str]:
-    """Sentences on shards and tokenizer that differ; texts that do not reach the activations may."""
+    """Sentences on shards and tokenizer that differ. Other files do not reach the activations, and may differ."""
     out = []
     old = {name: record.sha256 for name, record in there.files.items()}
     new = {name: record["sha256"] for name, record in here["files"].items()}

@@ -23,14 +23,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from mq_quant.awq.importance import Importance, LayerImportance
+from mq_quant.awq.from_imatrix import ImatrixLayer
+from mq_quant.awq.importance import Importance
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.fp8 import dequantize, quantize
+from mq_quant.formats.hfq.stored import StoredForm
 from mq_quant.formats.minimax import ModelConfig
-from mq_quant.kernels.encode.device_encoder import Encoder
+from mq_quant.kernels.encode.device_encoder import DeviceEncoder
 from mq_quant.kernels.runtime.host import Backend, open_backend
-from mq_quant.quantize.encode.encoders import LANES, DeviceCoder, on_device
-from mq_quant.quantize.encode.layer_encoder import CPU, Coder, FitSettings, LayerEncoder, MatrixTask
+from mq_quant.quantize.encode.encoders import CPU, Encoder, MatrixTask
+from mq_quant.quantize.encode.gpu_encoder import STREAMS, GpuEncoder
+from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder, hessian_of
 from numpy.typing import NDArray
 
 FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ6")
@@ -63,7 +66,7 @@ def importance(fit: str, columns: int, seed: int = 0) -> Importance:
 
 
 def matrices(
-    device: Coder, size: tuple[int, int], runs: int, formats: list[str], jobs: int
+    device: Encoder, size: tuple[int, int], runs: int, formats: list[str], jobs: int
 ) -> list[dict[str, Any]]:
     """Weights/s of each format and fit: 32 matrices on the device, asked for by `jobs` threads, and one on one core."""
     rng = np.random.default_rng(1)
@@ -73,17 +76,16 @@ def matrices(
     for name, fit in ((name, fit) for name in formats for fit in FITS):
         given = None if fit == "exact" else importance(fit, size[1])
         # The factors of a dense Hessian are LAPACK's on the CPU in both cases, and left out.
-        dense = (
-            {c: c.hessian(given, scale) for c in (device, CPU)} if given and given.moment is not None else {}
-        )
+        dense = hessian_of(given, scale) if given and given.moment is not None else None
         kind: Any = "exact" if given is None else "hessian"
 
         def one(
-            coder: Coder, name: str = name, kind: Any = kind, given: Any = given, dense: Any = dense
+            encoder: Encoder, name: str = name, kind: Any = kind, given: Any = given, dense: Any = dense
         ) -> NDArray[np.uint8]:
-            hessian = dense.get(coder) or (coder.hessian(given, scale) if given else None)
-            task = MatrixTask(weights, BY_NAME[name], kind, scale, hessian, given is not None)
-            return coder.encode([task])[0]
+            hessian = dense or (hessian_of(given, scale) if given else None)
+            form = StoredForm(BY_NAME[name], scale)
+            task = MatrixTask(weights, form, kind, hessian, float(given is not None))
+            return encoder.encode([task])[0]
 
         def many(one: Any = one) -> list[bool]:
             with ThreadPoolExecutor(jobs) as pool:
@@ -106,7 +108,7 @@ def kernel_times(backend: Backend, size: tuple[int, int], formats: list[str]) ->
     """Milliseconds of each kernel for one matrix, by format and fit."""
     rng = np.random.default_rng(1)
     weights = (0.02 * rng.standard_t(5, size)).astype(np.float32)
-    encoder, launch = Encoder(backend), backend.launch
+    encoder, launch = DeviceEncoder(backend), backend.launch
     marks: list[tuple[str, Any, Any]] = []
 
     def timed(kernel: Any, *args: Any, **kw: Any) -> None:
@@ -118,16 +120,13 @@ def kernel_times(backend: Backend, size: tuple[int, int], formats: list[str]) ->
     for name in formats:
         for fit in FITS:
             given = None if fit == "exact" else importance(fit, size[1])
-            hessian = None
-            if given is not None:
-                dense = fit == "calibrated"
-                hessian = cast(Any, on_device(CPU.hessian(given, None) if dense else given.channel_weights()))  # type: ignore[arg-type]
-            kind = "exact" if given is None else "hessian"
-            encoder.encode(weights, cast(Any, BY_NAME[name]), kind, None, hessian)
+            hessian = hessian_of(given, None) if given else None
+            kind, form = "exact" if given is None else "hessian", StoredForm(BY_NAME[name])
+            encoder.encode(weights, form, kind, hessian)
             encoder._slots.clear()
             marks.clear()
             backend.launch = timed  # type: ignore[method-assign]
-            encoder.encode(weights, cast(Any, BY_NAME[name]), kind, None, hessian)
+            encoder.encode(weights, form, kind, hessian)
             backend.launch = launch  # type: ignore[method-assign]
             spent: dict[str, float] = defaultdict(float)
             for kernel, first, last in marks:
@@ -141,23 +140,24 @@ def kernel_times(backend: Backend, size: tuple[int, int], formats: list[str]) ->
     return out
 
 
-def layer_slice(coder: Coder, tier: dict[str, str], fit: str, jobs: int, passes: int, runs: int) -> float:
+def layer_slice(device: Encoder, tier: dict[str, str], fit: str, jobs: int, passes: int, runs: int) -> float:
     """Weights/s of 16 experts, `passes` times over, from FP8 in memory to payloads, on `jobs` threads."""
     rng = np.random.default_rng(2)
     config = ModelConfig(2048, HIDDEN, 1, 48, 8, INTERMEDIATE, EXPERTS, 8, 128, 64, 5e6, 1e-6, 4096)
     widths = {"w1": HIDDEN, "w3": HIDDEN, "w2": INTERMEDIATE}
     diagonals = {p: np.exp(rng.normal(0, 1, (EXPERTS, k))) for p, k in widths.items()}
     counts = {p: np.full(EXPERTS, 1000.0) for p in widths}
-    given = LayerImportance(0, diagonals, counts, ()) if fit == "hessian" else None
+    given = ImatrixLayer(0, diagonals, counts, ()) if fit == "hessian" else None
     formats = {p: BY_NAME[tier[p]] for p in widths}
-    encoder = LayerEncoder(config, 0, given, formats, FitSettings(fit=cast(Any, fit), awq_alpha=0.0), coder)
+    encoder = LayerEncoder(config, 0, given, formats, FitSettings(fit=cast(Any, fit), awq_alpha=0.0), device)
     encoder.prepare({})
     up = quantize((0.02 * rng.standard_t(5, (INTERMEDIATE, HIDDEN))).astype(np.float32))
     down = quantize((0.02 * rng.standard_t(5, (HIDDEN, INTERMEDIATE))).astype(np.float32))
 
     def expert(number: int) -> int:
         w1, w3, w2 = (dequantize(*codes) for codes in (up, up, down))
-        return sum(p.nbytes for p in encoder.encode_expert(number % EXPERTS, w1, w3, w2).values())
+        done = encoder.encode_expert(number % EXPERTS, w1, w3, w2)
+        return sum(payload.nbytes for payload in done.payloads.values())
 
     def work() -> None:
         with ThreadPoolExecutor(jobs) as pool:
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=HIDDEN)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="threads that ask")
-    parser.add_argument("--lanes", type=int, default=LANES, help="streams of the device")
+    parser.add_argument("--streams", type=int, default=STREAMS, help="streams of the device")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
     parser.add_argument("--kernels", action="store_true", help="time every kernel instead")
     parser.add_argument("--no-slice", action="store_true")
@@ -189,18 +189,21 @@ def main() -> None:
             result = {"device": backend.device, "milliseconds": kernel_times(backend, size, args.formats)}
     else:
         options = {} if args.device == "cpu" else {"own_stream": True}
-        coder = DeviceCoder(lambda: open_backend(args.device, **options), args.lanes)
-        print(coder.device)
+        encoder = GpuEncoder(lambda: open_backend(args.device, **options), args.streams)
+        print(encoder.device)
         jobs = args.jobs
-        result = {"device": coder.device, "matrices": matrices(coder, size, args.runs, args.formats, jobs)}
+        result = {
+            "device": encoder.device,
+            "matrices": matrices(encoder, size, args.runs, args.formats, jobs),
+        }
         tiers = {"mq2-lloyd": ("MQ2-Lloyd", "MQ4"), "mq3": ("MQ3-Lloyd", "MQ3-Lloyd"), "mq4": ("MQ4", "MQ4")}
         for tier, (up, down) in {} if args.no_slice else tiers.items():
             for fit in ("exact", "hessian"):
                 chosen = {"w1": up, "w3": up, "w2": down}
-                speed = layer_slice(coder, chosen, fit, jobs, 4, 3)
+                speed = layer_slice(encoder, chosen, fit, jobs, 4, 3)
                 result.setdefault("slices", {})[f"{tier} {fit}"] = speed
                 print(f"slice {tier} {fit}, {jobs} threads: {speed / 1e6:.0f} M weights/s", flush=True)
-        coder.close()
+        encoder.close()
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
 

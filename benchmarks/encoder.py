@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
-from mq_quant.awq.importance import LayerImportance
+from mq_quant.awq.from_imatrix import ImatrixLayer
 from mq_quant.formats.blocks import BY_NAME, AffineFormat, LloydFormat
 from mq_quant.formats.fwht import SIGNS2, rotate
 from mq_quant.formats.minimax import ModelConfig
@@ -112,7 +112,7 @@ def full_width(jobs: int, runs: int, formats: dict[str, str]) -> dict[str, float
     }
     diagonals["w3"] = diagonals["w1"]
     counts = {p: np.full(EXPERTS, 1000.0) for p in diagonals}
-    importance = LayerImportance(0, diagonals, counts, ())
+    importance = ImatrixLayer(0, diagonals, counts, ())
     chosen = {p: BY_NAME[f] for p, f in formats.items()}
     encoder = LayerEncoder(config, 0, importance, chosen, FitSettings(awq_alpha=0.0))
     encoder.prepare({})

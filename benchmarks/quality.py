@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from mq_quant.awq.importance import ModelImportance, load_importance
+from mq_quant.awq.from_imatrix import load_importance
+from mq_quant.awq.importance import ModelImportance
 from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.hfq.container import open_hfq
 from mq_quant.formats.minimax import PROJECTIONS, expert_name

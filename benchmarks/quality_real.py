@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mq_quant.awq.importance import Importance, LayerImportance
-from mq_quant.awq.scale import down_fold
+from mq_quant.awq.from_imatrix import ImatrixLayer
+from mq_quant.awq.importance import Importance
 from mq_quant.formats.blocks import BY_NAME
-from mq_quant.formats.fwht import GROUP, unrotate
+from mq_quant.formats.fwht import GROUP
 from mq_quant.formats.minimax import ModelConfig, expert_name
 from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
 from mq_quant.verify.model.metrics import Divergence
@@ -96,7 +96,7 @@ def load(path: Path | None) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Statistics(LayerImportance):
+class Statistics(ImatrixLayer):
     """One MLP's importances, gate and up padded with channels that nothing flows through."""
 
     moments: dict[str, np.ndarray]
@@ -164,21 +164,15 @@ def encode_layer(
     full = {p: padded(w) for p, w in weights.items()}
     hidden, intermediate = full["w1"].shape[1], full["w2"].shape[1]
     config = ModelConfig(1, hidden, 1, 1, 1, intermediate, 1, 1, 1, 1, 1.0, 1e-6, 1)
-    fold = np.ones(intermediate, np.float32)
-    if settings.fold_down and settings.fit == "hessian":
-        fold = down_fold(statistics.of(0, "w2").diagonal, settings.fold_down)
     out, alpha = {}, 0.0
     for name in names:
         fmt = BY_NAME[FORMATS[name]]
         encoder = LayerEncoder(config, statistics.layer, statistics, dict.fromkeys(full, fmt), settings)
         encoder.prepare({expert_name(statistics.layer, 0, p): full[p] for p in ("w1", "w3")})
         alpha = encoder.report()["alpha"]
-        scale = encoder.scale.astype(np.float32)
-        columns = {"w1": scale, "w3": scale, "w2": fold}
-        rows = {"w3": fold}
-        for p, payload in encoder.encode_expert(0, full["w1"], full["w3"], full["w2"]).items():
-            decoded = unrotate(fmt.decode(payload).reshape(full[p].shape)) / columns[p]
-            decoded *= rows[p][:, None] if p in rows else 1
+        fold = encoder.fold(statistics.of(0, "w2"))
+        for p, payload in encoder.encode_expert(0, full["w1"], full["w3"], full["w2"]).payloads.items():
+            decoded = encoder.stored.form(p, fold).decode(payload, full[p].shape)
             out[p, name] = np.ascontiguousarray(decoded[:, : weights[p].shape[1]])
     return out, alpha
 

@@ -23,15 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from mq_quant.awq.importance import Importance, LayerImportance
+from mq_quant.awq.from_imatrix import ImatrixLayer
+from mq_quant.awq.importance import Importance
 from mq_quant.formats.blocks import BY_NAME, Format
 from mq_quant.formats.fwht import rotate
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.hessian import row as whole_row
 from mq_quant.quantize.encode.blas import one_blas_thread
-from mq_quant.quantize.encode.encoders import DEVICES, open_coder
-from mq_quant.quantize.encode.layer_encoder import Coder, FitSettings, LayerEncoder
+from mq_quant.quantize.encode.encoders import DEVICES, Encoder, open_encoder
+from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
 
 LAYERS, EXPERTS, SLICE = 62, 256, 16
 HIDDEN, INTERMEDIATE = 3072, 1536
@@ -54,7 +55,7 @@ def moment(columns: int, seed: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Moments(LayerImportance):
+class Moments(ImatrixLayer):
     """One layer whose moments are in memory."""
 
     gate_up: Importance
@@ -64,7 +65,7 @@ class Moments(LayerImportance):
         return self.down[expert] if projection == "w2" else self.gate_up
 
 
-def layer_slice(coder: Coder, jobs: int, runs: int) -> tuple[float, float]:
+def layer_slice(device: Encoder, jobs: int, runs: int) -> tuple[float, float]:
     """Median wall-clock seconds of 16 experts of mq2 on `jobs` threads, and of what their layer needs once."""
     rng = np.random.default_rng(1)
     config = ModelConfig(2048, HIDDEN, 1, 48, 8, INTERMEDIATE, SLICE, 8, 128, 64, 5e6, 1e-6, 4096)
@@ -76,12 +77,11 @@ def layer_slice(coder: Coder, jobs: int, runs: int) -> tuple[float, float]:
     down = (0.02 * rng.standard_t(5, (HIDDEN, INTERMEDIATE))).astype(np.float32)
 
     def work() -> tuple[float, float]:
-        encoder = LayerEncoder(config, 0, given, formats, FitSettings(awq_alpha=0.0), coder)
-        encoder.prepare({})
+        encoder = LayerEncoder(config, 0, given, formats, FitSettings(awq_alpha=0.0), device)
         began = time.perf_counter()
-        coder.hessian(gate_up, encoder.scale.astype(np.float32))
+        encoder.prepare({})  # factors the Hessian that all experts share at gate and up
         once = time.perf_counter() - began
-        encoder.encode_expert(0, up, up, down)  # the encoder's own Hessian of gate and up is made here
+        encoder.encode_expert(0, up, up, down)
         began = time.perf_counter()
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda e: encoder.encode_expert(e, up, up, down), range(SLICE)))
@@ -131,9 +131,9 @@ def main() -> None:
     print(f"\n| {SLICE} experts of mq2 on | seconds | per matrix | whole model |")
     print("|---|---|---|---|")
     for device in dict.fromkeys(("cpu", args.device)):
-        with open_coder(device) as coder:
-            seconds, once = layer_slice(coder, args.jobs, args.runs)
-            where = f"{args.jobs} threads" + ("" if device == "cpu" else f", {coder.device}")
+        with open_encoder(device) as encoder:
+            seconds, once = layer_slice(encoder, args.jobs, args.runs)
+            where = f"{args.jobs} threads" + ("" if device == "cpu" else f", {encoder.device}")
         whole = LAYERS * (seconds * EXPERTS / SLICE + once) / 3600
         print(f"| {where} | {seconds:.2f} | {seconds / SLICE / 3:.3f} | {whole:.2f} h |", flush=True)
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

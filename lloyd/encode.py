@@ -84,9 +84,9 @@ def encode_rotated(
     if fit == "hessian" and hessian is not None:
         if hessian.answers:
             rows = rows.copy()
-        for g in range(groups):
+        for g, factored in enumerate(hessian.groups):
             column = g * GROUP
-            stored, gains = _hessian_group(rows, column, fmt, hessian.groups[g], codes)
+            stored, gains = _hessian_group(rows, column, fmt, factored, codes)
             if hessian.answers:
                 decoded = np.take_along_axis(_expand(fmt, stored), codes.astype(np.int64), axis=1)
                 compensate(rows, g, rows[:, column : column + GROUP] - decoded, hessian.answers)

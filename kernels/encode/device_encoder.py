@@ -1,14 +1,14 @@
 """The encoder on a device: weights in, payloads out, the same bytes as `lloyd.encode` gives on the CPU.
 
-One matrix at a time, all its rows and groups at once; where later groups answer earlier ones' errors, group by group.
-An `Encoder` belongs to the thread that opened its back end. Depends on host and formats.
+It encodes one matrix at a time, all rows and groups at once; where later groups answer the errors of earlier ones, it
+goes group by group. A `DeviceEncoder` belongs to the thread that opened its back end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -16,9 +16,11 @@ from numpy.typing import DTypeLike, NDArray
 from ...formats.blocks import AffineFormat, LloydFormat
 from ...formats.errors import BackendError
 from ...formats.fwht import SIGNS1, SIGNS2
+from ...formats.hfq.stored import StoredForm
 from ...lloyd.codes.descent import shake_signs
-from ...lloyd.constants import BOTH_ENDS, GRID_STEPS, GROUP, ONE_END, ROUNDS, SHAKE, SWEEPS, WHITE_RATIO
+from ...lloyd.constants import BOTH_ENDS, GRID_STEPS, GROUP, ONE_END, ROUNDS, SHAKE, SWEEPS
 from ...lloyd.encode import ENCODED, Rotated
+from ...lloyd.hessian.row import RowHessian
 from ...lloyd.levels.kmeans import gaussian_bounds
 from ..runtime.block_table import BLOCK_THREADS, WAVE
 from ..runtime.host import Argument, Backend, Buffer
@@ -32,38 +34,11 @@ F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
 
-@dataclass(frozen=True, eq=False)
-class HostHessian:
-    """The Hessian of a matrix's rows, to be brought to a device. One of two forms:
-
-    `weights` f64 [groups, 256], each group of mean 1: diagonal. Or per group `matrices`, `feedbacks` f32 [256, 256] and
-    `diagonals` f32 [256], empty for a dense one, with `answers` f32 [columns after it, 256] where later groups answer
-    its errors.
-    """
-
-    weights: F64 | None = None
-    matrices: tuple[F32, ...] = ()
-    feedbacks: tuple[F32, ...] = ()
-    diagonals: tuple[F32, ...] = ()
-    answers: tuple[F32, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def dense(self) -> bool:
-        return self.weights is None and not self.diagonals[0].size
-
-    @property
-    def white(self) -> list[bool]:
-        """Per group, whether all channels weigh about the same."""
-        rows = [w.astype(np.float32) for w in self.weights] if self.weights is not None else self.diagonals
-        return [bool(d.size and d.max() < WHITE_RATIO * d.min()) for d in rows]
-
-
 @dataclass(frozen=True)
 class _Hessian:
-    """A Hessian on the device. `matrix` is transposed, `plain` is not."""
+    """The buffers of a Hessian on the device. `matrix` is transposed, `plain` is not."""
 
-    of: HostHessian
+    of: RowHessian
     matrix: Buffer
     plain: Buffer
     feedback: Buffer
@@ -72,13 +47,18 @@ class _Hessian:
     totals: Buffer
     answers: tuple[Buffer, ...] = ()
 
+    @property
+    def dense(self) -> bool:
+        """Whether it came from a second moment, not from channel weights."""
+        return self.of.weights is None
+
 
 @dataclass(frozen=True)
 class _Slot:
-    """Hessians that were brought together; `slot` names their buffers."""
+    """Hessians that were brought to the device together; `slot` is part of their buffers' names."""
 
     slot: int
-    found: dict[HostHessian, _Hessian]
+    found: dict[RowHessian, _Hessian]
 
 
 @dataclass
@@ -122,8 +102,8 @@ class _Work:
         return -(-self.count // TILE)
 
 
-class Encoder:
-    """Encodes matrices on a back end's device; deterministic, and the bits do not depend on the device."""
+class DeviceEncoder:
+    """Encodes matrices on the device of a back end. The bytes depend neither on the device nor on its timing."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -140,25 +120,28 @@ class Encoder:
     def encode(
         self,
         weights: F32,
-        fmt: Rotated,
+        form: StoredForm,
         fit: str,
-        scale: F32 | None = None,
-        hessian: HostHessian | None = None,
+        hessian: RowHessian | None = None,
         gain: float = 1.0,
         out: U8 | None = None,
     ) -> U8:
-        """Payload u8 [bytes] of weights f32 [R, K] multiplied by scale f32 [K] and rotated; K a multiple of 256.
+        """Payload u8 [R · K / 256 · group_bytes] of weights f32 [R, K], K a multiple of 256, stored in a rotated form.
 
-        `fit` is exact or hessian; without a Hessian the latter is the former. `out` receives the payload, if given.
+        `fit` is exact or hessian; without a Hessian the latter does what the former does. `out` u8 of the payload's
+        size receives it, if given. Raises BackendError for any other fit, TypeError for a format without rotation.
         """
         if fit not in ("exact", "hessian"):
             raise BackendError(f"the fit {fit!r} does not run on a device")
+        fmt = form.format
+        if not isinstance(fmt, LloydFormat | AffineFormat):
+            raise TypeError(f"{fmt.name} is not a rotated format")
         if fmt not in ENCODED:
             raise BackendError(f"{fmt.name} is only decoded")
         count, columns = weights.shape
         if not weights.size:
             return np.empty(0, np.uint8)
-        work = self._begin(np.ascontiguousarray(weights, np.float32), fmt, scale)
+        work = self._begin(np.ascontiguousarray(form.folded(weights), np.float32), fmt, form.scale)
         if fit == "hessian" and hessian is not None:
             self._fit(work, self._load(hessian), gain)
         else:
@@ -233,7 +216,7 @@ class Encoder:
 
     def _fit(self, work: _Work, h: _Hessian, gain: float) -> None:
         """Codes and stored levels of all groups under their Hessians."""
-        white = h.of.white
+        white = h.of.nearly_white
         if not h.answers:
             self._initial(work, 0, white)
             self._fit_groups(work, h, 0, work.groups, gain)
@@ -246,7 +229,7 @@ class Encoder:
         fmt, shape = work.fmt, (work.count, work.groups, first)
         grid = (work.tiles, number)
         pulled = work.rows
-        if h.of.dense:
+        if h.dense:
             pulled = self._space.take("pulled", work.rows.shape, np.float32)
             self._multiply(work, pulled, work.rows, h, 1.0, first, number)
         self._launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
@@ -260,16 +243,16 @@ class Encoder:
             self._answer(work, h, first)
         # The gain comes last and is not answered by later groups, as on the CPU.
         if gain:
-            args = (work.params, work.rows, work.codes, h.weights, pulled, self._signs, int(h.of.dense))
+            args = (work.params, work.rows, work.codes, h.weights, pulled, self._signs, int(h.dense))
             self._launch("apply_gain", (work.count, number), (*args, 1 - gain, work.groups, first), fmt)
 
     def _descend(self, work: _Work, h: _Hessian, turn: int, share: float, first: int, number: int) -> None:
         fmt, turned = work.fmt, work.rows
-        if h.of.dense:
+        if h.dense:
             turned = self._space.take("turned", work.rows.shape, np.float32)
             self._multiply(work, turned, self._errors(work, first, number), h, 1.0, first, number)
         importance = (h.plain, h.inverse, h.weights, turned, self._signs)
-        shakes = (self._shakes.rows(turn, turn + 1), int(h.of.dense), SWEEPS, share)
+        shakes = (self._shakes.rows(turn, turn + 1), int(h.dense), SWEEPS, share)
         args = (work.codes, work.rows, work.params, *importance, *shakes, work.count, work.groups, first)
         self._launch("descend", (-(-work.count // DESCENT_WAVES), number), args, fmt)
 
@@ -277,7 +260,7 @@ class Encoder:
         fmt, shape = work.fmt, (work.count, work.groups, first)
         waves = refit_waves(fmt)
         grid, threads = (-(-work.count // waves), number), waves * WAVE
-        if not h.of.dense:
+        if not h.dense:
             args = (work.params, work.codes, work.rows, h.weights, self._signs)
             self._launch("refit", grid, (*args, *shape), fmt, threads)
             return
@@ -310,8 +293,8 @@ class Encoder:
         answered = (work.rows, errors, h.answers[group], work.count, work.groups, group)
         self._launch("answer_errors", grid, answered)
 
-    def bring(self, hessians: Sequence[HostHessian]) -> None:
-        """Bring Hessians to the device, those of one call all at once, unless they are there still.
+    def bring(self, hessians: Sequence[RowHessian]) -> None:
+        """Bring the Hessians of one call to the device together, those that are not there yet.
 
         BackendError where one cannot be factored, which for weights that are bounded does not happen.
         """
@@ -319,21 +302,22 @@ class Encoder:
         if not new:
             return
         slot = self._slots.pop(0).slot if len(self._slots) == SLOTS else len(self._slots)
-        made = self._from_weights([h for h in new if h.weights is not None], slot)
+        made = self._from_weights({h: h.weights for h in new if h.weights is not None}, slot)
         made |= {h: self._put(h, f"{slot} {n}") for n, h in enumerate(new) if h.weights is None}
         self._slots.append(_Slot(slot, made))
 
-    def _load(self, hessian: HostHessian) -> _Hessian:
+    def _load(self, hessian: RowHessian) -> _Hessian:
         """A Hessian on the device; the ones used last stay longest."""
         self.bring([hessian])
         slot = next(n for n, kept in enumerate(self._slots) if hessian in kept.found)
         self._slots.append(self._slots.pop(slot))
         return self._slots[-1].found[hessian]
 
-    def _from_weights(self, hessians: Sequence[HostHessian], slot: int) -> dict[HostHessian, _Hessian]:
+    def _from_weights(self, hessians: dict[RowHessian, F64], slot: int) -> dict[RowHessian, _Hessian]:
+        """Hessians of channel weights f64 [G, 256], factored on the device, all in one launch."""
         if not hessians:
             return {}
-        given = np.concatenate([cast(F64, h.weights) for h in hessians])
+        given = np.concatenate(list(hessians.values()))
         groups = len(given)
         square, row = (groups, GROUP, GROUP), (groups, GROUP)
 
@@ -359,31 +343,33 @@ class Encoder:
         if broken:
             raise BackendError(f"the Hessians of {broken} of {groups} groups cannot be factored")
         found, start = {}, 0
-        for h in hessians:
-            stop = start + len(cast(F64, h.weights))
+        for h, channels in hessians.items():
+            stop = start + len(channels)
             m, f, w, i = (b.rows(start, stop) for b in (matrix, feedback, weights, inverse))
             found[h] = _Hessian(h, m, m, f, i, w, i)
             start = stop
         return found
 
-    def _put(self, hessian: HostHessian, slot: str) -> _Hessian:
+    def _put(self, hessian: RowHessian, slot: str) -> _Hessian:
+        """A dense Hessian, factored on the CPU, as buffers."""
+
         def put(name: str, arrays: Sequence[NDArray[Any]]) -> Buffer:
             return self._space.put(f"{name} {slot}", np.stack(arrays).astype(np.float32, copy=False))
 
-        turned = put("matrix", [m.T for m in hessian.matrices])
+        matrices = [factor.matrix for factor in hessian.factors]
+        turned = put("matrix", [m.T for m in matrices])
         plain = turned
-        if not all(np.array_equal(m, m.T) for m in hessian.matrices):
-            plain = put("plain", hessian.matrices)
+        if not all(np.array_equal(m, m.T) for m in matrices):
+            plain = put("plain", matrices)
         # One after the other in f32, as the CPU adds them.
-        totals = [np.add.accumulate(m.reshape(-1), dtype=np.float32)[-1] for m in hessian.matrices]
-        ones = np.ones(GROUP, np.float32)
+        totals = [np.add.accumulate(m.reshape(-1), dtype=np.float32)[-1] for m in matrices]
         return _Hessian(
             hessian,
             turned,
             plain,
-            put("feedback", hessian.feedbacks),
-            put("inverse", [np.float32(1) / np.diag(m) for m in hessian.matrices]),
-            put("channels", [d if d.size else ones for d in hessian.diagonals]),
+            put("feedback", [factor.feedback for factor in hessian.factors]),
+            put("inverse", [np.float32(1) / np.diag(m) for m in matrices]),
+            put("channels", [np.ones(GROUP, np.float32)] * len(matrices)),
             put("totals", totals),
             tuple(
                 self._space.put(f"answer {n} {slot}", np.ascontiguousarray(a.T))

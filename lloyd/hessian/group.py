@@ -4,8 +4,7 @@ With E[x²] = d known per input channel and s the AWQ scale, E(q) = (y-q)ᵀ H (
 entries of the Walsh-Hadamard matrix multiply as W_aj W_bj = W_(a xor b)j, H_ab = σ_a σ_b ĥ[a xor b] / 256 with ĥ the
 transform of d/s² and σ the second sign vector: no matrix product is needed, and H⁻¹ has the same form with s²/d.
 
-All factors are f64 and computed here, in a fixed order, and stored as f32. Depends on formats (the rotation) and
-numba.
+All factors are computed here in f64, in a fixed order, and stored as f32.
 """
 
 from __future__ import annotations
@@ -40,7 +39,12 @@ class GroupHessian:
     @property
     def nearly_white(self) -> bool:
         """Whether all channels weigh about the same: then refits hardly leave the basin of the initial levels."""
-        return self.diagonal.size > 0 and bool(self.diagonal.max() < WHITE_RATIO * self.diagonal.min())
+        return self.diagonal.size > 0 and nearly_equal(self.diagonal)
+
+
+def nearly_equal(weights: NDArray[np.float32]) -> bool:
+    """Whether the largest of some channel weights f32 is less than WHITE_RATIO times the smallest."""
+    return bool(weights.max() < WHITE_RATIO * weights.min())
 
 
 @njit(cache=True, nogil=True)
@@ -105,6 +109,16 @@ def bounded(weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
     return np.asarray(w, np.float64)
 
 
+def from_bounded(weights: NDArray[np.float64]) -> GroupHessian:
+    """The Hessian of f64 channel weights [256] that `bounded` returned; such weights can always be factored."""
+    upper = _dyadic(1.0 / weights)
+    usable = cholesky_upper(upper)
+    assert usable, "bounded channel weights were not positive definite"
+    return GroupHessian(
+        _dyadic(weights).astype(np.float32), _unit_feedback(upper), weights.astype(np.float32)
+    )
+
+
 def from_diagonal(weights: NDArray[np.float64]) -> GroupHessian:
     """The Hessian of f64 channel weights d/s² [256], non-negative, already damped.
 
@@ -114,8 +128,4 @@ def from_diagonal(weights: NDArray[np.float64]) -> GroupHessian:
     if w is None:
         white = identity()
         return GroupHessian(white.matrix, white.feedback, white.diagonal, UNUSABLE)
-    upper = _dyadic(1.0 / w)
-    if not cholesky_upper(upper):
-        white = identity()
-        return GroupHessian(white.matrix, white.feedback, white.diagonal, "factorisation failed")
-    return GroupHessian(_dyadic(w).astype(np.float32), _unit_feedback(upper), w.astype(np.float32))
+    return from_bounded(w)

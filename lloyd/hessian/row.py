@@ -1,18 +1,19 @@
-"""The Hessian of a whole row of several groups, and how later groups answer an earlier one's error.
+"""The Hessian of a whole row of several groups, and how later groups answer the error of an earlier one.
 
 With U the upper factor of the damped inverse, H⁻¹ = Uᵀ U: inside group g the Schur complement S_g = (U_ggᵀ U_gg)⁻¹ is
-the cost of an error after the rest has answered it, its feedback factor is U_gg, and the rest answers an error E_g by
-E_g · U_gg⁻¹ · U_gr. One factorisation serves every row. Products run on lanes in a fixed order; the factorisation is
-LAPACK's. Depends on hessian, lanes, lapack, rounding, numpy and numba.
+the cost of an error after the later groups have answered it, its feedback factor is U_gg, and the later groups answer
+an error E_g by E_g · U_gg⁻¹ · U_gr. One factorisation serves every row of a matrix. Products run on lanes in a fixed
+order; the factorisation is LAPACK's.
 
 Source: Frantar et al., "GPTQ" (2022), in blocks of one group, with S_g in place of the plain block.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numba import njit
@@ -22,27 +23,53 @@ from ..codes.feedback import PANEL, product
 from ..constants import EXTRA_DAMPING, GROUP
 from ..simd.lanes import gather, scatter_at
 from ..simd.vec import LANES
-from .group import GroupHessian, from_diagonal, identity
+from .group import UNUSABLE, GroupHessian, bounded, from_bounded, nearly_equal
 from .lapack import cholesky, invert_lower
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowHessian:
-    """One GroupHessian per 256 columns, and for each group the f32 [columns after it, 256] matrix by which later
-    targets answer its error.
+    """What is known of the inputs of a matrix's rows, in the stored basis: G groups of 256 columns. One of two forms:
 
-    `answers` is empty where groups are independent, as with a diagonal importance. `notes` says what had to fall back.
+    - `weights` f64 [G, 256]: the channel weights of a diagonal importance, each group bounded and of mean 1. Groups
+      are independent. `groups` factors them when it is first asked; a device factors them itself and never asks.
+    - `factors`: one dense GroupHessian per group, from a second moment. `answers` holds for each group the matrix f32
+      [columns after the group, 256] by which later targets answer its error; it is empty where groups are independent.
+
+    `notes` says in words what was replaced because it could not be used. Instances are compared by identity, and can
+    be used by any number of threads.
     """
 
-    groups: tuple[GroupHessian, ...]
+    weights: NDArray[np.float64] | None = None
+    factors: tuple[GroupHessian, ...] = ()
     answers: tuple[NDArray[np.float32], ...] = ()
     notes: tuple[str, ...] = ()
+    _factored: list[GroupHessian] = field(default_factory=list, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @property
+    def groups(self) -> tuple[GroupHessian, ...]:
+        """One GroupHessian per 256 columns; those of `weights` are factored once, by the thread that asks first."""
+        if self.weights is None:
+            return self.factors
+        with self._lock:
+            if not self._factored:
+                self._factored.extend(from_bounded(w) for w in self.weights)
+        return tuple(self._factored)
+
+    @property
+    def nearly_white(self) -> list[bool]:
+        """For each group, whether all its channels weigh about the same; known without factoring anything."""
+        if self.weights is None:
+            return [factor.nearly_white for factor in self.factors]
+        return [nearly_equal(w.astype(np.float32)) for w in self.weights]
 
 
 def from_weights(weights: NDArray[np.float64]) -> RowHessian:
-    """From damped channel weights d/s² f64 [K]: independent groups."""
-    groups = tuple(from_diagonal(weights[i : i + GROUP]) for i in range(0, len(weights), GROUP))
-    return RowHessian(groups, notes=counted([g.note for g in groups if g.note], len(groups)))
+    """From damped channel weights d/s² f64 [K]: independent groups. A group without usable weights counts as white."""
+    found = [bounded(weights[i : i + GROUP]) for i in range(0, len(weights), GROUP)]
+    usable = np.array([np.ones(GROUP) if w is None else w for w in found]).reshape(-1, GROUP)
+    return RowHessian(usable, notes=counted([UNUSABLE for w in found if w is None], len(found)))
 
 
 def counted(notes: Sequence[str], groups: int) -> tuple[str, ...]:
@@ -55,8 +82,8 @@ def from_moment(moment: NDArray[np.float64]) -> RowHessian:
 
     Where it cannot be factored it is damped further, and in the end replaced by the identity; the note says which.
     """
-    count = len(moment) // GROUP
-    white = RowHessian((identity(),) * count, notes=("second moment is not usable: rounded to nearest",))
+    ones = np.ones((len(moment) // GROUP, GROUP))
+    white = RowHessian(ones, notes=("second moment is not usable: rounded to nearest",))
     mean = float(np.trace(moment)) / len(moment) if np.isfinite(moment).all() else 0.0
     if not mean > 0:
         return white
@@ -99,7 +126,7 @@ def _from_factor(upper: NDArray[np.float64], notes: tuple[str, ...]) -> RowHessi
         answers.append(
             np.ascontiguousarray((inverse @ upper[start : start + GROUP, start + GROUP :]).T, np.float32)
         )
-    return RowHessian(tuple(groups), tuple(answers), notes)
+    return RowHessian(factors=tuple(groups), answers=tuple(answers), notes=notes)
 
 
 @njit(cache=True, nogil=True)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...awq.from_imatrix import ImatrixLayer
 from ...awq.from_moments import CalibratedLayer, read_layer
-from ...awq.importance import LayerImportance
 from ...formats.errors import CalibrationError, OutputError, ResumeError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
@@ -122,7 +122,7 @@ class CalibrationFolder:
         config: ModelConfig,
         down: DownForm,
         record: Mapping[str, Any] | None = None,
-        imatrix: LayerImportance | None = None,
+        imatrix: ImatrixLayer | None = None,
     ) -> CalibratedLayer:
         """The importances in a layer's file; the notes are those of `record`."""
         path = self.path / layer_file(layer)

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...awq.from_imatrix import ImatrixModel
 from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
-from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import DownForm
@@ -39,14 +39,14 @@ class InlineCalibration:
         self._source, self._tokens = source, tokens
         self._device = open_device(device)
         self._manifest = manifest_of(self.config, {}, tokens, DOWN, device)
-        self._imatrix: ModelImportance | None = None
+        self._imatrix: ImatrixModel | None = None
         self._path: Path | None = None
         self._out: CalibrationFolder | None = None
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
         self._entering: Tensor | None = None
 
-    def bind(self, source: Mapping[str, Any], imatrix: ModelImportance | None) -> None:
+    def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:
         """Take the source's {origin, files}, and the imatrix that stands behind moments of too few tokens."""
         self._manifest = {**self._manifest, "source": dict(source)}
         self._imatrix = imatrix

@@ -26,7 +26,7 @@ from ..spec.provenance import flatten
 from ..spec.recipe import Recipe
 from .folder import CalibrationFolder
 from .layer_pass import EMBED, enter, gather_layer, manifest_of, open_device
-from .stored_model import Stored
+from .stored_model import StoredModelWeights
 from .tokens import Tokens
 
 
@@ -126,7 +126,8 @@ def _run(
     layers = {n: list(layer_inventory(config, n)) for n in range(config.num_hidden_layers)}
     names = [spec.name for n in range(first, config.num_hidden_layers) for spec in layers[n]]
     source.schedule(names if first else [EMBED, *names])
-    stored = Stored(source, config, options.propagate, options.jobs) if options.propagate else None
+    asked = options.propagate
+    stored = StoredModelWeights(source, config, asked, options.jobs) if asked else None
     hidden = enter(stored or source, config, out, tokens, first).to(device)
     if not first:
         source.release(EMBED)

@@ -1,8 +1,7 @@
-"""One layer as a build would store it, as a source of weights for the reference forward.
+"""A model as a recipe would store it, one layer at a time: weights that were encoded and decoded again.
 
 With it a calibration can feed each layer what the quantised layers before it put out. Experts are encoded ahead on a
-pool of threads, in the order in which the forward asks for them. Depends on encode, blas, plan, recipe and
-verify.reference.
+pool of threads, in the order in which the reference forward asks for them.
 """
 
 from __future__ import annotations
@@ -17,33 +16,28 @@ from torch import Tensor
 
 from ...awq.importance import LayerImportance
 from ...formats.blocks import Format
-from ...formats.fwht import unrotate
+from ...formats.hfq.stored import StoredForm
 from ...formats.minimax import PROJECTIONS, ModelConfig, expert_name
 from ...verify.model.reference import Weights, layer_forward
 from ..encode.blas import one_blas_thread
-from ..encode.layer_encoder import FitSettings, LayerEncoder, encode_plain, fit_settings
+from ..encode.layer_encoder import FitSettings, LayerEncoder, fit_settings
+from ..encode.overflow import encode_tensor
 from ..spec.plan import plan_tensors
 from ..spec.recipe import Recipe
 
 F32 = NDArray[np.float32]
 
 
-def decoded(payload: NDArray[np.uint8], fmt: Format, shape: tuple[int, ...]) -> F32:
-    """What a payload stands for, f32 of `shape`, in the basis of the checkpoint but for any scale."""
-    values = fmt.decode(payload).reshape(-1)[: int(np.prod(shape))].reshape(shape)
-    return unrotate(values) if fmt.rotated else values
-
-
 def plain_weight(source: Weights, name: str, fmt: Format, settings: FitSettings) -> F32:
-    """A tensor outside experts as it would be stored and read again."""
+    """A tensor outside the experts as it would be stored and read again, f32 of its shape."""
     values = source.weight(name)
-    return decoded(encode_plain(values, fmt, settings.fit), fmt, values.shape)
+    return StoredForm(fmt).decode(encode_tensor(name, values, fmt, settings.fit), values.shape)
 
 
-class RequantisedLayer:
-    """The weights of one layer after encoding and decoding; a context manager that owns its threads.
+class StoredLayerWeights:
+    """The weights of one layer after encoding and decoding. A context manager, since it owns threads.
 
-    Experts must be asked for in ascending order, each projection once; some may be left out.
+    Experts must be asked for in ascending order, and each projection once; some experts may be left out.
     """
 
     def __init__(
@@ -62,19 +56,19 @@ class RequantisedLayer:
         self.encoder.prepare({name: source.weight(name) for name in self.encoder.needs_samples()})
         experts = range(config.num_local_experts)
         self._experts = {expert_name(self.layer, e, p): e for e in experts for p in PROJECTIONS}
-        self._pool, self._jobs = ThreadPoolExecutor(jobs, thread_name_prefix="requantise"), jobs
+        self._pool, self._jobs = ThreadPoolExecutor(jobs, thread_name_prefix="store"), jobs
         self._waiting = deque(experts)
         self._coming: deque[tuple[int, Future[dict[str, F32]]]] = deque()
         self._held: dict[str, F32] = {}
 
-    def __enter__(self) -> RequantisedLayer:
+    def __enter__(self) -> StoredLayerWeights:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def weight(self, name: str) -> F32:
-        """One tensor of the layer, as a reader of the built file would have it."""
+        """One tensor of the layer as a reader of the built file gets it, f32 of its shape."""
         if name not in self._experts:
             return plain_weight(self.source, name, self.formats[name], self.settings)
         if name not in self._held:
@@ -95,14 +89,17 @@ class RequantisedLayer:
     def _expert(self, expert: int) -> dict[str, F32]:
         w1, w2, w3 = (self.source.weight(expert_name(self.layer, expert, p)) for p in PROJECTIONS)
         shapes = {"w1": w1.shape, "w2": w2.shape, "w3": w3.shape}
-        payloads = self.encoder.encode_expert(expert, w1, w3, w2)
-        out = {p: decoded(payloads[p], self.encoder.formats[p], shapes[p]) for p in PROJECTIONS}
-        scale = self.encoder.scale.astype(np.float32)
-        out["w1"], out["w3"] = out["w1"] / scale, out["w3"] / scale
-        return {expert_name(self.layer, expert, p): w for p, w in out.items()}
+        done = self.encoder.encode_expert(expert, w1, w3, w2)
+        return {
+            # Without the expert's fold: it cancels between w3 and w2.
+            expert_name(self.layer, expert, p): self.encoder.stored.form(p).decode(
+                done.payloads[p], shapes[p]
+            )
+            for p in PROJECTIONS
+        }
 
 
-class Stored:
+class StoredModelWeights:
     """A source as a recipe stores it."""
 
     def __init__(self, source: Weights, config: ModelConfig, recipe: Recipe, jobs: int) -> None:
@@ -112,13 +109,13 @@ class Stored:
         self.formats = {t.name: t.format for t in plan_tensors(recipe, config)}
 
     def weight(self, name: str) -> F32:
-        """A tensor outside the layers."""
+        """A tensor outside the layers, f32 of its shape."""
         return plain_weight(self.source, name, self.formats[name], self.settings)
 
     @one_blas_thread()
     def forward(self, importance: LayerImportance, hidden: Tensor) -> Tensor:
-        """The residual stream behind a layer that was encoded under this importance."""
-        with RequantisedLayer(
+        """The residual stream f32 [sequences, length, hidden] behind a layer that was encoded under this importance."""
+        with StoredLayerWeights(
             self.source, self.config, importance, self.formats, self.settings, self.jobs
         ) as weights:
             return layer_forward(weights, self.config, importance.layer, hidden)

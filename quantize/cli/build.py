@@ -109,7 +109,7 @@ def build(
       mq-quant build --recipe mine.yaml --jobs 8 --json
     """
     from ...formats.machine import cores
-    from ..encode.encoders import open_coder
+    from ..encode.encoders import open_encoder
     from ..pipeline.build import Options
     from ..pipeline.build import build as run
     from ..pipeline.build_spec import Changes, open_job
@@ -121,7 +121,7 @@ def build(
     with resumable("the same command continues the build, with --restart it begins anew"):
         chosen = choose_recipe(tier, recipe, source)
         scratch, shards = output.parent if output else Path(), shard_cache or (4 if inline else 2)
-        with open_coder(device) as coder:
+        with open_encoder(device) as coder:
             options = Options(output, jobs or cores(), force, restart, quiet or as_json, coder)
             with open_job(chosen, changes, options.check, shards, scratch) as job:
                 for sentence in job.source.notes:

@@ -1,15 +1,14 @@
-"""One layer's experts from f32 weights to payloads: scale, fold, rotate, round, pack.
+"""One layer's experts, from f32 weights to payloads: choose the AWQ scale, fold, weigh by importance, encode.
 
-A `LayerEncoder` fixes the layer's AWQ scale from a sample and is read-only from then on, so experts can be encoded on
-any number of threads with the same bytes. Depends on awq, lloyd and formats.
+`prepare` chooses the layer's AWQ scale from a few sampled matrices. After that a `LayerEncoder` does not change any
+more, so experts can be encoded on any number of threads with the same bytes.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,22 +17,24 @@ from ...awq.importance import Importance, LayerImportance
 from ...awq.scale import REFERENCE_ALPHA, down_fold, gate_up_scale
 from ...formats.blocks import F16_FORMAT, Format
 from ...formats.errors import WeightError
-from ...formats.fwht import GROUP, rotate, unrotate
+from ...formats.fwht import GROUP
+from ...formats.hfq.stored import StoredLayer
 from ...formats.minimax import ModelConfig, expert_name
-from ...lloyd.encode import Fit, encode_plain, encode_rotated
+from ...lloyd.encode import Fit
 from ...lloyd.hessian.row import RowHessian, from_moment, from_weights
 from ..spec.recipe import Recipe
+from .encoders import CPU, Encoder, MatrixTask
+from .overflow import check_levels
 
-__all__ = ["FitSettings", "LayerEncoder", "encode_plain"]
-
+F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
 ALPHA_GRID = (0.0, 0.15, 0.3, 0.5)
 LONE_NOISE = 0.5
-"""Share of a matrix's rounding noise that counts in its gain where a token takes one expert; k average it to 1/k.
+"""ρ of `partial_gains` for one expert per token. The noise of k experts averages, so ρ = 0.5 / k.
 
-Measured by divergence: on a dense model, one half is the best of 0, 0.3, 0.5, 0.6 and 1.
+Measured by divergence: on a dense model 0.5 is the best of 0, 0.3, 0.5, 0.6 and 1.
 """
 SAMPLE_EXPERTS = 4
 SAMPLE_ROWS = 64
@@ -41,8 +42,8 @@ SAMPLE_ROWS = 64
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a build encodes: the fit, the gain of levels, the AWQ exponent (None: searched per layer), the folded down
-    scale's exponent.
+    """How a build encodes: the fit, whether levels get their gain, the AWQ exponent (None: searched in each layer), and
+    the exponent of the fold of w2 into w3 (0: none).
     """
 
     fit: Fit = "hessian"
@@ -52,7 +53,7 @@ class FitSettings:
 
 
 def fit_settings(recipe: Recipe) -> FitSettings:
-    """How a recipe has its experts encoded."""
+    """How a recipe has its tensors encoded."""
     return FitSettings(
         fit=recipe.fit,
         gain=recipe.gain,
@@ -61,70 +62,8 @@ def fit_settings(recipe: Recipe) -> FitSettings:
     )
 
 
-class Hessian(Protocol):
-    """What a coder makes of an importance, and takes back; `notes` says what had to fall back."""
-
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-
-@dataclass(frozen=True)
-class MatrixTask:
-    """A matrix to be encoded: weights f32 [R, K], multiplied by scale f32 [K], in a rotated format."""
-
-    weights: F32
-    fmt: Format
-    fit: Fit
-    scale: F32 | None
-    hessian: Hessian | None
-    gain: float
-
-
-class Coder(Protocol):
-    """Who encodes matrices: the CPU, or a device; the bytes are the same. Safe for several threads."""
-
-    @property
-    def device(self) -> str:
-        """In words, for reports."""
-        ...
-
-    def hessian(self, importance: Importance, scale: F32 | None) -> Hessian:
-        """The Hessian of the rows that see these inputs divided by scale f32 [K]."""
-        ...
-
-    def encode(self, tasks: Sequence[MatrixTask]) -> list[U8]:
-        """Payloads u8 [bytes] of some matrices, whose Hessians this coder made."""
-        ...
-
-
-class CpuCoder:
-    """Encodes on the thread that asks."""
-
-    device = "cpu"
-
-    def hessian(self, importance: Importance, scale: F32 | None) -> Hessian:
-        return row_hessian(importance, scale)
-
-    def encode(self, tasks: Sequence[MatrixTask]) -> list[U8]:
-        return [
-            encode_matrix(t.weights, t.fmt, t.fit, t.scale, cast(RowHessian | None, t.hessian), t.gain)
-            for t in tasks
-        ]
-
-
-CPU = CpuCoder()
-
-
-def encode_matrix(
-    weights: F32, fmt: Format, fit: Fit, scale: F32 | None, hessian: RowHessian | None, gain: float
-) -> U8:
-    """Payload u8 [bytes] of one expert matrix f32 [R, K]: multiplied by scale f32 [K] along K, rotated, encoded."""
-    scaled = weights if scale is None else weights * scale[None, :]
-    return encode_rotated(rotate(scaled), fmt, fit, hessian, gain)
-
-
-def row_hessian(importance: Importance, scale: F32 | None) -> RowHessian:
-    """The Hessian of the rows that see these inputs divided by scale f32 [K]."""
+def hessian_of(importance: Importance, scale: F32 | None) -> RowHessian:
+    """The Hessian of rows that see these inputs divided by scale f32 [K] (None: by ones)."""
     if importance.moment is None:
         return from_weights(importance.channel_weights(scale))
     return from_moment(importance.rotated_moment(scale))
@@ -138,10 +77,32 @@ def output_energy(rows: F32, importance: Importance) -> float:
     return float(((x @ importance.moment) * x).sum())
 
 
-class LayerEncoder:
-    """Encodes the experts of one layer; `prepare` first, with the weights that `needs_samples` names.
+@dataclass(frozen=True)
+class EncodedExpert:
+    """One expert's payloads u8 [bytes] by projection, and, for projections where the Hessian had to replace something
+    that it could not use, sentences that say what.
+    """
 
-    Without an importance the fit `hessian` becomes `exact` and the AWQ scale is 1.
+    payloads: Mapping[str, U8]
+    notes: Mapping[str, list[str]]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What `prepare` chose: the AWQ exponent, the loss of each candidate, the stored form that follows, and the Hessian
+    of gate and up where all experts share one moment.
+    """
+
+    alpha: float
+    losses: Mapping[str, float]
+    stored: StoredLayer
+    shared: RowHessian | None
+
+
+class LayerEncoder:
+    """Encodes the experts of one layer. First call `prepare`, with the weights that `needs_samples` names.
+
+    Without an importance the fit `hessian` becomes `exact`, the AWQ scale is 1 and nothing is folded.
     """
 
     def __init__(
@@ -151,23 +112,19 @@ class LayerEncoder:
         importance: LayerImportance | None,
         formats: Mapping[str, Format],
         settings: FitSettings,
-        coder: Coder = CPU,
+        encoder: Encoder = CPU,
     ) -> None:
         self.config = config
         self.layer = layer
         self.importance = importance
         self.formats = dict(formats)
         self.settings = settings
-        self.coder = coder
+        self.encoder = encoder
         self.fit: Fit = "exact" if importance is None and settings.fit == "hessian" else settings.fit
-        self._alpha = self._fixed_alpha()
         self._gain = 1 - LONE_NOISE / config.num_experts_per_tok if settings.gain else 0.0
-        self._objective: dict[str, float] = {}
-        self._scale: NDArray[np.float16] | None = None
-        self._shared: tuple[Any, float | None, Hessian] | None = None
-        self._lock = threading.Lock()
-        self._notes: dict[int, dict[str, list[str]]] = {}
+        self._ready: _Prepared | None = None
 
+    @property
     def _fixed_alpha(self) -> float | None:
         if self.importance is None:
             return 0.0
@@ -177,7 +134,7 @@ class LayerEncoder:
 
     def needs_samples(self) -> list[str]:
         """Names of the matrices from which the AWQ exponent is searched; none where it is fixed."""
-        if self._alpha is not None:
+        if self._fixed_alpha is not None:
             return []
         return [expert_name(self.layer, e, p) for e in self._sampled_experts() for p in ("w1", "w3")]
 
@@ -186,98 +143,123 @@ class LayerEncoder:
         return list(range(min(SAMPLE_EXPERTS, self.config.num_local_experts)))
 
     def prepare(self, samples: Mapping[str, F32]) -> None:
-        """Fix the AWQ scale; `samples` holds f32 weights for every name in `needs_samples`."""
-        if self._alpha is None:
-            losses = {a: self._sample_loss(a, samples) for a in ALPHA_GRID}
-            self._objective = {f"{a:g}": float(f"{loss:.6g}") for a, loss in losses.items()}
-            self._alpha = min(losses, key=lambda a: (losses[a], a))
-        self._scale = self._scale_at(self._alpha)
+        """Choose the AWQ scale; `samples` holds f32 [R, K] weights for every name in `needs_samples`."""
+        fixed = self._fixed_alpha
+        if fixed is not None:
+            self._ready = self._candidate(fixed)
+            return
+        losses: dict[float, float] = {}
+        best: _Prepared | None = None
+        for alpha in ALPHA_GRID:
+            candidate = self._candidate(alpha)
+            losses[alpha] = self._sample_loss(candidate, samples)
+            if best is None or (losses[alpha], alpha) < (losses[best.alpha], best.alpha):
+                best = candidate
+        assert best is not None
+        shown = {f"{alpha:g}": float(f"{loss:.6g}") for alpha, loss in losses.items()}
+        self._ready = _Prepared(best.alpha, shown, best.stored, best.shared)
 
-    def _gate_up_hessian(self, importance: Importance, scale: F32, alpha: float | None) -> Hessian:
-        """The Hessian at gate and up; one that all experts share is factored once per exponent, before they are
-        encoded.
-        """
-        if importance.moment is None:
-            return self.coder.hessian(importance, scale)
-        with self._lock:
-            if self._shared is None or self._shared[0] is not importance.moment or self._shared[1] != alpha:
-                self._shared = (importance.moment, alpha, self.coder.hessian(importance, scale))
-            return self._shared[2]
-
-    def _scale_at(self, alpha: float) -> NDArray[np.float16]:
+    def _candidate(self, alpha: float) -> _Prepared:
+        """The layer under one exponent."""
         if self.importance is None or alpha == 0:
-            return np.ones(self.config.hidden_size, np.float16)
-        return gate_up_scale(self.importance.gate_up_energy(), alpha)
+            scale = np.ones(self.config.hidden_size, np.float16)
+        else:
+            scale = gate_up_scale(self.importance.gate_up_energy(), alpha)
+        shared = None
+        if self.importance is not None and self.fit == "hessian":
+            importance = self.importance.of(0, "w1")
+            if importance.moment is not None:
+                shared = hessian_of(importance, scale.astype(np.float32))
+        return _Prepared(alpha, {}, StoredLayer(self.formats, scale), shared)
 
-    def _sample_loss(self, alpha: float, samples: Mapping[str, F32]) -> float:
-        """Share of the output energy lost on the sampled rows of gate and up under this exponent, f64."""
+    def _gate_up_hessian(self, prepared: _Prepared, importance: Importance) -> RowHessian:
+        """The Hessian of one expert's w1 and w3."""
+        return prepared.shared or hessian_of(importance, prepared.stored.form("w1").scale)
+
+    def _sample_loss(self, candidate: _Prepared, samples: Mapping[str, F32]) -> float:
+        """Share of the output energy that is lost on the sampled rows of gate and up under this exponent, f64."""
         assert self.importance is not None
-        scale = self._scale_at(alpha).astype(np.float32)
         lost = kept = 0.0
         for e in self._sampled_experts():
             importance = self.importance.of(e, "w1")
-            hessian = self._gate_up_hessian(importance, scale, alpha)
+            hessian = self._gate_up_hessian(candidate, importance)
             for p in ("w1", "w3"):
+                form = candidate.stored.form(p)
                 full = samples[expert_name(self.layer, e, p)]
                 some = full[:: max(1, len(full) // SAMPLE_ROWS)][:SAMPLE_ROWS]
-                rows = rotate(some * scale[None, :])
-                fmt = self.formats[p]
-                (payload,) = self.coder.encode([MatrixTask(some, fmt, self.fit, scale, hessian, gain=0)])
-                coded = fmt.decode(payload)
-                error = unrotate(coded.reshape(rows.shape) - rows) / scale[None, :]
-                lost += output_energy(error, importance)
+                (payload,) = self.encoder.encode([MatrixTask(some, form, self.fit, hessian)])
+                missed = form.format.decode(payload).reshape(some.shape) - form.to_stored(some)
+                lost += output_energy(form.from_stored(missed), importance)
                 kept += output_energy(some, importance)
         return lost / kept if kept > 0 else 0.0
 
     @property
-    def scale(self) -> NDArray[np.float16]:
-        """The layer's AWQ scale f16 [hidden], as the runtime reads it."""
-        if self._scale is None:
+    def _prepared(self) -> _Prepared:
+        if self._ready is None:
             raise RuntimeError("LayerEncoder.prepare comes first")
-        return self._scale
+        return self._ready
+
+    @property
+    def stored(self) -> StoredLayer:
+        """How the layer's experts are stored, but for the fold, which is each expert's own."""
+        return self._prepared.stored
+
+    @property
+    def scale(self) -> F16:
+        """The layer's AWQ scale f16 [hidden], as the engine reads it."""
+        scale = self.stored.scale
+        assert scale is not None
+        return scale
 
     def sidecar(self) -> U8:
-        """The payload of the layer's AWQ scale tensor."""
+        """The payload u8 [2 · hidden] of the layer's AWQ scale tensor."""
         return F16_FORMAT.pack(self.scale.astype(np.float32)).reshape(-1)
 
-    def encode_expert(self, expert: int, w1: F32, w3: F32, w2: F32) -> dict[str, U8]:
-        """Payloads u8 [bytes] of one expert's matrices f32, by projection; thread-safe, a pure function of its
-        inputs."""
-        for projection, w in (("w1", w1), ("w3", w3), ("w2", w2)):
+    def fold(self, importance: Importance) -> F32 | None:
+        """The fold f32 [intermediate] of the expert whose w2 has this importance, None where nothing is folded."""
+        return down_fold(importance.diagonal, self.settings.fold_down) if self.settings.fold_down else None
+
+    def encode_expert(self, expert: int, w1: F32, w3: F32, w2: F32) -> EncodedExpert:
+        """Encode one expert's matrices f32: w1 and w3 [intermediate, hidden], w2 [hidden, intermediate].
+
+        A pure function of its arguments, for any number of threads. Raises WeightError, which names the matrix, where
+        its width is no multiple of 256 or its levels are beyond what the format stores.
+        """
+        weights = {"w1": w1, "w3": w3, "w2": w2}
+        names = {p: expert_name(self.layer, expert, p) for p in weights}
+        for p, w in weights.items():
             if w.shape[1] % GROUP:
                 raise WeightError(
-                    f"has {w.shape[1]} columns, which is not a multiple of {GROUP}",
-                    tensor=expert_name(self.layer, expert, projection),
+                    f"has {w.shape[1]} columns, which is not a multiple of {GROUP}", tensor=names[p]
                 )
-        scale = self.scale.astype(np.float32)
-        fold: F32 | None = None
-        gate_up = down = None
-        if self.importance is not None:
+        prepared, fold = self._prepared, None
+        hessians: dict[str, RowHessian] = {}
+        if self.importance is not None and (self.settings.fold_down or self.fit == "hessian"):
             of_down = self.importance.of(expert, "w2")
-            if self.settings.fold_down and self.fit == "hessian":
-                fold = down_fold(of_down.diagonal, self.settings.fold_down)
-                w3 = w3 / fold[:, None]
+            fold = self.fold(of_down)
             if self.fit == "hessian":
-                gate_up = self._gate_up_hessian(self.importance.of(expert, "w1"), scale, self._alpha)
-                down = self.coder.hessian(of_down, fold)
-        plan = (("w1", w1, scale, gate_up), ("w3", w3, scale, gate_up), ("w2", w2, fold, down))
-        self._notes[expert] = {p: list(h.notes) for p, _, _, h in plan if h is not None and h.notes}
-        tasks = [MatrixTask(w, self.formats[p], self.fit, s, h, self._gain) for p, w, s, h in plan]
-        return dict(zip((p for p, _, _, _ in plan), self.coder.encode(tasks), strict=True))
-
-    def notes(self, expert: int) -> dict[str, list[str]]:
-        """What the rounding of an expert, once it is encoded, had to fall back on, by projection."""
-        return self._notes.get(expert, {})
+                gate_up = self._gate_up_hessian(prepared, self.importance.of(expert, "w1"))
+                hessians = {"w1": gate_up, "w3": gate_up, "w2": hessian_of(of_down, fold)}
+        tasks = [
+            MatrixTask(w, prepared.stored.form(p, fold), self.fit, hessians.get(p), self._gain)
+            for p, w in weights.items()
+        ]
+        payloads = dict(zip(weights, self.encoder.encode(tasks), strict=True))
+        for p, payload in payloads.items():
+            check_levels(names[p], self.formats[p], payload)
+        return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
 
     def report(self) -> dict[str, Any]:
-        """What `prepare` decided for this layer: the fit, the AWQ exponent, its candidates' losses, the fallbacks.
+        """What `prepare` chose for this layer, as the file's provenance records it: the fit, the AWQ exponent, the loss
+        of each candidate, and what the importance had to replace.
 
-        What single experts fell back on is in their `notes`.
+        What single experts had to replace is in their `EncodedExpert.notes`.
         """
+        prepared = self._prepared
         return {
             "layer": self.layer,
             "fit": self.fit,
-            "alpha": self._alpha,
-            "alpha_losses": self._objective,
-            "fallbacks": list(self.importance.fallbacks) if self.importance else [],
+            "alpha": prepared.alpha,
+            "alpha_losses": dict(prepared.losses),
+            "fallbacks": list(self.importance.notes) if self.importance else [],
         }

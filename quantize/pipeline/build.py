@@ -20,7 +20,7 @@ from ...formats.hfq.container import layout
 from ...formats.machine import peak_rss
 from ..calibrate.folder import discard_folder
 from ..cli.progress_bar import Progress
-from ..encode.layer_encoder import CPU, Coder
+from ..encode.encoders import CPU, Encoder
 from ..spec.metadata import Outcome, complete
 from ..write.hashing import Follower
 from ..write.journal import Journal
@@ -40,7 +40,7 @@ class Options:
     force: bool = False
     restart: bool = False
     quiet: bool = False
-    coder: Coder = CPU
+    coder: Encoder = CPU
 
     def path(self, default_name: str) -> Path:
         return self.output or Path(default_name)

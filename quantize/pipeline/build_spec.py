@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...awq.from_moments import CalibratedModel, blank_record, load_calibration
-from ...awq.importance import ModelImportance, load_importance
+from ...awq.from_imatrix import load_importance
+from ...awq.from_moments import blank_record, load_calibration
+from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, ImatrixError, RecipeError
 from ...formats.minimax import normalize_config
-from ...formats.statistics.imatrix import Imatrix, read_imatrix
+from ...formats.statistics.imatrix import read_imatrix
 from ..calibrate.tokens import TokenRequest, load_tokens
 from ..encode.layer_encoder import FitSettings, fit_settings
 from ..spec.metadata import template, totals_of
@@ -55,7 +56,7 @@ class Job:
 
     recipe: Recipe
     source: Source
-    importance: ModelImportance | CalibratedModel | InlineCalibration | None
+    importance: ModelImportance | None
     settings: FitSettings
     plan: Plan
     metadata: Mapping[str, Any]
@@ -143,18 +144,6 @@ def _pinned(recipe: Recipe, changes: Changes, source: Source, imatrix: Path | No
     return recipe.model_copy(update={"model": model})
 
 
-def _imatrix_record(imatrix: Imatrix | None, importance: ModelImportance | None) -> dict[str, Any] | None:
-    if imatrix is None or importance is None:
-        return None
-    return {
-        "sha256": imatrix.sha256,
-        "kind": imatrix.kind,
-        "datasets": list(imatrix.datasets),
-        "chunk_count": imatrix.chunk_count,
-        "coverage": importance.coverage,
-    }
-
-
 @contextmanager
 def open_job(
     recipe: Recipe,
@@ -205,7 +194,7 @@ def _job(recipe: Recipe, changes: Changes, source: Source, check: CheckOutput | 
     made_from: dict[str, Any] = {
         "recipe": recipe.resolved(),
         "source": {"origin": source.origin, "files": source.fingerprint()},
-        "imatrix": _imatrix_record(imatrix, from_imatrix),
+        "imatrix": from_imatrix.record() if from_imatrix else None,
     }
     calibrated, record, stated = None, None, made_from
     if changes.calibration is not None:

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from ...formats.minimax import PROJECTIONS, expert_name
 from ..encode.blas import one_blas_thread
-from ..encode.layer_encoder import CPU, Coder, LayerEncoder, encode_plain
+from ..encode.encoders import CPU, Encoder
+from ..encode.layer_encoder import LayerEncoder
+from ..encode.overflow import encode_tensor
 from .build_spec import Job
 from .work_units import Unit, units, work_order
 
@@ -53,7 +55,7 @@ class Layers:
 
     job: Job
     pool: ThreadPoolExecutor
-    coder: Coder
+    coder: Encoder
     ready: dict[int, Future[LayerEncoder]] = field(default_factory=dict)
 
     def of(self, unit: Unit) -> Future[LayerEncoder] | None:
@@ -70,7 +72,7 @@ class Layers:
             del self.ready[old]
 
 
-def prepare_layer(job: Job, layer: int, coder: Coder = CPU) -> LayerEncoder:
+def prepare_layer(job: Job, layer: int, coder: Encoder = CPU) -> LayerEncoder:
     """The encoder of one layer, its AWQ scale fixed from the weights that it asks to see."""
     formats = {
         t.spec.projection: t.format
@@ -93,7 +95,7 @@ def encode_unit(job: Job, unit: Unit, encoder: LayerEncoder | None) -> Encoded:
         (tensor,) = unit.tensors
         name, rows = tensor.name, unit.rows
         weights = job.source.rows(name, *rows) if rows else job.source.weight(name)
-        return Encoded(encode_plain(weights, tensor.format, job.settings.fit))
+        return Encoded(encode_tensor(name, weights, tensor.format, job.settings.fit))
     if unit.expert is None:
         return Encoded(encoder.sidecar(), encoder.report())
     assert unit.layer is not None
@@ -101,8 +103,8 @@ def encode_unit(job: Job, unit: Unit, encoder: LayerEncoder | None) -> Encoded:
     # Released as soon as they are read: a shard that is held until delivery delays the next one's download.
     for tensor in unit.tensors:
         job.source.release(tensor.name)
-    parts = encoder.encode_expert(unit.expert, w1, w3, w2)
-    return Encoded(np.concatenate([parts[p] for p in PROJECTIONS]), notes=encoder.notes(unit.expert))
+    done = encoder.encode_expert(unit.expert, w1, w3, w2)
+    return Encoded(np.concatenate([done.payloads[p] for p in PROJECTIONS]), notes=done.notes)
 
 
 @one_blas_thread()
@@ -111,7 +113,7 @@ def run_units(
     jobs: int,
     todo: Sequence[Unit],
     deliver: Callable[[Unit, Encoded], None],
-    coder: Coder = CPU,
+    coder: Encoder = CPU,
     before_layer: Callable[[int], None] | None = None,
 ) -> None:
     """Encode units on `jobs` threads and deliver each on the calling one, in the given order, with few in flight.

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from calibration_fixtures import CONFIG, COUNTS, SOURCE, moment_of, set_key, write
-from mq_quant.awq.few_tokens import KAPPA, backed_gate_up, limit, on_correlations, shrunk, thin_notes
-from mq_quant.awq.from_moments import KAPPA as LAYER_KAPPA
-from mq_quant.awq.from_moments import CalibratedLayer, load_calibration
-from mq_quant.awq.importance import Importance, LayerImportance, load_importance
+from mq_quant.awq.few_tokens import BACKING_PRIOR, backed_gate_up, limit, on_correlations, shrunk, thin_notes
+from mq_quant.awq.from_imatrix import ImatrixLayer, load_importance
+from mq_quant.awq.from_moments import MOMENT_PRIOR, CalibratedLayer, load_calibration
+from mq_quant.awq.importance import Importance
 from mq_quant.formats.statistics.imatrix import read_imatrix
 from small_imatrix import save_imatrix
 
@@ -19,11 +19,11 @@ def energies(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.exp(np.random.default_rng(seed).normal(size=shape))
 
 
-def from_imatrix(counts: tuple[float, ...] = (10.0, 30.0)) -> LayerImportance:
+def from_imatrix(counts: tuple[float, ...] = (10.0, 30.0)) -> ImatrixLayer:
     shapes = {"w1": 4, "w2": 6, "w3": 4}
     diagonals = {p: energies(i, (len(counts), k)) for i, (p, k) in enumerate(shapes.items())}
     diagonals["w3"] = diagonals["w1"]
-    return LayerImportance(3, diagonals, dict.fromkeys(shapes, np.array(counts)), ("imatrix repaired",))
+    return ImatrixLayer(3, diagonals, dict.fromkeys(shapes, np.array(counts)), ("imatrix repaired",))
 
 
 def test_a_moment_on_the_layers_correlations_has_the_experts_own_energies() -> None:
@@ -51,9 +51,9 @@ def test_channels_that_are_silent_in_the_layer_or_the_imatrix_correlate_with_not
 def test_a_thin_gate_up_moment_leans_on_the_imatrix_by_its_tokens() -> None:
     imatrix, own = from_imatrix(), np.full((4, 4), 0.5) + np.eye(4)
     mean = (imatrix.diagonals["w1"] * np.array([[10.0], [30.0]])).sum(0) / 40
-    for count in (0.0, KAPPA, 1e12):
+    for count in (0.0, BACKING_PRIOR, 1e12):
         got = backed_gate_up(Importance(np.diag(own).copy(), own, count), imatrix)
-        want = (count * own + KAPPA * np.diag(mean)) / (count + KAPPA)
+        want = (count * own + BACKING_PRIOR * np.diag(mean)) / (count + BACKING_PRIOR)
         assert got.moment is not None and got.count == count
         np.testing.assert_allclose(got.moment, want, rtol=1e-12)
         np.testing.assert_array_equal(got.diagonal, np.diag(got.moment))
@@ -82,7 +82,7 @@ def test_notes_name_what_leans_on_the_imatrix() -> None:
 @pytest.fixture(scope="module")
 def layers(
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[CalibratedLayer, CalibratedLayer, LayerImportance]:
+) -> tuple[CalibratedLayer, CalibratedLayer, ImatrixLayer]:
     """Layer 0 of a folder where expert 0 has enough tokens: alone, with an imatrix behind it, and that imatrix."""
     scratch = tmp_path_factory.mktemp("thin")
     folder = write(scratch / "calib", change=set_key("layers", 0, "notes", ["something was left out"]))
@@ -92,7 +92,7 @@ def layers(
     return alone.layer(0), backed.layer(0), imatrix.layer(0)
 
 
-Layers = tuple[CalibratedLayer, CalibratedLayer, LayerImportance]
+Layers = tuple[CalibratedLayer, CalibratedLayer, ImatrixLayer]
 
 
 def test_experts_of_few_tokens_are_shrunk_toward_their_own_energies(layers: Layers) -> None:
@@ -100,7 +100,7 @@ def test_experts_of_few_tokens_are_shrunk_toward_their_own_energies(layers: Laye
     assert max(COUNTS[0]) < limit(256)
     for e, n in enumerate(COUNTS[0]):
         prior = on_correlations(moment_of(50), imatrix.of(e, "w2").diagonal)
-        want = shrunk(moment_of(e), n, prior, LAYER_KAPPA) if n else prior
+        want = shrunk(moment_of(e), n, prior, MOMENT_PRIOR) if n else prior
         got = backed.of(e, "w2")
         assert got.moment is not None and got.count == n
         np.testing.assert_allclose(got.moment, want, rtol=1e-12)
@@ -125,11 +125,11 @@ def test_a_layer_of_few_tokens_takes_its_scale_from_the_imatrix(layers: Layers) 
 
 def test_what_leans_on_the_imatrix_is_said(layers: Layers) -> None:
     alone, backed, imatrix = layers
-    assert alone.fallbacks[0] == backed.fallbacks[0] == "something was left out"
-    assert not any("imatrix" in note for note in alone.fallbacks)
-    assert backed.fallbacks[1:] == (
+    assert alone.notes[0] == backed.notes[0] == "something was left out"
+    assert not any("imatrix" in note for note in alone.notes)
+    assert backed.notes[1:] == (
         *thin_notes(0, 395, 256, COUNTS[0].astype(float), 256),
-        *imatrix.fallbacks,
+        *imatrix.notes,
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from calibration_fixtures import CONFIG, COUNTS, SOURCE, moment_of, set_key, write
 from hypothesis import given
 from hypothesis import strategies as st
-from mq_quant.awq.from_moments import KAPPA, CalibratedModel, load_calibration
+from mq_quant.awq.from_moments import MOMENT_PRIOR, CalibratedModel, load_calibration
 from mq_quant.awq.importance import LayerImportance
 from mq_quant.formats.errors import CalibrationError
 from mq_quant.formats.minimax import ModelConfig
@@ -51,7 +51,7 @@ def test_down_is_shrunk_by_its_count_toward_the_layer(model: CalibratedModel) ->
         for e in range(3):
             n = COUNTS[layer, e]
             own = moment_of(10 * layer + e) if n else 0
-            expected = (n * own + KAPPA * moment_of(50)) / (n + KAPPA)
+            expected = (n * own + MOMENT_PRIOR * moment_of(50)) / (n + MOMENT_PRIOR)
             got = model.layer(layer).of(e, "w2")
             assert got.moment is not None and got.moment.dtype == np.float64 and got.count == n
             np.testing.assert_allclose(got.moment, expected, rtol=1e-12)
@@ -61,8 +61,8 @@ def test_down_is_shrunk_by_its_count_toward_the_layer(model: CalibratedModel) ->
 
 def test_an_expert_without_tokens_takes_the_layers_moment_and_it_is_said(model: CalibratedModel) -> None:
     assert (model.layer(0).of(1, "w2").moment == moment_of(50)).all()
-    assert model.layer(0).fallbacks == ("layer 0 w2: experts 1 (1) without tokens took the layer's moment",)
-    assert model.fallbacks == (*model.layer(0).fallbacks, "layer 1: something was left out")
+    assert model.layer(0).notes == ("layer 0 w2: experts 1 (1) without tokens took the layer's moment",)
+    assert model.layer(1).notes == ("layer 1: something was left out",)
     assert model.layer(0).of(1, "w2").count == 0
     assert model.coverage == pytest.approx(5 / 6)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import small_model
-from mq_quant.quantize.encode.layer_encoder import CPU, Coder
+from mq_quant.quantize.encode.encoders import CPU, Encoder
 from mq_quant.quantize.pipeline.build import Options, build
 from mq_quant.quantize.pipeline.build_spec import Changes, open_job
 from mq_quant.quantize.spec.places import choose_recipe
@@ -38,7 +38,7 @@ def run(small: Path, tmp_path: Path) -> Build:
         jobs: int = 2,
         force: bool = False,
         restart: bool = False,
-        coder: Coder = CPU,
+        coder: Encoder = CPU,
         fold_down: float = 0.0,
         **changes: Any,
     ) -> dict[str, Any]:

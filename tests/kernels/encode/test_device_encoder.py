@@ -11,10 +11,10 @@ from lanes_problem import heavy_rows, unequal_weights
 from mq_quant.formats.blocks import MQ2_LLOYD, MQ4, MQ4_LLOYD
 from mq_quant.formats.errors import BackendError
 from mq_quant.formats.fwht import rotate, unrotate
-from mq_quant.kernels.encode.device_encoder import Encoder, HostHessian
+from mq_quant.formats.hfq.stored import StoredForm
+from mq_quant.kernels.encode.device_encoder import DeviceEncoder
 from mq_quant.lloyd.encode import ENCODED, encode_rotated
 from mq_quant.lloyd.hessian.row import RowHessian, from_moment, from_weights
-from mq_quant.quantize.encode.encoders import on_device
 
 FORMATS = ENCODED
 K = 512
@@ -23,7 +23,7 @@ KINDS = ("none", "unequal", "nearly equal", "dense")
 
 @pytest.fixture(scope="module")
 def encoder(backend):
-    return Encoder(backend)
+    return DeviceEncoder(backend)
 
 
 @cache
@@ -40,21 +40,19 @@ def moment() -> np.ndarray:
 
 
 @cache
-def hessians(kind: str) -> tuple[RowHessian | None, HostHessian | None]:
-    """A Hessian as the CPU takes it, and as the device does."""
+def hessian_of(kind: str) -> RowHessian | None:
     if kind == "none":
-        return None, None
-    if kind == "dense":
-        found = from_moment(moment())
-        return found, on_device(found)
-    return from_weights(weights_of(kind)), on_device(weights_of(kind))
+        return None
+    return from_moment(moment()) if kind == "dense" else from_weights(weights_of(kind))
 
 
-def assert_equal_bytes(encoder: Encoder, weights: np.ndarray, fmt, kind: str, gain: float = 1.0) -> None:
-    host, device = hessians(kind)
-    fit = "hessian" if host else "exact"
-    want = encode_rotated(rotate(weights), fmt, fit, host, gain)
-    np.testing.assert_array_equal(encoder.encode(weights, fmt, fit, None, device, gain), want)
+def assert_equal_bytes(
+    encoder: DeviceEncoder, weights: np.ndarray, fmt, kind: str, gain: float = 1.0
+) -> None:
+    hessian = hessian_of(kind)
+    fit = "hessian" if hessian else "exact"
+    want = encode_rotated(rotate(weights), fmt, fit, hessian, gain)
+    np.testing.assert_array_equal(encoder.encode(weights, StoredForm(fmt), fit, hessian, gain), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,38 +83,39 @@ def test_hostile_rows_give_the_same_bytes(encoder, fmt, kind):
 @pytest.mark.parametrize("kind", IMPORTANCES)
 def test_hostile_importances_give_the_same_bytes(encoder, fmt, kind):
     rows, weights = unrotate(heavy_rows(9)), IMPORTANCES[kind]
-    want = encode_rotated(rotate(rows), fmt, "hessian", from_weights(weights))
-    hessian = on_device(weights)
-    np.testing.assert_array_equal(encoder.encode(rows, fmt, "hessian", None, hessian), want)
-    assert hessian.notes == from_weights(weights).notes
+    hessian = from_weights(weights)
+    want = encode_rotated(rotate(rows), fmt, "hessian", hessian)
+    np.testing.assert_array_equal(encoder.encode(rows, StoredForm(fmt), "hessian", hessian), want)
 
 
-def test_a_scale_is_applied_before_the_rotation(encoder, rng):
+def test_a_scale_and_a_fold_are_applied_before_the_rotation(encoder, rng):
     weights, scale = heavy_rows(5, K), rng.uniform(0.1, 9, K).astype(np.float32)
-    want = encode_rotated(rotate(weights * scale), MQ2_LLOYD, "exact")
-    np.testing.assert_array_equal(encoder.encode(weights, MQ2_LLOYD, "exact", scale), want)
+    fold = np.exp2(rng.integers(-3, 4, 5)).astype(np.float32)
+    want = encode_rotated(rotate(weights / fold[:, None] * scale), MQ2_LLOYD, "exact")
+    form = StoredForm(MQ2_LLOYD, scale, fold)
+    np.testing.assert_array_equal(encoder.encode(weights, form, "exact"), want)
 
 
 def test_one_encoder_serves_matrices_of_any_shape_and_many_hessians(encoder):
     for seed, width in enumerate((256, 1024, 512, 256, 768)):
         weights = unequal_weights(0.7, seed, width)
         rows = unrotate(heavy_rows(3 + seed, width, seed))
-        want = encode_rotated(rotate(rows), MQ2_LLOYD, "hessian", from_weights(weights))
-        hessian = on_device(weights)
+        hessian = from_weights(weights)
+        want = encode_rotated(rotate(rows), MQ2_LLOYD, "hessian", hessian)
         for _ in range(2):
-            got = encoder.encode(rows, MQ2_LLOYD, "hessian", None, hessian)
+            got = encoder.encode(rows, StoredForm(MQ2_LLOYD), "hessian", hessian)
             np.testing.assert_array_equal(got, want)
 
 
 def test_no_rows_are_no_bytes(encoder):
-    assert encoder.encode(np.empty((0, K), np.float32), MQ4, "exact").shape == (0,)
+    assert encoder.encode(np.empty((0, K), np.float32), StoredForm(MQ4), "exact").shape == (0,)
 
 
 def test_the_engines_own_fit_is_refused(encoder):
     with pytest.raises(BackendError, match="'reference' does not run on a device"):
-        encoder.encode(heavy_rows(1), MQ4, "reference")
+        encoder.encode(heavy_rows(1), StoredForm(MQ4), "reference")
 
 
 def test_a_format_that_is_only_decoded_is_refused(encoder):
     with pytest.raises(BackendError, match="MQ4-Lloyd is only decoded"):
-        encoder.encode(heavy_rows(1), MQ4_LLOYD, "exact")
+        encoder.encode(heavy_rows(1), StoredForm(MQ4_LLOYD), "exact")

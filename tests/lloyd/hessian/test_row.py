@@ -151,7 +151,7 @@ def test_whole_rows_lose_less_than_their_groups_alone(name: str) -> None:
     fmt, h, rows = BY_NAME[name], moment(), heavy_rows(33, WIDTH, seed=4)
     whole = from_moment(h)
     blocks = RowHessian(
-        tuple(from_moment(h[i : i + 256, i : i + 256]).groups[0] for i in range(0, WIDTH, 256))
+        factors=tuple(from_moment(h[i : i + 256, i : i + 256]).groups[0] for i in range(0, WIDTH, 256))
     )
 
     def lost(hessian: RowHessian | None) -> float:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from mq_quant.formats.blocks import MQ2_LLOYD
 from mq_quant.formats.errors import BackendError
+from mq_quant.formats.hfq.stored import StoredForm
 from mq_quant.kernels.runtime.host import open_backend
 from mq_quant.quantize.cli.app import main
-from mq_quant.quantize.encode import encoders as coders
-from mq_quant.quantize.encode.encoders import DeviceCoder, open_coder
-from mq_quant.quantize.encode.layer_encoder import CPU, MatrixTask
+from mq_quant.quantize.encode import gpu_encoder
+from mq_quant.quantize.encode.encoders import CPU, MatrixTask, open_encoder
+from mq_quant.quantize.encode.gpu_encoder import GpuEncoder
 from mq_quant.quantize.pipeline import build_spec as job
 from mq_quant.quantize.pipeline import worker_pool as engine
 
@@ -28,7 +29,7 @@ class StopError(Exception):
 @pytest.fixture(scope="module")
 def device():
     """The kernels on the CPU back end, as a device."""
-    opened = DeviceCoder(lambda: open_backend("cpu"))
+    opened = GpuEncoder(lambda: open_backend("cpu"))
     yield opened
     opened.close()
 
@@ -45,7 +46,7 @@ def device():
     ids=lambda c: ", ".join(map(str, c)),
 )
 def test_the_file_is_that_of_the_cpu(
-    run: Build, tmp_path: Path, device: DeviceCoder, changes: dict[str, Any]
+    run: Build, tmp_path: Path, device: GpuEncoder, changes: dict[str, Any]
 ) -> None:
     run("cpu", **changes)
     result = run("device", coder=device, jobs=3, **changes)
@@ -54,7 +55,7 @@ def test_the_file_is_that_of_the_cpu(
 
 
 def test_a_build_continues_on_another_device(
-    run: Build, tmp_path: Path, device: DeviceCoder, monkeypatch: pytest.MonkeyPatch
+    run: Build, tmp_path: Path, device: GpuEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("whole")
     encode, seen = engine.encode_unit, []
@@ -73,23 +74,23 @@ def test_a_build_continues_on_another_device(
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_fault_on_the_device_reaches_who_asked(device: DeviceCoder) -> None:
-    task = MatrixTask(np.ones((1, 300), np.float32), MQ2_LLOYD, "exact", None, None, False)
+def test_a_fault_on_the_device_reaches_who_asked(device: GpuEncoder) -> None:
+    task = MatrixTask(np.ones((1, 300), np.float32), StoredForm(MQ2_LLOYD), "exact")
     with pytest.raises(Exception, match=r"300|reshape|fit|size"):
         device.encode([task])
-    good = MatrixTask(np.ones((1, 256), np.float32), MQ2_LLOYD, "exact", None, None, False)
+    good = MatrixTask(np.ones((1, 256), np.float32), StoredForm(MQ2_LLOYD), "exact")
     np.testing.assert_array_equal(device.encode([good])[0], CPU.encode([good])[0])
 
 
 def test_the_cpu_needs_nothing() -> None:
-    with open_coder("cpu") as found:
+    with open_encoder("cpu") as found:
         assert found is CPU
 
 
 def test_a_name_that_is_no_device_is_refused() -> None:
     with (
         pytest.raises(BackendError, match=r"no device 'gpu'\n  choose one of cpu, cuda, hip"),
-        open_coder("gpu"),
+        open_encoder("gpu"),
     ):
         pass
 
@@ -101,8 +102,8 @@ def test_what_a_device_lacks_is_said_before_anything_is_read(
     def missing(kind: str, **_: bool) -> Any:
         raise BackendError(f"the {kind} back end finds no driver")
 
-    monkeypatch.setattr(coders, "has_device", lambda kind: False)
-    monkeypatch.setattr(coders, "open_backend", missing)
+    monkeypatch.setattr(gpu_encoder, "has_device", lambda kind: False)
+    monkeypatch.setattr(gpu_encoder, "open_backend", missing)
     monkeypatch.setattr(job, "open_source", lambda *_: pytest.fail("the source was opened"))
     with pytest.raises(SystemExit) as stopped:
         main(["build", "--tier", "mq2", "--source", str(small), "--device", name])
@@ -112,8 +113,8 @@ def test_what_a_device_lacks_is_said_before_anything_is_read(
 
 def test_cuda_is_an_amd_gpu_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in torch."""
-    monkeypatch.setattr(coders, "has_device", lambda kind: kind == "hip")
+    monkeypatch.setattr(gpu_encoder, "has_device", lambda kind: kind == "hip")
     opened = {"hip": lambda: open_backend("cpu")}
-    monkeypatch.setattr(coders, "open_backend", lambda kind, **_: opened[kind]())
-    with open_coder("cuda") as found:
+    monkeypatch.setattr(gpu_encoder, "open_backend", lambda kind, **_: opened[kind]())
+    with open_encoder("cuda") as found:
         assert found.device.startswith("CPU")

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import small_model
 from independent import decode
-from mq_quant.awq.importance import LayerImportance, repair
+from mq_quant.awq.from_imatrix import ImatrixLayer, repair
 from mq_quant.awq.scale import REFERENCE_ALPHA, down_fold
 from mq_quant.formats.blocks import BY_NAME, MQ2_LLOYD, MQ3_LLOYD, MQ4, MQ6, AffineFormat, Format, LloydFormat
 from mq_quant.formats.errors import WeightError
 from mq_quant.formats.fwht import rotate
+from mq_quant.formats.hfq.stored import StoredForm
 from mq_quant.formats.minimax import expert_name, parse_config
+from mq_quant.quantize.encode.encoders import MatrixTask, encode_matrix
 from mq_quant.quantize.encode.layer_encoder import (
     ALPHA_GRID,
     LONE_NOISE,
     FitSettings,
     LayerEncoder,
-    encode_matrix,
-    row_hessian,
+    hessian_of,
 )
 
 HIDDEN, INTER, EXPERTS = 512, 256, 3
@@ -38,7 +39,7 @@ ALL_MQ6 = dict.fromkeys(SHAPES, MQ6)
 MIXED = {"w1": MQ2_LLOYD, "w3": MQ2_LLOYD, "w2": MQ3_LLOYD}
 
 
-def importance(counts: tuple[float, ...] = (400.0, 90.0, 30.0), broken: bool = False) -> LayerImportance:
+def importance(counts: tuple[float, ...] = (400.0, 90.0, 30.0), broken: bool = False) -> ImatrixLayer:
     diagonals, of, notes = {}, {}, []
     for p, d in CHANNELS.items():
         energy = (d * np.exp(np.random.default_rng(1).normal(0, 0.3, (EXPERTS, len(d))))).astype(np.float32)
@@ -46,11 +47,11 @@ def importance(counts: tuple[float, ...] = (400.0, 90.0, 30.0), broken: bool = F
             energy[1, :3] = np.inf, np.nan, -1
         diagonals[p], of[p], found = repair(energy, np.float64(counts), f"layer 1 {p}")
         notes += found
-    return LayerImportance(1, diagonals, of, tuple(notes))
+    return ImatrixLayer(1, diagonals, of, tuple(notes))
 
 
 def encoder(
-    formats: dict[str, Format] = MIXED, given: LayerImportance | None = None, **settings: object
+    formats: dict[str, Format] = MIXED, given: ImatrixLayer | None = None, **settings: object
 ) -> LayerEncoder:
     """An encoder that is prepared already, with an exponent of 0.5 where no other is asked for."""
     options = FitSettings(**({"awq_alpha": 0.5} | settings))  # type: ignore[arg-type]
@@ -111,7 +112,7 @@ def test_gate_and_up_are_stored_times_the_sidecar(projection: str) -> None:
     made = encoder(ALL_MQ6)
     s = np.frombuffer(made.sidecar().tobytes(), "<f2").astype(np.float64)
     true = WEIGHTS[1][projection].astype(np.float64)
-    stored = decoded(made.encode_expert(1, **WEIGHTS[1])[projection], MQ6, projection)
+    stored = decoded(made.encode_expert(1, **WEIGHTS[1]).payloads[projection], MQ6, projection)
     assert snr(true, stored / s) > 24
     assert snr(true, stored) < 10 and snr(true, stored * s) < 10
     x = RANDOM.standard_normal((64, HIDDEN)) * np.sqrt(CHANNELS["w1"])
@@ -119,18 +120,20 @@ def test_gate_and_up_are_stored_times_the_sidecar(projection: str) -> None:
 
 
 def test_down_is_stored_as_it_is() -> None:
-    stored = decoded(encoder(ALL_MQ6).encode_expert(0, **WEIGHTS[0])["w2"], MQ6, "w2")
+    stored = decoded(encoder(ALL_MQ6).encode_expert(0, **WEIGHTS[0]).payloads["w2"], MQ6, "w2")
     assert snr(WEIGHTS[0]["w2"].astype(np.float64), stored) > 24
 
 
 def test_weights_are_multiplied_by_the_rounded_scale() -> None:
     made, w = encoder(), WEIGHTS[0]["w1"]
     s = made.scale.astype(np.float32)
-    hessian = row_hessian(importance().of(0, "w1"), s)
-    want = encode_matrix(w, MQ2_LLOYD, "hessian", s, hessian, GAIN)
-    np.testing.assert_array_equal(made.encode_expert(0, **WEIGHTS[0])["w1"], want)
+    hessian = hessian_of(importance().of(0, "w1"), s)
+    want = encode_matrix(MatrixTask(w, StoredForm(MQ2_LLOYD, s), "hessian", hessian, GAIN))
+    np.testing.assert_array_equal(made.encode_expert(0, **WEIGHTS[0]).payloads["w1"], want)
     unrounded = s * np.float32(1 + 2.0**-12)
-    assert (encode_matrix(w, MQ2_LLOYD, "hessian", unrounded, hessian, GAIN) != want).any()
+    assert (
+        encode_matrix(MatrixTask(w, StoredForm(MQ2_LLOYD, unrounded), "hessian", hessian, GAIN)) != want
+    ).any()
 
 
 @pytest.mark.parametrize("fit", ["reference", "exact", "hessian"])
@@ -138,14 +141,16 @@ def test_an_expert_computes_what_it_did(fit: str) -> None:
     """All three matrices together, through the sidecar, decoded by the independent reader."""
     made = encoder(ALL_MQ6, fit=fit)
     s = np.frombuffer(made.sidecar().tobytes(), "<f2").astype(np.float64)
-    found = {p: decoded(b, MQ6, p) for p, b in made.encode_expert(0, **WEIGHTS[0]).items()}
+    found = {p: decoded(b, MQ6, p) for p, b in made.encode_expert(0, **WEIGHTS[0]).payloads.items()}
     x = 0.02 * RANDOM.standard_normal((32, HIDDEN))
     true = output(**{p: w.astype(np.float64) for p, w in WEIGHTS[0].items()}, x=x)
     assert snr(true, output(found["w1"] / s, found["w3"] / s, found["w2"], x)) > 18
 
 
 def test_a_fold_divides_rows_of_up_and_multiplies_columns_of_down() -> None:
-    plain, folded = (encoder(ALL_MQ6, fold_down=f).encode_expert(0, **WEIGHTS[0]) for f in (0.0, 0.5))
+    plain, folded = (
+        encoder(ALL_MQ6, fold_down=f).encode_expert(0, **WEIGHTS[0]).payloads for f in (0.0, 0.5)
+    )
     t = down_fold(importance().of(0, "w2").diagonal, 0.5).astype(np.float64)
     assert len(np.unique(t)) > 2
     np.testing.assert_array_equal(folded["w1"], plain["w1"])
@@ -159,15 +164,15 @@ def test_a_fold_divides_rows_of_up_and_multiplies_columns_of_down() -> None:
 
 def test_a_folded_down_is_rounded_under_the_folded_hessian() -> None:
     t, w = down_fold(importance().of(0, "w2").diagonal, 0.5), WEIGHTS[0]["w2"]
-    hessian = row_hessian(importance().of(0, "w2"), t)
-    want = encode_matrix(w, MQ3_LLOYD, "hessian", t, hessian, GAIN)
-    np.testing.assert_array_equal(encoder(fold_down=0.5).encode_expert(0, **WEIGHTS[0])["w2"], want)
+    hessian = hessian_of(importance().of(0, "w2"), t)
+    want = encode_matrix(MatrixTask(w, StoredForm(MQ3_LLOYD, t), "hessian", hessian, GAIN))
+    np.testing.assert_array_equal(encoder(fold_down=0.5).encode_expert(0, **WEIGHTS[0]).payloads["w2"], want)
 
 
 def test_a_folded_expert_computes_what_it_did() -> None:
     made = encoder(ALL_MQ6, fold_down=0.5)
     s = np.frombuffer(made.sidecar().tobytes(), "<f2").astype(np.float64)
-    found = {p: decoded(b, MQ6, p) for p, b in made.encode_expert(0, **WEIGHTS[0]).items()}
+    found = {p: decoded(b, MQ6, p) for p, b in made.encode_expert(0, **WEIGHTS[0]).payloads.items()}
     x = 0.02 * RANDOM.standard_normal((32, HIDDEN))
     true = output(**{p: w.astype(np.float64) for p, w in WEIGHTS[0].items()}, x=x)
     assert snr(true, output(found["w1"] / s, found["w3"] / s, found["w2"], x)) > 18
@@ -186,7 +191,9 @@ def test_folded_rows_keep_their_codes_in_f16_levels(name: str) -> None:
     fmt = BY_NAME[name]
     assert isinstance(fmt, LloydFormat)
     formats = dict.fromkeys(SHAPES, fmt)
-    plain, folded = (encoder(formats, fold_down=f).encode_expert(0, **WEIGHTS[0])["w3"] for f in (0.0, 1.0))
+    plain, folded = (
+        encoder(formats, fold_down=f).encode_expert(0, **WEIGHTS[0]).payloads["w3"] for f in (0.0, 1.0)
+    )
     np.testing.assert_array_equal(fmt.unpack(folded)[1], fmt.unpack(plain)[1])
 
 
@@ -215,7 +222,7 @@ def test_the_search_prefers_what_loses_less_in_the_output() -> None:
         for e in range(EXPERTS):
             d = importance().of(e, "w1").diagonal
             for p in ("w1", "w3"):
-                found = decoded(pinned.encode_expert(e, **WEIGHTS[e])[p], MQ2_LLOYD, p) / s
+                found = decoded(pinned.encode_expert(e, **WEIGHTS[e]).payloads[p], MQ2_LLOYD, p) / s
                 lost += (np.square(found - WEIGHTS[e][p]) * d).sum()
                 kept += (np.square(WEIGHTS[e][p].astype(np.float64)) * d).sum()
         assert recorded[alpha] == pytest.approx(lost / kept, rel=0.05)
@@ -253,9 +260,10 @@ def test_without_an_importance_nothing_is_scaled_and_rounding_is_exact() -> None
     made.prepare({})
     assert made.report() | {"layer": 1, "fit": "exact", "alpha": 0.0, "fallbacks": []} == made.report()
     assert (made.scale == 1).all()
-    payload = made.encode_expert(0, **WEIGHTS[0])
+    payload = made.encode_expert(0, **WEIGHTS[0]).payloads
     np.testing.assert_array_equal(
-        payload["w2"], encode_matrix(WEIGHTS[0]["w2"], MQ3_LLOYD, "exact", None, None, 0)
+        payload["w2"],
+        encode_matrix(MatrixTask(WEIGHTS[0]["w2"], StoredForm(MQ3_LLOYD), "exact")),
     )
 
 
@@ -269,7 +277,7 @@ def test_broken_and_silent_experts_are_encoded_and_reported(fit: str) -> None:
     s = made.scale.astype(np.float64)
     assert np.isfinite(s).all() and (s > 0).all()
     for e in range(EXPERTS):
-        for p, payload in made.encode_expert(e, **WEIGHTS[e]).items():
+        for p, payload in made.encode_expert(e, **WEIGHTS[e]).payloads.items():
             found = decoded(payload, MIXED[p], p) / (s if p != "w2" else 1.0)
             assert np.isfinite(found).all()
             d = CHANNELS[p]
@@ -283,18 +291,20 @@ def test_the_gain_counts_on_the_noise_of_routed_experts_to_average_out(routed: i
         replace(CONFIG, num_experts_per_tok=routed), 1, importance(), MIXED, FitSettings(awq_alpha=0)
     )
     made.prepare({})
-    hessian = row_hessian(importance().of(0, "w2"), None)
-    want = encode_matrix(WEIGHTS[0]["w2"], MIXED["w2"], "hessian", None, hessian, gain)
-    np.testing.assert_array_equal(made.encode_expert(0, **WEIGHTS[0])["w2"], want)
+    hessian = hessian_of(importance().of(0, "w2"), None)
+    want = encode_matrix(
+        MatrixTask(WEIGHTS[0]["w2"], StoredForm(MIXED["w2"], None), "hessian", hessian, gain)
+    )
+    np.testing.assert_array_equal(made.encode_expert(0, **WEIGHTS[0]).payloads["w2"], want)
 
 
 def test_the_gain_can_be_switched_off() -> None:
-    on, off = (encoder(gain=g).encode_expert(0, **WEIGHTS[0])["w1"] for g in (True, False))
+    on, off = (encoder(gain=g).encode_expert(0, **WEIGHTS[0]).payloads["w1"] for g in (True, False))
     np.testing.assert_array_equal(MQ2_LLOYD.unpack(on)[1], MQ2_LLOYD.unpack(off)[1])
     levels_on, levels_off = (MQ2_LLOYD.unpack(p)[0].astype(float) for p in (on, off))
     assert np.abs(levels_on).sum() > 1.03 * np.abs(levels_off).sum()
     for fit in ("reference", "exact"):
-        same = [encoder(fit=fit, gain=g).encode_expert(0, **WEIGHTS[0])["w1"] for g in (True, False)]
+        same = [encoder(fit=fit, gain=g).encode_expert(0, **WEIGHTS[0]).payloads["w1"] for g in (True, False)]
         np.testing.assert_array_equal(*same)
 
 
@@ -302,9 +312,9 @@ def test_the_gain_can_be_switched_off() -> None:
 def test_any_number_of_threads_gives_the_same_bytes(fit: str) -> None:
     made = encoder({"w1": MQ3_LLOYD, "w3": MQ2_LLOYD, "w2": MQ4}, fit=fit, fold_down=0.5)
     order = [e for _ in range(4) for e in range(EXPERTS)]
-    want = [made.encode_expert(e, **WEIGHTS[e]) for e in range(EXPERTS)]
+    want = [made.encode_expert(e, **WEIGHTS[e]).payloads for e in range(EXPERTS)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda e: made.encode_expert(e, **WEIGHTS[e]), order))
+        found = list(pool.map(lambda e: made.encode_expert(e, **WEIGHTS[e]).payloads, order))
     for e, payloads in zip(order, found, strict=True):
         for p in SHAPES:
             np.testing.assert_array_equal(payloads[p], want[e][p])
@@ -313,9 +323,9 @@ def test_any_number_of_threads_gives_the_same_bytes(fit: str) -> None:
 def test_inputs_are_left_alone_and_experts_do_not_share_state() -> None:
     made = encoder(fold_down=1.0)
     before = {p: w.copy() for p, w in WEIGHTS[0].items()}
-    first = made.encode_expert(0, **WEIGHTS[0])
+    first = made.encode_expert(0, **WEIGHTS[0]).payloads
     made.encode_expert(1, **WEIGHTS[1])
-    again = made.encode_expert(0, **WEIGHTS[0])
+    again = made.encode_expert(0, **WEIGHTS[0]).payloads
     for p in SHAPES:
         np.testing.assert_array_equal(WEIGHTS[0][p], before[p])
         np.testing.assert_array_equal(first[p], again[p])

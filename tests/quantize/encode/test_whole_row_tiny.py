@@ -52,5 +52,5 @@ def test_whole_rows_lose_less_of_the_output(name: str, seen: tuple[np.ndarray, .
         stored = fmt.decode(encode_rotated(y, fmt, "hessian", hessian, gain=False)).reshape(y.shape)
         return float(np.square(unseen @ (unrotate(stored) - weights).T.astype(np.float64)).sum())
 
-    together, apart = lost(whole), lost(RowHessian(tuple(alone)))
+    together, apart = lost(whole), lost(RowHessian(factors=tuple(alone)))
     assert together < 0.92 * apart

@@ -51,12 +51,12 @@ def test_what_the_report_says_comes_first() -> None:
 @pytest.fixture
 def damped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Hessian says that it was damped; those of down, which have no scale, in words of their own."""
-    real = encode.row_hessian
+    real = encode.hessian_of
 
     def noted(importance: Any, scale: Any) -> Any:
         return replace(real(importance, scale), notes=("damped" if scale is None else "damped further",))
 
-    monkeypatch.setattr(encode, "row_hessian", noted)
+    monkeypatch.setattr(encode, "hessian_of", noted)
 
 
 SAID = [

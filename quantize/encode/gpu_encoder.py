@@ -1,0 +1,133 @@
+"""The encoder on a GPU: several command streams, each with a thread of its own.
+
+While one stream copies, another one computes. What the CPU has to do for a matrix happens on the thread that asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from queue import LifoQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...kernels.encode.device_encoder import DeviceEncoder
+from ...kernels.runtime.host import Backend, has_device, open_backend
+from .encoders import CPU, MatrixTask
+
+U8 = NDArray[np.uint8]
+
+STREAMS = 8
+"""Command streams of a GPU, each with its own thread: while one copies, another computes."""
+ALIGNMENT = 256
+"""Bytes to which the places of matrices and payloads in page-locked memory are aligned."""
+
+
+class _Stream:
+    """A thread, the back end that it opened, and the encoder of that back end. Every launch runs on the thread."""
+
+    def __init__(self, open_it: Callable[[], Backend]) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        try:
+            self.backend = self.thread.submit(open_it).result()
+            self._encoder = self.thread.submit(DeviceEncoder, self.backend).result()
+        except BaseException:
+            self.thread.shutdown()
+            raise
+
+    def pinned(self, nbytes: int) -> U8:
+        """Page-locked memory u8 [nbytes] that every stream of the device can copy from and to."""
+        return self.thread.submit(self.backend.pinned, nbytes).result()
+
+    def encode(self, tasks: Sequence[MatrixTask], outs: Sequence[U8]) -> None:
+        """Write the payloads of some matrices to `outs`, and return when they are there."""
+        self.thread.submit(self._encode, tasks, outs).result()
+
+    def _encode(self, tasks: Sequence[MatrixTask], outs: Sequence[U8]) -> None:
+        self._encoder.bring([task.hessian for task in tasks if task.hessian is not None])
+        for task, out in zip(tasks, outs, strict=True):
+            self._encoder.encode(task.weights, task.form, task.fit, task.hessian, task.gain, out)
+
+    def close(self) -> None:
+        self.thread.submit(self.backend.close)
+        self.thread.shutdown()
+
+
+class GpuEncoder:
+    """Encodes on the device of a back end, which `open_it` opens once for each stream. The fit `reference` runs on the
+    CPU.
+
+    The stream used last is the next one to be used, so that few threads that ask need the memory of few streams. For
+    every call that runs, another one may wait with its matrices in page-locked memory.
+    """
+
+    def __init__(self, open_it: Callable[[], Backend], streams: int = STREAMS) -> None:
+        self._all: list[_Stream] = []
+        try:
+            for _ in range(streams):
+                self._all.append(_Stream(open_it))
+        except BaseException:
+            self.close()
+            raise
+        self.device = self._all[0].backend.device
+        self._free: LifoQueue[_Stream] = LifoQueue()
+        self._stages: LifoQueue[U8] = LifoQueue()
+        for stream in self._all:
+            self._free.put(stream)
+        for _ in range(2 * streams):
+            self._stages.put(np.empty(0, np.uint8))
+
+    def encode(self, tasks: Sequence[MatrixTask]) -> list[U8]:
+        """As `Encoder.encode` says. The matrices of one call go to one stream."""
+        if any(task.fit == "reference" for task in tasks):
+            return CPU.encode(tasks)
+        stage = self._stages.get()
+        try:
+            needed = sum(_aligned(task.weights.size * 4) + _aligned(_payload_bytes(task)) for task in tasks)
+            if len(stage) < needed:
+                stage = self._all[0].pinned(needed)
+            staged, outs = _staged(tasks, stage)
+            stream = self._free.get()
+            try:
+                stream.encode(staged, outs)
+            finally:
+                self._free.put(stream)
+            return [out.copy() for out in outs]
+        finally:
+            self._stages.put(stage)
+
+    def close(self) -> None:
+        """Wait for what is under way and give the device back."""
+        for stream in self._all:
+            stream.close()
+
+
+def _staged(tasks: Sequence[MatrixTask], stage: U8) -> tuple[list[MatrixTask], list[U8]]:
+    """The tasks with their weights, already folded, in page-locked memory, and places for their payloads there."""
+    staged, outs, at = [], [], 0
+    for task in tasks:
+        given, payload = task.weights.size * 4, _payload_bytes(task)
+        weights = stage[at : at + given].view(np.float32).reshape(task.weights.shape)
+        np.copyto(weights, task.form.folded(task.weights))
+        at += _aligned(given)
+        outs.append(stage[at : at + payload])
+        at += _aligned(payload)
+        staged.append(replace(task, weights=weights, form=replace(task.form, fold=None)))
+    return staged, outs
+
+
+def _payload_bytes(task: MatrixTask) -> int:
+    return task.form.format.nbytes(task.weights.size)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def open_gpu(device: str) -> Backend:
+    """The back end of `hip`, or of `cuda`, which is HIP's where there is only an AMD GPU; BackendError without one."""
+    if device == "cuda" and not has_device("cuda") and has_device("hip"):
+        device = "hip"
+    return open_backend(device, own_stream=True)
