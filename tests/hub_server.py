@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 REPO = "acme/small-m2"
 MAIN = "1" * 40
@@ -29,7 +29,7 @@ class Fault:
 
     kind: "status" answers `value`; "cut" closes the connection after `value` bytes of the body; "flip" changes the byte
     at `value`; "long" appends bytes and says so; "short" leaves the last ones out and says so; "commit" claims another
-    revision; "hook" calls `call` before anything is sent.
+    revision; "hook" calls `call` before anything is sent; "answer" sends what `answer` makes of the request.
     """
 
     kind: str
@@ -37,6 +37,21 @@ class Fault:
     times: int = 1
     value: int = 0
     call: Callable[[], None] = lambda: None
+    answer: Callable[[str | None, bytes], Answer] = lambda *_: Answer()
+    """From the request's Range and the file's bytes."""
+
+
+@dataclass
+class Answer:
+    """An answer as it goes over the wire; with `cut`, the connection is closed after that many bytes of the body.
+
+    A Content-Length is added unless the headers have one; where theirs is empty, none is sent.
+    """
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    cut: int | None = None
 
 
 @dataclass
@@ -45,6 +60,7 @@ class Request:
     path: str
     range: str | None
     token: str | None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,6 +70,8 @@ class HubServer:
     repositories: dict[str, dict[str, dict[str, bytes]]]
     token: str | None = None
     bytes_per_second: float | None = None
+    page: int | None = None
+    """Files on a page of the long list; the short one then lacks sizes and hashes, as those of some mirrors do."""
     faults: list[Fault] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     endpoint: str = ""
@@ -110,8 +128,11 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         token = self.headers.get("Authorization")
-        self.hub.requests.append(Request(self.command, path, self.headers.get("Range"), token))
+        self.hub.requests.append(
+            Request(self.command, path, self.headers.get("Range"), token, dict(self.headers))
+        )
         routes = (
+            (r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)", self.tree),
             (r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>.+))?", self.info),
             (r"/storage/(?P<repo>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<name>.+)", self.body),
             (r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)", self.resolve),
@@ -142,7 +163,22 @@ class _Handler(BaseHTTPRequestHandler):
         if name and name not in commits[commit]:
             self.empty(404, {"X-Error-Code": "EntryNotFound"})
             return
+        if fault := self.hub.take_fault(path, "answer"):
+            self.reply(fault.answer(self.headers.get("Range"), commits[commit].get(name, b"")))
+            return
         route(parts["repo"], commit, name, commits[commit])
+
+    def reply(self, answer: Answer) -> None:
+        self.send_response(answer.status)
+        headers = {"Content-Length": str(len(answer.body)), **answer.headers}
+        for key, value in headers.items():
+            if value:
+                self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.write(answer.body[: answer.cut])
+        if answer.cut is not None or not headers["Content-Length"]:
+            self.close_connection = True
 
     def empty(self, status: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -151,7 +187,28 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def info(self, repo: str, commit: str, _: str, files: dict[str, bytes]) -> None:
-        self.send(information(repo, commit, files), {"Content-Type": "application/json"}, repo)
+        content = information(repo, commit, files)
+        if self.hub.page is not None:
+            siblings = [{"rfilename": name} for name in files]
+            content = json.dumps({**json.loads(content), "siblings": siblings}).encode()
+        self.send(content, {"Content-Type": "application/json"}, repo)
+
+    def tree(self, repo: str, commit: str, _: str, files: dict[str, bytes]) -> None:
+        entries = [{"type": "directory", "path": "folder", "size": 0, "oid": "d" * 40}]
+        for name, data in files.items():
+            entry = dict(sibling(name, data))
+            entry |= {"type": "file", "path": entry.pop("rfilename"), "oid": entry.pop("blobId")}
+            if "lfs" in entry:
+                entry["lfs"] = {"size": len(data), "oid": entry["lfs"]["sha256"]}
+            entries.append(entry)
+        size, at = (
+            self.hub.page or len(entries),
+            int(dict(parse_qsl(urlsplit(self.path).query)).get("cursor", 0)),
+        )
+        url = f"{self.hub.endpoint}/api/models/{repo}/tree/{commit}?recursive=true&cursor="
+        links = [f'<{url}{at + size}>; rel="next"'] if at + size < len(entries) else []
+        headers = {"Link": ", ".join([f'<{url}0>; rel="first"', *links]), "Content-Type": "application/json"}
+        self.send(json.dumps(entries[at : at + size]).encode(), headers, repo)
 
     def resolve(self, repo: str, commit: str, name: str, files: dict[str, bytes]) -> None:
         entry = sibling(name, files[name])
@@ -209,13 +266,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Clients go away in the middle of answers: that is what is tested."""
+
+
 @contextmanager
 def serve(repositories: dict[str, dict[str, dict[str, bytes]]], **options: Any) -> Iterator[HubServer]:
     """Run a hub on a free port of the loopback interface for as long as the block lasts."""
     hub = HubServer(repositories, **options)
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     hub.storage = f"http://localhost:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

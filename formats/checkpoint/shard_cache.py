@@ -48,7 +48,8 @@ class ShardCache:
             known = {*self._present, self._loading, *list(self._uses)[: self._slots]}
             for left in self._folder.glob("*.safetensors*"):
                 if left.name.removesuffix(PART) not in known:
-                    left.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        left.unlink()
             self._remove_unused()
             self._start()
 

@@ -107,7 +107,9 @@ def proxy_of(url: str) -> str | None:
 
 
 def _split(url: str) -> SplitResult | None:
-    """The parts of an address; None where it cannot be taken apart, for example for its port."""
+    """The parts of an address; None where programs could take it apart differently, or not at all."""
+    if "\\" in url or not url.isprintable() or " " in url:
+        return None
     try:
         parts = urlsplit(url)
         _ = parts.port

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ..errors import HubError
+from ..text import printable
 
 T = TypeVar("T")
 
@@ -151,4 +152,4 @@ class Patience:
             if now - self._spoke < BETWEEN:
                 return
             self._spoke = now
-        self._notify(text)
+        self._notify(printable(text))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 from ..errors import HubError
 from .answers import Asked, check_body, check_coding, check_status
@@ -23,6 +23,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 LONGEST_CHAIN = 8
 CONNECT_SECONDS = 8.0
 SHORT_BODY = 64 << 10
+_IN_URLS = "%/:=&?~#+!$,;'@()*[]"
 SLOW_SECONDS, SLOW_BYTES = 60.0, 64 << 10
 """A body of which fewer bytes than SLOW_BYTES came in SLOW_SECONDS counts as a dropped connection."""
 
@@ -93,7 +94,7 @@ def _target(url: str, location: str | None, what: str) -> str:
     if not location:
         raise HubError(f"{shown(url)} redirects without saying where to", file=what)
     try:
-        target = urljoin(url, location.strip())
+        target = urljoin(url, quote(location.strip(), safe=_IN_URLS))
     except ValueError:
         target = ""
     scheme = origin(target)[0]

@@ -1,7 +1,6 @@
 """What a hub can do wrong: every fault of the server is survived, or ends in an error that names it."""
 
 import dataclasses
-import hashlib
 import threading
 from pathlib import Path
 
@@ -216,12 +215,3 @@ def test_full_disk(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Remote, "digest", full)
     with pytest.raises(HubError, match="the disk is full"):
         source.weight("model.norm.weight")
-
-
-def test_small_files_are_verified_by_their_git_hash(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"what is up, doc?")
-    git = "bd9dbf5aae1a3862dd1526723246b20206e5fc37"
-    assert Remote("x", 16, None, git).matches(tmp_path / "x")
-    assert not Remote("x", 16, None, "0" * 40).matches(tmp_path / "x")
-    sha256 = hashlib.sha256(b"what is up, doc?").hexdigest()
-    assert Remote("x", 16, sha256, "0" * 40).matches(tmp_path / "x")
