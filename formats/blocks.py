@@ -1,7 +1,7 @@
 """The block formats of HFQ files: one class per format with pack, unpack and decode, and one size table.
 
 All arrays are little endian. `decode` returns values in the stored basis: for the MQ formats that is the rotated one.
-Plain numpy, to be read as the specification; depends on numpy and errors.
+Plain numpy, to be read as the specification.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import HfqError, WeightError
+from .errors import HfqError, HfqKind, WeightError
 
 U8 = NDArray[np.uint8]
 F16 = NDArray[np.float16]
@@ -39,7 +39,10 @@ class Format:
         """Bytes that `weights` weights take; HfqError where they do not fill whole groups."""
         groups, rest = divmod(weights, self.group)
         if rest:
-            raise HfqError(f"{weights} weights do not fill groups of {self.group} in format {self.name}")
+            raise HfqError(
+                f"{weights} weights do not fill groups of {self.group} in format {self.name}",
+                kind=HfqKind.GROUPS,
+            )
         return groups * self.group_bytes
 
     def groups(self, payload: U8 | bytes | memoryview) -> U8:
@@ -49,7 +52,8 @@ class Format:
         )
         if flat.size % self.group_bytes:
             raise HfqError(
-                f"{flat.size} bytes are not whole groups of {self.group_bytes} in format {self.name}"
+                f"{flat.size} bytes are not whole groups of {self.group_bytes} in format {self.name}",
+                kind=HfqKind.LENGTH,
             )
         return flat.reshape(-1, self.group_bytes)
 

@@ -7,6 +7,7 @@ values from files may hold anything, so a message shows every control character 
 
 from __future__ import annotations
 
+from enum import StrEnum, auto
 from pathlib import Path
 
 from .text import printable
@@ -64,8 +65,64 @@ class RecipeError(MqError):
     """A recipe that does not follow the schema."""
 
 
+class HfqKind(StrEnum):
+    """Why an HFQ file is refused, or cannot be used as asked: one kind for each reason."""
+
+    # Opening and reading
+    UNOPENABLE = auto()  # the file cannot be opened
+    UNREADABLE = auto()  # the file system reports a fault while the file is read
+    CHANGED = auto()  # the file became shorter after it was opened
+    TRUNCATED = auto()  # the file ends inside its header, index or padding
+    # Header
+    NOT_HFQ = auto()  # the file does not begin with HFQM
+    VERSION = auto()  # the container version is not 1
+    METADATA_OFFSET = auto()  # the metadata do not begin at byte 32
+    DATA_OFFSET = auto()  # the payloads would begin behind the end of the file
+    # Metadata
+    METADATA_ENDLESS = auto()  # the JSON object has no end where it should
+    METADATA_JSON = auto()  # the metadata are not one strict JSON object
+    METADATA_SIZE = auto()  # the metadata are larger than readers take
+    # Index
+    COUNTS = auto()  # header and index count different numbers of tensors
+    TOO_MANY = auto()  # more tensors than an index may have, or than fit into this one
+    INDEX_SIZE = auto()  # the index is larger than readers take
+    INDEX_END = auto()  # the index reaches into the payloads
+    NAME_ENCODING = auto()  # a tensor's name is not UTF-8
+    NAME = auto()  # a tensor's name is empty, too long or not printable
+    NAME_TWICE = auto()  # two tensors have one name
+    SHAPE = auto()  # a shape has too many dimensions, or one out of range
+    FIELD = auto()  # a number of an index line is out of range
+    GROUPS = auto()  # a shape does not fill whole groups of its format
+    GROUP_SIZE = auto()  # the group size is not that of the format
+    PAYLOAD_SIZE = auto()  # the payload's size does not follow from shape and format
+    # Padding and payloads
+    PADDING_SIZE = auto()  # too many unused bytes lie before the payloads
+    PADDING = auto()  # the padding before the payloads is not zero
+    PAYLOAD_END = auto()  # a payload reaches behind the end of the file
+    # Use of a file that is whole
+    NO_TENSOR = auto()  # the file has no tensor of this name
+    UNKNOWN_FORMAT = auto()  # the tensor's block format is not known
+    SCALE = auto()  # an AWQ scale does not fit the matrices that it scales
+    PROVENANCE = auto()  # the file does not say, or not in our form, what it was made from
+    # Writing
+    LENGTH = auto()  # the bytes given for a payload are fewer or more than its index line states
+    UNWRITABLE = auto()  # the file cannot be written
+
+
 class HfqError(MqError):
-    """A file that is not a well-formed HFQ container."""
+    """A file that is not a well-formed HFQ container, or cannot be used as asked; `kind` says why, for programs."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        kind: HfqKind,
+        file: str | Path | None = None,
+        tensor: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.kind = kind
+        super().__init__(problem, file=file, tensor=tensor, hint=hint)
 
 
 class OutputError(MqError):

@@ -1,5 +1,22 @@
-"""The HFQ container: the layout of its bytes, and reading and writing whole files.
+"""The HFQ container: reading and writing files, their layout in bytes, and what a file says of its making.
 
-`layout` knows every offset before the first payload exists. `container` reads a file and refuses one that does not
-hold.
+`layout` knows every offset before the first payload exists, `container` refuses what does not hold, and `provenance`
+reads the record of the build. All of this needs numpy and xxhash only.
 """
+
+from .container import HfqFile, open_hfq, quantization_hash, write_hfq
+from .layout import Layout, QuantizationHash, TensorEntry, TensorMeta, layout
+from .provenance import Provenance
+
+__all__ = [
+    "HfqFile",
+    "Layout",
+    "Provenance",
+    "QuantizationHash",
+    "TensorEntry",
+    "TensorMeta",
+    "layout",
+    "open_hfq",
+    "quantization_hash",
+    "write_hfq",
+]

@@ -1,6 +1,6 @@
 """What an HFQ file looks like: its header, index lines and offsets, known from shapes alone before any payload is.
 
-Also the quantization hash, which covers index and payloads. Depends on xxhash, and on blocks, strictjson and errors.
+Also the quantization hash, which covers index and payloads.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..blocks import FORMATS
-from ..errors import HfqError
+from ..errors import HfqError, HfqKind
 from ..strictjson import JsonError, dump_object, object_end, parse_object
+from ..text import shown
 
 MAGIC = b"HFQM"
 VERSION = 1
@@ -81,9 +82,11 @@ def layout(metadata: Mapping[str, Any] | bytes, tensors: Sequence[TensorMeta], a
         else:
             raw = dump_object(metadata)
     except JsonError as e:
-        raise HfqError(f"the metadata {e}") from None
+        raise HfqError(f"the metadata {e}", kind=HfqKind.METADATA_JSON) from None
     if len(raw) > METADATA_LIMIT:
-        raise HfqError(f"the metadata takes {len(raw)} bytes, more than {METADATA_LIMIT}")
+        raise HfqError(
+            f"the metadata takes {len(raw)} bytes, more than {METADATA_LIMIT}", kind=HfqKind.METADATA_SIZE
+        )
     check_index(tensors)
     index = struct.pack("<I", len(tensors)) + b"".join(_index_line(t) for t in tensors)
     used = METADATA_OFFSET + len(raw) + len(index)
@@ -95,6 +98,7 @@ def layout(metadata: Mapping[str, Any] | bytes, tensors: Sequence[TensorMeta], a
 
 
 def place(tensors: Iterable[TensorMeta], data_offset: int) -> Iterator[TensorEntry]:
+    """The tensors with the offsets of their payloads, which follow each other from `data_offset` on."""
     for t in tensors:
         yield TensorEntry(t.name, t.quant_type, t.shape, t.group_size, t.nbytes, data_offset)
         data_offset += t.nbytes
@@ -107,40 +111,49 @@ def _index_line(t: TensorMeta) -> bytes:
 
 
 def check_index(tensors: Sequence[TensorMeta], file: Path | None = None) -> None:
-    """What must hold of every index, read or to be written."""
+    """Refuse what no index may hold, be it read or to be written; HfqError names the tensor."""
     if len(tensors) > COUNT_LIMIT:
-        raise HfqError(f"{len(tensors)} tensors, more than {COUNT_LIMIT}", file=file)
+        raise HfqError(f"{len(tensors)} tensors, more than {COUNT_LIMIT}", kind=HfqKind.TOO_MANY, file=file)
     seen: set[str] = set()
     for t in tensors:
         problem = _entry_problem(t)
         if t.name in seen:
-            problem = "the name appears twice in the index"
+            problem = HfqKind.NAME_TWICE, "the name appears twice in the index"
         if problem:
-            raise HfqError(problem, file=file, tensor=t.name if t.name.isprintable() else repr(t.name))
+            kind, text = problem
+            raise HfqError(text, kind=kind, file=file, tensor=t.name or "''")
         seen.add(t.name)
 
 
-def _entry_problem(t: TensorMeta) -> str | None:
+def _entry_problem(t: TensorMeta) -> tuple[HfqKind, str] | None:
     if not t.name or not t.name.isprintable() or len(t.name.encode("utf-8")) > 0xFFFF:
-        return "the name is empty, too long, or holds characters that cannot be printed"
+        return HfqKind.NAME, "the name is empty, too long, or holds characters that cannot be printed"
     if len(t.shape) > DIMS_LIMIT or any(not 0 < d < 1 << 32 for d in t.shape):
-        return f"the shape {t.shape} is not up to {DIMS_LIMIT} dimensions of 1 to 2^32 - 1"
+        return (
+            HfqKind.SHAPE,
+            f"the shape {shown(t.shape)} is not up to {DIMS_LIMIT} dimensions of 1 to 2^32 - 1",
+        )
     if not (0 <= t.quant_type < 256 and 0 <= t.group_size < 1 << 32 and 0 <= t.nbytes < 1 << 63):
-        return f"quant_type {t.quant_type}, group_size {t.group_size} or size {t.nbytes} is out of range"
+        text = f"quant_type {t.quant_type}, group_size {t.group_size} or size {t.nbytes} is out of range"
+        return HfqKind.FIELD, text
     fmt = FORMATS.get(t.quant_type)
     if fmt is None:
         return None
     weights = math.prod(t.shape)
     if fmt.group > 1 and (not t.shape or t.shape[-1] % fmt.group):
-        return f"shape {t.shape} does not fill whole groups of {fmt.group} along its last dimension"
+        text = f"shape {t.shape} does not fill whole groups of {fmt.group} along its last dimension"
+        return HfqKind.GROUPS, text
     if t.group_size != fmt.group_size:
-        return f"group_size is {t.group_size}, but format {fmt.name} has {fmt.group_size}"
+        text = f"group_size is {t.group_size}, but format {fmt.name} has {fmt.group_size}"
+        return HfqKind.GROUP_SIZE, text
     if t.nbytes != fmt.nbytes(weights):
-        return f"{t.nbytes} bytes, but shape {t.shape} in format {fmt.name} takes {fmt.nbytes(weights)}"
+        text = f"{t.nbytes} bytes, but shape {t.shape} in format {fmt.name} takes {fmt.nbytes(weights)}"
+        return HfqKind.PAYLOAD_SIZE, text
     return None
 
 
 def byte_view(data: Bytes) -> memoryview:
+    """The bytes of a payload, whatever holds them, without a copy."""
     return data.reshape(-1).data if isinstance(data, np.ndarray) else memoryview(data)
 
 
@@ -175,7 +188,9 @@ class QuantizationHash:
             self._hash.update(part)
             done += part.nbytes
         if done != tensor.nbytes:
-            raise HfqError(f"{done} bytes were hashed of {tensor.nbytes}", tensor=tensor.name)
+            raise HfqError(
+                f"{done} bytes were hashed of {tensor.nbytes}", kind=HfqKind.LENGTH, tensor=tensor.name
+            )
         self.tensor_count += 1
         self.payload_bytes += done
 

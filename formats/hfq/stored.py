@@ -13,16 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..blocks import FORMATS, Format
-from ..errors import HfqError
+from ..errors import HfqError, HfqKind
 from ..fwht import rotate, unrotate
 from ..minimax import awq_scale_name, expert_name, expert_of
 from .container import HfqFile, TensorEntry
+from .provenance import Provenance
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
@@ -101,7 +101,12 @@ def format_of(file: HfqFile, entry: TensorEntry) -> Format:
     """The block format of a tensor; HfqError where its quant_type is unknown."""
     fmt = FORMATS.get(entry.quant_type)
     if fmt is None:
-        raise HfqError(f"quant_type {entry.quant_type} is unknown", file=file.path, tensor=entry.name)
+        raise HfqError(
+            f"quant_type {entry.quant_type} is unknown",
+            kind=HfqKind.UNKNOWN_FORMAT,
+            file=file.path,
+            tensor=entry.name,
+        )
     return fmt
 
 
@@ -117,6 +122,7 @@ def awq_scale(file: HfqFile, layer: int, width: int) -> F32 | None:
     if entry.shape != (width,):
         raise HfqError(
             f"has shape {list(entry.shape)}, but the matrices that it scales have {width} columns",
+            kind=HfqKind.SCALE,
             file=file.path,
             tensor=name,
         )
@@ -140,10 +146,8 @@ def stored_form(file: HfqFile, name: str, fold: F32 | None = None) -> StoredForm
 
 def folds_down(file: HfqFile) -> bool:
     """Whether the file's recipe folded a scale of w2 into the rows of w3."""
-    awq: Any = file.metadata.get("mq_quant")
-    for key in ("recipe", "awq", "fold_down"):
-        awq = awq.get(key) if isinstance(awq, Mapping) else None
-    return bool(awq)
+    recipe = Provenance.of(file).recipe
+    return recipe is not None and recipe.folds_down
 
 
 def recovered_fold(reference: F32, decoded: F32) -> F32:

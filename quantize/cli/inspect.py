@@ -14,6 +14,7 @@ from .console import emit, gigabytes, table
 File = Annotated[Path, typer.Argument(metavar="FILE", help="An HFQ file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 SHOWN = 8
+AFTER = "bytes follow the last tensor"
 
 
 def inspect(
@@ -43,14 +44,16 @@ def inspect(
     from ..inspect.show import inspect_file, provenance
 
     if show_provenance:
-        emit(provenance(file), as_json, _render_provenance)
+        emit(provenance(file).document, as_json, _render_provenance)
     else:
         emit(inspect_file(file, pattern, tensor, groups), as_json, _render_file(pattern is not None))
 
 
 def _render_provenance(record: Mapping[str, Any]) -> str:
-    checksums = record.get("checksums", {}).get("values", "")
-    shown = {**record, "checksums": f"{len(checksums) // 16} tensor checksums (--json shows them)"}
+    from ...formats.hfq.provenance import KEY, Provenance
+
+    count = len(Provenance.read({KEY: record}).checksums)
+    shown = {**record, "checksums": f"{count} tensor checksums (--json shows them)"}
     return json.dumps(shown, indent=1, ensure_ascii=False)
 
 
@@ -64,6 +67,7 @@ def _render_file(listing: bool) -> Callable[[Mapping[str, Any]], str]:
             f"tier {metadata['tier'] or 'unknown'}, fit {metadata['fit'] or 'unknown'}, "
             f"quantization hash {metadata['quantization_hash'] or 'none'}",
             f"config: {config}",
+            *([f"{after} {AFTER}"] if (after := header["trailing_bytes"]) else []),
             table(
                 ("format", "tensors", "weights", "size"),
                 [
@@ -125,7 +129,12 @@ def diff(
 def _render_diff(result: Mapping[str, Any]) -> str:
     if result["identical"]:
         return f"identical: {result['equal_tensors']} tensors and all metadata"
-    parts = [f"{d['key']}: {d['a']!r} / {d['b']!r}" for d in result["metadata"]]
+    after = (
+        [f"{result[f'trailing_{s}']} {AFTER} of {result[s]}" for s in ("a", "b") if result[f"trailing_{s}"]]
+        if not result["same_trailing"]
+        else []
+    )
+    parts = after + [f"{d['key']}: {d['a']!r} / {d['b']!r}" for d in result["metadata"]]
     parts += [f"only in {result[side]}: {name}" for side in ("a", "b") for name in result[f"only_{side}"]]
     if result["different_tensors"]:
         rows = [

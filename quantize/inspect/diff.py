@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from ...formats.blocks import FORMATS
 from ...formats.hfq.container import HfqFile, TensorEntry, open_hfq
+from ...formats.hfq.provenance import KEY, PADDING
 from ...formats.hfq.stored import RecoveredFolds, StoredForm, folds_down, stored_form
 from ...formats.minimax import expert_name, expert_of
 from ...verify.model.hfq_weights import DecodedFile
-from ..spec.metadata import PROVENANCE
 from ..spec.provenance import flatten
 from .show import format_name
 
-_IGNORED = re.compile(rf"{PROVENANCE}\.(reserved|checksums)")
+_IGNORED = re.compile(rf"{KEY}\.({PADDING}|checksums)")
 CHUNK_WEIGHTS = 1 << 22
 SHOWN = 200
 """Characters of a metadata value that are shown."""
@@ -61,7 +61,10 @@ class TensorDiff:
 
 @dataclass(frozen=True)
 class Diff:
-    """Where file B differs from file A. Names stand in file order; `equal_tensors` counts tensors of equal bytes."""
+    """Where file B differs from file A. Names stand in file order; `equal_tensors` counts tensors of equal bytes.
+
+    `trailing_a` and `trailing_b` count the bytes after the last tensor, which the engine ignores.
+    """
 
     a: Path
     b: Path
@@ -71,11 +74,15 @@ class Diff:
     only_b: tuple[str, ...]
     equal_tensors: int
     different_tensors: tuple[TensorDiff, ...]
+    trailing_a: int = 0
+    trailing_b: int = 0
+    same_trailing: bool = True
 
     @property
     def identical(self) -> bool:
-        """Whether metadata (but for what every build has of its own), names, order and payloads are equal."""
-        return self.same_order and not (self.metadata or self.only_a or self.only_b or self.different_tensors)
+        """Whether metadata (but for what every build has of its own), names, order, payloads and rests are equal."""
+        differ = self.metadata or self.only_a or self.only_b or self.different_tensors
+        return self.same_order and self.same_trailing and not differ
 
     def as_json(self) -> dict[str, Any]:
         """What `mq-quant diff --json` prints."""
@@ -97,7 +104,16 @@ def diff_files(a: Path, b: Path) -> Diff:
             only_b=tuple(entry.name for entry in second.entries if entry.name not in first),
             equal_tensors=len(common) - len(rows),
             different_tensors=tuple(rows),
+            trailing_a=first.trailing_bytes,
+            trailing_b=second.trailing_bytes,
+            same_trailing=_same_trailing(first, second),
         )
+
+
+def _same_trailing(a: HfqFile, b: HfqFile) -> bool:
+    if a.trailing_bytes != b.trailing_bytes:
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(a.trailing(), b.trailing(), strict=True))
 
 
 def _metadata(a: HfqFile, b: HfqFile) -> tuple[MetadataDiff, ...]:

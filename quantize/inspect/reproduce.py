@@ -5,7 +5,6 @@ Nothing is written: each unit is compared with the file as it comes out of the e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from ...formats.errors import (
     CheckError,
     CheckpointError,
     HfqError,
+    HfqKind,
     ImatrixError,
     RecipeError,
 )
 from ...formats.hfq.container import HfqFile, open_hfq
+from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ..cli.progress_bar import Progress
 from ..pipeline.build_spec import Changes, Job, open_job
 from ..pipeline.work_units import Unit
@@ -30,14 +31,14 @@ from ..spec.recipe import Recipe, parse_recipe
 from .show import provenance
 
 
-def recorded_recipe(record: Mapping[str, Any], file: Path, source: str | None) -> Recipe:
+def recorded_recipe(record: Provenance, file: Path, source: str | None) -> Recipe:
     """The recipe in a file's provenance, its weights taken from `source` where the file names no place for them.
 
     Raises RecipeError where neither does, HfqError where the record is not one of ours.
     """
-    document = record.get("recipe")
-    if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
-        raise HfqError("its provenance holds no recipe", file=file)
+    document = record.recipe.document if record.recipe else {}
+    if not isinstance(document.get("model"), dict):
+        raise HfqError("its provenance holds no recipe", kind=HfqKind.PROVENANCE, file=file)
     model = document["model"]
     origin = model.get("source")
     if isinstance(origin, dict) and origin.get("repository") is None:
@@ -52,24 +53,28 @@ def recorded_recipe(record: Mapping[str, Any], file: Path, source: str | None) -
     return retarget(recipe, source) if source is not None else recipe
 
 
-def check_inputs(record: Mapping[str, Any], job: Job, file: Path) -> None:
+def check_inputs(record: Provenance, job: Job, file: Path) -> None:
     """Refuse inputs that are not those that the file was made from, naming the first that differs."""
+    if record.source is None or not record.source.files:
+        raise HfqError(
+            "its provenance does not say which files of a source it was made from",
+            kind=HfqKind.PROVENANCE,
+            file=file,
+            hint="the record was edited, so nothing can be held against it",
+        )
     files = {key: value for key, value in job.signature.items() if key.startswith("source.files.")}
-    recorded = record.get("source", {}).get("files", {})
-    for name, stated in recorded.items():
-        if files.get(f"source.files.{name}.sha256") != stated.get("sha256"):
+    for name, stated in record.source.files.items():
+        if files.get(f"source.files.{name}.sha256") != stated:
             raise CheckpointError(
                 f"{name} is not the file that this was made from",
                 file=file,
                 hint="check --source and its revision",
             )
-    imatrix = record.get("imatrix")
-    if imatrix and imatrix.get("sha256") != job.signature.get("imatrix.sha256"):
+    if record.imatrix and record.imatrix.sha256 != job.signature.get("imatrix.sha256"):
         raise ImatrixError(
             "the imatrix is not the one that this was made with", file=file, hint="check --imatrix"
         )
-    calibration = record.get("calibration")
-    if calibration and calibration.get("sha256") != job.signature.get("calibration.sha256"):
+    if record.calibration and record.calibration.sha256 != job.signature.get("calibration.sha256"):
         raise CalibrationError(
             "the calibration is not the one that this was made with", file=file, hint="check --calibration"
         )
@@ -89,12 +94,12 @@ def reproduce(
     """
     record = provenance(path)
     recipe = recorded_recipe(record, path, source)
-    calibrated = record.get("calibration") is not None
+    calibrated = record.calibration is not None
     if calibrated and calibration is None:
         raise CalibrationError(
             "was made with a calibration folder", file=path, hint="give that folder as --calibration"
         )
-    if calibrated and imatrix is not None and record.get("imatrix") is None:
+    if calibrated and imatrix is not None and record.imatrix is None:
         raise ImatrixError(
             "was made with a calibration folder alone, without an imatrix",
             file=path,
@@ -102,7 +107,7 @@ def reproduce(
         )
     changes = Changes(
         imatrix=imatrix,
-        no_imatrix=record.get("imatrix") is None and not calibrated,
+        no_imatrix=record.imatrix is None and not calibrated,
         calibration=calibration if calibrated else None,
     )
     with open_job(recipe, changes) as job, open_hfq(path) as file:
@@ -110,14 +115,13 @@ def reproduce(
         if [t.meta() for t in job.plan.tensors] != [_meta(e) for e in file.entries]:
             raise CheckError("its tensors are not those that its recipe gives", file=path)
         different = _differences(job, file, jobs, quiet)
-        stated = record.get("program", {})
         return {
             "path": str(path),
             "identical": not different,
             "tensor_count": len(file.entries),
             "different_tensors": different,
-            "quantization_hash": file.metadata["quantization_hash"]["value"],
-            "made_by": {key: stated.get(key) for key in ("version", "commit")},
+            "quantization_hash": stated_quantization_hash(file.metadata),
+            "made_by": {"version": record.program.version, "commit": record.program.commit},
             "this_program": {key: program()[key] for key in ("version", "commit")},
         }
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ...formats.blocks import FORMATS
-from ...formats.errors import HfqError, RecipeError
+from ...formats.errors import HfqError, HfqKind, RecipeError
 from ...formats.hfq.container import HfqFile, TensorEntry, open_hfq
-from ..spec.metadata import PROVENANCE
+from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 
 _CONFIG_KEYS = (
     "hidden_size",
@@ -48,6 +48,7 @@ def inspect_file(
                 "tensor_count": len(file.entries),
                 "data_offset": file.data_offset,
                 "total_bytes": path.stat().st_size,
+                "trailing_bytes": file.trailing_bytes,
             },
             "metadata": summarise(file.metadata, len(file.metadata_bytes)),
             "by_format": by_format(file),
@@ -88,21 +89,20 @@ def by_format(file: HfqFile) -> dict[str, dict[str, int]]:
 
 def summarise(metadata: Mapping[str, Any], size: int) -> dict[str, Any]:
     """What a person wants to know of the metadata; a file by another program may lack any of it."""
-    ours = metadata.get(PROVENANCE)
-    ours = ours if isinstance(ours, dict) else {}
-    config = metadata.get("config")
-    config = config if isinstance(config, dict) else {}
-    recipe = ours.get("recipe")
-    recorded = metadata.get("quantization_hash")
+    recipe = Provenance.read(metadata).recipe
+    config, tokenizer = (
+        value if isinstance(value := metadata.get(key), dict) else {}
+        for key in ("config", "tokenizer_config")
+    )
     return {
         "bytes": size,
         "architecture": metadata.get("architecture"),
         "config": {key: config.get(key) for key in _CONFIG_KEYS},
         "tokenizer": isinstance(metadata.get("tokenizer"), str),
-        "chat_template": "chat_template" in (metadata.get("tokenizer_config") or {}),
-        "quantization_hash": recorded.get("value") if isinstance(recorded, dict) else None,
-        "tier": recipe.get("tier") if isinstance(recipe, dict) else None,
-        "fit": recipe.get("fit") if isinstance(recipe, dict) else None,
+        "chat_template": "chat_template" in tokenizer,
+        "quantization_hash": stated_quantization_hash(metadata),
+        "tier": recipe.tier if recipe else None,
+        "fit": recipe.fit if recipe else None,
         "keys": sorted(metadata),
     }
 
@@ -112,7 +112,12 @@ def decoded(file: HfqFile, name: str, groups: int) -> dict[str, Any]:
     entry = file.entry(name)
     fmt = FORMATS.get(entry.quant_type)
     if fmt is None:
-        raise HfqError(f"is of the unknown quant_type {entry.quant_type}", file=file.path, tensor=name)
+        raise HfqError(
+            f"is of the unknown quant_type {entry.quant_type}",
+            kind=HfqKind.UNKNOWN_FORMAT,
+            file=file.path,
+            tensor=name,
+        )
     count, total, square, low, high, finite = 0, 0.0, 0.0, math.inf, -math.inf, True
     step = fmt.group_bytes * max(1, (8 << 20) // fmt.group_bytes)
     for start in range(0, entry.nbytes, step):
@@ -143,12 +148,15 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def provenance(path: Path) -> dict[str, Any]:
+def provenance(path: Path) -> Provenance:
     """The provenance that mq-quant wrote into a file; HfqError where another program made it."""
     with open_hfq(path) as file:
-        record = file.metadata.get(PROVENANCE)
-    if not isinstance(record, dict):
+        record = Provenance.of(file)
+    if not record.document:
         raise HfqError(
-            "holds no provenance", file=path, hint="mq-quant did not make it, or its metadata was edited"
+            "holds no provenance",
+            kind=HfqKind.PROVENANCE,
+            file=path,
+            hint="mq-quant did not make it, or its metadata was edited",
         )
-    return {key: value for key, value in record.items() if key != "reserved"}
+    return record

@@ -9,7 +9,6 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +17,12 @@ from ...formats.checkpoint.local import open_checkpoint
 from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, MqError, RecipeError
 from ...formats.hfq.container import HfqFile
+from ...formats.hfq.provenance import Provenance, RecipeRecord
 from ...formats.minimax import parse_config
 from ...formats.statistics.imatrix import read_imatrix
 from ...verify.bars import Bars
 from ...verify.run import Request
 from ...verify.stages.generation import tokenizer_of
-from ..spec.metadata import PROVENANCE
 from ..spec.places import TINY, local_folder
 from ..spec.recipe import DEFAULT_MODEL, load_recipe, load_tier, tiers
 
@@ -58,7 +57,7 @@ class Wanted:
 
 def request_of(file: HfqFile, wanted: Wanted) -> Request:
     """Resolve the options for one file; raises the error of whatever cannot be used."""
-    built_with = _recipe_record(file)
+    built_with = Provenance.of(file).recipe
     bars = _bars(built_with, wanted.recipe)
     folder = _source_folder(built_with, wanted.source)
     source: Source | None = None
@@ -80,36 +79,20 @@ def request_of(file: HfqFile, wanted: Wanted) -> Request:
     )
 
 
-def _recipe_record(file: HfqFile) -> Mapping[str, Any]:
-    """The recipe that the file says it was built with, or nothing."""
-    provenance = file.metadata.get(PROVENANCE)
-    record = provenance.get("recipe") if isinstance(provenance, Mapping) else None
-    return record if isinstance(record, Mapping) else {}
-
-
-def _model_record(built_with: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(name, source repository) of the model that the recipe names."""
-    model = built_with.get("model")
-    source = model.get("source") if isinstance(model, Mapping) else None
-    return (
-        model.get("name") if isinstance(model, Mapping) else None,
-        source.get("repository") if isinstance(source, Mapping) else None,
-    )
-
-
-def _bars(built_with: Mapping[str, Any], path: Path | None) -> Bars:
+def _bars(built_with: RecipeRecord | None, path: Path | None) -> Bars:
     """The bars of the given recipe, or of the bundled tier that the file was built as; none for other files."""
     if path is not None:
         return load_recipe(path).verify
-    tier = built_with.get("tier")
-    model = TINY if _model_record(built_with)[0] == TINY else DEFAULT_MODEL
-    return load_tier(tier, model).verify if isinstance(tier, str) and tier in tiers(model) else Bars()
+    if built_with is None or built_with.tier is None:
+        return Bars()
+    model = TINY if built_with.model == TINY else DEFAULT_MODEL
+    return load_tier(built_with.tier, model).verify if built_with.tier in tiers(model) else Bars()
 
 
-def _source_folder(built_with: Mapping[str, Any], source: str | None) -> Path | None:
+def _source_folder(built_with: RecipeRecord | None, source: str | None) -> Path | None:
     """The folder to compare with; a file of the tiny source is compared with it unasked."""
     if source is None:
-        return local_folder(TINY) if _model_record(built_with)[1] == TINY else None
+        return local_folder(TINY) if built_with and built_with.repository == TINY else None
     folder = local_folder(source)
     if folder is None:
         raise CheckpointError(

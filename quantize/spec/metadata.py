@@ -15,11 +15,11 @@ from typing import Any
 from ...formats.errors import OutputError
 from ...formats.hfq.container import QuantizationHash
 from ...formats.hfq.layout import metadata_checksum
+from ...formats.hfq.provenance import KEY, PADDING
 from ...formats.minimax import ModelConfig, normalize_config
 from ...formats.strictjson import dump_object
 from .plan import PlannedTensor
 
-PROVENANCE = "mq_quant"
 SCHEMA = 1
 PRODUCER = "mq-quant"
 CHECKSUM = "xxh64"
@@ -124,9 +124,9 @@ def template(
         "generation_config": dict(side.generation_config) if side.generation_config is not None else None,
         "quantization_hash": _hash_record(blank, totals),
         "parameter_counts": parameter_counts(config, totals, skipped_params),
-        PROVENANCE: {"schema": SCHEMA, **provenance, **_outcome(blank), "reserved": room},
+        KEY: {"schema": SCHEMA, **provenance, **_outcome(blank), PADDING: room},
     }
-    metadata[PROVENANCE]["metadata_checksum"] = metadata_checksum(metadata)
+    metadata[KEY]["metadata_checksum"] = metadata_checksum(metadata)
     return metadata
 
 
@@ -156,15 +156,15 @@ def complete(laid_out: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     Raises OutputError where the layers' reports do not fit into the room that was kept for them.
     """
     calibration = {} if outcome.calibration is None else {"calibration": dict(outcome.calibration)}
-    provenance = {**laid_out[PROVENANCE], **calibration, **_outcome(outcome)}
+    provenance = {**laid_out[KEY], **calibration, **_outcome(outcome)}
     done = {
         **laid_out,
         "quantization_hash": {**laid_out["quantization_hash"], "value": outcome.quantization_hash},
-        PROVENANCE: {**provenance, "reserved": ""},
+        KEY: {**provenance, PADDING: ""},
     }
     spare = len(dump_object(laid_out)) - len(dump_object(done))
     if spare < 0:
         raise OutputError(
             f"the encoder's reports take {-spare} bytes more than the file's layout keeps for them"
         )
-    return {**done, PROVENANCE: {**provenance, "reserved": " " * spare}}
+    return {**done, KEY: {**provenance, PADDING: " " * spare}}

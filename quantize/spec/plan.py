@@ -1,6 +1,6 @@
 """The plan: every tensor's format, size and place in the file, fixed from the config before a weight is read.
 
-Pure arithmetic over recipe and config, refusing what the engine cannot run. Depends on formats and recipe.
+Pure arithmetic over recipe and config, refusing what the engine cannot run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...formats.blocks import BY_NAME, EXPERT_FORMATS, Format
+from ...formats.blocks import BY_NAME, Format
+from ...formats.engine_rules import ONE_FORMAT, refused, uneven
 from ...formats.errors import RecipeError, WeightError
 from ...formats.hfq.container import TensorMeta, layout
 from ...formats.minimax import PROJECTIONS, ModelConfig, TensorSpec, awq_scale_name, inventory
@@ -22,15 +23,6 @@ from .recipe import Recipe
 SIDECAR = BY_NAME["F16"]
 ROW_WEIGHTS = 1 << 24
 """Embeddings of more weights than this are encoded some rows at a time (64 MiB of f32)."""
-_ALLOWED = {
-    "norm": ({1, 2}, "norms must be F16 or F32"),
-    "bias": ({1, 2}, "the routing bias must be F16 or F32"),
-    "router": ({3}, "the engine's kernel for an F16 router gives wrong logits, so it must be Q8F16"),
-    "expert": (EXPERT_FORMATS, "the engine runs experts only in MQ4, MQ6, MQ2-Lloyd and MQ3-Lloyd"),
-    "embed": ({3}, "embeddings must be Q8F16"),
-    "lm_head": ({3}, "lm_head must be Q8F16"),
-    "attn": ({3}, "attention must be Q8F16: its inputs are not rotated"),
-}
 
 
 @dataclass(frozen=True)
@@ -76,8 +68,8 @@ class Plan:
 
 def check_format(recipe: Recipe, spec: TensorSpec, fmt: Format) -> None:
     """RecipeError where the engine cannot run a tensor in this format, WeightError where rows do not fill groups."""
-    allowed, why = _ALLOWED[spec.role]
-    if fmt.quant_type not in allowed:
+    why = refused(spec, fmt.quant_type)
+    if why:
         raise RecipeError(
             f"the recipe for {recipe.tier} gives it {fmt.name}",
             tensor=spec.name,
@@ -92,17 +84,13 @@ def check_format(recipe: Recipe, spec: TensorSpec, fmt: Format) -> None:
 
 def check_layers(recipe: Recipe, tensors: Iterable[tuple[TensorSpec, Format]]) -> None:
     """RecipeError where the gate and up matrices of a layer's experts, or their down matrices, differ in format."""
-    first: dict[tuple[int | None, bool], tuple[TensorSpec, Format]] = {}
-    for spec, fmt in tensors:
-        if spec.role != "expert":
-            continue
-        model, expected = first.setdefault((spec.layer, spec.projection == "w2"), (spec, fmt))
-        if fmt != expected:
-            raise RecipeError(
-                f"the recipe for {recipe.tier} gives it {fmt.name}, and {model.name} {expected.name}",
-                tensor=spec.name,
-                hint="the engine reads the format of a layer's gate/up and down from expert 0: keep them equal",
-            )
+    for odd, model in uneven((spec, fmt.quant_type) for spec, fmt in tensors):
+        formats = [recipe.format_of(spec.name).name for spec in (odd, model)]
+        raise RecipeError(
+            f"the recipe for {recipe.tier} gives it {formats[0]}, and {model.name} {formats[1]}",
+            tensor=odd.name,
+            hint=ONE_FORMAT,
+        )
 
 
 _Row = tuple[str, Format, tuple[int, ...], int | None, TensorSpec | None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,36 +17,23 @@ import xxhash
 from numpy.typing import NDArray
 
 from ...formats.blocks import (
-    EXPERT_FORMATS,
     F16_FORMAT,
-    F32_FORMAT,
     FORMATS,
-    Q8F16,
     AffineFormat,
     FloatFormat,
     Format,
     LloydFormat,
     Q8Format,
 )
+from ...formats.engine_rules import refused, uneven
 from ...formats.errors import ConfigError
 from ...formats.hfq.container import HfqFile, QuantizationHash, TensorEntry
 from ...formats.hfq.layout import ENGINE_KEYS, metadata_checksum
+from ...formats.hfq.provenance import Provenance
 from ...formats.minimax import ARCH_ID, ModelConfig, awq_scale_name, inventory, normalize_config, parse_config
 from ..model.hfq_weights import pieces
 from .stage import Stage
 
-PROVENANCE = "mq_quant"
-_FLOATS = frozenset({F16_FORMAT.quant_type, F32_FORMAT.quant_type})
-_Q8 = frozenset({Q8F16.quant_type})
-ALLOWED: Mapping[str, tuple[frozenset[int], str]] = {
-    "norm": (_FLOATS, "norms must be F16 or F32"),
-    "bias": (_FLOATS, "the routing bias must be F16 or F32"),
-    "router": (_Q8, "the router must be Q8F16: the engine's kernel for others gives wrong logits"),
-    "expert": (EXPERT_FORMATS, "the engine runs experts only in MQ4, MQ6, MQ2-Lloyd and MQ3-Lloyd"),
-    "embed": (_Q8, "embeddings must be Q8F16"),
-    "lm_head": (_Q8, "lm_head must be Q8F16"),
-    "attn": (_Q8, "attention must be Q8F16: its inputs are not rotated"),
-}
 Problems = Iterator[str]
 
 
@@ -66,12 +53,18 @@ def check_structure(file: HfqFile) -> Stage:
         problems += _layer_problems(file, cfg)
         problems += _count_problems(file, cfg)
     problems += _tokenizer_problems(file, cfg, notes)
-    stated = _stated_checksums(file)
+    provenance = Provenance.of(file)
+    fitting = len(provenance.checksums) == len(file.entries)
+    stated = provenance.checksums if fitting and file.entries else None
     if stated is None:
         notes.append(
             "the file does not give a checksum per tensor, so only the hash of the whole file is checked"
         )
-    problems += _edited(file)
+    if file.trailing_bytes:
+        notes.append(
+            f"{file.trailing_bytes} bytes follow the last tensor; the engine ignores them, and so does this check"
+        )
+    problems += _edited(file, provenance)
     recomputed, wrong = _read_payloads(file, stated)
     problems += wrong
     problems += _hash_problems(file, recomputed)
@@ -119,10 +112,10 @@ def _inventory_problems(file: HfqFile, cfg: ModelConfig) -> Problems:
             yield f"{spec.name}: is missing"
             continue
         entry = file.entry(spec.name)
-        allowed, why = ALLOWED[spec.role]
+        why = refused(spec, entry.quant_type)
         if entry.shape != spec.shape:
             yield f"{spec.name}: has shape {list(entry.shape)}, the config calls for {list(spec.shape)}"
-        if entry.quant_type not in allowed:
+        if why:
             yield f"{spec.name}: is stored as {_name(entry)}; {why}"
     known.update(awq_scale_name(layer) for layer in range(cfg.num_hidden_layers))
     for entry in file.entries:
@@ -137,14 +130,10 @@ def _name(entry: TensorEntry) -> str:
 
 def _layer_problems(file: HfqFile, cfg: ModelConfig) -> Problems:
     """The loader reads a layer's formats from expert 0, and skips sidecars of another form without a word."""
-    first: dict[tuple[int | None, bool], TensorEntry] = {}
-    for spec in inventory(cfg):
-        if spec.role != "expert" or spec.name not in file:
-            continue
-        entry = file.entry(spec.name)
-        model = first.setdefault((spec.layer, spec.projection == "w2"), entry)
-        if entry.quant_type != model.quant_type:
-            yield f"{entry.name}: is {_name(entry)}, but {model.name} is {_name(model)}; a layer needs one format"
+    stored = ((spec, file.entry(spec.name).quant_type) for spec in inventory(cfg) if spec.name in file)
+    for odd, model in uneven(stored):
+        names = [_name(file.entry(spec.name)) for spec in (odd, model)]
+        yield f"{odd.name}: is {names[0]}, but {model.name} is {names[1]}; a layer needs one format"
     present = [layer for layer in range(cfg.num_hidden_layers) if awq_scale_name(layer) in file]
     for layer in range(cfg.num_hidden_layers):
         name = awq_scale_name(layer)
@@ -195,7 +184,7 @@ def _tokenizer_problems(file: HfqFile, cfg: ModelConfig | None, notes: list[str]
         notes.append("the file has no chat template")
 
 
-def _read_payloads(file: HfqFile, stated: list[str] | None) -> tuple[str, list[str]]:
+def _read_payloads(file: HfqFile, stated: Sequence[str] | None) -> tuple[str, list[str]]:
     """The recomputed quantization hash, and what is wrong with any payload: its checksum or its levels."""
     digest, problems = QuantizationHash(), []
     for i, entry in enumerate(file.entries):
@@ -218,22 +207,11 @@ def _tee(file: HfqFile, entry: TensorEntry, checksum: Any, levels: _Levels) -> I
         yield piece
 
 
-def _edited(file: HfqFile) -> Problems:
+def _edited(file: HfqFile, provenance: Provenance) -> Problems:
     """The build records a checksum of what the engine reads besides payloads: config, tokenizer and so on."""
-    provenance = file.metadata.get(PROVENANCE)
-    stated = provenance.get("metadata_checksum") if isinstance(provenance, Mapping) else None
+    stated = provenance.metadata_checksum
     if stated is not None and stated != metadata_checksum(file.metadata):
         yield f"metadata: {', '.join(ENGINE_KEYS)} are not as they were written: one of them was edited"
-
-
-def _stated_checksums(file: HfqFile) -> list[str] | None:
-    """The checksum of each tensor in file order, as the build recorded them; None where there are none that fit."""
-    provenance = file.metadata.get(PROVENANCE)
-    record = provenance.get("checksums") if isinstance(provenance, Mapping) else None
-    text = record.get("values") if isinstance(record, Mapping) else None
-    if not isinstance(text, str) or len(text) != 16 * len(file.entries):
-        return None
-    return [text[i : i + 16] for i in range(0, len(text), 16)]
 
 
 class _Levels:

@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mq_quant.formats.blocks import FORMATS
-from mq_quant.formats.errors import HfqError
+from mq_quant.formats.errors import HfqError, HfqKind
 from mq_quant.formats.hfq.container import (
     HfqFile,
     QuantizationHash,
@@ -23,7 +23,7 @@ from mq_quant.formats.hfq.container import (
     quantization_hash,
     write_hfq,
 )
-from mq_quant.formats.hfq.layout import METADATA_LIMIT
+from mq_quant.formats.hfq.layout import COUNT_LIMIT, METADATA_LIMIT
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "container.hfq"
 BYTES = GOLDEN.read_bytes()
@@ -107,9 +107,50 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "whole groups",
     ),
     "payload truncated": (raw_file(entry_line(), payload=bytes(15)), "the file has"),
-    "trailing bytes": (raw_file(entry_line(), payload=bytes(17)), "1 bytes follow"),
+    "number beyond all": (raw_file(entry_line(), metadata=b'{"a":-1e999}'), "beyond every float"),
+    "other version": (raw_file(entry_line(), version=7), "version 7; mq-quant reads version 1"),
+    "huge dimensions": (raw_file(entry_line(dims=(2**32 - 1,) * 8)), "takes"),
+    "nine dimensions": (raw_file(entry_line(dims=(1,) * 9)), "up to 8 dimensions"),
+    "index reaches into the payloads": (
+        raw_file(entry_line(b"n" * 4000), metadata=b"{}", data_offset=400),
+        "reaches into the payloads",
+    ),
     "padding not zero": (raw_file(entry_line(), padding=b"\0\1"), "not zero"),
 }
+
+
+KIND: dict[str, HfqKind] = {
+    "empty": HfqKind.NOT_HFQ,
+    "other magic": HfqKind.NOT_HFQ,
+    "header only": HfqKind.TRUNCATED,
+    "version": HfqKind.VERSION,
+    "other version": HfqKind.VERSION,
+    "metadata_offset": HfqKind.METADATA_OFFSET,
+    "data_offset past the end": HfqKind.DATA_OFFSET,
+    "data_offset inside the header": HfqKind.METADATA_ENDLESS,
+    "data_offset inside the index": HfqKind.TOO_MANY,
+    "metadata without end": HfqKind.METADATA_ENDLESS,
+    "counts differ": HfqKind.COUNTS,
+    "count beyond the file": HfqKind.TOO_MANY,
+    "name beyond the file": HfqKind.TRUNCATED,
+    "name is not UTF-8": HfqKind.NAME_ENCODING,
+    "name is empty": HfqKind.NAME,
+    "name holds a line break": HfqKind.NAME,
+    "name repeats": HfqKind.NAME_TWICE,
+    "dims beyond the index": HfqKind.SHAPE,
+    "dim of zero": HfqKind.SHAPE,
+    "nine dimensions": HfqKind.SHAPE,
+    "size 2^63": HfqKind.FIELD,
+    "sizes that overflow": HfqKind.PAYLOAD_END,
+    "size against shape": HfqKind.PAYLOAD_SIZE,
+    "huge dimensions": HfqKind.PAYLOAD_SIZE,
+    "group_size of another format": HfqKind.GROUP_SIZE,
+    "row of half a group": HfqKind.GROUPS,
+    "payload truncated": HfqKind.PAYLOAD_END,
+    "padding not zero": HfqKind.PADDING,
+    "index reaches into the payloads": HfqKind.INDEX_END,
+}
+"""The kind of each refusal above; what is not listed is METADATA_JSON."""
 
 
 def written(folder: Path, data: bytes) -> Path:
@@ -124,6 +165,13 @@ def test_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(HfqError, match=text) as e:
         open_hfq(written(tmp_path, data))
     assert "x.hfq" in str(e.value)
+    assert e.value.kind is KIND.get(case, HfqKind.METADATA_JSON)
+
+
+def test_every_kind_is_asserted_by_name_in_some_test() -> None:
+    folder = Path(__file__).parents[2]
+    text = "".join(path.read_text("utf-8") for path in sorted(folder.rglob("test_*.py")))
+    assert [kind.name for kind in HfqKind if f"HfqKind.{kind.name}" not in text] == []
 
 
 def test_what_the_broken_files_are_broken_from(tmp_path: Path) -> None:
@@ -160,27 +208,68 @@ def test_metadata_without_end_stops_at_the_cap(tmp_path: Path) -> None:
     with path.open("wb") as f:
         f.write(struct.pack("<4sIIIQQ", b"HFQM", 1, 10, 0, 32, METADATA_LIMIT * 4) + b'{"a":"')
         f.truncate(METADATA_LIMIT * 4)
-    with pytest.raises(HfqError, match=f"no end within {METADATA_LIMIT}"):
+    with pytest.raises(HfqError, match=f"no end within {METADATA_LIMIT}") as e:
         open_hfq(path)
+    assert e.value.kind is HfqKind.METADATA_ENDLESS
+
+
+def test_padding_and_index_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, raw_file(entry_line(), data_offset=METADATA_LIMIT + 8192))
+    os.truncate(path, METADATA_LIMIT + 8192 + 16)
+    with pytest.raises(HfqError, match="unused bytes") as e:
+        open_hfq(path)
+    assert e.value.kind is HfqKind.PADDING_SIZE
+    monkeypatch.setattr("mq_quant.formats.hfq.container.INDEX_LIMIT", 20)
+    with pytest.raises(HfqError, match="index takes more than 20 bytes") as e:
+        open_hfq(written(tmp_path, raw_file(entry_line(b"some name"))))
+    assert e.value.kind is HfqKind.INDEX_SIZE
 
 
 def test_missing_file_and_tensor(tmp_path: Path) -> None:
-    with pytest.raises(HfqError, match="cannot be opened"):
+    with pytest.raises(HfqError, match="cannot be opened") as e:
         open_hfq(tmp_path / "none.hfq")
+    assert e.value.kind is HfqKind.UNOPENABLE
     with pytest.raises(HfqError, match=r"cannot be opened|reading failed"):
         open_hfq(tmp_path)
     with open_hfq(GOLDEN) as f:
         assert "nowhere" not in f
-        with pytest.raises(HfqError, match="no such tensor"):
+        with pytest.raises(HfqError, match="no such tensor") as e:
             f.read("nowhere")
+        assert e.value.kind is HfqKind.NO_TENSOR
 
 
 def test_file_cut_after_opening(tmp_path: Path) -> None:
     path = written(tmp_path, BYTES)
     with open_hfq(path) as f:
         os.truncate(path, 4200)
-        with pytest.raises(HfqError, match="ended inside"):
+        with pytest.raises(HfqError, match="ended inside") as e:
             f.read(f.entries[-1].name)
+        assert e.value.kind is HfqKind.CHANGED
+
+
+def test_a_fault_of_the_disk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with open_hfq(GOLDEN) as f:
+        monkeypatch.setattr("mq_quant.formats.hfq.container.os.preadv", fails)
+        with pytest.raises(HfqError, match="reading failed: Input/output error") as e:
+            f.read(f.entries[0].name)
+    assert e.value.kind is HfqKind.UNREADABLE
+
+
+def test_bytes_after_the_last_tensor_are_let_through_and_counted(tmp_path: Path) -> None:
+    rest = b'{"overlay": 1}' * 9
+    with open_hfq(written(tmp_path, BYTES + rest)) as f, open_hfq(GOLDEN) as plain:
+        assert f.trailing_bytes == len(rest)
+        assert b"".join(part.tobytes() for part in f.trailing(10)) == rest
+        assert f.entries == plain.entries
+        assert all(np.array_equal(f.read(e.name), plain.read(e.name)) for e in plain.entries)
+        assert plain.trailing_bytes == 0
+        assert list(plain.trailing()) == []
+        os.truncate(tmp_path / "x.hfq", len(BYTES) + 3)
+        with pytest.raises(HfqError, match="after its payloads after it was opened"):
+            list(f.trailing())
 
 
 def test_read_range_stays_inside_its_tensor() -> None:
@@ -227,8 +316,9 @@ def test_golden_hash_is_the_stated_recipe() -> None:
 
 
 def test_hash_refuses_short_payloads() -> None:
-    with pytest.raises(HfqError, match="3 bytes were hashed of 4"):
+    with pytest.raises(HfqError, match="3 bytes were hashed of 4") as e:
         QuantizationHash().update(TensorMeta("a", 2, (1,), 0, 4), [b"ab", b"c"])
+    assert e.value.kind is HfqKind.LENGTH
 
 
 def test_unaligned_data_offset_is_read(tmp_path: Path) -> None:
@@ -247,6 +337,10 @@ def test_metadata_across_chunks(size: int, tmp_path: Path) -> None:
 
 
 WRITER_REFUSES: dict[str, Callable[[], object]] = {
+    "metadata beyond the limit": lambda: layout({"a": "x" * METADATA_LIMIT}, []),
+    "more tensors than an index holds": lambda: layout(
+        {}, [TensorMeta("a", 2, (1,), 0, 4)] * (COUNT_LIMIT + 1)
+    ),
     "payload of another length": lambda: write_hfq(
         "/nonexistent/x", {}, [(TensorMeta("a", 2, (1,), 0, 4), b"")]
     ),
@@ -263,10 +357,24 @@ WRITER_REFUSES: dict[str, Callable[[], object]] = {
 }
 
 
+WRITER_KIND = {
+    "metadata beyond the limit": HfqKind.METADATA_SIZE,
+    "more tensors than an index holds": HfqKind.TOO_MANY,
+    "payload of another length": HfqKind.LENGTH,
+    "folder that is not there": HfqKind.UNWRITABLE,
+    "repeated name": HfqKind.NAME_TWICE,
+    "dimension of 2^32": HfqKind.SHAPE,
+    "quant_type of 256": HfqKind.FIELD,
+    "size against shape": HfqKind.PAYLOAD_SIZE,
+}
+"""The kind of each refusal above; what is not listed is METADATA_JSON."""
+
+
 @pytest.mark.parametrize("case", WRITER_REFUSES)
 def test_writer_refuses(case: str) -> None:
-    with pytest.raises(HfqError):
+    with pytest.raises(HfqError) as e:
         WRITER_REFUSES[case]()
+    assert e.value.kind is WRITER_KIND.get(case, HfqKind.METADATA_JSON)
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mq_quant.formats.blocks import BY_NAME, F16_FORMAT, F32_FORMAT, MQ2_LLOYD, MQ4, Q8F16
-from mq_quant.formats.errors import HfqError
+from mq_quant.formats.errors import HfqError, HfqKind
 from mq_quant.formats.fwht import rotate
 from mq_quant.formats.hfq.container import HfqFile, TensorMeta, open_hfq, write_hfq
 from mq_quant.formats.hfq.stored import (
@@ -148,6 +148,7 @@ def test_a_scale_that_does_not_fit_is_refused_by_name(tmp_path: Path, shape: tup
     with write(tmp_path / "a", shape) as file, pytest.raises(HfqError, match="256 columns") as e:
         stored_form(file, expert_name(3, 7, "w1"))
     assert e.value.tensor == awq_scale_name(3)
+    assert e.value.kind is HfqKind.SCALE
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mq_quant.formats.errors import CheckError, CheckpointError, HfqError, ImatrixError, RecipeError
-from mq_quant.formats.hfq.container import layout, open_hfq, write_hfq
+from mq_quant.formats.errors import CheckError, CheckpointError, HfqError, HfqKind, ImatrixError, RecipeError
+from mq_quant.formats.hfq import TensorMeta, layout, open_hfq, write_hfq
 from mq_quant.quantize.inspect.diff import EQUAL_DB, diff_files
 from mq_quant.quantize.inspect.reproduce import reproduce
 from mq_quant.quantize.inspect.show import inspect_file, provenance
@@ -114,8 +114,36 @@ def test_inspect_reads_files_of_other_programs(tmp_path: Path) -> None:
     result = inspect_file(GOLDEN)
     assert result["header"]["tensor_count"] == 3
     assert result["metadata"]["tier"] is None
-    with pytest.raises(HfqError, match="holds no provenance"):
+    with pytest.raises(HfqError, match="holds no provenance") as e:
         provenance(GOLDEN)
+    assert e.value.kind is HfqKind.PROVENANCE
+
+
+def test_bytes_after_the_last_tensor_are_shown_and_compared(tmp_path: Path) -> None:
+    copies = [tmp_path / name for name in ("a", "b", "c")]
+    for path, rest in zip(copies, (b"x" * 300, b"x" * 300, b"y" * 300), strict=True):
+        path.write_bytes(GOLDEN.read_bytes() + rest)
+    assert inspect_file(copies[0])["header"]["trailing_bytes"] == 300
+    plain = diff_files(GOLDEN, copies[0])
+    assert not plain.identical
+    assert (plain.trailing_a, plain.trailing_b, plain.equal_tensors) == (0, 300, 3)
+    assert diff_files(*copies[:2]).identical
+    assert not diff_files(*copies[1:]).identical
+
+
+@pytest.mark.parametrize("value", [None, 5, "text", [1], True])
+@pytest.mark.parametrize("key", ["config", "tokenizer", "tokenizer_config", "mq_quant", "quantization_hash"])
+def test_metadata_of_other_types_are_shown(key: str, value: Any, tmp_path: Path) -> None:
+    write_hfq(tmp_path / "x", {key: value}, [])
+    assert inspect_file(tmp_path / "x")["metadata"]["keys"] == [key]
+    assert not diff_files(tmp_path / "x", GOLDEN).identical
+
+
+def test_a_tensor_of_an_unknown_format_cannot_be_decoded(tmp_path: Path) -> None:
+    write_hfq(tmp_path / "x", {}, [(TensorMeta("t", 99, (2,), 0, 4), bytes(4))])
+    with pytest.raises(HfqError, match="unknown quant_type 99") as e:
+        inspect_file(tmp_path / "x", None, "t")
+    assert e.value.kind is HfqKind.UNKNOWN_FORMAT
 
 
 @pytest.mark.parametrize(
@@ -129,7 +157,7 @@ def test_inspect_refuses_what_makes_no_sense(arguments: tuple[Any, Any], error: 
 
 def test_provenance_names_everything_and_no_path(run: Build, tmp_path: Path, small: Path) -> None:
     run("a", alpha=None)
-    record = provenance(tmp_path / "a")
+    record = provenance(tmp_path / "a").document
     assert record["program"]["version"]
     assert record["source"]["origin"] == {"folder": "small"}
     assert set(record["source"]["files"]) == {

@@ -71,9 +71,9 @@ def test_streamed_payloads_are_those_of_the_folder(
     streamed = stream(tmp_path)
     assert streamed["quantization_hash"] == local["quantization_hash"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "local", "out"]
-    record = provenance(tmp_path / "out")
+    record = provenance(tmp_path / "out").document
     assert record["source"]["origin"] == {"repository": REPO, "revision": MAIN}
-    assert record["source"]["files"] == provenance(tmp_path / "local")["source"]["files"]
+    assert record["source"]["files"] == provenance(tmp_path / "local").document["source"]["files"]
     assert record["recipe"]["model"]["source"]["revision"] == MAIN
     assert record["recipe"]["model"]["imatrix"]["revision"] == MAIN
 
@@ -110,7 +110,7 @@ def test_a_snapshot_folder_is_known_as_its_repository(small: Path, tmp_path: Pat
     options = Options(tmp_path / "out", 2, quiet=True)
     with open_job(recipe, Changes(no_imatrix=True), options.check) as job:
         build(job, options)
-    record = provenance(tmp_path / "out")
+    record = provenance(tmp_path / "out").document
     assert record["source"]["origin"] == {"repository": "acme/Small-M2", "revision": MAIN}
     assert record["recipe"]["model"]["name"] == "Small-M2"
     assert record["recipe"]["model"]["source"] == {"repository": "acme/Small-M2", "revision": MAIN}
