@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from mq_quant.formats.checkpoint.local import open_checkpoint
-from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.statistics.moment_file import DOWN_FORMS
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.pipeline.build_spec import Changes

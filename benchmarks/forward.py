@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from mq_quant.formats.blocks import BY_NAME, Format
-from mq_quant.formats.hfq.container import TensorMeta, layout, open_hfq
+from mq_quant.formats.hfq import TensorMeta, layout, open_hfq
 from mq_quant.formats.minimax import ModelConfig, awq_scale_name, inventory, parse_config
 from mq_quant.kernels.runtime.host import Backend, open_backend
 from mq_quant.quantize.tiny.folder import TinySpec

@@ -24,7 +24,7 @@ import torch
 from mq_quant.awq.from_imatrix import load_importance
 from mq_quant.awq.importance import ModelImportance
 from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
-from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import PROJECTIONS, expert_name
 from mq_quant.formats.statistics.imatrix import read_imatrix
 from mq_quant.quantize.pipeline.build import Options, build

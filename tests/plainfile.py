@@ -13,7 +13,7 @@ import xxhash
 from mq_quant.formats.blocks import BY_NAME, AffineFormat, FloatFormat, Format, LloydFormat, Q8Format
 from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.fwht import rotate
-from mq_quant.formats.hfq.container import QuantizationHash, TensorMeta
+from mq_quant.formats.hfq import QuantizationHash, TensorMeta
 from mq_quant.formats.hfq.layout import metadata_checksum
 from mq_quant.formats.minimax import awq_scale_name, inventory, normalize_config
 

@@ -11,7 +11,7 @@ from typing import Any
 import independent
 import numpy as np
 import pytest
-from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.kernels.runtime.host import open_backend
 from mq_quant.quantize.inspect.verify_inputs import Wanted, request_of
 from mq_quant.quantize.pipeline.build import Options, build

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..formats.checkpoint.source import Source
 from ..formats.errors import CheckError, MqError
-from ..formats.hfq.container import HfqFile
+from ..formats.hfq import HfqFile
 from ..formats.minimax import ModelConfig, normalize_config, parse_config
 from ..formats.statistics.imatrix import Imatrix
 from ..kernels.runtime.host import Backend

@@ -21,7 +21,8 @@ from ..blocks import FORMATS, Format
 from ..errors import HfqError, HfqKind
 from ..fwht import rotate, unrotate
 from ..minimax import awq_scale_name, expert_name, expert_of
-from .container import HfqFile, TensorEntry
+from .container import HfqFile
+from .layout import TensorEntry
 from .provenance import Provenance
 
 F16 = NDArray[np.float16]

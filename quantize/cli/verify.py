@@ -63,7 +63,7 @@ def verify(
       mq-quant verify MiniMax-M2.7.mq2-lloyd --source ./MiniMax-M2.7 --tokens 512 --report report.html
       mq-quant verify MiniMax-M2.7.mq2-lloyd --prompt 'Why is the sky blue?' --chat --generate 200
     """
-    from ...formats.hfq.container import open_hfq
+    from ...formats.hfq import open_hfq
     from ...kernels.runtime.host import open_backend
     from ...verify.report import check_report, render
     from ...verify.run import verify as run

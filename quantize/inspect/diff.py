@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.blocks import FORMATS
-from ...formats.hfq.container import HfqFile, TensorEntry, open_hfq
+from ...formats.hfq import HfqFile, TensorEntry, open_hfq
 from ...formats.hfq.provenance import KEY, PADDING
 from ...formats.hfq.stored import RecoveredFolds, StoredForm, folds_down, stored_form
 from ...formats.minimax import expert_name, expert_of

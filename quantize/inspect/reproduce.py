@@ -19,7 +19,7 @@ from ...formats.errors import (
     ImatrixError,
     RecipeError,
 )
-from ...formats.hfq.container import HfqFile, open_hfq
+from ...formats.hfq import HfqFile, TensorEntry, TensorMeta, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ..cli.progress_bar import Progress
 from ..pipeline.build_spec import Changes, Job, open_job
@@ -36,7 +36,7 @@ def recorded_recipe(record: Provenance, file: Path, source: str | None) -> Recip
 
     Raises RecipeError where neither does, HfqError where the record is not one of ours.
     """
-    document = record.recipe.document if record.recipe else {}
+    document = dict(record.recipe.document) if record.recipe else {}
     if not isinstance(document.get("model"), dict):
         raise HfqError("its provenance holds no recipe", kind=HfqKind.PROVENANCE, file=file)
     model = document["model"]
@@ -126,9 +126,7 @@ def reproduce(
         }
 
 
-def _meta(entry: Any) -> Any:
-    from ...formats.hfq.container import TensorMeta
-
+def _meta(entry: TensorEntry) -> TensorMeta:
     return TensorMeta(entry.name, entry.quant_type, entry.shape, entry.group_size, entry.nbytes)
 
 

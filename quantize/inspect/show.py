@@ -15,7 +15,7 @@ import numpy as np
 
 from ...formats.blocks import FORMATS
 from ...formats.errors import HfqError, HfqKind, RecipeError
-from ...formats.hfq.container import HfqFile, TensorEntry, open_hfq
+from ...formats.hfq import HfqFile, TensorEntry, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 
 _CONFIG_KEYS = (

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...formats.checkpoint.local import open_checkpoint
 from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, MqError, RecipeError
-from ...formats.hfq.container import HfqFile
+from ...formats.hfq import HfqFile
 from ...formats.hfq.provenance import Provenance, RecipeRecord
 from ...formats.minimax import parse_config
 from ...formats.statistics.imatrix import read_imatrix

@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from ...formats.hfq.container import layout
+from ...formats.hfq import layout
 from ...formats.machine import peak_rss
 from ..calibrate.folder import discard_folder
 from ..cli.progress_bar import Progress

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...formats.errors import OutputError
-from ...formats.hfq.container import QuantizationHash
+from ...formats.hfq import QuantizationHash
 from ...formats.hfq.layout import metadata_checksum
 from ...formats.hfq.provenance import KEY, PADDING
 from ...formats.minimax import ModelConfig, normalize_config

@@ -15,7 +15,7 @@ from typing import Any
 from ...formats.blocks import BY_NAME, Format
 from ...formats.engine_rules import ONE_FORMAT, refused, uneven
 from ...formats.errors import RecipeError, WeightError
-from ...formats.hfq.container import TensorMeta, layout
+from ...formats.hfq import TensorMeta, layout
 from ...formats.minimax import PROJECTIONS, ModelConfig, TensorSpec, awq_scale_name, inventory
 from ...formats.strictjson import dump_object
 from .recipe import Recipe

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import xxhash
 
-from ...formats.hfq.container import QuantizationHash
+from ...formats.hfq import QuantizationHash
 from ..pipeline.build_spec import Job
 from ..pipeline.work_units import Unit
 from .partial_file import PartialOutput

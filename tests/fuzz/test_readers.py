@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import MqError
-from mq_quant.formats.hfq.container import open_hfq, quantization_hash
+from mq_quant.formats.hfq import open_hfq, quantization_hash
 from mq_quant.formats.minimax import parse_config
 from mq_quant.formats.statistics.imatrix import (
     GGUF_NAMES,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
-from mq_quant.formats.hfq.container import write_hfq
+from mq_quant.formats.hfq import write_hfq
 from mq_quant.kernels.runtime.host import Backend, open_backend
 from mq_quant.quantize.tiny.checkpoint import write_tiny
 from mq_quant.quantize.tiny.folder import TinySpec

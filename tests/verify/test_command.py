@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.errors import MqError
-from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.inspect.verify_inputs import TokenError, Wanted, cut, read_tokens, request_of
 from plainfile import Build, Tensors, by_name

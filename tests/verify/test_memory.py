@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.kernels.runtime.host import Backend
 from mq_quant.verify.model import kernel_forward as kernel_model
 from mq_quant.verify.stages.decode_parity import check_decode

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.errors import CheckError, HfqError
-from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import awq_scale_name, expert_name
 from mq_quant.formats.statistics.imatrix import read_imatrix
 from mq_quant.kernels.runtime.host import Backend

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.hfq.container import HfqFile, TensorEntry
+from ...formats.hfq import HfqFile, TensorEntry
 from ...formats.hfq.stored import format_of, stored_form
 
 PIECE = 1 << 22

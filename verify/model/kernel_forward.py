@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...formats.blocks import FORMATS
 from ...formats.errors import CheckError
-from ...formats.hfq.container import HfqFile
+from ...formats.hfq import HfqFile
 from ...formats.hfq.stored import awq_scale, format_of
 from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_prefix
 from ...kernels.forward import ops

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.hfq.container import HfqFile, TensorEntry
+from ...formats.hfq import HfqFile, TensorEntry
 from ...formats.hfq.stored import format_of
 from ...kernels.forward import ops
 from ...kernels.runtime.host import Backend

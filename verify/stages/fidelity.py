@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.hfq.container import HfqFile, TensorEntry
+from ...formats.hfq import HfqFile, TensorEntry
 from ...formats.hfq.stored import RecoveredFolds, folds_down, format_of
 from ...formats.minimax import ModelConfig, TensorSpec, awq_scale_name, inventory
 from ...formats.statistics.imatrix import Imatrix, expert_entry

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...formats.errors import CheckError
-from ...formats.hfq.container import HfqFile
+from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig
 from ...kernels.runtime.host import Backend
 from ..bars import Bars

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from ...formats.errors import CheckError
-from ...formats.hfq.container import HfqFile
+from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig
 from ...kernels.runtime.host import Backend
 from ..model.kernel_forward import KernelModel

@@ -27,7 +27,7 @@ from ...formats.blocks import (
 )
 from ...formats.engine_rules import refused, uneven
 from ...formats.errors import ConfigError
-from ...formats.hfq.container import HfqFile, QuantizationHash, TensorEntry
+from ...formats.hfq import HfqFile, QuantizationHash, TensorEntry
 from ...formats.hfq.layout import ENGINE_KEYS, metadata_checksum
 from ...formats.hfq.provenance import Provenance
 from ...formats.minimax import ARCH_ID, ModelConfig, awq_scale_name, inventory, normalize_config, parse_config

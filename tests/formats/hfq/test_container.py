@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mq_quant.formats.blocks import FORMATS
 from mq_quant.formats.errors import HfqError, HfqKind
-from mq_quant.formats.hfq.container import (
+from mq_quant.formats.hfq import (
     HfqFile,
     QuantizationHash,
     TensorEntry,

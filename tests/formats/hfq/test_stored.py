@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mq_quant.formats.blocks import BY_NAME, F16_FORMAT, F32_FORMAT, MQ2_LLOYD, MQ4, Q8F16
 from mq_quant.formats.errors import HfqError, HfqKind
 from mq_quant.formats.fwht import rotate
-from mq_quant.formats.hfq.container import HfqFile, TensorMeta, open_hfq, write_hfq
+from mq_quant.formats.hfq import HfqFile, TensorMeta, open_hfq, write_hfq
 from mq_quant.formats.hfq.stored import (
     RecoveredFolds,
     StoredForm,

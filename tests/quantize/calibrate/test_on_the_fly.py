@@ -17,7 +17,7 @@ import small_model
 import torch
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import CalibrationError, MqError, OutputError, ResumeError
-from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.calibrate import layer_pass as gather
 from mq_quant.quantize.calibrate import on_the_fly as inline
 from mq_quant.quantize.calibrate.folder import JOURNAL

@@ -367,7 +367,7 @@ def test_an_expert_that_overflows_is_reported_and_left_out(tmp_path: Path, rows:
 def test_quantised_propagation_feeds_each_layer_what_the_built_file_puts_out(
     source: Checkpoint, tmp_path: Path
 ) -> None:
-    from mq_quant.formats.hfq.container import open_hfq
+    from mq_quant.formats.hfq import open_hfq
     from mq_quant.quantize.pipeline.build import Options, build
     from mq_quant.quantize.pipeline.build_spec import Changes, changed, open_job
     from mq_quant.quantize.spec.places import choose_recipe
@@ -601,7 +601,7 @@ def test_an_imatrix_stands_behind_thin_moments_and_the_file_says_so(
     full: Path, source: Checkpoint, tmp_path: Path
 ) -> None:
     """60 tokens are few for 256 channels: every projection of every layer leans on the imatrix."""
-    from mq_quant.formats.hfq.container import open_hfq
+    from mq_quant.formats.hfq import open_hfq
     from mq_quant.quantize.inspect.reproduce import reproduce
     from mq_quant.quantize.pipeline.build import Options, build
     from mq_quant.quantize.pipeline.build_spec import Changes, open_job

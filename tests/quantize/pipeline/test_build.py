@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mq_quant.formats.blocks import FORMATS
 from mq_quant.formats.errors import CheckpointError, ImatrixError, OutputError, RecipeError, ResumeError
-from mq_quant.formats.hfq.container import open_hfq, quantization_hash
+from mq_quant.formats.hfq import open_hfq, quantization_hash
 from mq_quant.quantize.pipeline import worker_pool as engine
 from mq_quant.quantize.write.partial_file import JOURNAL, PARTIAL
 from small_imatrix import save_imatrix

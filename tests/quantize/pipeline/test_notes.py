@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.lloyd.hessian.row import from_moment
 from mq_quant.quantize.encode import layer_encoder as encode
 from mq_quant.quantize.pipeline import worker_pool as engine

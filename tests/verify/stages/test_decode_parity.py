@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.errors import HfqError
-from mq_quant.formats.hfq.container import TensorMeta, open_hfq, write_hfq
+from mq_quant.formats.hfq import TensorMeta, open_hfq, write_hfq
 from mq_quant.formats.minimax import inventory
 from mq_quant.kernels.forward import ops
 from mq_quant.kernels.runtime.host import Backend

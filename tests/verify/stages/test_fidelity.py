@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.checkpoint.local import Checkpoint
-from mq_quant.formats.hfq.container import open_hfq
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.hfq.stored import recovered_fold
 from mq_quant.formats.minimax import expert_name, inventory
 from mq_quant.formats.statistics.imatrix import ImatrixEntry, read_imatrix, write_imatrix

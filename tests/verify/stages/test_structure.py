@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mq_quant.formats.hfq.container import TensorMeta, open_hfq, write_hfq
+from mq_quant.formats.hfq import TensorMeta, open_hfq, write_hfq
 from mq_quant.formats.minimax import awq_scale_name, expert_name
 from mq_quant.verify.stages.structure import check_structure
 from plainfile import Build, Change, Tensors
