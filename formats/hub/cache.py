@@ -6,8 +6,11 @@ system has no links. Other programs read and write the same folder, so nothing h
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,31 +24,58 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 def cached(repository: Repository, remote: Remote) -> Path | None:
     """A file's place in the cache, if it is there whole, with the hash that the hub states."""
-    place = _place(repository, remote)
+    root = cache_folder()
+    return _whole(_place(root, repository, remote), remote) if root else None
+
+
+def fetched(hub: Hub, repository: Repository, remote: Remote) -> Path:
+    """A file in the cache, fetched where it is not there or not whole. Raises HubError.
+
+    Where the cache cannot be written, the file lies in a folder that is removed when this process ends.
+    """
+    root, problem = cache_folder(), "there is no home folder"
+    if root is not None:
+        try:
+            return _fetched(hub, repository, remote, root)
+        except OSError as e:
+            problem = f"{e.filename or root} cannot be written: {e.strerror}"
+    hub.notify(f"{repository.name}: {problem}; HF_HOME can name another folder for files that are to be kept")
+    try:
+        return _fetched(hub, repository, remote, _passing_folder())
+    except OSError as e:
+        hint = "HF_HOME names the folder of the cache; it must be one that can be written"
+        raise HubError(f"cannot be stored: {e.strerror}", file=e.filename, hint=hint) from None
+
+
+def _fetched(hub: Hub, repository: Repository, remote: Remote, root: Path) -> Path:
+    """As `fetched`, in a cache at `root`. Raises HubError, and OSError where the folder cannot be written."""
+    place = _place(root, repository, remote)
+    if _whole(place, remote):
+        return place
+    blob = root / _name(repository) / "blobs" / str(remote.expected)
+    for folder in (blob.parent, place.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{remote.expected}.", dir=blob.parent) as own:
+        fresh = Path(own) / "file"
+        hub.download(repository, remote, fresh)
+        _put(fresh, blob, place)
+    return place
+
+
+@functools.cache
+def _passing_folder() -> Path:
+    """A folder of this process's own, removed when it ends. Raises OSError."""
+    folder = Path(tempfile.mkdtemp(prefix="mq-quant-hub-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _whole(place: Path, remote: Remote) -> Path | None:
+    """`place`, if the file that the hub states lies there."""
     try:
         return place if place.is_file() and remote.matches(place) else None
     except OSError:
         return None
-
-
-def fetched(hub: Hub, repository: Repository, remote: Remote) -> Path:
-    """A file in the cache, fetched where it is not there or not whole. Raises HubError."""
-    found = cached(repository, remote)
-    if found is not None:
-        return found
-    place = _place(repository, remote)
-    blob = _folder(repository) / "blobs" / str(remote.expected)
-    try:
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{remote.expected}.", dir=blob.parent) as own:
-            fresh = Path(own) / "file"
-            hub.download(repository, remote, fresh)
-            _put(fresh, blob, place)
-    except OSError as e:
-        hint = "HF_HOME names the folder of the cache; it must be one that can be written"
-        raise HubError(f"cannot be stored: {e.strerror}", file=e.filename or place, hint=hint) from None
-    return place
 
 
 def snapshot_of(folder: Path) -> tuple[str, str] | None:
@@ -68,9 +98,9 @@ def _put(fresh: Path, blob: Path, place: Path) -> None:
     link.replace(place)
 
 
-def _place(repository: Repository, remote: Remote) -> Path:
-    return _folder(repository) / "snapshots" / repository.commit / remote.name
+def _place(root: Path, repository: Repository, remote: Remote) -> Path:
+    return root / _name(repository) / "snapshots" / repository.commit / remote.name
 
 
-def _folder(repository: Repository) -> Path:
-    return cache_folder() / "--".join(("models", *repository.name.split("/")))
+def _name(repository: Repository) -> str:
+    return "--".join(("models", *repository.name.split("/")))

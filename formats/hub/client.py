@@ -57,7 +57,8 @@ class Hub:
     ) -> None:
         self.endpoint = parse_endpoint(endpoint or settings.address())
         self.stop = stop or threading.Event()
-        self._patience = Patience(pause, self.stop, notify or log.warning)
+        self.notify = notify or log.warning
+        self._patience = Patience(pause, self.stop, self.notify)
 
     def resolve(self, name: str, revision: str | None = None) -> Repository:
         """Fix a branch, tag or commit (default: the main branch) to one commit and list its files; HubError."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import HubError
 from .cache import fetched
 from .client import Hub
+from .repository import is_plain
 from .settings import offline
 
 _NOT_CACHED = "is not in the cache, and HF_HUB_OFFLINE is set"
@@ -31,7 +32,7 @@ def fetch_files(
     """Those of `names` that a repository has, as {name: path in huggingface_hub's cache}. Raises HubError."""
     if offline():
         folder = snapshot(repository, revision)
-        return {n: folder / n for n in names if ".." not in Path(n).parts and (folder / n).is_file()}
+        return {n: folder / n for n in names if is_plain(n) and (folder / n).is_file()}
     hub = hub or Hub()
     resolved = hub.resolve(repository, revision)
     return {n: fetched(hub, resolved, resolved.file(n)) for n in names if n in resolved.files}

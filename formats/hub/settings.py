@@ -25,11 +25,12 @@ def address() -> str:
     return os.environ.get("HF_ENDPOINT", "").strip() or str(constants.ENDPOINT)
 
 
-def cache_folder() -> Path:
-    """The folder of huggingface_hub's cache: HF_HUB_CACHE, or `hub` in HF_HOME."""
+def cache_folder() -> Path | None:
+    """The folder of huggingface_hub's cache (HF_HUB_CACHE, or `hub` in HF_HOME); None for a user without a home."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE)
+    path = Path(constants.HF_HUB_CACHE)
+    return None if path.parts[:1] == ("~",) else path
 
 
 def read_seconds() -> float:

@@ -10,7 +10,7 @@ import pytest
 from hub_server import MAIN, REPO, HubServer
 from huggingface_hub import constants, try_to_load_from_cache
 from mq_quant.formats.errors import HubError
-from mq_quant.formats.hub.cache import cached, fetched, snapshot_of
+from mq_quant.formats.hub.cache import _passing_folder, cached, fetched, snapshot_of
 from mq_quant.formats.hub.client import Hub
 from mq_quant.formats.hub.repository import Repository
 
@@ -109,11 +109,33 @@ def test_many_at_once(links: bool, hub: Hub, repository: Repository, monkeypatch
     assert not faults
 
 
+@pytest.mark.parametrize("where", ["a file", "~/.cache/huggingface/hub"])
 def test_a_cache_that_cannot_be_written(
-    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    where: str, server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Files then lie in a folder of this process's own, and one line says so."""
+    (tmp_path / "a file").write_text("no folder")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", where)
+    _passing_folder.cache_clear()
+    said = list[str]()
+    hub = Hub(server.endpoint, pause=0.001, notify=said.append)
+    repository = hub.resolve(REPO)
+    remote = repository.file("config.json")
+    path = fetched(hub, repository, remote)
+    assert remote.matches(path) and path == fetched(hub, repository, remote)
+    assert not path.is_relative_to(tmp_path) and cached(repository, remote) is None
+    assert "HF_HOME" in said[0]
+    assert sum(r.path.endswith("config.json") for r in server.requests) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a file"]
+
+
+def test_no_folder_can_be_written(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("mq_quant.formats.hub.cache._passing_folder", lambda: tmp_path / "file")
+    hub = Hub(server.endpoint, pause=0.001, notify=lambda _: None)
+    repository = hub.resolve(REPO)
     with pytest.raises(HubError, match="cannot be stored") as e:
         fetched(hub, repository, repository.file("config.json"))
     assert "HF_HOME" in str(e.value)

@@ -21,7 +21,7 @@ from mq_quant.quantize.inspect.show import provenance
 from mq_quant.quantize.pipeline import worker_pool as engine
 from mq_quant.quantize.pipeline.build import Options, build
 from mq_quant.quantize.pipeline.build_spec import Changes, open_job
-from mq_quant.quantize.spec.places import choose_recipe
+from mq_quant.quantize.spec.places import choose_recipe, model_files
 from mq_quant.quantize.spec.recipe import Recipe, load_tier
 from mq_quant.quantize.write.partial_file import JOURNAL
 
@@ -76,6 +76,15 @@ def test_streamed_payloads_are_those_of_the_folder(
     assert record["source"]["files"] == provenance(tmp_path / "local").document["source"]["files"]
     assert record["recipe"]["model"]["source"]["revision"] == MAIN
     assert record["recipe"]["model"]["imatrix"]["revision"] == MAIN
+
+
+def test_every_small_file_is_fetched_once(hub: hub_server.HubServer, tmp_path: Path) -> None:
+    model_files(recipe().model)
+    stream(tmp_path)
+    asked = [r.path.rpartition("/")[2] for r in hub.requests if "/resolve/" in r.path]
+    small = {name for name in asked if not name.endswith(".safetensors")}
+    assert {"config.json", "tokenizer.json"} < small
+    assert all(asked.count(name) == 1 for name in small)
 
 
 @pytest.mark.parametrize("shards", [1, 4])
