@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import HubError
-from ..hub.client import PART
+from ..hub.transfer import PART
 
 Fetch = Callable[[str, Path], Path]
 """Brings a shard to the given path, and returns where it lies: there, or elsewhere in a place that is not ours."""

@@ -90,7 +90,7 @@ class Patience:
                 return attempt()
             except AgainError as e:
                 fault = e
-            self._check(what)
+            self.check(what)
             if (now := gained()) - best >= PROGRESS:
                 failures, pause, silent, best = 0, self._pause, 0.0, now
                 continue
@@ -127,7 +127,8 @@ class Patience:
         finally:
             timer.cancel()
 
-    def _check(self, what: str) -> None:
+    def check(self, what: str) -> None:
+        """Raise HubError where all transfers are to end."""
         if self._stop.is_set():
             raise HubError("the download was stopped", file=what)
 
@@ -137,14 +138,14 @@ class Patience:
 
     def _wait_for(self, host: str, what: str) -> None:
         """Wait until `host` may be asked: another thread may have been told to wait."""
-        self._check(what)
+        self.check(what)
         with self._lock:
             left = self._until.get(host, 0.0) - self._clock()
         if left > 0:
             if left >= SPEAK:
                 self._say(f"{what}: {host} asked for a pause; next attempt in {left:.0f} s")
             self._stop.wait(left)
-            self._check(what)
+            self.check(what)
 
     def _say(self, text: str) -> None:
         with self._lock:

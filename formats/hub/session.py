@@ -7,10 +7,10 @@ errors can name the host that answered.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
 from ..errors import HubError
@@ -18,6 +18,8 @@ from .answers import Asked, check_body, check_coding, check_status
 from .endpoint import Endpoint, origin, shown
 from .patience import AgainError, Patience
 from .transport import faults, session
+
+T = TypeVar("T")
 
 REDIRECTS = (301, 302, 303, 307, 308)
 LONGEST_CHAIN = 8
@@ -48,31 +50,32 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Caller:
-    """Who asks: the endpoint with its secrets, and `what` errors name: a file, a repository or an address.
-
-    `read` are the seconds that one read may take; `patience` tells of silence.
-    """
+class Line:
+    """The way to one hub: its endpoint with the secrets, and the patience that all requests share."""
 
     endpoint: Endpoint
-    what: str
     patience: Patience
-    read: float
+
+    def retried(self, what: str, attempt: Callable[[], T], gained: Callable[[], int] = lambda: 0) -> T:
+        """As `Patience.retried`, of this hub's address."""
+        return self.patience.retried(what, shown(self.endpoint.url), attempt, gained)
 
 
 @contextmanager
-def ask(caller: Caller, url: str, span: str | None = None) -> Iterator[Answer]:
-    """GET `url`, with `span` as its Range; the body arrives while the block lasts. Raises HubError or AgainError."""
-    endpoint, what = caller.endpoint, caller.what
+def ask(line: Line, what: str, url: str, read: float, span: str | None = None) -> Iterator[Answer]:
+    """GET `url`, with `span` as its Range; the body arrives while the block lasts. Raises HubError or AgainError.
+
+    `what` is the file or repository that errors name; `read` are the seconds that one read may take.
+    """
     commits: list[str] = []
     for _ in range(LONGEST_CHAIN):
-        with _sent(caller, "GET", url, span) as response:
+        with _sent(line, "GET", what, url, read, span) as response:
             headers = {name.lower(): value for name, value in response.headers.items()}
             if "x-repo-commit" in headers:
                 commits.append(headers["x-repo-commit"])
             if response.status_code not in REDIRECTS:
-                trusted = origin(url) == origin(endpoint.url)
-                asked = Asked(what, shown(url), trusted, trusted and endpoint.has_secret)
+                trusted = origin(url) == origin(line.endpoint.url)
+                asked = Asked(what, shown(url), trusted, trusted and line.endpoint.has_secret)
                 check_status(asked, response.status_code, headers)
                 packed = check_coding(asked, headers)
                 chunks = _chunks(response, asked, headers)
@@ -83,9 +86,9 @@ def ask(caller: Caller, url: str, span: str | None = None) -> Iterator[Answer]:
     raise HubError(f"{LONGEST_CHAIN} redirects follow each other; the last leads to {shown(url)}", file=what)
 
 
-def knock(caller: Caller) -> None:
+def knock(line: Line, what: str, read: float) -> None:
     """Wait for any answer of the endpoint, whatever its status. Raises HubError or AgainError."""
-    with _sent(caller, "HEAD", caller.endpoint.url, None):
+    with _sent(line, "HEAD", what, line.endpoint.url, read, None):
         pass
 
 
@@ -107,17 +110,17 @@ def _target(url: str, location: str | None, what: str) -> str:
 
 
 @contextmanager
-def _sent(caller: Caller, method: str, url: str, span: str | None) -> Iterator[Any]:
+def _sent(line: Line, method: str, what: str, url: str, read: float, span: str | None) -> Iterator[Any]:
     """The answer to one request, its headers read, and closed after the block."""
-    headers = {**caller.endpoint.headers(url), "accept-encoding": "identity"}
+    headers = {**line.endpoint.headers(url), "accept-encoding": "identity"}
     if span is not None:
         headers["range"] = span
-    client, read = session(caller.what), caller.read
-    with faults(client, url, caller.what):
+    client = session(what)
+    with faults(client, url, what):
         times = (min(CONNECT_SECONDS, read), read, read, read)
         request = client.build_request(method, url, headers=headers, timeout=times)
         request.headers.pop("cookie", None)
-        with caller.patience.watched(shown(url)):
+        with line.patience.watched(shown(url)):
             response = client.send(request, stream=True, follow_redirects=False)
         try:
             yield response

@@ -161,13 +161,13 @@ def test_pages_stay_with_the_endpoint(server: HubServer) -> None:
 
 
 def test_a_list_without_end(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mq_quant.formats.hub.client.LISTING_PAGES", 2)
+    monkeypatch.setattr("mq_quant.formats.hub.listing.LISTING_PAGES", 2)
     server.page = 1
     with pytest.raises(HubError, match="more than 2 pages"):
         Hub(server.endpoint, pause=0.001).resolve(REPO)
 
 
 def test_a_list_beyond_reason(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mq_quant.formats.hub.client.LISTING_BYTES", 100)
+    monkeypatch.setattr("mq_quant.formats.hub.listing.LISTING_BYTES", 100)
     with pytest.raises(HubError, match="more than 100 bytes"):
         Hub(server.endpoint, pause=0.001).resolve(REPO)
