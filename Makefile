@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_OPTIONS ?=
 OUT ?= out
-ROOMS := formats awq lloyd kernels verify quantize recipes
+ROOMS := formats awq lloyd kernels verify quantize recipes texts
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test lint hashes kills quality quality-real clean

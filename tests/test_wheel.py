@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("formats", "awq", "lloyd", "kernels", "verify", "quantize", "recipes")
+ROOMS = ("formats", "awq", "lloyd", "kernels", "verify", "quantize", "recipes", "texts")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     tree = folder / "tree"
     tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "py.typed"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "__init__.py", "py.typed"):
         shutil.copy(ROOT / name, tree / name)
     for room in ROOMS:
         shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -35,9 +35,22 @@ def test_it_holds_every_source_recipe_and_kernel(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     for room in ROOMS:
         for path in (ROOT / room).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".hip", ".h", ".typed", ".cpp", ".inc") and path.is_file():
+            if (
+                path.suffix in (".py", ".yaml", ".hip", ".h", ".typed", ".cpp", ".inc", ".xz")
+                and path.is_file()
+            ):
                 assert f"mq_quant/{path.relative_to(ROOT)}" in held
-    assert any(name.endswith("licenses/LICENSE") for name in held)
+    for name in ("LICENSE", "NOTICE"):
+        assert any(entry.endswith(f"licenses/{name}") for entry in held)
+
+
+def test_it_holds_the_licences_of_the_texts(wheel: Path) -> None:
+    held = set(zipfile.ZipFile(wheel).namelist())
+    licences = list((ROOT / "texts" / "licences").iterdir())
+    assert licences
+    for path in licences:
+        assert f"mq_quant/{path.relative_to(ROOT)}" in held
+    assert "mq_quant/texts/SOURCES.md" in held
 
 
 def test_it_runs_from_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
