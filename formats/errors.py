@@ -57,8 +57,12 @@ class ImatrixError(MqError):
     """An imatrix that is unreadable, of another model, or without anything usable."""
 
 
+class TokenError(MqError):
+    """A text, token ids, a tokenizer or a chat template that cannot be used."""
+
+
 class CalibrationError(MqError):
-    """Calibration text, tokens or a calibration folder that cannot be used."""
+    """A calibration folder that cannot be used."""
 
 
 class RecipeError(MqError):

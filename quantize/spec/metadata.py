@@ -100,7 +100,7 @@ def parameter_counts(config: ModelConfig, totals: Totals, skipped: int) -> dict[
 
 def _tokenizer_config(side: SideFiles) -> dict[str, Any]:
     out = dict(side.tokenizer_config or {})
-    if side.chat_template is not None and not out.get("chat_template"):
+    if side.chat_template:  # the file of its own is what other programs take before the copy in this one
         out["chat_template"] = side.chat_template
     return out
 
