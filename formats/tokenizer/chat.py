@@ -78,7 +78,9 @@ def render_chat(config: Mapping[str, Any], messages: Sequence[Mapping[str, str]]
     except OSError as e:
         problem = f"{command[0]} cannot be started: {e.strerror}"
     except ValueError:
-        ended = f"by signal {-done.returncode}" if done.returncode < 0 else f"with exit code {done.returncode}"
+        ended = (
+            f"by signal {-done.returncode}" if done.returncode < 0 else f"with exit code {done.returncode}"
+        )
         problem = f"the program that runs it ended {ended}"
     else:
         if "text" in answer:

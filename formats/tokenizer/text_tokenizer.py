@@ -67,7 +67,7 @@ class TextTokenizer:
         return cls(text, path)
 
     def ids(self, text: str, special: bool) -> list[int]:
-        """The ids of a text; with `special` those that the tokenizer puts around every text (such as BOS) among them."""
+        """The ids of a text, with `special` including what the tokenizer puts around every text, such as BOS."""
         with self._faults("cannot encode the text"):
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
             return ids

@@ -1,11 +1,9 @@
-"""Calibration tokens: ids from a .npy file or from a text, held against the model's vocabulary before any work.
-
-Depends on formats (checkpoint, minimax, errors) and, for a text, on the tokenizers package.
-"""
+"""Calibration tokens: ids from a file or from a text, held against the model's vocabulary before any work."""
 
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.checkpoint.source import Source
-from ...formats.errors import CalibrationError, CheckpointError
+from ...formats.errors import CheckpointError, TokenError
 from ...formats.minimax import ModelConfig
+from ...formats.tokenizer import TextTokenizer
+from .text import text_tokens
+from .token_file import TOKEN_LIMIT, read_token_file
 
 LENGTH = 512
 """Tokens per sequence where a text is cut up."""
@@ -25,7 +26,7 @@ Tokens = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A text or a .npy of ids, one of the two, and how much of it: all sequences where `sequences` is None."""
+    """A text or a file of ids, one of the two, and how much of it: all sequences where `sequences` is None."""
 
     text: Path | None = None
     tokens: Path | None = None
@@ -33,75 +34,77 @@ class TokenRequest:
     length: int = LENGTH
 
 
+def load_tokens(source: Source, request: TokenRequest) -> Tokens:
+    """Token ids i32 [sequences, length] as they were asked for; TokenError, CheckpointError."""
+    if request.tokens is not None:
+        return read_tokens(request.tokens, source.config, request.sequences)
+    assert request.text is not None
+    return tokenize(request.text, source, request.length, request.sequences)
+
+
 def read_tokens(path: Path, config: ModelConfig, sequences: int | None = None) -> Tokens:
-    """Token ids i32 [sequences, length] of a .npy file, the first `sequences` of them; CalibrationError."""
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise CalibrationError(f"cannot be read as a .npy file: {e}", file=path) from None
-    if (
-        not isinstance(tokens, np.ndarray)
-        or tokens.ndim != 2
-        or tokens.dtype.kind not in "iu"
-        or not tokens.size
-    ):
-        shape = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
-        raise CalibrationError(f"holds {shape}, not whole numbers [sequences, length]", file=path)
-    return check_tokens(_first(tokens, sequences, path), config, path)
+    """Token ids i32 [sequences, length] of a file, the first `sequences` of them; TokenError."""
+    ids = read_token_file(path, sequences)
+    if ids.ndim != 2:
+        raise TokenError(
+            f"holds {len(ids)} ids in one dimension, not whole numbers [sequences, length]",
+            file=path,
+            hint="cut them into sequences of equal length: ids[: n * length].reshape(n, length)",
+        )
+    if sequences is not None and len(ids) < sequences:
+        raise TokenError(
+            f"holds {len(ids)} sequences, fewer than the {sequences} asked for",
+            file=path,
+            hint="give more of them, or ask for less with --sequences",
+        )
+    return check_tokens(ids, config, path)
 
 
 def tokenize(path: Path, source: Source, length: int = LENGTH, sequences: int | None = None) -> Tokens:
     """A UTF-8 text as token ids i32 [sequences, length], cut one after the other; the rest is dropped.
 
-    Raises CalibrationError where the text is shorter than asked, or than one sequence.
+    No more of the text is read than is needed for `sequences`. Raises TokenError where the text is shorter than asked,
+    or than one sequence, and CheckpointError where the source has no tokenizer.
     """
-    from tokenizers import Tokenizer
-
     side = source.side_file("tokenizer.json")
     if side is None:
         raise CheckpointError("has no tokenizer.json, which --text needs", hint="give --tokens instead")
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise CalibrationError(f"cannot be read as UTF-8 text: {e}", file=path) from None
-    try:
-        ids = Tokenizer.from_file(str(side)).encode(text, add_special_tokens=False).ids
-    except Exception as e:  # the package raises plain Exception for files that it cannot use
-        raise CalibrationError(f"the tokenizer cannot be used: {e}", file=side) from None
-    whole = len(ids) // length
-    if whole < (sequences or 1):
-        raise CalibrationError(
-            f"is {len(ids)} tokens, shorter than {sequences or 1} sequences of {length}",
+    needed = None if sequences is None else sequences * length
+    parts, count = [np.empty(0, np.uint32)], 0
+    with closing(text_tokens(path, TextTokenizer.open(side))) as found:
+        for ids in found:
+            parts.append(ids)
+            count += len(ids)
+            if needed is not None and count >= needed:
+                break
+            if count > TOKEN_LIMIT:
+                raise TokenError(
+                    f"has more than {TOKEN_LIMIT} tokens", file=path, hint="ask for less with --sequences"
+                )
+    if count < (needed or length):
+        raise TokenError(
+            f"is {count} tokens, shorter than {sequences or 1} sequences of {length}",
             file=path,
             hint="give more text, or ask for less with --sequences and --length",
         )
-    cut = np.array(ids[: whole * length], np.int64).reshape(whole, length)
-    return check_tokens(_first(cut, sequences, path), source.config, path)
+    whole = sequences or count // length
+    cut = np.concatenate(parts)[: whole * length].reshape(whole, length)
+    return check_tokens(cut, source.config, path)
 
 
-def _first(tokens: NDArray[Any], sequences: int | None, path: Path) -> NDArray[Any]:
-    if sequences is not None and len(tokens) < sequences:
-        raise CalibrationError(
-            f"holds {len(tokens)} sequences, fewer than the {sequences} asked for",
-            file=path,
-            hint="give more text, or ask for less with --sequences",
-        )
-    return tokens if sequences is None else tokens[:sequences]
-
-
-def check_tokens(tokens: NDArray[Any], config: ModelConfig, path: Path) -> Tokens:
-    """Ids as i32; CalibrationError for ids outside the vocabulary and sequences longer than the model's positions."""
+def check_tokens(tokens: NDArray[Any], config: ModelConfig, path: str | Path) -> Tokens:
+    """Ids as i32; TokenError for ids outside the vocabulary and sequences longer than the model's positions."""
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.vocab_size:
         wrong = low if low < 0 else high
-        raise CalibrationError(
+        raise TokenError(
             f"holds token {wrong}, outside the vocabulary of {config.vocab_size}",
             file=path,
             hint="the tokens are of another model's tokenizer",
         )
     if tokens.shape[1] > config.max_position_embeddings:
-        raise CalibrationError(
-            f"has sequences of {tokens.shape[1]}, the model {config.max_position_embeddings} positions",
+        raise TokenError(
+            f"has sequences of {tokens.shape[1]} tokens, and the model {config.max_position_embeddings} positions",
             file=path,
         )
     return np.ascontiguousarray(tokens, np.int32)
@@ -111,11 +114,3 @@ def token_record(tokens: Tokens) -> dict[str, Any]:
     """What a manifest says of its tokens."""
     digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
     return {"sha256": digest, "sequences": tokens.shape[0], "length": tokens.shape[1]}
-
-
-def load_tokens(source: Source, request: TokenRequest) -> Tokens:
-    """Token ids i32 [sequences, length] as they were asked for; CalibrationError."""
-    if request.tokens is not None:
-        return read_tokens(request.tokens, source.config, request.sequences)
-    assert request.text is not None
-    return tokenize(request.text, source, request.length, request.sequences)

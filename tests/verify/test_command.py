@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from mq_quant.formats.checkpoint.local import Checkpoint
-from mq_quant.formats.errors import MqError
+from mq_quant.formats.errors import TokenError
 from mq_quant.formats.hfq import open_hfq
+from mq_quant.quantize.calibrate.token_file import read_token_file
 from mq_quant.quantize.cli.app import main
-from mq_quant.quantize.inspect.verify_inputs import TokenError, Wanted, cut, read_tokens, request_of
+from mq_quant.quantize.inspect.verify_inputs import Wanted, request_of
+from mq_quant.quantize.inspect.verify_tokens import cut
 from plainfile import Build, Tensors, by_name
 
 FEW = ["--tokens", "4", "--generate", "2", "--backend", "cpu"]
@@ -106,6 +108,7 @@ def test_a_truncated_file_is_bad_input(build: Build, capsys: pytest.CaptureFixtu
         (["--source", "./nowhere"], "no such folder"),
         (["--backend", "abacus"], "no back end 'abacus'"),
         (["--token-file", "./nowhere"], "cannot be read"),
+        (["--generate", "1000000000"], "positions"),
         (["--imatrix", "./nowhere"], "cannot be read"),
         (["--recipe", "./nowhere"], "cannot be read"),
         (["--report", "./nowhere/page.html"], "no such folder: nowhere"),
@@ -169,6 +172,54 @@ def test_chat_templates_that_cannot_be_used_are_refused(build: Build, template: 
         request_of(file, Wanted(prompt="hello", chat=True))
 
 
+def test_a_template_writes_its_own_bos_and_a_plain_prompt_gets_that_of_the_tokenizer(build: Build) -> None:
+    """Exactly one of them in both cases; with a template that writes none, there is none."""
+
+    def with_bos(template: str) -> Any:
+        def change(metadata: dict[str, Any], _: Tensors) -> None:
+            tokenizer = json.loads(metadata["tokenizer"])
+            bos = tokenizer["added_tokens"][0]["id"]
+            pieces = [{"SpecialToken": {"id": "B", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+            tokenizer["post_processor"] = {
+                "type": "TemplateProcessing",
+                "single": pieces,
+                "pair": pieces,
+                "special_tokens": {"B": {"id": "B", "ids": [bos], "tokens": ["<|end|>"]}},
+            }
+            metadata["tokenizer"] = json.dumps(tokenizer)
+            metadata["tokenizer_config"] |= {"bos_token": "<|end|>", "chat_template": template}
+
+        return change
+
+    def prompt(template: str, chat: bool) -> list[int]:
+        with open_hfq(build(change=with_bos(template))) as file:
+            found = request_of(file, Wanted(prompt="bab", chat=chat)).prompt
+            assert found is not None
+            return [int(i) for i in found]
+
+    with_template = prompt("{{ bos_token }}{{ messages[0].content }}", True)
+    assert with_template == prompt("", False)
+    assert with_template[1:] == prompt("{{ messages[0].content }}", True)
+
+
+def test_a_prompt_without_a_token_is_refused(build: Build) -> None:
+    with open_hfq(build()) as file, pytest.raises(TokenError, match="gives no token"):
+        request_of(file, Wanted(prompt=""))
+
+
+def test_a_tokenizer_of_another_model_is_named(build: Build) -> None:
+    def change(metadata: dict[str, Any], _: Tensors) -> None:
+        tokenizer = json.loads(metadata["tokenizer"])
+        tokenizer["added_tokens"] = []
+        tokenizer["model"] = {"type": "WordLevel", "unk_token": "x", "vocab": {"x": 10**6}}
+        metadata["tokenizer"] = json.dumps(tokenizer)
+
+    with open_hfq(build(change=change)) as file:
+        for wanted in (Wanted(prompt="hello"), Wanted()):
+            with pytest.raises(TokenError, match="token 1000000, outside the vocabulary"):
+                request_of(file, wanted)
+
+
 def test_cut_keeps_whole_sequences() -> None:
     ids = np.arange(40).reshape(4, 10)
     assert cut(ids, 25).shape == (2, 10)
@@ -179,7 +230,7 @@ def test_cut_keeps_whole_sequences() -> None:
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
-        (b"", "not token ids"),
+        (b"", "does not hold token ids: it is empty"),
         (b"1 2\n3", "does not hold token ids"),
         (b"one two", "does not hold token ids"),
         (b"\xff\xfe", "does not hold token ids"),
@@ -189,12 +240,11 @@ def test_cut_keeps_whole_sequences() -> None:
 def test_files_that_hold_no_tokens_are_refused(tmp_path: Path, raw: bytes, text: str) -> None:
     (tmp_path / "ids").write_bytes(raw)
     with pytest.raises(TokenError, match=text):
-        read_tokens(tmp_path / "ids")
-    assert issubclass(TokenError, MqError)
+        read_token_file(tmp_path / "ids")
 
 
 def test_token_arrays_of_other_kinds_are_refused(tmp_path: Path) -> None:
     for i, array in enumerate((np.ones((2, 2)), np.zeros((1, 2, 3), int), np.array([{}], object))):
         np.save(tmp_path / f"{i}.npy", array, allow_pickle=True)
         with pytest.raises(TokenError):
-            read_tokens(tmp_path / f"{i}.npy")
+            read_token_file(tmp_path / f"{i}.npy")

@@ -1,7 +1,4 @@
-"""A greedy continuation through the kernels, and the coherence gate that tells words from a repetition loop.
-
-Depends on tokenizers and kernel_model.
-"""
+"""A greedy continuation through the kernels, and the coherence gate that tells words from a repetition loop."""
 
 from __future__ import annotations
 
@@ -11,11 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from ...formats.errors import CheckError
 from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig
+from ...formats.tokenizer import TextTokenizer
 from ...kernels.runtime.host import Backend
 from ..model.kernel_forward import KernelModel
 from .stage import Stage
@@ -26,26 +22,20 @@ SHORTEST = 16
 """Tokens under which coherence is not judged."""
 
 
-def tokenizer_of(file: HfqFile) -> Tokenizer | None:
-    """The file's tokenizer, or None where it has none; CheckError where it cannot be read."""
+def tokenizer_of(file: HfqFile) -> TextTokenizer | None:
+    """The file's tokenizer, or None where it has none; TokenError where it cannot be used."""
     text = file.metadata.get("tokenizer")
-    if not isinstance(text, str):
-        return None
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as e:  # tokenizers raises bare Exceptions
-        raise CheckError(f"the tokenizer in the metadata cannot be read: {e}", file=file.path) from None
+    return TextTokenizer(text, file.path) if isinstance(text, str) else None
 
 
 def stop_tokens(file: HfqFile) -> frozenset[int]:
-    """The ids that end a text, of generation_config or config."""
+    """The ids that end a text: those of generation_config, or else of config."""
     for key in ("generation_config", "config"):
         record = file.metadata.get(key)
         found = record.get("eos_token_id") if isinstance(record, Mapping) else None
         ids = found if isinstance(found, list) else [found]
-        numbers = [i for i in ids if isinstance(i, int)]
-        if len(numbers) == len(ids):
-            return frozenset(numbers)
+        if all(type(i) is int for i in ids):
+            return frozenset(ids)
     return frozenset()
 
 

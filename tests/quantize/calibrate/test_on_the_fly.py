@@ -16,7 +16,7 @@ import pytest
 import small_model
 import torch
 from mq_quant.formats.checkpoint.local import open_checkpoint
-from mq_quant.formats.errors import CalibrationError, MqError, OutputError, ResumeError
+from mq_quant.formats.errors import MqError, OutputError, ResumeError, TokenError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.calibrate import layer_pass as gather
 from mq_quant.quantize.calibrate import on_the_fly as inline
@@ -327,9 +327,9 @@ def test_tokens_of_another_vocabulary_are_refused_before_any_work(
     run: Run, tmp_path: Path, gathered: list[int]
 ) -> None:
     np.save(tmp_path / "bad.npy", TOKENS + 300)
-    with pytest.raises(CalibrationError, match="outside the vocabulary"):
+    with pytest.raises(TokenError, match="outside the vocabulary"):
         run(inline=TokenRequest(tokens=tmp_path / "bad.npy"))
-    with pytest.raises(CalibrationError, match="3 sequences, fewer than the 4"):
+    with pytest.raises(TokenError, match="3 sequences, fewer than the 4"):
         np.save(tmp_path / "bad.npy", TOKENS)
         run(inline=TokenRequest(tokens=tmp_path / "bad.npy", sequences=4))
     assert gathered == [] and names(tmp_path) == ["bad.npy"]

@@ -19,6 +19,7 @@ from mq_quant.formats.errors import (
     MqError,
     OutputError,
     ResumeError,
+    TokenError,
 )
 from mq_quant.formats.minimax import expert_name
 from mq_quant.formats.statistics.imatrix import check_imatrix, expert_entry, read_imatrix
@@ -437,7 +438,7 @@ def test_tokens_that_cannot_be_used_are_refused(
     value: Any, problem: str, source: Checkpoint, tmp_path: Path
 ) -> None:
     path = save_tokens(tmp_path / "tokens.npy", value)
-    with pytest.raises(CalibrationError, match=problem):
+    with pytest.raises(TokenError, match=problem):
         read_tokens(path, source.config)
 
 
@@ -446,14 +447,14 @@ def test_token_files_that_are_none_are_refused(source: Checkpoint, tmp_path: Pat
     for name, data in (("empty.npy", b""), ("text.npy", b"hello"), ("cut.npy", b"\x93NUMPY\x01\x00")):
         (tmp_path / name).write_bytes(data)
     for name in ("a.npz", "empty.npy", "text.npy", "cut.npy", "missing.npy"):
-        with pytest.raises(CalibrationError, match=name):
+        with pytest.raises(TokenError, match=name):
             read_tokens(tmp_path / name, source.config)
 
 
 def test_the_first_sequences_are_taken_and_missing_ones_named(source: Checkpoint, tmp_path: Path) -> None:
     path = save_tokens(tmp_path / "tokens.npy", TOKENS)
     assert (read_tokens(path, source.config, 2) == TOKENS[:2]).all()
-    with pytest.raises(CalibrationError, match="3 sequences, fewer than the 4"):
+    with pytest.raises(TokenError, match="3 sequences, fewer than the 4"):
         read_tokens(path, source.config, 4)
 
 
@@ -478,23 +479,23 @@ def test_a_text_is_cut_into_sequences(with_tokenizer: Checkpoint, tmp_path: Path
     got = tokenize(text, with_tokenizer, length=4)
     assert got.tolist() == [[1, 2, 299, 2], [1, 1, 2, 299], [2, 1, 1, 2]] and got.dtype == np.int32
     assert tokenize(text, with_tokenizer, 4, 2).tolist() == got[:2].tolist()
-    with pytest.raises(CalibrationError, match="15 tokens, shorter than 4 sequences of 4"):
+    with pytest.raises(TokenError, match="15 tokens, shorter than 4 sequences of 4"):
         tokenize(text, with_tokenizer, 4, 4)
-    with pytest.raises(CalibrationError, match="15 tokens, shorter than 1 sequences of 512"):
+    with pytest.raises(TokenError, match="15 tokens, shorter than 1 sequences of 512"):
         tokenize(text, with_tokenizer)
     text.write_text("one out")
-    with pytest.raises(CalibrationError, match="token 300, outside"):
+    with pytest.raises(TokenError, match="token 300, outside"):
         tokenize(text, with_tokenizer, 2)
     text.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CalibrationError, match="UTF-8"):
+    with pytest.raises(TokenError, match="UTF-8"):
         tokenize(text, with_tokenizer, 2)
-    with pytest.raises(CalibrationError, match=r"gone\.txt"):
+    with pytest.raises(TokenError, match=r"gone\.txt"):
         tokenize(tmp_path / "gone.txt", with_tokenizer, 2)
 
 
 def test_a_broken_tokenizer_is_an_error_of_ours(source: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one")
-    with pytest.raises(CalibrationError, match=r"tokenizer\.json"):
+    with pytest.raises(TokenError, match=r"tokenizer\.json"):
         tokenize(tmp_path / "text.txt", source, 1)
     folder = small_model.save(tmp_path / "bare", small_model.tensors())
     (folder / "tokenizer.json").unlink()

@@ -53,11 +53,16 @@ def test_reports_that_do_not_fit_are_an_error() -> None:
         complete(laid_out(), outcome([{"fallbacks": ["x" * 4 * LAYER_ROOM]}]))
 
 
-def test_a_chat_template_in_tokenizer_config_wins_over_the_file() -> None:
-    side = SideFiles("{}", {"chat_template": "own"}, None, "other")
-    assert (
-        template(small_model.CONFIG, side, CONFIG, TOTALS, {})["tokenizer_config"]["chat_template"] == "own"
-    )
+@pytest.mark.parametrize("copy", ["older", [{"name": "default", "template": "older"}], None])
+def test_the_chat_template_of_its_own_file_wins_over_a_copy_in_tokenizer_config(copy: object) -> None:
+    """Other programs take chat_template.jinja, so the copy may be stale."""
+
+    def embedded(file: str | None) -> object:
+        side = SideFiles("{}", {"chat_template": copy}, None, file)
+        return template(small_model.CONFIG, side, CONFIG, TOTALS, {})["tokenizer_config"]["chat_template"]
+
+    assert embedded("newer") == "newer"
+    assert embedded(None) == embedded("") == copy
 
 
 def test_parameters_are_counted() -> None:
