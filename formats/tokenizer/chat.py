@@ -68,25 +68,28 @@ def render_chat(config: Mapping[str, Any], messages: Sequence[Mapping[str, str]]
     }
     command = [sys.executable, "-P", render.__file__]
     request = json.dumps({"template": template, "variables": variables})
+    answer = _answer(command, request.encode())
+    if "text" not in answer:
+        raise TokenError(f"its chat template cannot be used: {answer['problem']}", file=file)
+    return answer["text"]
+
+
+def _answer(command: Sequence[str], request: bytes) -> dict[str, str]:
+    """What the program says: the `text`, or the `problem`."""
     try:
-        done = subprocess.run(
-            command, input=request.encode(), capture_output=True, timeout=SECONDS, check=False
-        )
-        answer = json.loads(done.stdout)
+        done = subprocess.run(command, input=request, capture_output=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        problem = f"it runs for more than {SECONDS} seconds"
+        return {"problem": f"it runs for more than {SECONDS} seconds"}
     except OSError as e:
-        problem = f"{command[0]} cannot be started: {e.strerror}"
+        return {"problem": f"{command[0]} cannot be started: {e.strerror}"}
+    try:
+        answer: dict[str, str] = json.loads(done.stdout)
     except ValueError:
         ended = (
             f"by signal {-done.returncode}" if done.returncode < 0 else f"with exit code {done.returncode}"
         )
-        problem = f"the program that runs it ended {ended}"
-    else:
-        if "text" in answer:
-            return str(answer["text"])
-        problem = answer["problem"]
-    raise TokenError(f"its chat template cannot be used: {problem}", file=file)
+        return {"problem": f"the program that runs it ended {ended}"}
+    return answer
 
 
 def _token(value: Any) -> str | list[str] | None:

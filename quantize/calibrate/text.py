@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
@@ -35,7 +35,7 @@ Ids = NDArray[np.uint32]
 
 def text_tokens(
     path: Path, tokenizer: TextTokenizer, window: int = WINDOW, overlap: int = OVERLAP
-) -> Iterator[Ids]:
+) -> Generator[Ids]:
     """The token ids u32 of a text, some at a time; no token is put around the text.
 
     The text is UTF-8, with or without a byte order mark; line ends of Windows and old Macs are read as "\\n". Raises

@@ -34,8 +34,9 @@ def stop_tokens(file: HfqFile) -> frozenset[int]:
         record = file.metadata.get(key)
         found = record.get("eos_token_id") if isinstance(record, Mapping) else None
         ids = found if isinstance(found, list) else [found]
-        if all(type(i) is int for i in ids):
-            return frozenset(ids)
+        numbers = [i for i in ids if type(i) is int]
+        if len(numbers) == len(ids):
+            return frozenset(numbers)
     return frozenset()
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -228,9 +228,9 @@ def test_an_endless_text_is_read_only_as_far_as_it_is_asked(plain: TextTokenizer
 
     writer = threading.Thread(target=write)
     writer.start()
-    parts: Iterator[Any] = text_tokens(path, plain, WINDOW, OVERLAP)
+    parts = text_tokens(path, plain, WINDOW, OVERLAP)
     ids = np.concatenate([next(parts) for _ in range(20)])
-    parts.close()  # type: ignore[attr-defined]
+    parts.close()
     writer.join()
     assert len(ids) > WINDOW
 
