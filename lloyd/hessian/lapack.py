@@ -1,6 +1,6 @@
 """LAPACK's Cholesky factor and triangular inverse, in place and while other threads run.
 
-scipy's own wrappers of the two keep the interpreter's lock. Depends on numpy, scipy and numba.
+scipy's own wrappers of these two routines hold the interpreter's lock, so that no other thread could run meanwhile.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _TRTRI = _routine("dtrtri", ctypes.c_char_p, ctypes.c_char_p, _INT, ctypes.c_voi
 
 
 def cholesky(a: F64) -> bool:
-    """Put L, with L Lᵀ = a, into the lower triangle of a symmetric f64 [K, K]; what lies above it stays.
+    """Replace the lower triangle of a symmetric f64 [K, K] by L, with L Lᵀ = a; the upper triangle stays as it is.
 
-    False where a is not positive definite; then the triangle is of no use.
+    False where a is not positive definite; then the lower triangle is of no use.
     """
     n, info = ctypes.c_int(_side(a)), ctypes.c_int()
-    _POTRF(b"U", n, a.ctypes.data, n, info)  # by columns, as LAPACK has it, what is lower here is upper
+    _POTRF(b"U", n, a.ctypes.data, n, info)  # LAPACK counts by columns: our lower triangle is its upper one
     return info.value == 0
 
 
 def invert_lower(a: F64) -> bool:
-    """Replace the lower triangle of f64 [K, K] by its inverse; what lies above it stays. False where it is singular."""
+    """Replace the lower triangle of f64 [K, K] by its inverse; the rest stays as it is. False where it is singular."""
     n, info = ctypes.c_int(_side(a)), ctypes.c_int()
     _TRTRI(b"U", b"N", n, a.ctypes.data, n, info)
     return info.value == 0

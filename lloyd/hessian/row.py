@@ -80,7 +80,7 @@ def counted(notes: Sequence[str], groups: int) -> tuple[str, ...]:
 def from_moment(moment: NDArray[np.float64]) -> RowHessian:
     """From a damped second moment in the stored basis, f64 [K, K].
 
-    Where it cannot be factored it is damped further, and in the end replaced by the identity; the note says which.
+    A moment that cannot be factored is damped further, and in the end replaced by the identity; `notes` says which.
     """
     ones = np.ones((len(moment) // GROUP, GROUP))
     white = RowHessian(ones, notes=("second moment is not usable: rounded to nearest",))
@@ -146,6 +146,6 @@ def answer_rows(rows, column, errors, answer):
 def compensate(
     rows: NDArray[np.float32], group: int, errors: NDArray[np.float32], answers: Sequence[NDArray[np.float32]]
 ) -> None:
-    """Let the columns after `group` answer its errors f32 [R, 256]; rows f32 [R, K] change in place."""
+    """Let the columns after `group` answer its errors f32 [R, 256]: rows f32 [R, K] change in place."""
     if answers and len(answers[group]):
         answer_rows(rows, (group + 1) * GROUP, errors, answers[group])

@@ -1,7 +1,4 @@
-"""How many threads numpy's and scipy's BLAS may take under workers, which have the cores already.
-
-Depends on threadpoolctl.
-"""
+"""One thread for each product and factorisation of numpy and scipy: the workers have the machine's cores already."""
 
 from __future__ import annotations
 
@@ -14,9 +11,10 @@ from threadpoolctl import ThreadpoolController
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Products and factorisations take one thread each in the whole process: with more their bits are others.
+    """In the whole process, BLAS takes one thread for each product and factorisation: with more, the bits are others.
 
-    The BLAS that torch may bring keeps its threads. Not for blocks that overlap: the first to end gives all back.
+    The BLAS that torch may bring keeps its threads. Two such blocks may not overlap in time, since the first that ends
+    gives all threads back.
     """
     libraries = [
         (library, library.num_threads)

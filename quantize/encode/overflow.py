@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.blocks import AffineFormat, Format, LloydFormat, Q8Format
+from ...formats.blocks import AffineFormat, Format, LloydFormat
 from ...formats.errors import WeightError
 from ...lloyd.constants import F16_MAX
 from ...lloyd.encode import Fit, encode_plain
@@ -15,7 +15,8 @@ U8 = NDArray[np.uint8]
 
 F16_OVERFLOW = 65520.0
 """The smallest number that rounds to an infinite f16."""
-_LIMITS = {"F16": F16_OVERFLOW, "Q8F16": 127 * F16_OVERFLOW}
+_STEPS = {"F16": 1, "Q8F16": 127}
+"""The largest multiple of an f16 that a plain format stores: the value itself, or 127 times the group's scale."""
 _HINT = (
     "such values come from a broken export; compare the tensor and its scales with the original checkpoint"
 )
@@ -26,13 +27,12 @@ def encode_tensor(name: str, values: F32, fmt: Format, fit: Fit) -> U8:
 
     Raises WeightError that names the tensor where a value is beyond what the format stores.
     """
-    limit = _LIMITS.get(fmt.name)
-    if limit is not None:
+    steps = _STEPS.get(fmt.name)
+    if steps is not None:
         largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
-        if not largest < limit:
-            what = "a group of 32 weights" if isinstance(fmt, Q8Format) else "a value"
+        if not largest / steps < F16_OVERFLOW:
             raise WeightError(
-                f"holds values of up to {largest:.4g}, but {what} in {fmt.name} can hold {limit:.4g} at most",
+                f"holds values of up to {largest:.6g}, but {fmt.name} can store {steps * F16_MAX:.0f} at most",
                 tensor=name,
                 hint=_HINT,
             )
@@ -58,7 +58,7 @@ def check_levels(name: str, fmt: Format, payload: U8) -> None:
     if bad.any():
         groups = int(bad.reshape(len(bad), -1).any(axis=1).sum())
         raise WeightError(
-            f"needs levels beyond {limit:.4g}, the most that {fmt.name} stores, in {groups} of {len(bad)} groups",
+            f"needs levels beyond {limit:.6g}, the most that {fmt.name} stores, in {groups} of {len(bad)} groups",
             tensor=name,
             hint=_HINT,
         )

@@ -1,7 +1,7 @@
 """The forward pass of an HFQ file through the kernels: the arithmetic that the engine does, on any back end.
 
-Weights are read from the file one layer at a time, and of its experts only those that the tokens route to; a small file
-stays loaded. Hidden states are f32 buffers [T, H], one per sequence. Depends on kernels and formats.
+Weights are read from the file one layer at a time, and only those experts to which tokens are routed. A file of at most
+RESIDENT_BYTES stays loaded. Hidden states are f32 buffers [T, H], one for each sequence.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ...kernels.runtime.host import Backend, Buffer
 from .hfq_weights import DecodedFile, pieces
 
 RESIDENT_BYTES = 1 << 30
-"""Files up to this size are kept loaded, layer by layer, once they were read."""
+"""The layers of a file of at most this size stay loaded once they were read."""
 
 
 @dataclass(frozen=True)
 class Dense:
-    """What every token of a layer uses: norms, attention, router and the AWQ scale."""
+    """The weights of a layer that every token uses: norms, attention, router and the AWQ scale f32 [H]."""
 
     norms: dict[str, Buffer]
     matrices: dict[str, ops.Matrix]
@@ -47,7 +47,7 @@ class Cache:
 
 @dataclass
 class Traffic:
-    """Bytes of weights that were read from the file, and the largest set of them loaded at once."""
+    """Bytes of weights: how many were read from the file, how many are loaded, and how many were at most."""
 
     read: int = 0
     loaded: int = 0
@@ -60,15 +60,18 @@ class Traffic:
 
 
 Expert = dict[str, ops.Experts]
+FORMATS_ROTATED = {fmt.name: fmt.rotated for fmt in FORMATS.values()}
+"""Whether the inputs of a matrix in this format are rotated."""
 Stopwatch = Callable[[str], None]
 
 
 @dataclass
 class KernelModel:
-    """An open file on a back end; `capacity` is the number of positions of a sequence.
+    """An open file on a back end; `capacity` is the number of positions that a sequence may have.
 
-    `after` is called with a stage's name when its launches are queued (benchmarks wait and read the clock there).
-    Raises CheckError where a layer's experts have different formats or shapes, or its hidden states are not numbers.
+    `after` is called with a stage's name when its launches are queued; benchmarks wait there and read the clock.
+    Raises CheckError where a layer's experts have different formats or shapes, or its hidden states are not numbers,
+    and HfqError where a tensor is missing.
     """
 
     file: HfqFile
@@ -104,13 +107,13 @@ class KernelModel:
         return self.backend.upload(self._weights.stored(name))
 
     def _forget(self, layer: int) -> None:
-        """Drop every other layer, unless the whole file fits."""
+        """Drop the other layers from memory, unless the whole file stays loaded."""
         if not self._keep and layer not in self._dense:
             self._dense, self._experts = {}, {}
             self.traffic.loaded = 0
 
     def dense(self, layer: int) -> Dense:
-        """The dense weights of a layer; those of other layers are dropped from memory."""
+        """The dense weights of a layer; other layers are dropped from memory, unless the whole file stays loaded."""
         self._forget(layer)
         if layer not in self._dense:
             p = layer_prefix(layer)
@@ -130,7 +133,7 @@ class KernelModel:
         return self._dense[layer]
 
     def experts(self, layer: int, ids: Sequence[int]) -> Expert:
-        """The three projections of a layer with the experts `ids` loaded, and no others."""
+        """The three projections of a layer, with the experts `ids` loaded besides those that are loaded already."""
         wanted = frozenset(ids)
         held = self._experts.get(layer)
         if held is None or not wanted <= held[0]:
@@ -161,7 +164,7 @@ class KernelModel:
         return ops.experts(self.backend, data, offsets, FORMATS[first.quant_type].name, *first.shape)
 
     def _end(self, name: str, load: Callable[[], Any]) -> Any:
-        """The final norm and lm_head: kept only if the file is small."""
+        """The final norm or lm_head, which stays loaded where the whole file does."""
         if name in self._ends:
             return self._ends[name]
         loaded = load()
@@ -184,10 +187,12 @@ class KernelModel:
         return out
 
     def cache(self) -> Cache:
+        """An empty cache of one layer and sequence."""
         shape = (self.capacity, self.cfg.kv_dim)
         return Cache(self.backend.alloc(shape, np.float32), self.backend.alloc(shape, np.float32))
 
     def positions(self, start: int, count: int) -> Buffer:
+        """The positions start to start + count, i32 [count]."""
         return self.backend.upload(np.arange(start, start + count, dtype=np.int32))
 
     def attend(self, w: Dense, h: Buffer, positions: Buffer, cache: Cache) -> None:
@@ -207,7 +212,7 @@ class KernelModel:
         self.after("o")
 
     def route(self, w: Dense, h: Buffer) -> tuple[Buffer, Buffer, Buffer]:
-        """(normed inputs f32 [T, H], expert ids i32 [T, k], weights f32 [T, k])."""
+        """The router's choice: (normed inputs f32 [T, H], expert ids i32 [T, k], their weights f32 [T, k])."""
         b = self.backend
         t = ops.rmsnorm(b, h, w.norms["post_attention_layernorm"], self.cfg.rms_norm_eps)
         logits = ops.matvec(b, w.router, t)
@@ -216,7 +221,7 @@ class KernelModel:
         return t, ids, weights
 
     def mix(self, w: Dense, experts: Expert, h: Buffer, routed: tuple[Buffer, Buffer, Buffer]) -> None:
-        """Add the routed experts' weighted outputs to h."""
+        """Add the weighted outputs of the routed experts to h [T, H]."""
         b, (t, ids, weights) = self.backend, routed
         rotated = FORMATS_ROTATED[experts["w1"].format]
         x = ops.scale_rotate(b, t, w.scale, self._signs, rotated)
@@ -233,7 +238,7 @@ class KernelModel:
     def layer(
         self, layer: int, states: Sequence[Buffer], at: Sequence[Buffer], caches: Sequence[Cache]
     ) -> NDArray[Any]:
-        """Run one layer over every sequence's h in place; returns the expert ids i32 [ΣT, k], as routed."""
+        """Run one layer over every sequence's h [T, H] in place; returns the chosen expert ids i32 [ΣT, k]."""
         w = self.dense(layer)
         for h, positions, cache in zip(states, at, caches, strict=True):
             self.attend(w, h, positions, cache)
@@ -248,7 +253,7 @@ class KernelModel:
         return ids
 
     def logits(self, states: Sequence[Buffer]) -> Iterator[NDArray[np.float32]]:
-        """Next-token logits f32 [T, vocab] of each sequence's final hidden states."""
+        """Next-token logits f32 [T, vocab] from each sequence's final hidden states [T, H]."""
         self._forget(-1)
         norm = self._end("norm", lambda: self._vector("model.norm.weight"))
         head = self._end("head", lambda: self._matrix("lm_head.weight"))
@@ -261,7 +266,9 @@ class KernelModel:
     def greedy(
         self, prompt: NDArray[np.integer], count: int, stop: frozenset[int] = frozenset()
     ) -> list[int]:
-        """Continue one sequence of token ids [T] by at most `count` most likely tokens, up to a stop token."""
+        """Continue one sequence of token ids [T] by its most likely tokens: at most `count`, and none after one of
+        `stop`.
+        """
         caches = [self.cache() for _ in range(self.cfg.num_hidden_layers)]
         tokens, done, out = np.asarray(prompt), 0, list[int]()
         while len(out) < count and done + len(tokens) <= self.capacity:
@@ -275,6 +282,3 @@ class KernelModel:
                 break
             tokens = np.array(out[-1:])
         return out
-
-
-FORMATS_ROTATED = {fmt.name: fmt.rotated for fmt in FORMATS.values()}

@@ -37,16 +37,16 @@ FLOORS: Mapping[str, float] = {
     "MQ3-Lloyd": 5.0,
     "MQ2-Lloyd": 1.0,
 }
-"""Output-weighted SNR (dB) of one tensor under which a format has a fault rather than noise."""
+"""Output-weighted SNR (dB): a tensor of this format with less has a fault, not noise."""
 SLOPES: Mapping[str, tuple[float, float]] = {"MQ2-Lloyd": (0.8, 1.12), "MQ3-Lloyd": (0.92, 1.06)}
-"""Bounds of a tensor's slope; without the gain 2 bits shrink it to about 0.89, 3 bits to 0.97."""
+"""Bounds of a tensor's slope. Without the gain, 2 bits shrink a tensor to a slope of about 0.89, 3 bits to 0.97."""
 SLOPE = (0.97, 1.03)
 """The bounds for all other formats."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Energies of one tensor or of several together, plain and weighted by E[x²] of the inputs."""
+    """Energies of one tensor, or of several together: plain, and weighted by E[x²] of the inputs."""
 
     signal: float
     noise: float
@@ -85,7 +85,10 @@ ROWS = 1 << 22
 
 
 def measure(source: F32, decoded: F32, importance: F32 | None) -> Fidelity:
-    """Compare f32 [R, K] or [K] with its decoded self; `importance` f32 [K] is E[x²], None weighs all equally."""
+    """Compare a tensor f32 [R, K] or [K] with what the file makes of it, f32 of the same shape.
+
+    `importance` f32 [K] is E[x²] of the inputs; without it all channels weigh the same.
+    """
     a, b = np.atleast_2d(source), np.atleast_2d(decoded)
     weight = np.ones(a.shape[1]) if importance is None else importance.astype(np.float64)
     columns = np.zeros((3, a.shape[1]))
@@ -106,7 +109,7 @@ class ChannelImportance:
         self._rows: F32 | None = None
 
     def of(self, spec: TensorSpec) -> F32 | None:
-        """f32 [K]: the expert's own where it was seen, else the layer's mean; None where nothing is known."""
+        """E[x²] f32 [K]: the expert's own where it saw tokens, else the layer's mean; None where nothing is known."""
         if self.imatrix is None or spec.layer is None or spec.expert is None or spec.projection is None:
             return None
         if self._at != (spec.layer, spec.projection):

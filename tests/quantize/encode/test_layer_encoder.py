@@ -162,6 +162,37 @@ def test_a_fold_divides_rows_of_up_and_multiplies_columns_of_down() -> None:
     assert snr(WEIGHTS[0]["w2"] * t[None, :], decoded(folded["w2"], MQ6, "w2")) > 24
 
 
+@pytest.mark.parametrize("fit", ["reference", "exact"])
+def test_every_fit_folds(fit: str) -> None:
+    """A recipe that asks for a fold gets it, whatever decides codes and levels."""
+    plain, folded = (
+        encoder(ALL_MQ6, fit=fit, fold_down=f).encode_expert(0, **WEIGHTS[0]).payloads for f in (0.0, 0.5)
+    )
+    t = down_fold(importance().of(0, "w2").diagonal, 0.5).astype(np.float64)
+    np.testing.assert_array_equal(folded["w1"], plain["w1"])
+    want = decoded(plain["w3"], MQ6, "w3") / t[:, None]
+    np.testing.assert_allclose(decoded(folded["w3"], MQ6, "w3"), want, rtol=1e-5, atol=1e-6)
+    assert snr(WEIGHTS[0]["w2"] * t[None, :], decoded(folded["w2"], MQ6, "w2")) > 24
+
+
+def test_without_an_importance_nothing_is_folded() -> None:
+    payloads = []
+    for fold in (0.0, 0.5):
+        made = LayerEncoder(CONFIG, 1, None, MIXED, FitSettings(fit="exact", fold_down=fold))
+        made.prepare({})
+        payloads.append(made.encode_expert(0, **WEIGHTS[0]).payloads)
+    for p in SHAPES:
+        np.testing.assert_array_equal(payloads[0][p], payloads[1][p])
+
+
+def test_weights_beyond_the_levels_of_a_format_are_refused_by_name() -> None:
+    made = encoder()
+    large = WEIGHTS[0] | {"w3": WEIGHTS[0]["w3"] * np.float32(1e6)}
+    with pytest.raises(WeightError, match="beyond 65504") as e:
+        made.encode_expert(0, **large)
+    assert e.value.tensor == expert_name(1, 0, "w3")
+
+
 def test_a_folded_down_is_rounded_under_the_folded_hessian() -> None:
     t, w = down_fold(importance().of(0, "w2").diagonal, 0.5), WEIGHTS[0]["w2"]
     hessian = hessian_of(importance().of(0, "w2"), t)
