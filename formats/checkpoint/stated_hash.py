@@ -51,7 +51,9 @@ def stated_hash(path: Path) -> str | None:
 
 
 def _hash(text: str) -> str | None:
-    return text if _SHA256.fullmatch(text) or _GIT.fullmatch(text) else None
+    """A name that can be a hash; one that begins with sixteen zeros is a number that a tool has counted up."""
+    can_be = (_SHA256.fullmatch(text) or _GIT.fullmatch(text)) and not text.startswith("0" * 16)
+    return text if can_be else None
 
 
 def _git_hash(file: UnchangedFile) -> str:

@@ -76,6 +76,15 @@ def test_a_record_that_cannot_be_read_states_nothing(text: str, tmp_path: Path) 
     assert stated_hash(path) is None
 
 
+@pytest.mark.parametrize("number", ["0" * 63 + "7", "0" * 39 + "7", "0" * 16 + "f" * 48])
+def test_numbers_that_a_tool_has_counted_up_state_nothing(number: str, tmp_path: Path) -> None:
+    """Some tools lay out such a cache without hashing: no hash begins with sixteen zeros."""
+    path = cached(tmp_path, "config.json", DATA, "large")
+    path.unlink()
+    path.symlink_to(Path("../../blobs") / number)
+    assert stated_hash(path) is None
+
+
 def test_files_elsewhere_and_links_to_them_state_nothing(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     file = tmp_path / "blobs" / ("0" * 64)
