@@ -27,7 +27,7 @@ from mq_quant.formats.minimax import ModelConfig
 from mq_quant.lloyd import encode
 from mq_quant.lloyd.constants import ROUNDS
 from mq_quant.lloyd.encode import encode_rotated
-from mq_quant.lloyd.group import fit_rows, settle_rows
+from mq_quant.lloyd.group import Problem, fit_rows, settle_rows
 from mq_quant.lloyd.hessian.group import from_diagonal
 from mq_quant.lloyd.hessian.row import from_weights
 from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
@@ -78,16 +78,14 @@ def stages_of(fmt: LloydFormat | AffineFormat, runs: int) -> dict[str, Any]:
     start = encode._initial_levels(rows, 0, fmt, exact=False)
     levels = encode._expand(fmt, start)
     codes, gains = np.empty((len(rows), 256), np.uint8), np.empty(len(rows), np.float32)
-    given = (h.diagonal, SIGNS2, encode.SHAKES)
+    grid = isinstance(fmt, AffineFormat)
+    problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, encode.SHAKES, grid)
 
     def took(work: Callable[[], object]) -> float:
         return median_time(work, runs) / rows.size * 1e9
 
     def fit(rounds: int) -> float:
-        grid = isinstance(fmt, AffineFormat)
-        return took(
-            lambda: fit_rows(rows, 0, h.matrix, h.feedback, *given, grid, rounds, levels.copy(), codes)
-        )
+        return took(lambda: fit_rows(rows, 0, problem, rounds, levels.copy(), codes))
 
     first, cold, whole = fit(0), fit(1), fit(ROUNDS)
     return {
@@ -97,7 +95,7 @@ def stages_of(fmt: LloydFormat | AffineFormat, runs: int) -> dict[str, Any]:
         "feedback, refit": first,
         "warm rounds": whole - cold,
         "cold round": cold - first,
-        "settle, gain": took(lambda: settle_rows(rows, 0, h.matrix, *given, levels, codes, gains)),
+        "settle, gain": took(lambda: settle_rows(rows, 0, problem, levels, codes, gains)),
         "pack": took(lambda: encode._pack(fmt, encode._stored(fmt, start), codes)),
     }
 

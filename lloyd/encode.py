@@ -28,7 +28,7 @@ from ..formats.fwht import SIGNS2
 from . import engine_quantiser as reference
 from .codes.descent import shake_signs
 from .constants import F16_MAX, F16_SMALLEST, GRID_STEPS, GROUP, ROUNDS, SWEEPS
-from .group import fit_rows, nearest_rows, settle_rows
+from .group import Problem, fit_rows, nearest_rows, settle_rows
 from .hessian.group import GroupHessian
 from .hessian.row import RowHessian, compensate
 from .levels.affine import affine_rows
@@ -131,13 +131,14 @@ def _hessian_group(rows: F32, column: int, fmt: Rotated, h: GroupHessian, codes:
     """Stored levels of one group under its Hessian, and each row's gain f32 [R]; codes u8 [R, 256] are written."""
     grid = isinstance(fmt, AffineFormat)
     levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=h.nearly_white))
-    fit_rows(rows, column, h.matrix, h.feedback, h.diagonal, SIGNS2, SHAKES, grid, ROUNDS, levels, codes)
+    problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, SHAKES, grid)
+    fit_rows(rows, column, problem, ROUNDS, levels, codes)
     if grid:
         step = (levels[:, -1].astype(np.float64) - levels[:, 0]) / (fmt.levels - 1)
         levels = np.stack([levels[:, 0], step.astype(np.float32)], axis=1)
     stored = _stored(fmt, levels)
     gains = np.empty(len(rows), np.float32)
-    settle_rows(rows, column, h.matrix, h.diagonal, SIGNS2, SHAKES, _expand(fmt, stored), codes, gains)
+    settle_rows(rows, column, problem, _expand(fmt, stored), codes, gains)
     return stored, gains
 
 

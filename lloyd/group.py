@@ -2,13 +2,16 @@
 
 The order of work: initial levels are given; error feedback, refit under H, then rounds of coordinate descent and
 refit; the caller rounds the levels to their stored precision, and `settle_rows` assigns the codes once more with
-exactly those. Depends on lanes, rounding, refit, vec, numba.
+exactly those. numba takes named tuples apart when it compiles, so that they cost nothing.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from .codes.descent import descend, heat
 from .codes.feedback import feedback, residual
@@ -26,156 +29,200 @@ from .levels.refit import (
 from .simd.lanes import assign, gather, hadamard, lined_up, midpoints, scatter, sort_levels
 from .simd.vec import LANES, load, splat, store
 
+F32 = NDArray[np.float32]
+
+
+class Problem(NamedTuple):
+    """What all rows of one group have in common.
+
+    `matrix` f32 [256, 256] is H in the stored basis, `feedback` f32 [256, 256] its factor, `weights` f32 [256] the
+    diagonal that H came from, empty for a dense H. `signs` f32 [256] are those of the rotation, `shakes` f32 [sweeps,
+    16, 16] say which way warm sweeps shift targets. `grid` keeps levels evenly spaced.
+    """
+
+    matrix: F32
+    feedback: F32
+    weights: F32
+    signs: F32
+    shakes: F32
+    grid: bool
+
+
+class Scratch(NamedTuple):
+    """Blocks of sixteen rows, a lane each, that one call takes once: f32 [256, 16] where nothing else is said.
+
+    y are the rows, ys H·y for a dense H, else the signed transform of y; `errors` y minus its decoded values; `codes`
+    whole numbers; levels [K, 16] and their midpoints mids [K-1, 16]; `work` what a stage needs; shifts [1, 16] the heat
+    of each row. With n unknowns, K or 2 for a grid, basis [n, 256, 16], sums [16, n, 256], gram [n, n, 16], rhs
+    [n, 16].
+    """
+
+    y: F32
+    ys: F32
+    errors: F32
+    codes: F32
+    levels: F32
+    mids: F32
+    work: F32
+    basis: F32
+    sums: F32
+    gram: F32
+    rhs: F32
+    shifts: F32
+
 
 @njit(cache=True, nogil=True)
-def refit_levels(ys, codes, matrix, total, weights, signs, grid, basis, sums, gram, rhs, levels):
-    """Move levels [K, 16] to their best places for these codes.
+def scratch_for(count, grid):
+    """Scratch for `count` levels, or for a grid of so many."""
+    unknowns = 2 if grid else count
+    return Scratch(
+        np.empty((GROUP, LANES), np.float32),
+        np.empty((GROUP, LANES), np.float32),
+        np.empty((GROUP, LANES), np.float32),
+        np.zeros((GROUP, LANES), np.float32),
+        np.zeros((count, LANES), np.float32),
+        np.empty((count - 1, LANES), np.float32),
+        np.empty((GROUP, LANES), np.float32),
+        np.empty((unknowns, GROUP, LANES), np.float32),
+        np.empty((LANES, unknowns, GROUP), np.float32),
+        np.zeros((unknowns, unknowns, LANES), np.float32),
+        np.empty((unknowns, LANES), np.float32),
+        np.empty((1, LANES), np.float32),
+    )
 
-    ys is H·y for a dense H, else the signed transform of y; `total`, for a grid under a dense H, is the sum of H.
-    """
+
+@njit(cache=True, nogil=True)
+def refit_levels(problem, total, s):
+    """Move the levels of scratch `s` to their best places for its codes; `total`, for a grid under a dense H, is ΣH."""
+    weights, signs = problem.weights, problem.signs
     if weights.shape[0] > 0:
-        if grid:
+        if problem.grid:
             for i in range(GROUP):
                 sign = splat(signs[i])
-                store(basis[0], i, sign)
-                store(basis[1], i, sign * load(codes, i))
-            hadamard(basis[0])
-            hadamard(basis[1])
+                store(s.basis[0], i, sign)
+                store(s.basis[1], i, sign * load(s.codes, i))
+            hadamard(s.basis[0])
+            hadamard(s.basis[1])
         else:
-            for k in range(levels.shape[0]):
-                indicator(codes, k, signs, basis[k])
-                hadamard(basis[k])
-        normal_equations(ys, basis, weights, gram, rhs)
-    elif grid:
+            for k in range(s.levels.shape[0]):
+                indicator(s.codes, k, signs, s.basis[k])
+                hadamard(s.basis[k])
+        normal_equations(s.ys, s.basis, weights, s.gram, s.rhs)
+    elif problem.grid:
         ones = np.ones(GROUP, np.float32)
         for i in range(GROUP):
-            store(basis[0], i, splat(np.float32(1)))
-        store(rhs, 0, weighted_dot(ones, ys, basis[0]))
-        store(rhs, 1, weighted_dot(ones, ys, codes))
-        multiply(matrix, codes, basis[1])
-        store(gram[1], 1, splat(np.float32(-1)) * weighted_dot(ones, basis[1], codes))
-        store(gram[1], 0, splat(np.float32(-1)) * weighted_dot(ones, basis[1], basis[0]))
-        store(gram[0], 0, splat(total))
+            store(s.basis[0], i, splat(np.float32(1)))
+        store(s.rhs, 0, weighted_dot(ones, s.ys, s.basis[0]))
+        store(s.rhs, 1, weighted_dot(ones, s.ys, s.codes))
+        multiply(problem.matrix, s.codes, s.basis[1])
+        store(s.gram[1], 1, splat(np.float32(-1)) * weighted_dot(ones, s.basis[1], s.codes))
+        store(s.gram[1], 0, splat(np.float32(-1)) * weighted_dot(ones, s.basis[1], s.basis[0]))
+        store(s.gram[0], 0, splat(total))
     else:
-        dense_equations(ys, codes, matrix, sums, gram, rhs)
-    if grid:
-        solve_grid(gram, rhs, levels)
+        dense_equations(s.ys, s.codes, problem.matrix, s.sums, s.gram, s.rhs)
+    if problem.grid:
+        solve_grid(s.gram, s.rhs, s.levels)
     else:
-        solve(gram, rhs, levels)
-        sort_levels(levels, codes)
+        solve(s.gram, s.rhs, s.levels)
+        sort_levels(s.levels, s.codes)
 
 
 @njit(cache=True, nogil=True)
-def pulled(y, matrix, weights, signs, out):
-    """out = H·y for a dense H, else the signed transform of y."""
-    if weights.shape[0] > 0:
-        signed(y, signs, out)
+def pulled(problem, y, out):
+    """out = H·y [256, 16] for a dense H, else the signed transform of y."""
+    if problem.weights.shape[0] > 0:
+        signed(y, problem.signs, out)
         hadamard(out)
     else:
-        multiply(matrix, y, out)
+        multiply(problem.matrix, y, out)
         minus = splat(np.float32(-1))
         for i in range(GROUP):
             store(out, i, minus * load(out, i))
 
 
 @njit(cache=True, nogil=True)
-def gradient(errors, matrix, weights, signs, out):
+def gradient(problem, errors, out):
     """out = H·errors [256, 16]."""
-    pulled(errors, matrix, weights, signs, out)
-    if weights.shape[0] > 0:
+    pulled(problem, errors, out)
+    if problem.weights.shape[0] > 0:
         for i in range(GROUP):
-            store(out, i, load(out, i) * splat(weights[i] / np.float32(GROUP)))
+            store(out, i, load(out, i) * splat(problem.weights[i] / np.float32(GROUP)))
         hadamard(out)
-        signed(out, signs, out)
+        signed(out, problem.signs, out)
 
 
 @njit(cache=True, nogil=True)
-def fit_rows(rows, column, matrix, factor, weights, signs, shakes, grid, rounds, levels_io, codes_out):
+def fit_rows(rows, column, problem, rounds, levels_io, codes_out):
     """Codes u8 [R, 256] and levels f32 [R, K] of the group that starts at `column` of rows f32 [R, K_in].
 
-    levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded; `weights` is the
-    diagonal form of H, or empty for a dense one; `grid` keeps the levels evenly spaced. All of the `rounds` of descent
-    and refit but the last are warm, shifted as `shakes` f32 [sweeps, 16, 16] says.
+    levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded. All of the `rounds` of
+    descent and refit but the last are warm.
     """
-    count = levels_io.shape[1]
-    unknowns = 2 if grid else count
-    matrix = lined_up(matrix)
-    y = np.empty((GROUP, LANES), np.float32)
-    ys = np.empty((GROUP, LANES), np.float32)
-    work = np.empty((GROUP, LANES), np.float32)
-    errors = np.empty((GROUP, LANES), np.float32)
-    codes = np.zeros((GROUP, LANES), np.float32)
-    levels = np.zeros((count, LANES), np.float32)
-    mids = np.empty((count - 1, LANES), np.float32)
-    basis = np.empty((unknowns, GROUP, LANES), np.float32)
-    sums = np.empty((LANES, unknowns, GROUP), np.float32)
-    gram = np.zeros((unknowns, unknowns, LANES), np.float32)
-    rhs = np.empty((unknowns, LANES), np.float32)
-    shifts = np.empty((1, LANES), np.float32)
+    problem = Problem(lined_up(problem.matrix), *problem[1:])
+    s = scratch_for(levels_io.shape[1], problem.grid)
     total = np.float32(0)
-    if grid and weights.shape[0] == 0:
+    if problem.grid and problem.weights.shape[0] == 0:
         for i in range(GROUP):
             for j in range(GROUP):
-                total += matrix[i, j]
+                total += problem.matrix[i, j]
     for first in range(0, rows.shape[0], LANES):
-        gather(rows, first, column, y)
         live = min(LANES, rows.shape[0] - first)
-        for k in range(count):
-            for r in range(live):
-                levels[k, r] = levels_io[first + r, k]
-        pulled(y, matrix, weights, signs, ys)
-        midpoints(levels, mids)
-        feedback(y, factor, levels, mids, codes, work, errors)
-        refit_levels(ys, codes, matrix, total, weights, signs, grid, basis, sums, gram, rhs, levels)
+        gather(rows, first, column, s.y)
+        gather_levels(levels_io, first, s.levels)
+        pulled(problem, s.y, s.ys)
+        midpoints(s.levels, s.mids)
+        feedback(s.y, problem.feedback, s.levels, s.mids, s.codes, s.work, s.errors)
+        refit_levels(problem, total, s)
         for n in range(rounds):
-            residual(y, levels, codes, errors)
-            gradient(errors, matrix, weights, signs, work)
-            heat(errors, work, SHAKE if n + 1 < rounds else np.float32(0), shifts)
-            descend(codes, work, levels, matrix, shakes, n * SWEEPS, SWEEPS, shifts)
-            refit_levels(ys, codes, matrix, total, weights, signs, grid, basis, sums, gram, rhs, levels)
-        for k in range(count):
+            residual(s.y, s.levels, s.codes, s.errors)
+            gradient(problem, s.errors, s.work)
+            heat(s.errors, s.work, SHAKE if n + 1 < rounds else np.float32(0), s.shifts)
+            descend(s.codes, s.work, s.levels, problem.matrix, problem.shakes, n * SWEEPS, SWEEPS, s.shifts)
+            refit_levels(problem, total, s)
+        for k in range(s.levels.shape[0]):
             for r in range(live):
-                levels_io[first + r, k] = levels[k, r]
-        scatter(codes, codes_out, first)
+                levels_io[first + r, k] = s.levels[k, r]
+        scatter(s.codes, codes_out, first)
 
 
 @njit(cache=True, nogil=True)
-def settle_rows(rows, column, matrix, weights, signs, shakes, stored, codes_io, gains):
+def gather_levels(stored, first, levels):
+    """Copy stored[first:first+16] f32 [R, K] into levels [K, 16], leaving out lanes beyond the last row."""
+    for r in range(min(LANES, stored.shape[0] - first)):
+        for k in range(stored.shape[1]):
+            levels[k, r] = stored[first + r, k]
+
+
+@njit(cache=True, nogil=True)
+def settle_rows(rows, column, problem, stored, codes_io, gains):
     """Assign codes once more, given the stored levels f32 [R, K]; gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ).
 
     A gain beyond 2, or not positive, means that the group carries no signal worth keeping: it becomes 1.
     """
-    count = stored.shape[1]
-    y = np.empty((GROUP, LANES), np.float32)
-    ys = np.empty((GROUP, LANES), np.float32)
-    errors = np.empty((GROUP, LANES), np.float32)
-    codes = np.zeros((GROUP, LANES), np.float32)
-    levels = np.zeros((count, LANES), np.float32)
-    pull = np.empty((GROUP, LANES), np.float32)
+    weights = problem.weights
+    s = scratch_for(stored.shape[1], problem.grid)
     totals = np.empty((2, LANES), np.float32)
-    cold = np.zeros((1, LANES), np.float32)
     ones = np.ones(GROUP, np.float32)
+    s.shifts[:] = np.float32(0)
     for first in range(0, rows.shape[0], LANES):
         live = min(LANES, rows.shape[0] - first)
-        gather(rows, first, column, y)
-        gather(codes_io, first, 0, codes)
-        for r in range(live):
-            for k in range(count):
-                levels[k, r] = stored[first + r, k]
-        residual(y, levels, codes, errors)
-        gradient(errors, matrix, weights, signs, pull)
-        descend(codes, pull, levels, matrix, shakes, 0, SWEEPS, cold)
-        scatter(codes, codes_io, first)
-        residual(y, levels, codes, errors)
-        pulled(y, matrix, weights, signs, ys)
+        gather(rows, first, column, s.y)
+        gather(codes_io, first, 0, s.codes)
+        gather_levels(stored, first, s.levels)
+        residual(s.y, s.levels, s.codes, s.errors)
+        gradient(problem, s.errors, s.work)
+        descend(s.codes, s.work, s.levels, problem.matrix, problem.shakes, 0, SWEEPS, s.shifts)
+        scatter(s.codes, codes_io, first)
+        residual(s.y, s.levels, s.codes, s.errors)
+        pulled(problem, s.y, s.ys)
         if weights.shape[0] > 0:
-            signed(errors, signs, errors)
-            hadamard(errors)
-            store(totals, 0, weighted_dot(weights, ys, ys))
-            store(totals, 1, weighted_dot(weights, ys, errors))
+            signed(s.errors, problem.signs, s.errors)
+            hadamard(s.errors)
+            store(totals, 0, weighted_dot(weights, s.ys, s.ys))
+            store(totals, 1, weighted_dot(weights, s.ys, s.errors))
         else:
-            store(totals, 0, weighted_dot(ones, ys, y))
-            store(totals, 1, weighted_dot(ones, ys, errors))
+            store(totals, 0, weighted_dot(ones, s.ys, s.y))
+            store(totals, 1, weighted_dot(ones, s.ys, s.errors))
         for r in range(live):
             whole = totals[0, r]
             kept = whole - totals[1, r]
@@ -192,9 +239,7 @@ def nearest_rows(rows, column, stored, codes_out):
     mids = np.empty((count - 1, LANES), np.float32)
     for first in range(0, rows.shape[0], LANES):
         gather(rows, first, column, y)
-        for r in range(min(LANES, rows.shape[0] - first)):
-            for k in range(count):
-                levels[k, r] = stored[first + r, k]
+        gather_levels(stored, first, levels)
         midpoints(levels, mids)
         for i in range(GROUP):
             assign(load(y, i), levels, mids, codes, i)

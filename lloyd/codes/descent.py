@@ -9,6 +9,8 @@ formats (the signs), lanes, vec and numba.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -25,6 +27,26 @@ CODE, LOW, HIGH = BLOCKS, 2 * BLOCKS, 3 * BLOCKS
 def shake_signs(sweeps: int) -> NDArray[np.float32]:
     """±1 f32 [sweeps, 16, 16]: which way each warm sweep shifts each column, the same for every row and group."""
     return draw_signs(SHAKE_SEED, sweeps * GROUP).reshape(sweeps, BLOCKS, LANES)
+
+
+class Codebook(NamedTuple):
+    """One row's levels f32 [K], ascending. `mids` f32 [n, 16] are their midpoints, then infinity; `edges` f32 [K+1] are
+    the midpoints between two infinities, so that edges[k] and edges[k + 1] bound the targets of level k.
+    """
+
+    levels: NDArray[np.float32]
+    mids: NDArray[np.float32]
+    edges: NDArray[np.float32]
+
+
+class Columns(NamedTuple):
+    """What every row's descent has in common, sixteen columns a value: `lines` f32 [4096, 16] are the rows of H;
+    inverse f32 [16, 16] holds 1 / H_jj; signs f32 [16 · sweeps, 16] say which way warm sweeps shift targets.
+    """
+
+    lines: NDArray[np.float32]
+    inverse: NDArray[np.float32]
+    signs: NDArray[np.float32]
 
 
 @njit(cache=True, nogil=True)
@@ -52,14 +74,14 @@ def heat(errors, pull, share, out):
 
 
 @njit(cache=True, nogil=True)
-def sweep_row(row, pull, levels, mids, edges, lines, inverse, signs, first, sweeps, shift, spare):
+def sweep_row(row, pull, book, columns, first, sweeps, shift, spare):
     """Sweeps number first to first + sweeps over one row, whose `row` and pull f32 [16, 16] are kept up to date.
 
     `row` f32 [64, 16] holds, sixteen columns a value, their levels, their codes, and the bounds (low, high] of the
-    targets that keep them. levels f32 [K]; mids f32 [n, 16] are the midpoints, then infinity, and edges f32 [K+1] the
-    same between two infinities. `lines` f32 [4096, 16] are the rows of H, inverse f32 [16, 16] holds 1 / H_jj, signs
-    f32 [16 · sweeps, 16]; spare f32 [2, 16] is scratch.
+    targets that keep them. `shift` f32 is the row's heat; spare f32 [2, 16] is scratch.
     """
+    levels, mids, edges = book.levels, book.mids, book.edges
+    lines, inverse, signs = columns.lines, columns.inverse, columns.signs
     for lane in range(LANES):
         spare[0, lane] = lane
     numbers = load(spare, 0)
@@ -107,8 +129,6 @@ def descend(codes, pull, levels, matrix, signs, first, sweeps, shifts):
     codes [256, 16] are changed; pull [256, 16] holds H·(y-q) before; shifts f32 [1, 16] is the lanes' heat, 0 for none.
     """
     count = levels.shape[0]
-    lines = matrix.reshape(GROUP * BLOCKS, LANES)
-    lined_signs = signs.reshape(signs.shape[0] * BLOCKS, LANES)
     row_levels = np.empty(count, np.float32)
     mids = np.full(((count + LANES - 2) // LANES, LANES), np.inf, np.float32)
     edges = np.empty(count + 1, np.float32)
@@ -119,6 +139,9 @@ def descend(codes, pull, levels, matrix, signs, first, sweeps, shifts):
     spare = np.empty((2, LANES), np.float32)
     for i in range(GROUP):
         inverse[i // LANES, i % LANES] = np.float32(1) / matrix[i, i]
+    book = Codebook(row_levels, mids, edges)
+    lines, lined_signs = matrix.reshape(GROUP * BLOCKS, LANES), signs.reshape(signs.shape[0] * BLOCKS, LANES)
+    columns = Columns(lines, inverse, lined_signs)
     for r in range(LANES):
         for k in range(count):
             row_levels[k] = levels[k, r]
@@ -132,9 +155,6 @@ def descend(codes, pull, levels, matrix, signs, first, sweeps, shifts):
             row[LOW + block, lane] = edges[code]
             row[HIGH + block, lane] = edges[code + 1]
             row_pull[block, lane] = pull[i, r]
-        shift = shifts[0, r]
-        sweep_row(
-            row, row_pull, row_levels, mids, edges, lines, inverse, lined_signs, first, sweeps, shift, spare
-        )
+        sweep_row(row, row_pull, book, columns, first, sweeps, shifts[0, r], spare)
         for i in range(GROUP):
             codes[i, r] = row[CODE + i // LANES, i % LANES]

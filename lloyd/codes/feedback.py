@@ -11,44 +11,8 @@ import numpy as np
 from numba import njit
 
 from ..constants import GROUP
-from ..simd.lanes import assign
+from ..simd.lanes import PANEL, assign, product
 from ..simd.vec import fma, load, splat, store, where_eq
-
-PANEL = 8
-
-
-@njit(cache=True, nogil=True)
-def product(out, at, factors, row, errors, count):
-    """out[at + n] -= Σ_b factors[row + n, b] · errors[b] for b < count, ascending, and n in 0..7, in 16 lanes.
-
-    Eight sums at a time stay in registers, and each loaded row of errors serves all of them.
-    """
-    s0 = load(out, at)
-    s1 = load(out, at + 1)
-    s2 = load(out, at + 2)
-    s3 = load(out, at + 3)
-    s4 = load(out, at + 4)
-    s5 = load(out, at + 5)
-    s6 = load(out, at + 6)
-    s7 = load(out, at + 7)
-    for b in range(count):
-        e = load(errors, b)
-        s0 = fma(splat(-factors[row, b]), e, s0)
-        s1 = fma(splat(-factors[row + 1, b]), e, s1)
-        s2 = fma(splat(-factors[row + 2, b]), e, s2)
-        s3 = fma(splat(-factors[row + 3, b]), e, s3)
-        s4 = fma(splat(-factors[row + 4, b]), e, s4)
-        s5 = fma(splat(-factors[row + 5, b]), e, s5)
-        s6 = fma(splat(-factors[row + 6, b]), e, s6)
-        s7 = fma(splat(-factors[row + 7, b]), e, s7)
-    store(out, at, s0)
-    store(out, at + 1, s1)
-    store(out, at + 2, s2)
-    store(out, at + 3, s3)
-    store(out, at + 4, s4)
-    store(out, at + 5, s5)
-    store(out, at + 6, s6)
-    store(out, at + 7, s7)
 
 
 @njit(cache=True, nogil=True)

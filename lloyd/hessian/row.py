@@ -19,9 +19,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from ..codes.feedback import PANEL, product
 from ..constants import EXTRA_DAMPING, GROUP
-from ..simd.lanes import gather, scatter_at
+from ..simd.lanes import PANEL, gather, product, scatter_at
 from ..simd.vec import LANES
 from .group import UNUSABLE, GroupHessian, bounded, from_bounded, nearly_equal
 from .lapack import cholesky, invert_lower

@@ -12,8 +12,11 @@ Source: Wu, "Optimal quantization by matrix searching", J. Algorithms 12 (1991),
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from ..constants import BOUND_SLACK, GROUP, LLOYD_STEPS, PAIR_SWEEPS, QUANTILE_POWER
 from ..simd.lanes import gather, sort_lanes
@@ -32,6 +35,22 @@ from ..simd.vec import (
     where_eq,
     where_gt,
 )
+
+
+class Search(NamedTuple):
+    """What the exact search knows of eight rows' sorted values, the same for every number of intervals.
+
+    sums and energy f64 [257, 8] are running sums of the values and of their squares, both about the mean; inverse f64
+    holds 1 / n; bound f64 [1, 8] is a distortion that can be reached. lowest and highest i64 [257] are scratch: the
+    least and the greatest start of each prefix's last interval, over the eight rows.
+    """
+
+    sums: NDArray[np.float64]
+    inverse: NDArray[np.float64]
+    energy: NDArray[np.float64]
+    bound: NDArray[np.float64]
+    lowest: NDArray[np.int64]
+    highest: NDArray[np.int64]
 
 
 @njit(cache=True, nogil=True)
@@ -122,12 +141,13 @@ def split_pairs(sums, inverse, falling, bounds, sweeps):
 
 
 @njit(cache=True, nogil=True)
-def scan(previous, sums, inverse, end, low, high, gains, starts):
+def scan(search, previous, end, low, high, gains, starts):
     """Where the last interval of prefix `end` best starts, among low..high, and how much all intervals then explain.
 
-    previous and sums f64 [257, 8]; the results go to starts[end] (as f64) and gains[end]. Returns the least and the
-    greatest start over the lanes.
+    previous f64 [257, 8] is what one interval less explains; the results go to starts[end] (as f64) and gains[end].
+    Returns the least and the greatest start over the lanes.
     """
+    sums, inverse = search.sums, search.inverse
     total = load(sums, end)
     best = splat_wide(-1.0)
     at = splat_wide(np.float64(low))
@@ -142,25 +162,22 @@ def scan(previous, sums, inverse, end, low, high, gains, starts):
 
 
 @njit(cache=True, nogil=True)
-def within(energy, gains, end, bound):
-    """Whether in some lane the distortion of prefix `end` does not exceed the bound f64 [1, 8]."""
-    return any_le(load(energy, end) - load(gains, end), load(bound, 0))
+def within(search, gains, end):
+    """Whether in some lane the distortion of prefix `end` does not exceed the bound."""
+    return any_le(load(search.energy, end) - load(gains, end), load(search.bound, 0))
 
 
 @njit(cache=True, nogil=True)
-def layer(previous, sums, inverse, energy, bound, reach, first, gains, starts, lowest, highest):
+def layer(search, previous, reach, first, gains, starts):
     """One more interval: gains and starts of every prefix from `first` on that can still win; returns the longest such.
 
-    `reach` is the longest prefix worth continuing; lowest and highest i64 [257] are scratch.
+    `reach` is the longest prefix worth continuing; lowest and highest of `search` are scratch.
     """
+    lowest, highest = search.lowest, search.highest
     last = GROUP - 1
-    lowest[first], highest[first] = scan(
-        previous, sums, inverse, first, 0, min(first - 1, reach), gains, starts
-    )
+    lowest[first], highest[first] = scan(search, previous, first, 0, min(first - 1, reach), gains, starts)
     low = lowest[first]
-    lowest[last], highest[last] = scan(
-        previous, sums, inverse, last, low, min(last - 1, reach), gains, starts
-    )
+    lowest[last], highest[last] = scan(search, previous, last, low, min(last - 1, reach), gains, starts)
     cut = GROUP
     stride = GROUP // 2
     while stride >= 1:
@@ -172,8 +189,8 @@ def layer(previous, sums, inverse, energy, bound, reach, first, gains, starts, l
             # A start at or beyond the end would be an empty interval.
             high = min(high, i - 1, reach)
             low = min(lowest[max(i - stride, first)], high)
-            lowest[i], highest[i] = scan(previous, sums, inverse, i, low, high, gains, starts)
-            if not within(energy, gains, i, bound):
+            lowest[i], highest[i] = scan(search, previous, i, low, high, gains, starts)
+            if not within(search, gains, i):
                 cut = i
                 break
         stride //= 2
@@ -183,8 +200,9 @@ def layer(previous, sums, inverse, energy, bound, reach, first, gains, starts, l
 
 
 @njit(cache=True, nogil=True)
-def last_start(sums, inverse, energy, bound):
+def last_start(search):
     """The least start of a last interval whose own distortion does not exceed the bound in all rows."""
+    sums, inverse, energy, bound = search.sums, search.inverse, search.energy, search.bound
     whole, total = load(energy, GROUP), load(sums, GROUP)
     for i in range(GROUP - 1):
         d = total - load(sums, i)
@@ -194,29 +212,27 @@ def last_start(sums, inverse, energy, bound):
 
 
 @njit(cache=True, nogil=True)
-def exact_bounds(sums, inverse, energy, bound, gains, starts, bounds):
+def exact_bounds(search, gains, starts, bounds):
     """Optimal intervals of eight rows' sorted values into bounds i64 [8, K+1].
 
-    sums and energy f64 [257, 8] are running sums of the values and of their squares, both about the mean; bound f64
-    [1, 8] is a distortion that can be reached. gains f64 [2, 257, 8] and starts f64 [K, 257, 8] are scratch.
+    gains f64 [2, 257, 8] and starts f64 [K, 257, 8] are scratch.
     """
+    sums, inverse = search.sums, search.inverse
     count = bounds.shape[1] - 1
-    lowest = np.zeros(GROUP + 1, np.int64)
-    highest = np.zeros(GROUP + 1, np.int64)
     now, before = gains[0], gains[1]
     before[0, :] = 0.0
     reach = 0
     for i in range(1, GROUP + 1):
         s = load(sums, i)
         store(before, i, s * s * splat_wide(inverse[i]))
-        if within(energy, before, i, bound):
+        if within(search, before, i):
             reach = i
-    final = last_start(sums, inverse, energy, bound)
+    final = last_start(search)
     for k in range(1, count - 1):
         first = max(1, final) if k == count - 2 else 1
-        reach = layer(before, sums, inverse, energy, bound, reach, first, now, starts[k], lowest, highest)
+        reach = layer(search, before, reach, first, now, starts[k])
         now, before = before, now
-    scan(before, sums, inverse, GROUP, final, min(GROUP - 1, reach), now, starts[count - 1])
+    scan(search, before, GROUP, final, min(GROUP - 1, reach), now, starts[count - 1])
     for r in range(WIDE_LANES):
         bounds[r, count] = GROUP
         for k in range(count - 1, 0, -1):
@@ -275,6 +291,8 @@ def kmeans_rows(rows, column, exact, levels):
     sums = np.zeros((GROUP + 1, WIDE_LANES), np.float64)
     energy = np.zeros((GROUP + 1, WIDE_LANES), np.float64)
     bound = np.zeros((1, WIDE_LANES), np.float64)
+    lowest, highest = np.zeros(GROUP + 1, np.int64), np.zeros(GROUP + 1, np.int64)
+    search = Search(sums, inverse, energy, bound, lowest, highest)
     gains = np.zeros((2, GROUP + 1, WIDE_LANES), np.float64)
     starts = np.zeros((count, GROUP + 1, WIDE_LANES), np.float64)
     for first in range(0, rows.shape[0], WIDE_LANES):
@@ -300,6 +318,6 @@ def kmeans_rows(rows, column, exact, levels):
                 bound[0, r] = energy[GROUP, r] - explained + BOUND_SLACK * energy[GROUP, r]
             # Lanes beyond the last row hold zeros, and nothing of them is worth continuing.
             bound[0, live:] = -1.0
-            exact_bounds(sums, inverse, energy, bound, gains, starts, bounds)
+            exact_bounds(search, gains, starts, bounds)
         for r in range(live):
             centroids(values[r], own_sums[r], means[0, r], inverse, bounds[r], levels[first + r])

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..codes.feedback import PANEL, product
 from ..constants import GROUP, PIVOT_FLOOR, POSED_FLOOR, RIDGE
+from ..simd.lanes import PANEL, product
 from ..simd.vec import LANES, fma, load, root, splat, store, where_eq, where_gt
 
 HALF = GROUP // 2

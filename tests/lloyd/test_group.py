@@ -8,7 +8,7 @@ from lanes_problem import EMPTY, NO_CODES, heavy_rows, unequal_weights
 from mq_quant.formats.fwht import SIGNS2
 from mq_quant.lloyd.constants import GRID_STEPS, ROUNDS
 from mq_quant.lloyd.encode import SHAKES
-from mq_quant.lloyd.group import fit_rows, nearest_rows, settle_rows
+from mq_quant.lloyd.group import Problem, fit_rows, nearest_rows, settle_rows
 from mq_quant.lloyd.hessian.group import GroupHessian, from_diagonal
 from mq_quant.lloyd.levels.affine import affine_rows
 from mq_quant.lloyd.levels.kmeans import kmeans_rows
@@ -32,12 +32,15 @@ def energy(rows: np.ndarray, levels: np.ndarray, codes: np.ndarray, h: GroupHess
     return np.einsum("ri,ij,rj->r", e, h.matrix.astype(np.float64), e)
 
 
+def problem_of(h: GroupHessian, grid: bool, dense: bool = False) -> Problem:
+    return Problem(h.matrix, h.feedback, EMPTY if dense else h.diagonal, SIGNS2, SHAKES, grid)
+
+
 def fitted(
     rows: np.ndarray, h: GroupHessian, count: int, grid: bool, rounds: int, dense: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     levels, codes = initial(rows, count, grid), np.full((len(rows), 256), 255, np.uint8)
-    weights = EMPTY if dense else h.diagonal
-    fit_rows(rows, 0, h.matrix, h.feedback, weights, SIGNS2, SHAKES, grid, rounds, levels, codes)
+    fit_rows(rows, 0, problem_of(h, grid, dense), rounds, levels, codes)
     return levels, codes
 
 
@@ -45,7 +48,7 @@ def settled(
     rows: np.ndarray, h: GroupHessian, stored: np.ndarray, codes: np.ndarray, dense: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     codes, gains = codes.copy(), np.full(len(rows), np.nan, np.float32)
-    settle_rows(rows, 0, h.matrix, EMPTY if dense else h.diagonal, SIGNS2, SHAKES, stored, codes, gains)
+    settle_rows(rows, 0, problem_of(h, False, dense), stored, codes, gains)
     return codes, gains
 
 
@@ -124,19 +127,7 @@ def test_no_row_beyond_the_last_is_read_or_written(count: int) -> None:
         levels = np.full((40, 4), -7, np.float32)
         levels[:count] = initial(np.ascontiguousarray(rows[:count, 256:512]), 4, False)
         codes = np.full((40, 256), 99, np.uint8)
-        fit_rows(
-            wide[:count],
-            256,
-            h.matrix,
-            h.feedback,
-            h.diagonal,
-            SIGNS2,
-            SHAKES,
-            False,
-            1,
-            levels[:count],
-            codes[:count],
-        )
+        fit_rows(wide[:count], 256, problem_of(h, False), 1, levels[:count], codes[:count])
         assert (codes[count:] == 99).all() and (levels[count:] == -7).all()
         assert codes[:count].max() < 4
         want = codes if want is None else want

@@ -6,35 +6,22 @@ import numpy as np
 import pytest
 from lanes_problem import EMPTY, Problem, problem
 from mq_quant.formats.fwht import SIGNS2
+from mq_quant.lloyd import group as lloyd
 from mq_quant.lloyd.constants import RIDGE
-from mq_quant.lloyd.group import pulled, refit_levels
+from mq_quant.lloyd.encode import SHAKES
 from mq_quant.lloyd.levels.refit import dense_equations, multiply
 from mq_quant.lloyd.simd.vec import LANES
 
 
 def refit(p: Problem, codes: np.ndarray, grid: bool, dense: bool) -> tuple[np.ndarray, np.ndarray]:
     """Levels f32 [K, 16] and codes after one refit."""
-    count = len(p.levels)
-    unknowns = 2 if grid else count
-    levels, codes = p.levels.copy(), codes.copy()
     weights = EMPTY if dense else p.h.diagonal
-    ys = np.empty((256, 16), np.float32)
-    pulled(p.y, p.h.matrix, weights, SIGNS2, ys)
-    refit_levels(
-        ys,
-        codes,
-        p.h.matrix,
-        p.h.matrix.sum(),
-        weights,
-        SIGNS2,
-        grid,
-        np.empty((unknowns, 256, 16), np.float32),
-        np.empty((16, unknowns, 256), np.float32),
-        np.zeros((unknowns, unknowns, 16), np.float32),
-        np.empty((unknowns, 16), np.float32),
-        levels,
-    )
-    return levels, codes
+    hessian = lloyd.Problem(p.h.matrix, p.h.feedback, weights, SIGNS2, SHAKES, grid)
+    s = lloyd.scratch_for(len(p.levels), grid)
+    s.levels[:], s.codes[:] = p.levels, codes
+    lloyd.pulled(hessian, p.y, s.ys)
+    lloyd.refit_levels(hessian, p.h.matrix.sum(), s)
+    return s.levels, s.codes
 
 
 def columns(codes: np.ndarray, count: int, grid: bool) -> np.ndarray:
