@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lanes_problem import heavy_rows, unequal_weights
 from mq_quant.formats.blocks import BY_NAME, LloydFormat
-from mq_quant.lloyd.encode import encode_rotated
+from mq_quant.lloyd.encode import ENCODED, encode_rotated
 from mq_quant.lloyd.hessian.group import from_diagonal
 from mq_quant.lloyd.hessian.row import RowHessian, compensate, from_moment, from_weights, inverse_factor
 from rotation import matrix
@@ -57,7 +57,7 @@ def test_moments_that_cannot_be_factored_fall_back_with_a_reason(bad: np.ndarray
     check(h, 2)
     assert len(h.notes) == 1 and says in h.notes[0]
     rows = heavy_rows(17, 512)
-    for fmt in (f for f in BY_NAME.values() if f.rotated):
+    for fmt in ENCODED:
         decoded = fmt.decode(encode_rotated(rows, fmt, "hessian", h))
         assert np.isfinite(decoded).all()
         if isinstance(fmt, LloydFormat):
