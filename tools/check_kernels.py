@@ -2,27 +2,30 @@
 
 For AMD it needs clang and lld of version 18 or later (Debian: clang-19, lld-19) and no ROCm; for NVIDIA, nvrtc. What
 it asserts of a code object: the machine, the architecture, one descriptor per kernel, nothing left undefined. It
-prints the registers and LDS of each kernel. Depends on sources, elf, cuda and errors.
+prints the registers and LDS of each kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import shutil
 import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from elf import DYNSYM, SYMTAB, Elf, read_elf
+from elftools.common.exceptions import ELFError
+from elftools.construct import ConstructError
+from elftools.elf.elffile import ELFFile
 from mq_quant.formats.errors import BackendError, CheckError
 from mq_quant.kernels.runtime import cuda
 from mq_quant.kernels.runtime.sources import INCLUDE, Kernel, Module, Sources
 
-ELF_AMDGPU = 0xE0
 AMD_ARCHES = {"gfx1100": 0x41, "gfx1151": 0x4A, "gfx1201": 0x4E}
 """Architectures that are checked, with the number that e_flags holds for them."""
 NVIDIA_ARCH = "sm_90"
@@ -50,14 +53,33 @@ class Usage:
     lds: int
 
 
-def judge(code: Elf, arch: str, kernels: Sequence[Kernel], label: str) -> None:
+@contextmanager
+def read_elf(code: bytes) -> Iterator[ELFFile]:
+    """The ELF64 file in `code`; CheckError where it is none, or where what the caller reads of it is broken."""
+    try:
+        file = ELFFile(io.BytesIO(code))
+        if file.elfclass != 64 or not file.little_endian:
+            raise ELFError("not 64 bits, little endian")
+    except (ELFError, ConstructError) as e:
+        raise CheckError(f"the compiler's output is not an ELF64 file: {e}") from None
+    try:
+        yield file
+    except (ELFError, ConstructError, UnicodeDecodeError, OverflowError, AttributeError) as e:
+        raise CheckError(f"the compiler's output is a broken ELF64 file: {e}") from None
+
+
+def judge(code: bytes, arch: str, kernels: Sequence[Kernel], label: str) -> None:
     """CheckError where a code object is not what the kernels of a module must become on an AMD architecture."""
-    if code.machine != ELF_AMDGPU:
-        raise CheckError(f"{label} for {arch} has machine {code.machine:#x}, not {ELF_AMDGPU:#x}")
-    if code.flags & 0xFF != AMD_ARCHES[arch]:
-        raise CheckError(f"{label} for {arch} has flags {code.flags:#x}, not {AMD_ARCHES[arch]:#x}")
-    symbols = [s for section in code.sections if section.kind == DYNSYM for s in section.symbols]
-    if missing := [s.name for s in symbols if s.name and not s.defined]:
+    with read_elf(code) as file:
+        machine, flags = file["e_machine"], file["e_flags"]
+        table = file.get_section_by_name(".dynsym")
+        symbols = [s for s in table.iter_symbols() if s.name] if table else []
+        missing = [s.name for s in symbols if s["st_shndx"] == "SHN_UNDEF"]
+    if machine != "EM_AMDGPU":
+        raise CheckError(f"{label} for {arch} is code for {machine}, not EM_AMDGPU")
+    if flags & 0xFF != AMD_ARCHES[arch]:
+        raise CheckError(f"{label} for {arch} has flags {flags:#x}, not {AMD_ARCHES[arch]:#x}")
+    if missing:
         raise CheckError(f"{label} for {arch} leaves undefined: {', '.join(missing)}")
     found = sorted(s.name for s in symbols if s.name.endswith(".kd"))
     expected = sorted(f"{k.name}.kd" for k in kernels)
@@ -86,7 +108,7 @@ def check_amd(
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CheckError(f"{module.label} does not compile for {arch}:\n{done.stderr.strip()[-4000:]}")
-        judge(read_elf(made.read_bytes()), arch, kernels, module.label)
+        judge(made.read_bytes(), arch, kernels, module.label)
     return list(_amd_usage(done.stderr, module, arch))
 
 
@@ -104,28 +126,28 @@ def _amd_usage(remarks: str, module: Module, arch: str) -> Iterator[Usage]:
 
 def check_nvidia(sources: Sources, module: Module, kernels: Sequence[Kernel], arch: str) -> list[Usage]:
     """Compile a module with nvrtc; CheckError where the kernels are not all there."""
-    code = read_elf(cuda.compile_module(sources, module, arch)[0])
-    registers = dict(_registers(code))
+    with read_elf(cuda.compile_module(sources, module, arch)[0]) as file:
+        registers = dict(_registers(file))
+        shared = {k: file.get_section_by_name(f".nv.shared.{k.name}") for k in kernels}
     if sorted(registers) != sorted(k.name for k in kernels):
         raise CheckError(f"{module.label} for {arch} has kernels {sorted(registers)}")
     out = []
     for kernel in kernels:
-        shared = code.section(f".nv.shared.{kernel.name}")
-        lds = max(0, shared.size - NVIDIA_RESERVED) if shared else 0
+        section = shared[kernel]
+        lds = max(0, section["sh_size"] - NVIDIA_RESERVED) if section else 0
         out.append(Usage(kernel.label, arch, registers[kernel.name], 0, 0, lds))
     return out
 
 
-def _registers(code: Elf) -> Iterator[tuple[str, int]]:
+def _registers(file: ELFFile) -> Iterator[tuple[str, int]]:
     """(kernel, registers) of a cubin, from the records of type 4, attribute 0x2f in .nv.info."""
-    table = next((s.symbols for s in code.sections if s.kind == SYMTAB), ())
-    info = code.section(".nv.info")
-    content, at = info.content if info else b"", 0
+    table, info = file.get_section_by_name(".symtab"), file.get_section_by_name(".nv.info")
+    content, at = info.data() if info else b"", 0
     while at + 4 <= len(content):
         kind, attribute, size = struct.unpack_from("<BBH", content, at)
         if (kind, attribute) == (4, 0x2F):
             symbol, count = struct.unpack_from("<II", content, at + 4)
-            yield table[symbol].name, count
+            yield table.get_symbol(symbol).name, count
         at += 4 + (size if kind == 4 else 0)
 
 
