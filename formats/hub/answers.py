@@ -76,6 +76,8 @@ def check_status(asked: Asked, status: int, headers: Mapping[str, str]) -> None:
         problem = "there is no such repository, or no access to it"
         raise HubError(problem, file=asked.what, hint=_REFUSED if asked.secret else _ACCESS)
     said = f", {headers['x-error-message'][:200]!r}" if "x-error-message" in headers else ""
+    if "html" in headers.get("content-type", "").lower() and not code:
+        said += " with a web page, which may be a proxy's"
     if status in (401, 403):
         hint = _REFUSED if asked.secret else _ACCESS
     else:

@@ -9,23 +9,21 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
 
 from ..errors import HubError
 from .client import Hub
-from .repository import Remote, Repository
+from .repository import Remote, Repository, is_commit
 from .settings import cache_folder
-
-_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def cached(repository: Repository, remote: Remote) -> Path | None:
     """A file's place in the cache, if it is there whole, with the hash that the hub states."""
     root = cache_folder()
-    return _whole(_place(root, repository, remote), remote) if root else None
+    place = _place(root, repository, remote) if root else None
+    return place if place and remote.lies_at(place) else None
 
 
 def fetched(hub: Hub, repository: Repository, remote: Remote) -> Path:
@@ -50,7 +48,7 @@ def fetched(hub: Hub, repository: Repository, remote: Remote) -> Path:
 def _fetched(hub: Hub, repository: Repository, remote: Remote, root: Path) -> Path:
     """As `fetched`, in a cache at `root`. Raises HubError, and OSError where the folder cannot be written."""
     place = _place(root, repository, remote)
-    if _whole(place, remote):
+    if remote.lies_at(place):
         return place
     blob = root / _name(repository) / "blobs" / str(remote.expected)
     for folder in (blob.parent, place.parent):
@@ -70,19 +68,11 @@ def _passing_folder() -> Path:
     return folder
 
 
-def _whole(place: Path, remote: Remote) -> Path | None:
-    """`place`, if the file that the hub states lies there."""
-    try:
-        return place if place.is_file() and remote.matches(place) else None
-    except OSError:
-        return None
-
-
 def snapshot_of(folder: Path) -> tuple[str, str] | None:
     """(repository, commit) of a folder that is a snapshot in a cache of huggingface_hub's; None for any other."""
     path = folder.resolve()
     kind, *names = path.parent.parent.name.split("--")
-    inside = kind == "models" and path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
+    inside = kind == "models" and path.parent.name == "snapshots" and is_commit(path.name)
     return ("/".join(names), path.name) if inside and len(names) in (1, 2) and all(names) else None
 
 

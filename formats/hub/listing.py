@@ -12,7 +12,7 @@ from ..errors import HubError
 from .answers import LOGIN, LOGIN_TRIES
 from .endpoint import origin
 from .patience import AgainError
-from .repository import Repository, parse_commit, parse_files
+from .repository import Repository, is_commit, parse_commit, parse_files
 from .session import Line, ask
 
 LISTING_BYTES = 64 << 20
@@ -37,6 +37,9 @@ def resolve(line: Line, name: str, revision: str | None) -> Repository:
     if not isinstance(info, dict):
         raise _not_the_hub(name)
     commit = parse_commit(name, info)
+    if revision and is_commit(revision) and commit != revision:
+        hint = "HF_ENDPOINT may name a mirror that has only one revision"
+        raise HubError(f"the hub answers with revision {commit}, not with {revision}", file=name, hint=hint)
     files = parse_files(name, _entries(name, info.get("siblings")))
     if files is None:
         files = parse_files(name, _tree(line, name, f"{model}/tree/{commit}?recursive=true"))

@@ -30,7 +30,7 @@ BETWEEN = 10.0
 """Seconds between two messages of one hub, however many threads wait."""
 SILENCE = 5.0
 """Seconds after which a request without any answer is spoken of."""
-ADVICE = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what is in the cache"
+ADVICE = "check the network, the proxy and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what is in the cache"
 
 
 class AgainError(Exception):

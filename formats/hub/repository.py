@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,13 +37,18 @@ class Remote:
     def expected(self) -> str | None:
         return self.sha256 or self.blob_id
 
-    def matches(self, path: Path) -> bool:
-        """Whether the file at `path` has the size and the hash that the hub states. Raises OSError."""
+    def lies_at(self, path: Path) -> bool:
+        """Whether a file lies at `path` that has the size and the hash that the hub states."""
         digest = self.digest()
-        with path.open("rb") as f:
-            while chunk := f.read(CHUNK):
-                digest.update(chunk)
-            return f.tell() == self.size and digest.hexdigest() == self.expected
+        try:
+            with path.open("rb") as f:
+                if os.fstat(f.fileno()).st_size != self.size:
+                    return False
+                while chunk := f.read(CHUNK):
+                    digest.update(chunk)
+        except OSError:
+            return False
+        return bool(digest.hexdigest() == self.expected)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,15 @@ def is_plain(name: str) -> bool:
     )
 
 
+def is_commit(revision: str) -> bool:
+    """Whether a revision is the name of a commit: no branch or tag can mean another one some day."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
 def parse_commit(name: str, info: Mapping[str, Any]) -> str:
     """The commit in the hub's description of a repository; HubError where there is none."""
     commit = info.get("sha")
-    if not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
+    if not (isinstance(commit, str) and is_commit(commit)):
         raise HubError("the hub states no commit, or no files, for this repository", file=name)
     return commit
 

@@ -7,34 +7,40 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+from ..errors import HubError
+
+PUBLIC = "https://huggingface.co"
 TRUE = ("1", "ON", "TRUE", "YES")
 
 
 def offline() -> bool:
     """Whether HF_HUB_OFFLINE forbids the network: 1, true, yes or on, in letters of either case."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE) or os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in TRUE
+    return bool(_library().HF_HUB_OFFLINE) or os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in TRUE
 
 
 def address() -> str:
     """The address of the hub, as HF_ENDPOINT gives it (it may hold a password), or the public one."""
-    from huggingface_hub import constants
-
-    return os.environ.get("HF_ENDPOINT", "").strip() or str(constants.ENDPOINT)
+    return os.environ.get("HF_ENDPOINT", "").strip() or str(_library().ENDPOINT or PUBLIC)
 
 
 def cache_folder() -> Path | None:
     """The folder of huggingface_hub's cache (HF_HUB_CACHE, or `hub` in HF_HOME); None for a user without a home."""
-    from huggingface_hub import constants
-
-    path = Path(constants.HF_HUB_CACHE)
-    return None if path.parts[:1] == ("~",) else path
+    folder = str(_library().HF_HUB_CACHE)
+    return None if not folder or Path(folder).parts[0] == "~" else Path(folder)
 
 
 def read_seconds() -> float:
     """Seconds that one read from a connection may take: HF_HUB_DOWNLOAD_TIMEOUT, at least one."""
-    from huggingface_hub import constants
+    return max(float(_library().HF_HUB_DOWNLOAD_TIMEOUT), 1.0)
 
-    return max(float(constants.HF_HUB_DOWNLOAD_TIMEOUT), 1.0)
+
+def _library() -> Any:
+    """huggingface_hub's constants, which it reads from the environment. HubError where a variable is no number."""
+    try:
+        from huggingface_hub import constants
+    except ValueError as e:
+        hint = "the variables HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT hold whole numbers of seconds"
+        raise HubError(f"huggingface_hub cannot read its environment variables: {e}", hint=hint) from None
+    return constants

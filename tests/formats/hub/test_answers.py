@@ -81,6 +81,11 @@ def test_the_hubs_own_words_are_passed_on() -> None:
         check_status(KNOWN, 403, {"x-error-message": "Access to this resource is disabled."})
 
 
+def test_a_proxy_that_refuses_with_a_page_of_its_own() -> None:
+    with pytest.raises(HubError, match="403 with a web page, which may be a proxy's"):
+        check_status(HUB, 403, {"content-type": "text/html; charset=utf-8"})
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
 def test_a_storage_host_that_refuses_is_asked_for_by_a_new_address(status: int) -> None:
     """Signed addresses grow old, and copies are late: the hub's next redirect may lead elsewhere."""

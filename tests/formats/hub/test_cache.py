@@ -97,7 +97,7 @@ def test_many_at_once(links: bool, hub: Hub, repository: Repository, monkeypatch
 
     def work() -> None:
         try:
-            assert remote.matches(fetched(hub, repository, remote))
+            assert remote.lies_at(fetched(hub, repository, remote))
         except BaseException as e:
             faults.append(e)
 
@@ -123,7 +123,7 @@ def test_a_cache_that_cannot_be_written(
     repository = hub.resolve(REPO)
     remote = repository.file("config.json")
     path = fetched(hub, repository, remote)
-    assert remote.matches(path) and path == fetched(hub, repository, remote)
+    assert remote.lies_at(path) and path == fetched(hub, repository, remote)
     assert not path.is_relative_to(tmp_path) and cached(repository, remote) is None
     assert "HF_HOME" in said[0]
     assert sum(r.path.endswith("config.json") for r in server.requests) == 1

@@ -1,6 +1,8 @@
 """What a hub can do wrong: every fault of the server is survived, or ends in an error that names it."""
 
 import dataclasses
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -11,10 +13,10 @@ from hub_fixtures import NOWHERE, SHARDS, Opener, names, read_all
 from hub_server import MAIN, REPO, Fault, HubServer
 from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.checkpoint.streamed import open_hub
-from mq_quant.formats.errors import HubError
+from mq_quant.formats.errors import CheckpointError, HubError
+from mq_quant.formats.hub import transfer
 from mq_quant.formats.hub.client import Hub
 from mq_quant.formats.hub.files import fetch_file, fetch_files
-from mq_quant.formats.hub.repository import Remote
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -206,12 +208,50 @@ def test_nobody_listens(tmp_path: Path) -> None:
         open_hub(REPO, hub=Hub(NOWHERE, pause=0.001), scratch=tmp_path)
 
 
-def test_full_disk(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EFBIG, "larger than this system"),
+        (errno.EIO, "cannot be stored: Input/output error"),
+        (errno.EROFS, "cannot be stored: Read-only"),
+    ],
+)
+def test_a_disk_that_cannot_take_a_shard(
+    code: int, text: str, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = opened()
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def refused(path: Path, *_: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(Remote, "digest", full)
-    with pytest.raises(HubError, match="the disk is full"):
+    monkeypatch.setattr(transfer, "_open", refused)
+    with pytest.raises(HubError, match=text):
         source.weight("model.norm.weight")
+
+
+def test_a_link_where_a_shard_is_to_lie_is_not_followed(
+    opened: Opener, server: HubServer, local: Checkpoint, tmp_path: Path
+) -> None:
+    source = opened()
+    mine = tmp_path / "mine"
+    mine.write_text("my text")
+    for name in (SHARDS[0], f"{SHARDS[0]}.part"):
+        (source.scratch / name).symlink_to(mine)
+    name = next(n for n in names(source) if source.tensors[n].shard == SHARDS[0])
+    assert np.array_equal(source.weight(name), local.weight(name))
+    assert mine.read_text() == "my text"
+
+
+def test_a_shard_that_changes_after_its_check_is_not_used(opened: Opener, server: HubServer) -> None:
+    """In the cache of huggingface_hub other programs write, too."""
+    path = fetch_file(REPO, SHARDS[0], hub=Hub(server.endpoint, pause=0.001))
+    source = opened()
+    first, second = [n for n in names(source) if source.tensors[n].shard == SHARDS[0]][:2]
+    source.weight(first)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.resolve().write_bytes(data)
+    with pytest.raises(CheckpointError, match="changed after"):
+        source.weight(second)

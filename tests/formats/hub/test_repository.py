@@ -6,8 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import pytest
-from hub_server import MAIN, REPO, HubServer
+from hub_server import MAIN, REPO, Answer, Fault, HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 from mq_quant.formats.errors import HubError
@@ -117,10 +118,10 @@ def test_unusable_files_are_refused_by_name() -> None:
 def test_small_files_are_verified_by_their_git_hash(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"what is up, doc?")
     git = "bd9dbf5aae1a3862dd1526723246b20206e5fc37"
-    assert Remote("x", 16, None, git).matches(tmp_path / "x")
-    assert not Remote("x", 16, None, "0" * 40).matches(tmp_path / "x")
+    assert Remote("x", 16, None, git).lies_at(tmp_path / "x")
+    assert not Remote("x", 16, None, "0" * 40).lies_at(tmp_path / "x")
     sha256 = hashlib.sha256(b"what is up, doc?").hexdigest()
-    assert Remote("x", 16, sha256, "0" * 40).matches(tmp_path / "x")
+    assert Remote("x", 16, sha256, "0" * 40).lies_at(tmp_path / "x")
 
 
 def test_files_of_any_name_are_fetched(server: HubServer, tmp_path: Path) -> None:
@@ -138,6 +139,19 @@ def test_revisions_of_any_name(revision: str, server: HubServer) -> None:
     server.repositories[REPO][revision] = server.repositories[REPO][MAIN]
     with pytest.raises(HubError, match="states no commit"):  # this hub gives the revision's name back
         Hub(server.endpoint, pause=0.001).resolve(REPO, revision)
+
+
+def test_a_commit_is_that_commit(server: HubServer) -> None:
+    """Some mirrors have one revision and answer with it, whatever is asked for."""
+    other = "2" * 40
+    server.faults.append(
+        Fault(
+            "answer", "/api/", answer=lambda *_: Answer(200, hub_server.information(REPO, MAIN, {"a": b""}))
+        )
+    )
+    server.repositories[REPO][other] = {}
+    with pytest.raises(HubError, match=f"answers with revision {MAIN}, not with {other}"):
+        Hub(server.endpoint, pause=0.001).resolve(REPO, other)
 
 
 @pytest.mark.parametrize("page", [1, 3, 100])
