@@ -10,24 +10,39 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .config_keys import check_keys
 from .errors import ConfigError
+from .hfq.layout import COUNT_LIMIT
+from .text import shown
 
 Role = Literal["embed", "lm_head", "norm", "attn", "router", "bias", "expert"]
 StoredType = Literal["fp8", "bf16", "f32"]
 PROJECTIONS = ("w1", "w2", "w3")
 ARCH_ID = 10
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "num_local_experts",
-    "num_experts_per_tok",
+_DIMENSIONS = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 17,
+    "num_hidden_layers": 1 << 14,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "intermediate_size": 1 << 18,
+    "num_local_experts": 1 << 14,
+    "num_experts_per_tok": 1 << 14,
+}
+"""The keys that a config must have, and the largest value that is believed: memory is taken by these numbers."""
+_HEAD_LIMIT = 1 << 13
+_LARGEST = (1 << 31) - 1
+_LAYER_TENSORS = 11
+"""Tensors of a layer beside its experts, the AWQ scale included."""
+_EXPLICIT = {"use_qk_norm": True, "use_routing_bias": True, "scoring_func": "sigmoid"}
+"""Keys that a file must hold, since the engine's defaults for them are others."""
+_ROPE_KEYS = frozenset(
+    (
+        *("rope_type", "type", "rope_theta", "rotary_dim", "partial_rotary_factor", "factor"),
+        *("original_max_position_embeddings", "max_position_embeddings"),
+    )
 )
-_LARGEST = 1 << 31
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MTP = re.compile(r"(model\.)?(mtp|nextn)\w*\.")
 _EXPERT = re.compile(r"model\.layers\.(\d{1,9})\.block_sparse_moe\.experts\.(\d{1,9})\.(w[123])\.weight")
@@ -80,50 +95,89 @@ def normalize_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     `rope_parameters` of newer files becomes `rope_theta` and `rotary_dim`; `use_qk_norm`, `use_routing_bias` and
     `scoring_func` are made explicit, because the loader's defaults for them run the model wrongly without a word.
 
-    Raises ConfigError where the model is of another type or a key contradicts what the engine can run.
+    Raises ConfigError where the model is of another type, has absurd dimensions, or where a key asks for something that
+    the engine does not run.
     """
     if raw.get("model_type") != "minimax_m2":
         raise ConfigError(
-            f"model_type is {raw.get('model_type')!r}, not 'minimax_m2'",
+            f"model_type is {shown(raw.get('model_type'))}, not 'minimax_m2'",
             hint="mq-quant converts MiniMax-M2 checkpoints only; check --source",
         )
     out = dict(raw)
-    for key in _REQUIRED:
-        _whole(key, raw.get(key))
+    for key, largest in _DIMENSIONS.items():
+        _whole(key, raw.get(key), largest)
     out.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
-    _whole("head_dim", out["head_dim"])
-    rope = raw.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError("config key 'rope_parameters' is not an object")
-    if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
-        raise ConfigError("the config scales its rotary embedding, which the engine does not run")
-    nested = dict(rope)
-    if "partial_rotary_factor" in rope:
-        factor = _positive("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"])
-        nested["rotary_dim"] = round(out["head_dim"] * factor)
-    for key, newer in (("rope_theta", "rope_theta"), ("rotary_dim", "partial_rotary_factor")):
-        if key not in raw and key not in nested:
-            raise ConfigError(f"the config has neither {key!r} nor 'rope_parameters.{newer}'")
-        out.setdefault(key, nested.get(key))
-        if key in nested and nested[key] != out[key]:
-            raise ConfigError(f"config key {key!r} and 'rope_parameters.{newer}' contradict each other")
+    _whole("head_dim", out["head_dim"], _HEAD_LIMIT)
+    _check_tensor_count(raw)
+    check_keys(out)
+    out |= _rotary(out)
     out.setdefault("rms_norm_eps", 1e-6)
     out.setdefault("max_position_embeddings", 196608)
-    for key in ("rotary_dim", "max_position_embeddings"):
-        _whole(key, out[key])
-    for key in ("rope_theta", "rms_norm_eps"):
-        _positive(key, out[key])
-    for key, needed in (("use_qk_norm", True), ("use_routing_bias", True), ("scoring_func", "sigmoid")):
-        if out.get(key, needed) != needed:
-            raise ConfigError(f"config key {key!r} is {_shown(out[key])}; the engine runs only {needed!r}")
-        out[key] = needed
-    if out.get("qk_norm_type", "per_layer") != "per_layer":
-        raise ConfigError(f"config key 'qk_norm_type' is {out['qk_norm_type']!r}, not 'per_layer'")
-    if out.get("shared_intermediate_size", 0):
-        raise ConfigError("the config has a shared expert, which MiniMax-M2 files for the engine cannot hold")
-    if out.get("tie_word_embeddings", False):
-        raise ConfigError("the config ties its embeddings; the engine needs a separate lm_head")
-    return out
+    _whole("max_position_embeddings", out["max_position_embeddings"])
+    _positive("rms_norm_eps", out["rms_norm_eps"])
+    return out | _EXPLICIT
+
+
+def _check_tensor_count(raw: Mapping[str, Any]) -> None:
+    """Refuse more tensors than the index of a file holds, before a list of them is made."""
+    layers, experts = raw["num_hidden_layers"], raw["num_local_experts"]
+    count = layers * (_LAYER_TENSORS + len(PROJECTIONS) * experts)
+    if count > COUNT_LIMIT:
+        raise ConfigError(
+            f"num_hidden_layers {layers} and num_local_experts {experts} make {count} tensors; "
+            f"a file holds at most {COUNT_LIMIT}"
+        )
+
+
+def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rotary_dim, from wherever the config states them; contradictions and scaling are refused."""
+    stated: dict[str, dict[str, Any]] = {"rope_theta": {}, "rotary_dim": {}}
+    for key in stated:
+        if key in config:
+            stated[key][key] = config[key]
+    if config.get("partial_rotary_factor") is not None:
+        stated["rotary_dim"]["partial_rotary_factor"] = _share(config, "partial_rotary_factor", config)
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name) or {}
+        _check_rope(name, rope)
+        for key in ("rope_theta", "rotary_dim"):
+            if key in rope:
+                stated[key][f"{name}.{key}"] = rope[key]
+        if rope.get("partial_rotary_factor") is not None:
+            label = f"{name}.partial_rotary_factor"
+            stated["rotary_dim"][label] = _share(rope, label, config)
+    for key, newer in (("rope_theta", "rope_theta"), ("rotary_dim", "partial_rotary_factor")):
+        if not stated[key]:
+            raise ConfigError(f"the config has neither {key!r} nor 'rope_parameters.{newer}'")
+        for label, value in stated[key].items():
+            (_positive if key == "rope_theta" else _whole)(label, value)
+        first, *others = stated[key]
+        for other in others:
+            if stated[key][other] != stated[key][first]:
+                raise ConfigError(f"config key {first!r} and {other!r} contradict each other")
+    return {key: next(iter(values.values())) for key, values in stated.items()}
+
+
+def _share(holder: Mapping[str, Any], label: str, config: Mapping[str, Any]) -> int:
+    """The rotary_dim that a partial_rotary_factor stands for."""
+    return round(config["head_dim"] * _positive(label, holder["partial_rotary_factor"]))
+
+
+def _check_rope(name: str, rope: Any) -> None:
+    """Refuse an object that scales the rotary embedding, or that holds a key that nobody knows."""
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"config key {name!r} is not an object")
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    unscaled = kind == "default" or (kind == "linear" and rope.get("factor") == 1)
+    if not unscaled or rope.get("factor") not in (None, 1):
+        raise ConfigError(
+            f"config key {name!r} is {shown(rope)}: it scales its rotary embedding, which the engine does not run"
+        )
+    for key, value in rope.items():
+        if key not in _ROPE_KEYS and value not in (None, False):
+            raise ConfigError(
+                f"config key {shown(f'{name}.{key}')} is {shown(value)}; the engine knows no such rotary embedding"
+            )
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -134,7 +188,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError("config key 'quantization_config' is not an object")
     rows, cols = _block_shape(quantization.get("weight_block_size", [128, 128]))
     cfg = ModelConfig(
-        **{key: c[key] for key in _REQUIRED},
+        **{key: c[key] for key in _DIMENSIONS},
         head_dim=c["head_dim"],
         rotary_dim=c["rotary_dim"],
         rope_theta=float(c["rope_theta"]),
@@ -157,29 +211,22 @@ def _block_shape(value: Any) -> tuple[int, int]:
         return _LARGEST, _LARGEST
     if not (isinstance(value, list) and len(value) == 2):
         raise ConfigError(
-            f"quantization_config.weight_block_size is {_shown(value)}, not two positive integers"
+            f"quantization_config.weight_block_size is {shown(value)}, not two positive integers"
         )
     rows, cols = (_whole("quantization_config.weight_block_size", side) for side in value)
     return rows, cols
 
 
-def _whole(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
-        raise ConfigError(f"config key {key!r} is {_shown(value)}, not a positive integer below 2^31")
+def _whole(key: str, value: Any, largest: int = _LARGEST) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+        raise ConfigError(f"config key {key!r} is {shown(value)}, not a whole number from 1 to {largest}")
     return value
 
 
 def _positive(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
-        raise ConfigError(f"config key {key!r} is {_shown(value)}, not a positive number below 2^31")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise ConfigError(f"config key {key!r} is {shown(value)}, not a positive number up to {_LARGEST}")
     return float(value)
-
-
-def _shown(value: Any) -> str:
-    """A value from the file for a message, however long it is."""
-    if isinstance(value, int) and abs(value) >= _LARGEST:
-        return "out of range"
-    return repr(value)[:80]
 
 
 def layer_prefix(layer: int) -> str:

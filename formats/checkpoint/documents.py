@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ..config_keys import unknown_keys
 from ..errors import CheckpointError, ConfigError
 from ..minimax import ModelConfig, parse_config
 from ..strictjson import EMBEDDED_DEPTH, JsonError, parse_object
@@ -13,6 +15,13 @@ from ..unchanged import UnchangedFile
 from .safetensors_file import TensorInfo, some
 from .source import JSON_LIMIT
 
+_QUANTIZATION = {
+    "quant_method": ("fp8",),
+    "fmt": ("float8_e4m3fn", "e4m3", "e4m3fn"),
+    "scale_fmt": ("float", "float32", "ue8m0"),
+    "activation_scheme": ("dynamic", "static"),
+}
+"""Keys of quantization_config that say how codes are read, with the values that are."""
 SHARD_LIMIT = 1 << 12
 """Shards that an index may name."""
 
@@ -21,11 +30,33 @@ def load_config(file: UnchangedFile) -> tuple[dict[str, Any], ModelConfig]:
     """config.json as it is, and its dimensions; raises ConfigError, or the error of a file that cannot be read."""
     try:
         raw = parse_object(file.content(JSON_LIMIT), EMBEDDED_DEPTH)
-        return raw, parse_config(raw)
+        config = parse_config(raw)
+        _check_quantization(raw.get("quantization_config") or {})
+        return raw, config
     except JsonError as e:
         raise ConfigError(str(e), file=file.path) from None
     except ConfigError as e:
         raise ConfigError(e.problem, file=file.path, hint=e.hint) from None
+
+
+def config_notes(raw: Mapping[str, Any], file: str | Path) -> tuple[str, ...]:
+    """A sentence on the keys of config.json that mq-quant does not know, where there are such."""
+    unknown = unknown_keys(raw)
+    if not unknown:
+        return ()
+    return (f"{file} has keys that mq-quant does not know and leaves as they are: {some(unknown)}",)
+
+
+def _check_quantization(quantization: Mapping[str, Any]) -> None:
+    """Refuse a way of quantising that is not FP8 E4M3 with scales that multiply; ConfigError names the key."""
+    for key, accepted in _QUANTIZATION.items():
+        value = quantization.get(key)
+        if value is not None and value not in accepted:
+            raise ConfigError(
+                f"config key 'quantization_config.{key}' is {shown(value)}; mq-quant reads only "
+                + " or ".join(map(repr, accepted)),
+                hint="give the released FP8 checkpoint, or one in BF16",
+            )
 
 
 def load_index(file: UnchangedFile) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, MqError
 from ..unchanged import UnchangedFile
-from .documents import check_index, load_config, load_index
+from .documents import check_index, config_notes, load_config, load_index
 from .inventory import check_inventory, left_out
 from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
 from .safetensors_file import TensorInfo, by_name, header_of, payload_of, some
@@ -47,7 +47,7 @@ class Checkpoint:
         self.skipped_mtp = apart.mtp
         stray = SINGLE not in self.shards and (self.path / SINGLE).is_file()
         strays = (f"{self.path / SINGLE} is not read: {INDEX} names other shards",) if stray else ()
-        self.notes = (*strays, *apart.notes())
+        self.notes = (*config_notes(self.raw_config, self.path / CONFIG), *strays, *apart.notes())
         self._reader = TensorReader(self.tensors, self.config, self._read, self.path)
 
     @property

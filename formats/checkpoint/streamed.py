@@ -25,7 +25,7 @@ from ..hub.files import snapshot
 from ..hub.repository import Repository
 from ..hub.settings import offline
 from ..unchanged import UnchangedFile
-from .documents import check_index, load_config, load_index
+from .documents import check_index, config_notes, load_config, load_index
 from .inventory import check_inventory, left_out
 from .local import Checkpoint, open_checkpoint
 from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
@@ -65,7 +65,7 @@ class HubCheckpoint:
         self.skipped_mtp = apart.mtp
         stray = SINGLE in repository.files and SINGLE not in self.shards
         strays = (f"{self.path}/{SINGLE} is not read: {INDEX} names other shards",) if stray else ()
-        self.notes = (*strays, *apart.notes())
+        self.notes = (*config_notes(self.raw_config, f"{self.path}/{CONFIG}"), *strays, *apart.notes())
         self._reader = TensorReader(self.tensors, self.config, self._read, self.path)
         self._slots = shard_cache
         self._uses: dict[str, int] = {}
