@@ -160,7 +160,8 @@ def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _share(holder: Mapping[str, Any], label: str, config: Mapping[str, Any]) -> int:
     """The rotary_dim that a partial_rotary_factor stands for."""
-    return round(config["head_dim"] * _positive(label, holder["partial_rotary_factor"]))
+    head_dim: int = config["head_dim"]
+    return round(head_dim * _positive(label, holder["partial_rotary_factor"]))
 
 
 def _check_rope(name: str, rope: Any) -> None:

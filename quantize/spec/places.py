@@ -170,4 +170,9 @@ def model_files(model: Model) -> ModelFiles:
     if CONFIG not in files:
         raise ConfigError("is missing", file=f"{model.place.address}/{CONFIG}")
     side = side_files(files.get)
-    return ModelFiles(read_json(files[CONFIG]), side, side.tokenizer is not None)
+    raw = read_json(files[CONFIG])
+    try:
+        normalize_config(raw)
+    except ConfigError as e:
+        raise ConfigError(e.problem, file=files[CONFIG], hint=e.hint) from None
+    return ModelFiles(raw, side, side.tokenizer is not None)
