@@ -133,8 +133,12 @@ class OutputError(MqError):
     """The output cannot be written: it exists, or the disk is too small."""
 
 
+class InUseError(OutputError):
+    """Another process is at work on this file or folder right now."""
+
+
 class ResumeError(MqError):
-    """An unfinished build that belongs to a different job, or whose journal is broken."""
+    """Unfinished work that was begun with other arguments or inputs, or whose files are damaged."""
 
 
 class HubError(MqError):

@@ -1,7 +1,7 @@
-"""A bounded set of shards on disk: fetched in the order of need, the next one early, deleted after the last use.
+"""A bounded set of shards on the disk: fetched in the order of need, the next one early, deleted after the last use.
 
-At most `slots` shards are on the disk or on their way to it. Where a shard is asked for out of order, the one whose
-next use lies farthest makes room. Knows nothing of the hub: `fetch` brings a shard.
+At most `slots` shards are on the disk or on their way to it. Where a shard is asked for out of order, the shard whose
+next use lies farthest ahead is deleted to make room. The cache knows nothing of the hub: `fetch` brings a shard.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import HubError
 from ..hub.transfer import PART
 
 Fetch = Callable[[str, Path], Path]
-"""Brings a shard to the given path, and returns where it lies: there, or elsewhere in a place that is not ours."""
+"""Brings a shard, and returns its path: the given one, or that of a file elsewhere, which the cache never deletes."""
 
 
 class ShardCache:
@@ -36,9 +36,9 @@ class ShardCache:
         self._thread: threading.Thread | None = None
 
     def schedule(self, uses: Sequence[tuple[str, ...]]) -> None:
-        """Set the order of need: use number i needs the shards uses[i]. Forgets any earlier order.
+        """Set the order of need: use number i needs the shards uses[i]. The earlier order is forgotten.
 
-        What an earlier run left in the folder stays where it is among the first to be needed, and is deleted otherwise.
+        Shards of an earlier run are kept if they are among the first `slots` of this order, else deleted.
         """
         with self._changed:
             self._uses, self._faults = {}, {}
@@ -54,7 +54,7 @@ class ShardCache:
             self._start()
 
     def finish(self, use: int, shards: tuple[str, ...]) -> None:
-        """Say that use number `use` is over; a shard without further uses is deleted."""
+        """Tell that use number `use` is over: those of its shards that no later use needs are deleted."""
         with self._changed:
             for shard in shards:
                 self._uses.get(shard, set()).discard(use)
@@ -62,7 +62,7 @@ class ShardCache:
 
     @contextmanager
     def hold(self, shard: str) -> Iterator[Path]:
-        """Wait until a shard is on the disk and keep it there; raises what fetching it raised."""
+        """Wait until a shard is on the disk, and keep it there while the block lasts; raises what `fetch` raised."""
         with self._changed:
             self._readers[shard] += 1
             if self._readers[shard] == 1:
@@ -86,7 +86,7 @@ class ShardCache:
                 self._let_go(shard)
 
     def close(self) -> None:
-        """Stop fetching after the file under way, and delete what is ours."""
+        """Wait for the shard that is being fetched, fetch no other, and delete the shards in the folder."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -109,7 +109,7 @@ class ShardCache:
         self._changed.notify_all()
 
     def _remove_unused(self) -> None:
-        """Delete shards whose uses are over; ones read outside any schedule stay until their slot is needed."""
+        """Delete shards whose uses are over. A shard that no order names stays until its slot is needed."""
         for shard in [s for s in self._present if not self._readers[s] and self._uses.get(s) == set()]:
             self._delete(shard)
         self._changed.notify_all()
@@ -123,7 +123,7 @@ class ShardCache:
         return min(self._uses.get(shard) or (math.inf,))
 
     def _pick(self) -> str | None:
-        """The shard to fetch now, room made for it; None where there is nothing to do yet."""
+        """The shard to fetch now, after room was made for it; None where no shard is to be fetched yet."""
         wanted = [s for s in self._readers if s not in self._present and s not in self._faults]
         if wanted:
             if len(self._present) >= self._slots:
@@ -138,7 +138,7 @@ class ShardCache:
         return min(coming, key=self._next_use, default=None)
 
     def _next(self) -> str | None:
-        """Wait for a shard that is worth fetching, with the lock held; None once the cache is closed."""
+        """Wait, with the lock held, for a shard that is to be fetched; None once the cache is closed."""
         while not self._closed:
             if (shard := self._pick()) is not None:
                 return shard

@@ -7,16 +7,10 @@ huggingface_hub's cache is used.
 
 from __future__ import annotations
 
-import fcntl
-import itertools
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from ..errors import CheckpointError, HubError
 from ..hub.cache import cached, fetched, snapshot_of
@@ -29,14 +23,14 @@ from .documents import check_index, config_notes, load_config, load_index
 from .inventory import check_inventory, left_out
 from .local import Checkpoint, open_checkpoint
 from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
-from .safetensors_file import TensorInfo, by_name, header_length, parse_header, read_header, read_tensor
+from .safetensors_file import TensorInfo, by_name, header_length, header_of, parse_header, payload_of
+from .scratch import Scratch
 from .shard_cache import ShardCache
 from .source import F32, JSON_LIMIT, U8, Source
 from .weights import TensorReader, scale_of
 
 HEADER_GUESS = 128 << 10
 CONNECTIONS = 8
-LOCK = "lock"
 
 
 class HubCheckpoint:
@@ -56,8 +50,7 @@ class HubCheckpoint:
         for shard in self.shards:
             if repository.file(shard).sha256 is None:
                 raise HubError("the hub states no sha256 for this shard", file=f"{self.path}/{shard}")
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            self._headers = dict(zip(self.shards, pool.map(self._read_header, self.shards), strict=True))
+        self._headers = self._read_headers()
         self.tensors: Mapping[str, TensorInfo] = by_name(self._headers.values(), self.path)
         if weight_map:
             check_index(weight_map, self.tensors, self._small[INDEX])
@@ -69,12 +62,18 @@ class HubCheckpoint:
         self._reader = TensorReader(self.tensors, self.config, self._read, self.path)
         self._slots = shard_cache
         self._uses: dict[str, int] = {}
-        self.scratch, self._lock = _claim(scratch, repository.commit)
-        self._cache = ShardCache(self.scratch, self._fetch_shard, shard_cache)
+        self._files: dict[str, UnchangedFile] = {}
+        self._scratch = Scratch(scratch, repository.commit)
+        self._cache = ShardCache(self._scratch.path, self._fetch_shard, shard_cache)
 
     @property
     def origin(self) -> dict[str, str]:
         return {"repository": self._repository.name, "revision": self._repository.commit}
+
+    @property
+    def scratch(self) -> Path:
+        """The folder of the shards that were fetched."""
+        return self._scratch.path
 
     def validate(self) -> None:
         """Check the whole inventory against the config; no shard is fetched. Raises CheckpointError."""
@@ -87,7 +86,7 @@ class HubCheckpoint:
         return self._fetch_small(name).path if name in self._repository.files else None
 
     def schedule(self, names: Sequence[str]) -> None:
-        """Fetch shards in the order in which these weights need them, starting now; forgets an earlier order."""
+        """Begin to fetch shards, in the order in which these weights need them. The earlier order is forgotten."""
         self._uses = {name: i for i, name in enumerate(names)}
         self._cache.schedule([self._shards_of(name) for name in names])
 
@@ -104,19 +103,19 @@ class HubCheckpoint:
         return self._reader.stored(name)
 
     def release(self, name: str) -> None:
-        """Say that a scheduled weight is done with; its shard is deleted once all of its weights are."""
+        """Tell that a scheduled weight is not needed again: a shard of which no weight is needed is deleted."""
         if name in self._uses:
             self._cache.finish(self._uses[name], self._shards_of(name))
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """As of a local checkpoint with the same files; the shards' hashes are the hub's, verified on arrival."""
+        """As of a local checkpoint with the same files. The shards' hashes are the hub's, and hold for what arrives."""
         sides = [n for n in SIDE_FILES if n in self._repository.files]
         records = {n: self._fetch_small(n).record() for n in (CONFIG, *sides)}
         remotes = [self._repository.file(s) for s in self.shards]
         return records | {r.name: {"bytes": r.size, "sha256": r.sha256} for r in remotes}
 
     def disk_bytes(self) -> int:
-        """The most disk that fetched shards will take at any time."""
+        """The most bytes that fetched shards take on the disk at any time."""
         sizes = sorted((self._repository.file(s).size for s in self.shards), reverse=True)
         return sum(sizes[: self._slots])
 
@@ -124,8 +123,7 @@ class HubCheckpoint:
         """Stop the download under way and remove the scratch folder."""
         self._hub.stop.set()
         self._cache.close()
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self._lock.close()
+        self._scratch.close()
 
     def _shards_of(self, name: str) -> tuple[str, ...]:
         infos = (self.tensors.get(name), scale_of(name, self.tensors))
@@ -138,6 +136,15 @@ class HubCheckpoint:
                 raise HubError(f"has {remote.size} bytes, more than {JSON_LIMIT}", file=f"{self.path}/{name}")
             self._small[name] = UnchangedFile(fetched(self._hub, self._repository, remote), CheckpointError)
         return self._small[name]
+
+    def _read_headers(self) -> dict[str, list[TensorInfo]]:
+        """The headers of all shards, several at a time; the first error ends the others that have not begun."""
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            try:
+                return dict(zip(self.shards, pool.map(self._read_header, self.shards), strict=True))
+            except (KeyboardInterrupt, SystemExit):
+                self._hub.stop.set()
+                raise
 
     def _read_header(self, shard: str) -> list[TensorInfo]:
         remote, where = self._repository.file(shard), f"{self.path}/{shard}"
@@ -153,16 +160,19 @@ class HubCheckpoint:
         remote = self._repository.file(shard)
         path = cached(self._repository, remote)
         if path is None:
-            if not (target.is_file() and remote.matches(target)):
+            if target.is_symlink() or not remote.lies_at(target):
+                target.unlink(missing_ok=True)
                 self._hub.download(self._repository, remote, target)
             path = target
-        if [_place(i) for i in read_header(path)] != [_place(i) for i in self._headers[shard]]:
+        file = UnchangedFile(path, CheckpointError)
+        if file.read(lambda f: header_of(f, path)) != self._headers[shard]:
             raise CheckpointError("its header is not the one read before the download", file=path)
+        self._files[shard] = file
         return path
 
-    def _read(self, info: TensorInfo) -> NDArray[np.uint8]:
+    def _read(self, info: TensorInfo) -> U8:
         with self._cache.hold(info.shard) as path:
-            return read_tensor(path, info)
+            return self._files[info.shard].read(lambda f: payload_of(f, info, path))
 
 
 class CachedCheckpoint(Checkpoint):
@@ -200,25 +210,4 @@ def open_hub(
     if offline():
         return open_folder(snapshot(repository, revision))
     hub = hub or Hub()
-    return HubCheckpoint(hub, hub.resolve(repository, revision), shard_cache, scratch or Path.cwd())
-
-
-def _claim(folder: Path, commit: str) -> tuple[Path, BinaryIO]:
-    """A scratch folder of ours under `folder`, locked: the one that a killed run of this commit left, or a new one."""
-    for n in itertools.count():
-        path = folder / f".mq-quant-{commit[:12]}-{n}"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = (path / LOCK).open("wb")
-        except OSError as e:
-            raise HubError(f"cannot be made: {e.strerror}", file=path, hint="shards are kept there") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return path, lock
-        except OSError:
-            lock.close()
-    raise AssertionError("unreachable")
-
-
-def _place(info: TensorInfo) -> tuple[Any, ...]:
-    return info.name, info.dtype, info.shape, info.start, info.stop
+    return HubCheckpoint(hub, hub.resolve(repository, revision), shard_cache, scratch or Path())

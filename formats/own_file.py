@@ -1,0 +1,112 @@
+"""Files that a long piece of work keeps for itself: opened without following links, and errors of the disk in words.
+
+A helper file such as NAME.partial lies where others may write, too. Somebody may have put a link there, so that what is
+written would land in another file. `open_own` refuses everything that is not a plain file of our own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import OutputError
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+_CONTINUES = "the same command then continues where it stopped"
+_WORDS = {
+    errno.ENOSPC: ("the disk is full", f"free some space and run the same command again: {_CONTINUES}"),
+    errno.EDQUOT: ("the disk quota is used up", f"free some space or ask for a larger quota: {_CONTINUES}"),
+    errno.EFBIG: (
+        "would become larger than a file may be here",
+        f"raise the limit (ulimit -f), or use a file system for larger files: {_CONTINUES}",
+    ),
+    errno.ENAMETOOLONG: ("its name is too long for this file system", "give a shorter name"),
+    errno.ENOENT: ("cannot be written: its folder does not exist any more", "make the folder again"),
+    errno.ELOOP: ("is a symbolic link, which is not followed here", "remove the link, then run the command again"),
+}  # fmt: skip
+NOT_OFFERED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK})
+"""What a file system answers that does not offer a service at all."""
+
+
+def disk_error(error: OSError, path: Path) -> OutputError:
+    """What the operating system says about writing `path`, as an error for the user."""
+    words = _WORDS.get(error.errno or 0)
+    if words is not None:
+        return OutputError(words[0], file=path, hint=words[1])
+    return OutputError(f"cannot be written: {error.strerror or error}", file=path)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError about writing `path` into an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as e:
+        raise disk_error(e, path) from None
+
+
+def open_own(path: Path) -> int:
+    """Open a plain file of our own for reading and writing, or make it; returns the descriptor.
+
+    Raises OutputError for a symbolic link, a second hard link, anything that is no plain file, and a file of somebody
+    else. The owner of the folder counts as ourselves: some network shares give every file one owner.
+    """
+    with disk_errors(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o644)
+        try:
+            found = os.fstat(fd)
+            owners = {os.geteuid(), path.parent.stat().st_uid}
+        except BaseException:
+            os.close(fd)
+            raise
+    problem = None
+    if not stat.S_ISREG(found.st_mode):
+        problem = "is no plain file"
+    elif found.st_nlink > 1:
+        problem = "has a second name (a hard link), so writing to it would change another file"
+    elif found.st_uid not in owners:
+        problem = "belongs to another user"
+    if problem is not None:
+        os.close(fd)
+        raise OutputError(problem, file=path, hint="remove it, then run the command again")
+    return fd
+
+
+def is_at(fd: int, path: Path) -> bool:
+    """Whether `path` is a name of the open file itself, not of a link or of a file that took its place."""
+    try:
+        there = path.lstat()
+    except OSError:
+        return False
+    here = os.fstat(fd)
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def write_all(fd: int, data: memoryview, offset: int | None = None) -> None:
+    """Write all of `data` at `offset`, or at the end of an appended file; a system call may take fewer bytes."""
+    while data:
+        n = os.write(fd, data) if offset is None else os.pwrite(fd, data, offset)
+        data, offset = data[n:], None if offset is None else offset + n
+
+
+def sync(fd: int) -> None:
+    """Wait until a file's bytes are on the disk, where the file system offers that."""
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in NOT_OFFERED:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder durable, where the file system offers that: the files' bytes are safe already."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,114 @@
+"""Files of our own: links are not followed, short writes are continued, and the disk's errors say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mq_quant.formats.errors import OutputError
+from mq_quant.formats.own_file import disk_errors, is_at, open_own, sync, sync_folder, write_all
+
+
+def test_a_plain_file_is_made_and_opened_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        fd = open_own(tmp_path / "x")
+        assert is_at(fd, tmp_path / "x")
+        os.close(fd)
+
+
+def test_links_and_what_is_no_plain_file_are_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"precious")
+    (tmp_path / "symbolic").symlink_to(mine)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "hard").hardlink_to(mine)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, problem in {
+        "symbolic": "is a symbolic link",
+        "dangling": "is a symbolic link",
+        "hard": "a hard link",
+        "folder": "cannot be written",
+        "pipe": "is no plain file",
+    }.items():
+        with pytest.raises(OutputError, match=problem):
+            open_own(tmp_path / name)
+    assert mine.read_bytes() == b"precious" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_of_another_user_is_refused_unless_the_folder_is_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.close(open_own(tmp_path / "x"))
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    os.close(open_own(tmp_path / "x"))
+    real = Path.stat
+
+    def other_folder(self: Path, **how: bool) -> os.stat_result:
+        found = list(real(self, **how))
+        found[4] = me + 1
+        return os.stat_result(found)
+
+    monkeypatch.setattr(Path, "stat", other_folder)
+    with pytest.raises(OutputError, match="belongs to another user"):
+        open_own(tmp_path / "x")
+
+
+def test_a_name_is_of_the_file_only_while_it_is_that_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    fd = open_own(path)
+    path.rename(tmp_path / "y")
+    assert not is_at(fd, path) and is_at(fd, tmp_path / "y")
+    path.symlink_to(tmp_path / "y")
+    assert not is_at(fd, path)
+    os.close(fd)
+
+
+@given(st.binary(max_size=300), st.integers(1, 50), st.integers(0, 20))
+def test_all_bytes_are_written_however_few_a_call_takes(data: bytes, most: int, offset: int) -> None:
+    import tempfile
+
+    real = os.pwrite
+    with tempfile.TemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda fd, part, at: real(fd, bytes(part)[:most], at))
+        write_all(file.fileno(), memoryview(data), offset)
+        assert os.pread(file.fileno(), 400, offset) == data
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.ENAMETOOLONG, "too long"),
+        (errno.EIO, "cannot be written"),
+        (errno.EROFS, "cannot be written"),
+    ],
+)
+def test_the_disks_errors_say_what_to_do(code: int, words: str) -> None:
+    with pytest.raises(OutputError, match=f"^x: (?s:.*){words}"), disk_errors(Path("x")):
+        raise OSError(code, os.strerror(code))
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_syncing_is_a_service_that_may_be_missing(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    fd = open_own(tmp_path / "x")
+    sync(fd)
+    sync_folder(tmp_path)
+    os.close(fd)
+    sync_folder(tmp_path / "none")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "error")))
+    with pytest.raises(OSError, match="error"):
+        sync(0)
