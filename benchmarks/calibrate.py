@@ -113,10 +113,10 @@ def main() -> None:
         torch.ones(256, 256, device="cuda").double().matmul(torch.ones(256, 256, device="cuda").double())
     forward = forward_seconds(source, tokens, args.device)
     with tempfile.TemporaryDirectory() as folder:
-        options = CalibrationOptions(args.down, device=args.device, quiet=True)
+        options = CalibrationOptions(args.down, device=args.device)
         result = calibrate(source, tokens, Path(folder) / "calib", options)
     gpu = torch.cuda.max_memory_allocated() if args.device == "cuda" else 0
-    layer = result["seconds"] / args.layers
+    layer = result.seconds / args.layers
     row = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores",
         "tokens": int(tokens.size),
@@ -124,10 +124,10 @@ def main() -> None:
         "forward_seconds": round(forward, 2),
         "layer_seconds": round(layer, 2),
         "model_minutes": round(layer * LAYERS / 60, 1),
-        "host_bytes": result["peak_rss_bytes"],
+        "host_bytes": result.peak_rss_bytes,
         "device_bytes": gpu,
         "estimate_bytes": calibration_sizes(source.config, tokens.size, args.down).memory_bytes,
-        "layer_file_bytes": result["estimate"]["layer_bytes"],
+        "layer_file_bytes": result.estimate.layer_bytes,
     }
     print(json.dumps(row) if args.json else "\n".join(f"{key:17} {value}" for key, value in row.items()))
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.statistics.moment_file import DOWN_FORMS
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
-from mq_quant.quantize.pipeline.build_spec import Changes
+from mq_quant.quantize.pipeline.statistics import ImatrixFile, MomentFolder, Statistics
 from mq_quant.verify.model.hfq_weights import DecodedFile
 from quality import FITS, TIERS, build_file, divergence_of, run
 
@@ -103,9 +102,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
 
-        def judge(tier: str, fit: str, seen: int, changes: Changes) -> None:
+        def judge(tier: str, fit: str, seen: int, given: Statistics) -> None:
             out = Path(scratch) / "file"
-            size = build_file(out, tier, folder, changes)
+            size = build_file(out, tier, folder, FITS.get(fit, FITS["calibrated"]), given)
             with open_hfq(out) as file:
                 judged = divergence_of(DecodedFile(file), checkpoint, tokens, reference)
             rows.append({"tier": tier, "fit": fit, "calibration_tokens": seen, "bytes": size} | judged)
@@ -115,14 +114,13 @@ def main() -> None:
         print("\n".join(table([]).splitlines()))
         for tier in args.tiers:
             for fit in LINES:
-                judge(tier, fit, 0, replace(FITS[fit], imatrix=imatrix))
+                judge(tier, fit, 0, ImatrixFile(imatrix))
         for count in args.counts or counts(len(gathered)):
             calib, used = Path(scratch) / f"calib-{count}", gathered[:count]
-            calibrate(checkpoint, used, calib, CalibrationOptions(args.down, quiet=True))
+            calibrate(checkpoint, used, calib, CalibrationOptions(args.down))
             for tier in args.tiers:
-                alone = replace(FITS["calibrated"], calibration=calib)
-                judge(tier, "calibrated", used.size, alone)
-                judge(tier, "calibrated + imatrix", used.size, replace(alone, imatrix=imatrix))
+                judge(tier, "calibrated", used.size, MomentFolder(calib))
+                judge(tier, "calibrated + imatrix", used.size, MomentFolder(calib, imatrix))
     (args.output / "tokens.md").write_text(table(rows) + "\n")
     plot(rows, args.output / "tokens.png", f"{folder.name}: KLD against calibration tokens")
 

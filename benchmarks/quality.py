@@ -27,8 +27,9 @@ from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import PROJECTIONS, expert_name
 from mq_quant.formats.statistics.imatrix import read_imatrix
-from mq_quant.quantize.pipeline.build import Options, build
-from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.pipeline import build as pipeline
+from mq_quant.quantize.pipeline.build_spec import RecipeChanges
+from mq_quant.quantize.pipeline.statistics import ImatrixFile, MomentFolder, Statistics
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.tiny.folder import ensure_tiny
 from mq_quant.verify.model.hfq_weights import DecodedFile
@@ -39,11 +40,11 @@ from quality_rows import plot, table
 
 TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")
 FITS = {
-    "reference": Changes(fit="reference"),
-    "exact": Changes(fit="exact"),
-    "hessian": Changes(fit="hessian"),
-    "hessian, no gain": Changes(fit="hessian", gain=False),
-    "calibrated": Changes(fit="hessian"),
+    "reference": RecipeChanges(fit="reference"),
+    "exact": RecipeChanges(fit="exact"),
+    "hessian": RecipeChanges(fit="hessian"),
+    "hessian, no gain": RecipeChanges(fit="hessian", gain=False),
+    "calibrated": RecipeChanges(fit="hessian"),
 }
 
 
@@ -54,11 +55,12 @@ def run(weights: Weights, checkpoint: Checkpoint, tokens: np.ndarray) -> Iterabl
     return logits(weights, checkpoint.config, last)
 
 
-def build_file(out: Path, tier: str, folder: Path, changes: Changes) -> int:
+def build_file(out: Path, tier: str, folder: Path, changes: RecipeChanges, statistics: Statistics) -> int:
     """Build a tier at `out`, which may exist; returns its bytes."""
-    with open_job(choose_recipe(tier, None, str(folder)), changes) as job:
-        result = build(job, Options(out, jobs=os.cpu_count() or 1, force=True, quiet=True))
-    return int(result["total_bytes"])
+    options = pipeline.RunOptions(out, jobs=os.cpu_count() or 1, force=True)
+    return pipeline.build_file(
+        choose_recipe(tier, None, str(folder)), statistics, options, changes
+    ).total_bytes
 
 
 def divergence_of(
@@ -116,13 +118,10 @@ def main() -> None:
         for tier in args.tiers:
             for fit in fits:
                 changes = FITS[fit]
-                alpha = args.alpha if changes.fit == "hessian" else None
-                if fit == "calibrated":
-                    changes = replace(changes, alpha=alpha, calibration=args.calibration)
-                else:
-                    changes = replace(changes, alpha=alpha, imatrix=imatrix)
+                changes = replace(changes, alpha=args.alpha if changes.fit == "hessian" else None)
+                given = MomentFolder(args.calibration) if fit == "calibrated" else ImatrixFile(imatrix)
                 out = Path(scratch) / "file"
-                size = build_file(out, tier, folder, changes)
+                size = build_file(out, tier, folder, changes, given)
                 with open_hfq(out) as file:
                     decoded = DecodedFile(file)
                     judged = divergence_of(decoded, checkpoint, tokens, reference)

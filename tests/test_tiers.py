@@ -14,8 +14,9 @@ import pytest
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.kernels.runtime.host import open_backend
 from mq_quant.quantize.inspect.verify_inputs import Wanted, request_of
-from mq_quant.quantize.pipeline.build import Options, build
-from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
+from mq_quant.quantize.pipeline.build_spec import UNCHANGED, RecipeChanges
+from mq_quant.quantize.pipeline.statistics import ImatrixFile, NoStatistics, Statistics
 from mq_quant.quantize.spec.places import TINY, choose_recipe
 from mq_quant.quantize.spec.recipe import load_tier
 from mq_quant.quantize.tiny.folder import ensure_tiny
@@ -40,10 +41,14 @@ trained = pytest.mark.skipif(not _MODELS, reason="MQ_QUANT_MODELS is not set")
 Weights = dict[str, np.ndarray]
 
 
-def make(path: Path, tier: str, changes: Changes, source: str = TINY) -> dict[str, Any]:
-    options = Options(path, 2, quiet=True)
-    with open_job(choose_recipe(tier, None, source), changes, options.check) as job:
-        return build(job, options)
+def make(
+    path: Path,
+    tier: str,
+    source: str = TINY,
+    statistics: Statistics | None = None,
+    changes: RecipeChanges = UNCHANGED,
+) -> BuildResult:
+    return build_file(choose_recipe(tier, None, source), statistics, RunOptions(path, 2), changes)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +57,14 @@ def source() -> Weights:
 
 
 @pytest.fixture(scope="module")
-def tiny_tier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+def tiny_tier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, BuildResult]]:
     folder = tmp_path_factory.mktemp("tiers")
-    built: dict[str, dict[str, Any]] = {}
+    built: dict[str, BuildResult] = {}
 
-    def get(tier: str) -> tuple[Path, dict[str, Any]]:
+    def get(tier: str) -> tuple[Path, BuildResult]:
         path = folder / f"tiny.{tier}"
         if tier not in built:
-            built[tier] = make(path, tier, Changes())
+            built[tier] = make(path, tier)
         return path, built[tier]
 
     return get
@@ -100,8 +105,8 @@ def check(path: Path, tier: str, source: Weights, floor: dict[int, float]) -> No
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_tier_is_rebuilt_to_its_committed_hash(tier: str, tiny_tier: Callable[[str], Any]) -> None:
     _, result = tiny_tier(tier)
-    assert result["quantization_hash"] == load_tier(tier, TINY).quantization_hash, "see `make hashes`"
-    assert result["coverage"] == 1.0
+    assert result.quantization_hash == load_tier(tier, TINY).quantization_hash, "see `make hashes`"
+    assert result.coverage == 1.0
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -123,22 +128,22 @@ def test_a_tier_passes_verification(tier: str, tiny_tier: Callable[[str], Any]) 
     verdict = verdict_on(path, Wanted(tokens=24, generate=1))
     verdict.raise_if_failed()
     assert [s.name for s in verdict.stages] == ["structure", "decode", "fidelity", "forward", "generation"]
-    assert verdict.stages[0].values["quantization_hash"] == result["quantization_hash"]
-    assert verdict.stages[1].values["tensors"] == result["tensor_count"]
+    assert verdict.stages[0].values["quantization_hash"] == result.quantization_hash
+    assert verdict.stages[1].values["tensors"] == result.tensor_count
 
 
 @pytest.mark.parametrize("tier", ["mq2-lloyd", "mq3"])
 def test_nearest_rounding_reaches_what_the_formats_can_hold(
     tier: str, tmp_path: Path, source: Weights
 ) -> None:
-    make(tmp_path / "plain", tier, Changes(no_imatrix=True))
+    make(tmp_path / "plain", tier, statistics=NoStatistics())
     check(tmp_path / "plain", tier, source, NEAREST)
 
 
 def test_the_scale_is_multiplied_into_weights_and_divided_out_of_inputs(
     tmp_path: Path, source: Weights, tiny_tier: Callable[[str], Any]
 ) -> None:
-    make(tmp_path / "scaled", "mq4", Changes(alpha=0.5))
+    make(tmp_path / "scaled", "mq4", changes=RecipeChanges(alpha=0.5))
     _, tensors = independent.hfq(tmp_path / "scaled")
     scale = independent.decode(tensors["model.layers.1.block_sparse_moe.awq_scale_gate_up.weight"])
     assert scale.std() > 0.1
@@ -156,9 +161,9 @@ def test_the_scale_is_multiplied_into_weights_and_divided_out_of_inputs(
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_trained_checkpoint_goes_through_every_tier(tier: str, tmp_path: Path) -> None:
     folder = Path(str(_MODELS)) / "trained-tiny"
-    result = make(tmp_path / "out", tier, Changes(imatrix=folder / "imatrix.gguf"), str(folder))
-    assert result["coverage"] > 0.9
+    result = make(tmp_path / "out", tier, str(folder), ImatrixFile(folder / "imatrix.gguf"))
+    assert result.coverage > 0.9
     metadata, _ = independent.hfq(tmp_path / "out")
     assert metadata["config"]["num_hidden_layers"] == 4
-    assert metadata["quantization_hash"]["value"] == result["quantization_hash"]
+    assert metadata["quantization_hash"]["value"] == result.quantization_hash
     verdict_on(tmp_path / "out", Wanted(source=str(folder), tokens=16, generate=0)).raise_if_failed()

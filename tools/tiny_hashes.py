@@ -1,7 +1,7 @@
 """Writes the quantization hash of every tier of the tiny source into its recipe: `make hashes`.
 
 For use after a change that is meant to alter bytes; the tests rebuild the tiers and compare. Run it as
-`python tools/tiny_hashes.py`. Depends on job, build and recipe.
+`python tools/tiny_hashes.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 
 from mq_quant.formats.machine import cores
-from mq_quant.quantize.pipeline.build import Options, build
-from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.spec.places import TINY
 from mq_quant.quantize.spec.recipe import bundled_path, load_tier, tiers
 
@@ -21,9 +20,8 @@ _LINE = re.compile(r"^quantization_hash: .*\n", re.MULTILINE)
 
 def tiny_hash(tier: str, folder: Path, jobs: int) -> str:
     """Build one tier of the tiny source in `folder` and return its quantization hash."""
-    options = Options(folder / f"{TINY}.{tier}", jobs, force=True, quiet=True)
-    with open_job(load_tier(tier, TINY), Changes(), options.check) as job:
-        return str(build(job, options)["quantization_hash"])
+    options = RunOptions(folder / f"{TINY}.{tier}", jobs, force=True)
+    return build_file(load_tier(tier, TINY), options=options).quantization_hash
 
 
 def main() -> None:

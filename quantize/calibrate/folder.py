@@ -1,19 +1,17 @@
 """A calibration folder while it is written: a journal, the hidden states between layers, and at the end the manifest.
 
 After each layer the folder holds that layer's file, the residual stream behind it, and a journal line that names the
-hashes of both: a run that was killed continues after the last such line. Depends on formats (calibration, imatrix), on
-awq.calibration, journal and output.
+hashes of both: a run that was killed continues after the last such line. The journal is the folder's lock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,21 @@ from numpy.typing import NDArray
 from ...awq.from_imatrix import ImatrixLayer
 from ...awq.from_moments import CalibratedLayer, read_layer
 from ...formats.errors import CalibrationError, OutputError, ResumeError
+from ...formats.file_lock import OWNER
 from ...formats.minimax import ModelConfig
+from ...formats.own_file import disk_errors
 from ...formats.statistics.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
 from ...formats.statistics.moment_file import Arrays, DownForm, encode_layer, layer_file, open_layer_file
 from ...formats.statistics.moment_folder import IMATRIX, MANIFEST, SCHEMA
 from ...formats.unchanged import UnchangedFile
-from ..write.journal import Journal
-from ..write.partial_file import disk_errors
+from ..write.atomic import write_atomic
+from ..write.journal import CALIBRATION, Journal, Signature
 
 JOURNAL = "journal"
 ATTN_NAMES = {"attn_q": "in", "attn_k": "in", "attn_v": "in", "attn_output": "out"}
 _OURS = re.compile(
-    rf"{re.escape(MANIFEST)}|{JOURNAL}|{re.escape(IMATRIX)}|layer-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
+    rf"{re.escape(MANIFEST)}|{JOURNAL}({re.escape(OWNER)}(\.\d+)?)?|{re.escape(IMATRIX)}"
+    r"|layer-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
 )
 _RESTART = "give --restart to discard it and begin anew"
 
@@ -47,22 +48,37 @@ def hidden_file(layer: int) -> str:
 class CalibrationFolder:
     """A folder being written; a context manager that holds its journal locked."""
 
-    def __init__(
-        self, path: Path, signature: Mapping[str, Any], force: bool = False, restart: bool = False
-    ) -> None:
-        """Begin or continue a folder.
+    def __init__(self, path: Path, signature: Signature, force: bool = False, restart: bool = False) -> None:
+        """Lock a folder, made where there is none; then begin a calibration there, or continue the one that it holds.
 
-        Raises OutputError where it holds a finished calibration (without `force`) or anything else, ResumeError where
-        it was begun with other arguments.
+        Raises InUseError where another process writes there, OutputError where the folder holds a finished calibration
+        (without `force`) or anything else, ResumeError where it was begun with other arguments.
         """
         self.path = path
-        begin_folder(path, force, restart)
-        self.journal = Journal(path / JOURNAL, signature)
+        if path.is_dir():
+            _look(path, force, restart)
+        made = _make(path)
+        self.journal = Journal(path / JOURNAL, CALIBRATION)
+        try:
+            anew = _look(path, force, restart)
+            if anew:
+                _clear(path)
+            self.journal.begin(signature, anew)
+        except BaseException:
+            self.journal.close()
+            if made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            raise
 
     def __enter__(self) -> CalibrationFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder, which stays for the next run."""
         self.journal.close()
 
     def check_space(self, needed: int) -> None:
@@ -102,7 +118,8 @@ class CalibrationFolder:
 
     def drop(self, layer: int) -> None:
         """Remove a finished layer's moments; its record stays."""
-        (self.path / layer_file(layer)).unlink(missing_ok=True)
+        with disk_errors(self.path):
+            (self.path / layer_file(layer)).unlink(missing_ok=True)
 
     def hidden(self, layer: int, shape: Sequence[int]) -> NDArray[np.float32]:
         """The residual stream f32 that enters a layer, as saved; ResumeError where it is damaged."""
@@ -113,8 +130,8 @@ class CalibrationFolder:
         return np.fromfile(path, "<f4").reshape(tuple(shape)).astype(np.float32)
 
     def write_layer(self, layer: int, arrays: Arrays) -> dict[str, Any]:
-        """Make one layer's file durable; returns its bytes and hash for `finish_layer`."""
-        return write_atomic(self.path / layer_file(layer), encode_layer(arrays))
+        """Make one layer's file durable; returns its {bytes, sha256} for `finish_layer`."""
+        return asdict(write_atomic(self.path / layer_file(layer), encode_layer(arrays)))
 
     def layer(
         self,
@@ -132,9 +149,10 @@ class CalibrationFolder:
         """Make the residual stream behind a written layer durable (None after the last), then the journal's line."""
         if hidden is not None:
             data = np.ascontiguousarray(hidden, "<f4").data.cast("B")
-            record["hidden"] = write_atomic(self.path / hidden_file(layer + 1), [data])["sha256"]
+            record["hidden"] = write_atomic(self.path / hidden_file(layer + 1), [data]).sha256
         self.journal.record(f"layer.{layer}", record["sha256"], **record)
-        (self.path / hidden_file(layer)).unlink(missing_ok=True)
+        with disk_errors(self.path):
+            (self.path / hidden_file(layer)).unlink(missing_ok=True)
 
     def complete(
         self, config: ModelConfig, manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
@@ -150,7 +168,7 @@ class CalibrationFolder:
             tokens["length"],
         )
         write_atomic(self.path / MANIFEST, [memoryview(text)])
-        (self.path / JOURNAL).unlink()
+        self.journal.remove()
 
 
 def manifest_text(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bytes:
@@ -162,57 +180,61 @@ def manifest_text(manifest: Mapping[str, Any], records: Sequence[Mapping[str, An
 
 
 def discard_folder(path: Path) -> None:
-    """Remove a calibration folder and what is ours in it; anything else stays, and the folder with it."""
-    if not path.is_dir():
+    """Remove a calibration folder and what is ours in it; anything else stays, and the folder with it.
+
+    A link to a folder stays as it is, with everything behind it.
+    """
+    if path.is_symlink() or not path.is_dir():
         return
-    for file in path.iterdir():
-        if _OURS.fullmatch(file.name):
-            file.unlink()
+    with disk_errors(path):
+        for file in path.iterdir():
+            if _OURS.fullmatch(file.name):
+                file.unlink()
     with contextlib.suppress(OSError):
         path.rmdir()
 
 
-def begin_folder(path: Path, force: bool, restart: bool) -> None:
-    """Make the folder, or see that what it holds may be continued or replaced; OutputError otherwise."""
-    if path.exists() and not path.is_dir():
+def _make(path: Path) -> bool:
+    """Make the folder where there is none; returns whether it was made. OutputError where that cannot be."""
+    if path.is_dir():
+        return False
+    if path.exists() or path.is_symlink():
         raise OutputError("is not a folder", file=path, hint="give -o a folder")
-    if not path.exists():
-        if not path.parent.is_dir():
-            raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
-        path.mkdir()
-    found = sorted(f.name for f in path.iterdir())
-    strange = [name for name in found if not _OURS.fullmatch(name)]
+    if not path.parent.is_dir():
+        raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+    with disk_errors(path):
+        path.mkdir(exist_ok=True)
+    return True
+
+
+def _look(path: Path, force: bool, restart: bool) -> bool:
+    """Whether what the folder holds is to be replaced; OutputError where it may be neither continued nor replaced."""
+    found = {f.name for f in path.iterdir()}
+    strange = sorted(name for name in found if not _OURS.fullmatch(name))
     if strange:
         raise OutputError(
             f"holds {strange[0]}, which is no calibration", file=path, hint="give -o a new folder"
         )
-    finished, begun = MANIFEST in found, JOURNAL in found
+    journal = path / JOURNAL
+    finished, begun = (
+        MANIFEST in found,
+        journal.is_symlink() or (JOURNAL in found and journal.stat().st_size > 0),
+    )
+    others = sorted(name for name in found if not name.startswith(JOURNAL))
     if finished and not (force or restart):
         raise OutputError("holds a finished calibration", file=path, hint="give --force to replace it")
-    if found and not (finished or begun or restart):
-        raise OutputError(f"holds {found[0]} but no {JOURNAL}", file=path, hint=_RESTART)
-    if finished or restart:
+    if others and not (finished or begun or restart):
+        raise OutputError(f"holds {others[0]} but no {JOURNAL}", file=path, hint=_RESTART)
+    return finished or restart
+
+
+def _clear(path: Path) -> None:
+    """Remove a calibration from a locked folder, its manifest first; the journal, which is the lock, stays."""
+    with disk_errors(path):
         (path / MANIFEST).unlink(missing_ok=True)
         for file in path.iterdir():
-            file.unlink()
-
-
-def write_atomic(path: Path, pieces: Iterable[memoryview]) -> dict[str, Any]:
-    """Write a file under a temporary name, sync it and give it its name; returns {bytes, sha256}.
-
-    Raises OutputError where the disk is full or cannot be written.
-    """
-    partial, digest, size = path.with_name(f".{path.name}.partial"), hashlib.sha256(), 0
-    with disk_errors(path):
-        with partial.open("wb") as f:
-            for piece in pieces:
-                f.write(piece)
-                digest.update(piece)
-                size += len(piece)
-            f.flush()
-            os.fsync(f.fileno())
-        partial.replace(path)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+            if not file.name.startswith(JOURNAL):
+                file.unlink()
 
 
 def imatrix_entries(path: Path, config: ModelConfig, down: DownForm) -> dict[str, ImatrixEntry]:

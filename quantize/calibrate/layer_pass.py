@@ -1,7 +1,7 @@
 """One layer of a calibration: the source runs on all tokens, and what it leaves behind is made durable.
 
 Shared by `calibrate`, which gathers all layers into a folder, and by builds that gather each layer before they encode
-it. Depends on verify.reference, moments, calibration_folder, tokens and formats.
+it.
 """
 
 from __future__ import annotations
@@ -39,18 +39,25 @@ class Propagation(Protocol):
     def forward(self, importance: LayerImportance, hidden: Tensor) -> Tensor: ...
 
 
+def device_record(device: torch.device) -> dict[str, str]:
+    """What a manifest says of the device: sums differ in their last bits from one kind of GPU to another."""
+    if device.type != "cuda":
+        return {"device": device.type}
+    return {"device": device.type, "gpu": torch.cuda.get_device_name(device)}
+
+
 def manifest_of(
     config: ModelConfig,
     source: Mapping[str, Any],
     tokens: Tokens,
     down: DownForm,
-    device: str,
+    device: torch.device,
     propagate: Mapping[str, Any] | str = "source",
 ) -> dict[str, Any]:
     """A manifest without its layers: everything that decides what is gathered. `source` is {origin, files}."""
     return {
         "program": {"mq-quant": program()["version"], "torch": torch.__version__},
-        "device": device,
+        **device_record(device),
         "config": config_record(config),
         "source": dict(source),
         "tokens": token_record(tokens),

@@ -2,7 +2,7 @@
 
 The importances are those of `calibrate --down full`, and so are the bytes of what is built with them. Between layers
 only the residual stream and the journal are kept, beside the output; a layer whose moments are gone and needed again
-is gathered anew from the first layer. Depends on gather, calibration_folder, calibration_plan, tokens and awq.
+is gathered anew from the first layer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from ...awq.from_imatrix import ImatrixModel
 from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
 from ...formats.checkpoint.source import Source
+from ...formats.errors import OutputError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import DownForm
 from ..spec.estimates import inline_sizes
@@ -28,7 +29,7 @@ from .tokens import Tokens
 DOWN: DownForm = "full"
 
 
-class InlineCalibration:
+class GatheredImportance:
     """The importances of a model, gathered while it is built. Layers are begun in ascending order, on one thread;
     between `begin_layer` calls `layer` may be called from any.
     """
@@ -38,7 +39,7 @@ class InlineCalibration:
         self.config: ModelConfig = source.config
         self._source, self._tokens = source, tokens
         self._device = open_device(device)
-        self._manifest = manifest_of(self.config, {}, tokens, DOWN, device)
+        self._manifest = manifest_of(self.config, {}, tokens, DOWN, self._device)
         self._imatrix: ImatrixModel | None = None
         self._path: Path | None = None
         self._out: CalibrationFolder | None = None
@@ -58,7 +59,8 @@ class InlineCalibration:
 
     def signature(self) -> dict[str, Any]:
         """What of it decides the built bytes, besides the source."""
-        kept = {key: self._manifest[key] for key in ("tokens", "down", "device")}
+        deciding = ("tokens", "down", "device", "gpu")
+        kept = {key: value for key, value in self._manifest.items() if key in deciding}
         return {"inline": True, "torch": self._manifest["program"]["torch"], **kept}
 
     def record(self) -> dict[str, Any]:
@@ -66,7 +68,14 @@ class InlineCalibration:
         return calibration_record("", self._manifest["tokens"], DOWN, 0.0)
 
     def open(self, path: Path) -> None:
-        """Begin, or continue what an unfinished build left in this folder; ResumeError where it is another's."""
+        """Begin, or continue what an unfinished build left in this folder; ResumeError where it is another's.
+
+        The build holds the lock of its output. Raises OutputError where the folder is a link or holds anything else.
+        """
+        if path.is_symlink():
+            raise OutputError(
+                "is a symbolic link, which is not followed here", file=path, hint="remove the link"
+            )
         self._path = path
         self._out = CalibrationFolder(path, dict(flatten(self._manifest)))
         if not self._out.journal.done:
@@ -76,7 +85,7 @@ class InlineCalibration:
     def close(self) -> None:
         """Let go of the folder, which stays for the next run."""
         if self._out is not None:
-            self._out.journal.close()
+            self._out.close()
             self._out = None
 
     def discard(self) -> None:
@@ -108,7 +117,7 @@ class InlineCalibration:
     @property
     def _folder(self) -> CalibrationFolder:
         if self._out is None:
-            raise RuntimeError("InlineCalibration.open comes first")
+            raise RuntimeError("GatheredImportance.open comes first")
         return self._out
 
     @property

@@ -1,13 +1,14 @@
 """Calibration: the source runs on tokens, layer by layer, and each layer's second moments are written as it is done.
 
 All tokens pass through one layer before the next is read, so that a streamed checkpoint is read once and memory holds
-the activations of one layer. Depends on gather, calibration_folder, requantised, progress and formats.
+the activations of one layer.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from ...formats.checkpoint.source import Source
 from ...formats.machine import peak_rss
 from ...formats.minimax import TensorSpec, layer_inventory
 from ...formats.statistics.moment_file import DownForm
-from ..cli.progress_bar import Progress
-from ..spec.estimates import calibration_sizes
-from ..spec.provenance import flatten
+from ..spec.estimates import CalibrationSizes, calibration_sizes
+from ..spec.hooks import nothing
+from ..spec.provenance import code, flatten
 from ..spec.recipe import Recipe
 from .folder import CalibrationFolder
 from .layer_pass import EMBED, enter, gather_layer, manifest_of, open_device
@@ -35,6 +36,8 @@ class CalibrationOptions:
     """How a calibration runs. `down`, `propagate` and, in the last bits, `device` decide its bytes; the rest does not.
 
     With a recipe in `propagate` each layer sees what the layers before it put out as that recipe stores them.
+    `on_start(weights, done)` is called once, with the weights of all layers and those that an earlier run has done;
+    `on_read(weights, layer)` whenever weights of a layer were read. Both run on the calling thread or one of `jobs`.
     """
 
     down: DownForm = "compact"
@@ -43,7 +46,29 @@ class CalibrationOptions:
     jobs: int = 1
     force: bool = False
     restart: bool = False
-    quiet: bool = False
+    on_start: Callable[[int, int], None] = nothing
+    on_read: Callable[[int, int], None] = nothing
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """A finished calibration. `resumed_layers` are those of an earlier run; `estimate` is what was said before."""
+
+    path: Path
+    layers: int
+    resumed_layers: int
+    tokens: int
+    coverage: float
+    notes: tuple[str, ...]
+    folder_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    estimate: CalibrationSizes
+
+    def as_json(self) -> dict[str, Any]:
+        """What `calibrate --json` prints."""
+        sizes = {key: value for key, value in self.estimate.as_json().items() if key != "tokens"}
+        return {**asdict(self), "path": str(self.path), "notes": list(self.notes), "estimate": sizes}
 
 
 @dataclass
@@ -51,7 +76,7 @@ class Reading:
     """The source seen from one layer: counts what is read, and where it is read `once` releases it thereafter."""
 
     source: Source
-    progress: Progress
+    on_read: Callable[[int, int], None]
     layer: int
     once: bool
     read: int = 0
@@ -60,7 +85,7 @@ class Reading:
     def weight(self, name: str) -> NDArray[np.float32]:
         values = self.source.weight(name)
         self.read += values.size
-        self.progress.advance(values.size, f"layer {self.layer}")
+        self.on_read(values.size, self.layer)
         if self.once:
             self.source.release(name)
             self.released.add(name)
@@ -71,44 +96,46 @@ class Reading:
         for spec in specs:
             if spec.name not in self.released:
                 self.source.release(spec.name)
-        self.progress.advance(weights_of(specs) - self.read, f"layer {self.layer}")
+        self.on_read(weights_of(specs) - self.read, self.layer)
 
 
 def weights_of(specs: list[TensorSpec]) -> int:
     return sum(int(np.prod(spec.shape)) for spec in specs)
 
 
-def calibrate(source: Source, tokens: Tokens, folder: Path, options: CalibrationOptions) -> dict[str, Any]:
-    """Gather the second moments of every layer into `folder`, or continue there; returns what `--json` prints.
+def calibrate(source: Source, tokens: Tokens, folder: Path, options: CalibrationOptions) -> CalibrationResult:
+    """Gather the second moments of every layer into `folder`, or continue there.
 
-    Raises OutputError, ResumeError or CalibrationError before any work where the folder or the tokens cannot be used.
+    Raises InUseError, OutputError, ResumeError or CalibrationError before any work where the folder or the tokens
+    cannot be used.
     """
     began = time.monotonic()
     config, device = source.config, open_device(options.device)
     made_from = {"origin": source.origin, "files": source.fingerprint()}
     propagate = options.propagate.resolved() if options.propagate else "source"
-    manifest = manifest_of(config, made_from, tokens, options.down, options.device, propagate)
+    manifest = manifest_of(config, made_from, tokens, options.down, device, propagate)
     sizes = calibration_sizes(config, tokens.size, options.down)
     needed = sizes.folder_bytes + 2 * sizes.unfinished_bytes + source.disk_bytes()
-    with CalibrationFolder(folder, dict(flatten(manifest)), options.force, options.restart) as out:
+    signature = dict(flatten({**manifest, "code": code()}))
+    with CalibrationFolder(folder, signature, options.force, options.restart) as out:
         out.check_space(needed)
         records = out.done()
         resumed = len(records)
         _run(source, tokens, out, options, records, device)
         out.complete(config, manifest, records)
     seen = sum(config.num_local_experts - len(r["unseen"]) for r in records)
-    return {
-        "path": str(folder),
-        "layers": len(records),
-        "resumed_layers": resumed,
-        "tokens": int(tokens.size),
-        "coverage": seen / (config.num_local_experts * len(records)),
-        "notes": [note for record in records for note in record["notes"]],
-        "folder_bytes": sum(f.stat().st_size for f in folder.iterdir()),
-        "seconds": round(time.monotonic() - began, 3),
-        "peak_rss_bytes": peak_rss(),
-        "estimate": {key: value for key, value in sizes.as_json().items() if key != "tokens"},
-    }
+    return CalibrationResult(
+        path=folder,
+        layers=len(records),
+        resumed_layers=resumed,
+        tokens=int(tokens.size),
+        coverage=seen / (config.num_local_experts * len(records)),
+        notes=tuple(note for record in records for note in record["notes"]),
+        folder_bytes=sum(f.stat().st_size for f in folder.iterdir()),
+        seconds=round(time.monotonic() - began, 3),
+        peak_rss_bytes=peak_rss(),
+        estimate=sizes,
+    )
 
 
 def _run(
@@ -131,11 +158,9 @@ def _run(
     hidden = enter(stored or source, config, out, tokens, first).to(device)
     if not first:
         source.release(EMBED)
-    total = sum(map(weights_of, layers.values()))
-    before = sum(weights_of(layers[n]) for n in range(first))
-    with Progress(f"calibrate {out.path.name}", total, before, options.quiet) as progress:
-        for layer in range(first, config.num_hidden_layers):
-            reading = Reading(source, progress, layer, once=stored is None)
-            finish = partial(reading.finish, layers[layer])
-            hidden = gather_layer(reading, config, layer, hidden, out, options.down, stored, finish)
-            records.append(out.record(layer))
+    options.on_start(sum(map(weights_of, layers.values())), sum(weights_of(layers[n]) for n in range(first)))
+    for layer in range(first, config.num_hidden_layers):
+        reading = Reading(source, options.on_read, layer, once=stored is None)
+        finish = partial(reading.finish, layers[layer])
+        hidden = gather_layer(reading, config, layer, hidden, out, options.down, stored, finish)
+        records.append(out.record(layer))

@@ -13,6 +13,7 @@ from .console import emit, gigabytes, note, resumable, table
 
 if TYPE_CHECKING:
     from ..calibrate.tokens import TokenRequest
+    from ..pipeline.statistics import Statistics
     from ..spec.estimates import PlanSummary, TierTable
     from ..spec.recipe import Fit
 
@@ -110,25 +111,62 @@ def build(
     """
     from ...formats.machine import cores
     from ..encode.encoders import open_encoder
-    from ..pipeline.build import Options
-    from ..pipeline.build import build as run
-    from ..pipeline.build_spec import Changes, open_job
+    from ..pipeline.build import RunOptions, build_file
+    from ..pipeline.build_spec import RecipeChanges, output_name
     from ..spec.places import choose_recipe
+    from .progress_bar import Progress
 
-    inline = _inline(calibrate_inline, text, tokens, sequences, length)
-    gain, where = False if no_gain else None, "cpu" if device == "cpu" else "cuda"
-    changes = Changes(_fit(fit), gain, awq_alpha, imatrix, no_imatrix, calibration, inline, where)
-    with resumable("the same command continues the build, with --restart it begins anew"):
-        chosen = choose_recipe(tier, recipe, source)
-        scratch, shards = output.parent if output else Path(), shard_cache or (4 if inline else 2)
-        with open_encoder(device) as coder:
-            options = Options(output, jobs or cores(), force, restart, quiet or as_json, coder)
-            with open_job(chosen, changes, options.check, shards, scratch) as job:
-                for sentence in job.source.notes:
-                    note(f"note: {printable(sentence)}")
-                result = run(job, options)
+    given = _inline(calibrate_inline, text, tokens, sequences, length)
+    statistics = _statistics(imatrix, no_imatrix, calibration, given, "cpu" if device == "cpu" else "cuda")
+    if no_imatrix and (fit == "hessian" or awq_alpha):
+        raise typer.BadParameter("--no-imatrix leaves nothing for --fit hessian or --awq-alpha to work with")
+    changes = RecipeChanges(_fit(fit), False if no_gain else None, awq_alpha)
+    chosen = choose_recipe(tier, recipe, source)
+    title = output.name if output else output_name(chosen)
+    with (
+        resumable("the same command continues the build, with --restart it begins anew"),
+        open_encoder(device) as encoder,
+        Progress(title, quiet or as_json) as bar,
+    ):
+        options = RunOptions(
+            output=output,
+            jobs=jobs or cores(),
+            encoder=encoder,
+            force=force,
+            restart=restart,
+            shard_cache=shard_cache,
+            on_note=lambda sentence: note(f"note: {printable(sentence)}"),
+            on_start=bar.start,
+            on_done=lambda unit: bar.advance(unit.weights, unit.key),
+        )
+        result = build_file(chosen, statistics, options, changes).as_json()
     if as_json or not quiet:
         emit(result, as_json, _render_build)
+
+
+def _statistics(
+    imatrix: Path | None, no_imatrix: bool, calibration: Path | None, tokens: TokenRequest | None, device: str
+) -> Statistics | None:
+    """The statistics that the options ask for; options that contradict each other are refused."""
+    from ..pipeline.statistics import ImatrixFile, MomentFolder, NoStatistics, OnTheFly
+
+    if no_imatrix and imatrix:
+        raise typer.BadParameter("--no-imatrix leaves nothing for --imatrix to do: give one of the two")
+    if no_imatrix and (calibration or tokens):
+        raise typer.BadParameter(
+            "a calibration is an importance, --no-imatrix asks for none: give one of the two"
+        )
+    if calibration and tokens:
+        raise typer.BadParameter(
+            "--calibrate-inline gathers what --calibration has already: give one of the two"
+        )
+    if no_imatrix:
+        return NoStatistics()
+    if tokens is not None:
+        return OnTheFly(tokens, device, imatrix)
+    if calibration is not None:
+        return MomentFolder(calibration, imatrix)
+    return ImatrixFile(imatrix) if imatrix is not None else None
 
 
 def _inline(

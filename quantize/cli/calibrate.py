@@ -70,6 +70,7 @@ def calibrate(
     from ..calibrate.tokens import TokenRequest, load_tokens
     from ..spec.estimates import calibration_sizes
     from ..spec.places import choose_recipe, open_place
+    from .progress_bar import Progress
 
     _one_of("--down", down, DOWN_FORMS)
     _one_of("--device", device, DEVICES)
@@ -90,8 +91,18 @@ def calibrate(
             return
         if not (quiet or as_json):
             note(_render_sizes(sizes))
-        options = CalibrationOptions(form, chosen, device, jobs or cores(), force, restart, quiet or as_json)
-        result = run(opened, ids, output, options)
+        with Progress(f"calibrate {output.name}", quiet or as_json) as bar:
+            options = CalibrationOptions(
+                down=form,
+                propagate=chosen,
+                device=device,
+                jobs=jobs or cores(),
+                force=force,
+                restart=restart,
+                on_start=bar.start,
+                on_read=lambda weights, layer: bar.advance(weights, f"layer {layer}"),
+            )
+            result = run(opened, ids, output, options).as_json()
     if as_json or not quiet:
         emit(result, as_json, _render)
 

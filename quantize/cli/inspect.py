@@ -169,9 +169,18 @@ def reproduce(
       mq-quant reproduce mine.mq3 --source ./MyMiniMax --imatrix imatrix.gguf
     """
     from ...formats.machine import cores
+    from ..inspect.reproduce import Inputs
     from ..inspect.reproduce import reproduce as run
+    from .progress_bar import Progress
 
-    result = run(file, source, imatrix, jobs or cores(), quiet or as_json, calibration)
+    with Progress(f"reproduce {file.name}", quiet or as_json) as bar:
+        result = run(
+            file,
+            Inputs(source, imatrix, calibration),
+            jobs or cores(),
+            on_start=bar.start,
+            on_done=lambda unit: bar.advance(unit.weights, unit.key),
+        ).as_json()
     emit(result, as_json, _render_reproduced)
     if not result["identical"]:
         raise typer.Exit(1)

@@ -1,10 +1,12 @@
 """`mq-quant reproduce`: encode again what a file says it was made from, and compare byte for byte.
 
-Nothing is written: each unit is compared with the file as it comes out of the encoder. Depends on engine and job.
+Nothing is written: each unit is compared with the file as it comes out of the encoder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from ...formats.errors import (
 )
 from ...formats.hfq import HfqFile, TensorEntry, TensorMeta, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
-from ..cli.progress_bar import Progress
-from ..pipeline.build_spec import Changes, Job, open_job
-from ..pipeline.work_units import Unit
-from ..pipeline.worker_pool import Encoded, run_units, schedule
+from ..pipeline.build_spec import BuildSpec, open_build
+from ..pipeline.statistics import ImatrixFile, MomentFolder, NoStatistics, Statistics
+from ..pipeline.work_units import WorkUnit, work_order
+from ..pipeline.worker_pool import Encoded, UnitHook, Workers, run_units
+from ..spec.hooks import nothing
 from ..spec.places import retarget
 from ..spec.provenance import program
 from ..spec.recipe import Recipe, parse_recipe
@@ -53,7 +56,7 @@ def recorded_recipe(record: Provenance, file: Path, source: str | None) -> Recip
     return retarget(recipe, source) if source is not None else recipe
 
 
-def check_inputs(record: Provenance, job: Job, file: Path) -> None:
+def check_inputs(record: Provenance, spec: BuildSpec, file: Path) -> None:
     """Refuse inputs that are not those that the file was made from, naming the first that differs."""
     if record.source is None or not record.source.files:
         raise HfqError(
@@ -62,92 +65,124 @@ def check_inputs(record: Provenance, job: Job, file: Path) -> None:
             file=file,
             hint="the record was edited, so nothing can be held against it",
         )
-    files = {key: value for key, value in job.signature.items() if key.startswith("source.files.")}
     for name, stated in record.source.files.items():
-        if files.get(f"source.files.{name}.sha256") != stated:
+        if spec.signature.get(f"source.files.{name}.sha256") != stated:
             raise CheckpointError(
                 f"{name} is not the file that this was made from",
                 file=file,
                 hint="check --source and its revision",
             )
-    if record.imatrix and record.imatrix.sha256 != job.signature.get("imatrix.sha256"):
+    if record.imatrix and record.imatrix.sha256 != spec.signature.get("imatrix.sha256"):
         raise ImatrixError(
             "the imatrix is not the one that this was made with", file=file, hint="check --imatrix"
         )
-    if record.calibration and record.calibration.sha256 != job.signature.get("calibration.sha256"):
+    if record.calibration and record.calibration.sha256 != spec.signature.get("calibration.sha256"):
         raise CalibrationError(
             "the calibration is not the one that this was made with", file=file, hint="check --calibration"
         )
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a person names for a reproduction, where the file does not say where it is."""
+
+    source: str | None = None
+    imatrix: Path | None = None
+    calibration: Path | None = None
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A file held against what its provenance gives. `made_by` and `this_program` are {version, commit}."""
+
+    path: Path
+    tensor_count: int
+    different_tensors: tuple[str, ...]
+    quantization_hash: str | None
+    made_by: dict[str, Any]
+    this_program: dict[str, Any]
+
+    @property
+    def identical(self) -> bool:
+        return not self.different_tensors
+
+    def as_json(self) -> dict[str, Any]:
+        """What `reproduce --json` prints."""
+        return {
+            "path": str(self.path),
+            "identical": self.identical,
+            **{key: value for key, value in asdict(self).items() if key != "path"},
+            "different_tensors": list(self.different_tensors),
+        }
+
+
 def reproduce(
     path: Path,
-    source: str | None,
-    imatrix: Path | None,
-    jobs: int,
-    quiet: bool,
-    calibration: Path | None = None,
-) -> dict[str, Any]:
-    """Rebuild a file's payloads from its provenance; returns what `reproduce --json` prints.
+    inputs: Inputs = Inputs(),
+    jobs: int = 1,
+    on_start: Callable[[int, int], None] = nothing,
+    on_done: UnitHook = nothing,
+) -> Reproduction:
+    """Encode again what a file says it was made from, and compare every payload.
 
-    Raises CheckError where the inputs give another file layout, and the errors of inputs that differ or are missing.
+    `on_start(weights, 0)` is called before the work, `on_done(unit)` when a unit is compared. Raises CheckError where
+    the inputs give another file layout, and the errors of inputs that differ or are missing.
     """
     record = provenance(path)
-    recipe = recorded_recipe(record, path, source)
-    calibrated = record.calibration is not None
-    if calibrated and calibration is None:
-        raise CalibrationError(
-            "was made with a calibration folder", file=path, hint="give that folder as --calibration"
-        )
-    if calibrated and imatrix is not None and record.imatrix is None:
-        raise ImatrixError(
-            "was made with a calibration folder alone, without an imatrix",
-            file=path,
-            hint="leave --imatrix out",
-        )
-    changes = Changes(
-        imatrix=imatrix,
-        no_imatrix=record.imatrix is None and not calibrated,
-        calibration=calibration if calibrated else None,
-    )
-    with open_job(recipe, changes) as job, open_hfq(path) as file:
-        check_inputs(record, job, path)
-        if [t.meta() for t in job.plan.tensors] != [_meta(e) for e in file.entries]:
+    recipe = recorded_recipe(record, path, inputs.source)
+    statistics = _statistics(record, path, inputs)
+    with open_build(recipe, statistics) as spec, open_hfq(path) as file:
+        check_inputs(record, spec, path)
+        if [t.meta() for t in spec.plan.tensors] != [_meta(e) for e in file.entries]:
             raise CheckError("its tensors are not those that its recipe gives", file=path)
-        different = _differences(job, file, jobs, quiet)
-        return {
-            "path": str(path),
-            "identical": not different,
-            "tensor_count": len(file.entries),
-            "different_tensors": different,
-            "quantization_hash": stated_quantization_hash(file.metadata),
-            "made_by": {"version": record.program.version, "commit": record.program.commit},
-            "this_program": {key: program()[key] for key in ("version", "commit")},
-        }
+        order = work_order(spec)
+        on_start(sum(unit.weights for unit in order), 0)
+        different: dict[str, None] = {}
+
+        def compare(unit: WorkUnit, done: Encoded) -> None:
+            different.update(dict.fromkeys(_different(unit, done, file)))
+            on_done(unit)
+
+        run_units(spec, order, compare, Workers(jobs))
+        return Reproduction(
+            path=path,
+            tensor_count=len(file.entries),
+            different_tensors=tuple(different),
+            quantization_hash=stated_quantization_hash(file.metadata),
+            made_by={"version": record.program.version, "commit": record.program.commit},
+            this_program={key: program()[key] for key in ("version", "commit")},
+        )
+
+
+def _statistics(record: Provenance, path: Path, inputs: Inputs) -> Statistics | None:
+    """The statistics that the file was made with; errors where the ones given are missing or do not belong to it."""
+    if record.calibration is not None:
+        if inputs.calibration is None:
+            raise CalibrationError(
+                "was made with a calibration folder", file=path, hint="give that folder as --calibration"
+            )
+        if inputs.imatrix is not None and record.imatrix is None:
+            raise ImatrixError(
+                "was made with a calibration folder alone, without an imatrix",
+                file=path,
+                hint="leave --imatrix out",
+            )
+        return MomentFolder(inputs.calibration, inputs.imatrix)
+    if record.imatrix is None:
+        return NoStatistics()
+    return ImatrixFile(inputs.imatrix) if inputs.imatrix is not None else None
 
 
 def _meta(entry: TensorEntry) -> TensorMeta:
     return TensorMeta(entry.name, entry.quant_type, entry.shape, entry.group_size, entry.nbytes)
 
 
-def _differences(job: Job, file: HfqFile, jobs: int, quiet: bool) -> list[str]:
-    different: list[str] = []
-    order = schedule(job)
-    with Progress(f"reproduce {job.output_name}", sum(u.weights for u in order), 0, quiet) as progress:
-
-        def compare(unit: Unit, done: Encoded) -> None:
-            at = unit.start
-            for tensor in unit.tensors:
-                entry = file.entry(tensor.name)
-                low = max(at, tensor.start) - tensor.start
-                high = min(unit.start + unit.nbytes, tensor.start + tensor.nbytes) - tensor.start
-                mine = done.payload[tensor.start + low - at : tensor.start + high - at]
-                if (
-                    not np.array_equal(mine, file.read_range(entry, low, high))
-                    and tensor.name not in different
-                ):
-                    different.append(tensor.name)
-            progress.advance(unit.weights, unit.key)
-
-        run_units(job, jobs, order, compare)
-    return different
+def _different(unit: WorkUnit, done: Encoded, file: HfqFile) -> Iterator[str]:
+    """The tensors of a unit whose bytes in the file are not those that were encoded."""
+    for tensor in unit.tensors:
+        low = max(unit.start, tensor.start) - tensor.start
+        high = min(unit.start + unit.nbytes, tensor.start + tensor.nbytes) - tensor.start
+        at = tensor.start - unit.start
+        mine = done.payload[at + low : at + high]
+        if not np.array_equal(mine, file.read_range(file.entry(tensor.name), low, high)):
+            yield tensor.name

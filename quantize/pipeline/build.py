@@ -1,177 +1,209 @@
-"""The build: a job's units written at their offsets, journalled, resumable, the same bytes for any --jobs.
+"""A build under way: units are encoded, written at their offsets, noted, and the complete file gets its name.
 
-Payloads are written under a temporary name in the order of the work list; hashes follow in file order, so that nothing
-large is left to do at the end. Depends on all of quantize below the cli.
+A build is resumable after any interruption, and its bytes are the same for any number of jobs. Hashes follow in file
+order while the work goes on, so that nothing large is left to do at the end.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from ...formats.hfq import layout
 from ...formats.machine import peak_rss
 from ..calibrate.folder import discard_folder
-from ..cli.progress_bar import Progress
 from ..encode.encoders import CPU, Encoder
+from ..spec.hooks import nothing
 from ..spec.metadata import Outcome, complete
-from ..write.hashing import Follower
-from ..write.journal import Journal
-from ..write.partial_file import CALIBRATION, JOURNAL, PARTIAL, PartialOutput, beside, check_output
-from .build_spec import Job
+from ..spec.recipe import Recipe
+from ..write.partial_file import CALIBRATION, Destination, PartialFile, beside
+from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_build
 from .notes import Notes, with_notes
-from .work_units import Unit, units
-from .worker_pool import Encoded, run_units, schedule
+from .statistics import OnTheFly, Statistics
+from .work_units import WorkUnit, work_order
+from .worker_pool import Encoded, UnitHook, Workers, run_units
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a job is run; nothing here changes a byte of the file."""
+class RunOptions:
+    """How a spec is built; nothing here changes a byte of the file.
+
+    `shard_cache` is the most shards of a hub source on the disk at once (default: 2, and 4 where the build calibrates
+    itself). Hooks watch the build, and end it where they raise; it can be continued then:
+
+    - `on_note(sentence)` hears what the source has to say, before the work;
+    - `on_start(weights, done)` the weights of the whole file, and those that an earlier run has encoded;
+    - `on_begin(unit)` is called on the worker's thread before a unit is encoded;
+    - `on_done(unit)` once the unit's bytes and its journal line stand.
+
+    All but `on_begin` run on the calling thread.
+    """
 
     output: Path | None = None
     jobs: int = 1
+    encoder: Encoder = CPU
     force: bool = False
     restart: bool = False
-    quiet: bool = False
-    coder: Encoder = CPU
+    shard_cache: int | None = None
+    on_note: Callable[[str], None] = nothing
+    on_start: Callable[[int, int], None] = nothing
+    on_begin: UnitHook = nothing
+    on_done: UnitHook = nothing
 
-    def path(self, default_name: str) -> Path:
-        return self.output or Path(default_name)
+    def destination(self, default_name: str, extra_bytes: int = 0) -> Destination:
+        """Where the file is to stand; `extra_bytes` is the disk that is taken besides."""
+        return Destination(self.output or Path(default_name), self.force, extra_bytes)
 
-    def check(self, default_name: str, total_bytes: int, source_bytes: int) -> None:
-        """Refuse an output that exists or does not fit beside what the source stores; OutputError."""
-        check_output(self.path(default_name), total_bytes, self.force, source_bytes)
-
-
-def build(job: Job, options: Options) -> dict[str, Any]:
-    """Build a job's file, or continue its unfinished build; returns what `build --json` prints.
-
-    The final name appears only when every byte is written and synced. Raises OutputError before any work where the
-    output exists or does not fit, ResumeError where an unfinished build there is of another job.
-    """
-    began = time.monotonic()
-    final = options.path(job.output_name)
-    partial, log, moments = (beside(final, suffix) for suffix in (PARTIAL, JOURNAL, CALIBRATION))
-    options.check(job.output_name, job.plan.total_bytes, job.disk_bytes())
-
-    def discard() -> None:
-        for mine in (partial, log):
-            mine.unlink(missing_ok=True)
-        discard_folder(moments)
-
-    if options.restart or not (partial.exists() and log.exists()):
-        discard()
-    journal = Journal(log, job.signature)
-    try:
-        output = PartialOutput(final, job.plan.total_bytes)
-        try:
-            if job.inline is not None:
-                job.inline.open(moments)
-            run = _write(job, options, journal, output)
-            laid = layout(complete(job.metadata, run.outcome), [t.meta() for t in job.plan.tensors])
-            output.write(0, memoryview(laid.header))
-            output.commit()
-        finally:
-            output.close()
-        discard()
-    finally:
-        if job.inline is not None:
-            job.inline.close()
-        journal.close()
-        if not journal.done:
-            discard()
-    seconds = time.monotonic() - began
-    return {
-        "path": str(final),
-        "total_bytes": job.plan.total_bytes,
-        "tensor_count": len(job.plan.tensors),
-        "quantization_hash": run.outcome.quantization_hash,
-        "seconds": round(seconds, 3),
-        "weights_per_second": round(run.weights / seconds),
-        "peak_rss_bytes": peak_rss(),
-        "coverage": job.importance.coverage if job.importance else None,
-        "fallbacks": [note for layer in run.outcome.layers for note in layer["fallbacks"]],
-        "fit": job.recipe.fit,
-        "device": options.coder.device,
-        "units": run.units,
-        "resumed_units": run.resumed,
-    }
+    def check(self, default_name: str, total_bytes: int, extra_bytes: int) -> None:
+        """Refuse an output that exists, does not fit, or is being written; OutputError. Touches nothing."""
+        destination = self.destination(default_name, extra_bytes)
+        destination.check(total_bytes)
+        destination.check_unused()
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What one run of a build did: weights encoded by it, units in all, and units taken over from an earlier run."""
+class BuildResult:
+    """A finished build. `resumed_units` of its `units` are those of an earlier run; speeds are this run's.
 
-    outcome: Outcome
-    weights: int
+    `coverage` is the share of experts that the statistics saw, None without statistics; `fallbacks` are sentences.
+    """
+
+    path: Path
+    total_bytes: int
+    tensor_count: int
+    quantization_hash: str
+    seconds: float
+    weights_per_second: int
+    peak_rss_bytes: int
+    coverage: float | None
+    fallbacks: tuple[str, ...]
+    fit: str
+    device: str
     units: int
-    resumed: int
+    resumed_units: int
+
+    def as_json(self) -> dict[str, Any]:
+        """What `build --json` prints."""
+        return {**asdict(self), "path": str(self.path), "fallbacks": list(self.fallbacks)}
 
 
-def _write(job: Job, options: Options, journal: Journal, output: PartialOutput) -> _Run:
-    """Write every unit that is not yet there."""
-    plan, in_file = job.plan, units(job.plan.tensors)
-    order = schedule(job)
-    kept = _intact(job, options, journal, output, order)
-    todo = [unit for unit in order if unit.key not in kept]
-    follower = Follower(job, output, in_file)
-    for unit in order:
-        if unit.key in kept:
-            follower.advance(unit)
-    total = sum(unit.weights for unit in in_file)
-    weights = sum(unit.weights for unit in todo)
-    with Progress(job.output_name, total, total - weights, options.quiet) as progress:
+class Build:
+    """One build under way: a context manager that holds the output's lock, its journal and the unfinished file.
 
-        def deliver(unit: Unit, done: Encoded) -> None:
-            if done.payload.nbytes != unit.nbytes:
-                raise AssertionError(
-                    f"{unit.key}: {done.payload.nbytes} bytes encoded, {unit.nbytes} planned"
-                )
-            output.write(plan.data_offset + unit.start, done.payload.data)
-            journal.record(unit.key, xxhash.xxh64_hexdigest(done.payload.data), **done.record)
-            follower.advance(unit)
-            progress.advance(unit.weights, unit.key)
+    Entering raises OutputError where the output exists, does not fit or is being written, and ResumeError where an
+    unfinished build there is of another spec.
+    """
 
-        def gather(layer: int) -> None:
-            # Moments of earlier layers are dropped now, so what was encoded with them must be on the disk.
-            output.sync()
-            assert job.inline is not None
-            job.inline.begin_layer(layer)
+    def __init__(self, spec: BuildSpec, options: RunOptions) -> None:
+        self.spec, self.options = spec, options
+        self.order = work_order(spec)
+        self._began = time.monotonic()
 
-        run_units(job, options.jobs, todo, deliver, options.coder, gather if job.inline else None)
-    reports = _reports(job, journal, in_file)
-    calibration = job.inline.finish() if job.inline else job.calibration
-    outcome = Outcome(follower.hash.hexdigest, follower.checksums, reports, calibration)
-    return _Run(outcome, weights, len(in_file), len(kept))
+    def __enter__(self) -> Build:
+        spec, destination = self.spec, self.options.destination(self.spec.output_name, self.spec.disk_bytes())
+        self._moments = beside(destination.path, CALIBRATION)
+        self._file = PartialFile(destination, spec.plan, self.order, spec.signature, self.options.restart)
+        try:
+            if self._file.begun_anew:
+                discard_folder(self._moments)
+            if spec.gathered is not None:
+                spec.gathered.open(self._moments)
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Let go of everything; where nothing is to be continued, nothing stays beside the output."""
+        try:
+            if self.spec.gathered is not None:
+                self.spec.gathered.close()
+            if self._file.is_over:
+                with suppress(OSError):
+                    discard_folder(self._moments)
+        finally:
+            self._file.close()
+
+    def run(self) -> BuildResult:
+        """Encode every unit that is not there yet, and give the complete file its name."""
+        spec, options = self.spec, self.options
+        kept = self._file.take_over(self.order, options.jobs)
+        todo = [unit for unit in self.order if unit.key not in kept]
+        total, weights = (sum(unit.weights for unit in units) for units in (self.order, todo))
+        options.on_start(total, total - weights)
+        before = self._gather if spec.gathered else None
+        run_units(spec, todo, self._deliver, Workers(options.jobs, options.encoder, options.on_begin, before))
+        outcome = self._outcome()
+        header = layout(complete(spec.metadata, outcome), [t.meta() for t in spec.plan.tensors]).header
+        path = self._file.commit(header)
+        seconds = time.monotonic() - self._began
+        return BuildResult(
+            path=path,
+            total_bytes=spec.plan.total_bytes,
+            tensor_count=len(spec.plan.tensors),
+            quantization_hash=outcome.quantization_hash,
+            seconds=round(seconds, 3),
+            weights_per_second=round(weights / seconds),
+            peak_rss_bytes=peak_rss(),
+            coverage=spec.importance.coverage if spec.importance else None,
+            fallbacks=tuple(note for layer in outcome.layers for note in layer["fallbacks"]),
+            fit=spec.recipe.fit,
+            device=options.encoder.device,
+            units=len(self.order),
+            resumed_units=len(kept),
+        )
+
+    def _deliver(self, unit: WorkUnit, done: Encoded) -> None:
+        self._file.put(unit, done.payload.data, done.record)
+        self.options.on_done(unit)
+
+    def _gather(self, layer: int) -> None:
+        """Have a layer's moments ready. Those of earlier layers go, so what was encoded with them is synced first."""
+        assert self.spec.gathered is not None
+        self._file.sync()
+        self.spec.gathered.begin_layer(layer)
+
+    def _outcome(self) -> Outcome:
+        gathered = self.spec.gathered
+        calibration = gathered.finish() if gathered else self.spec.calibration
+        running = self._file.hash
+        return Outcome(running.quantization_hash, running.checksums, self._reports(), calibration)
+
+    def _reports(self) -> list[dict[str, Any]]:
+        """What is to be said of each layer in file order, from journal lines of this run and of earlier ones."""
+        done, in_file = self._file.done, sorted(self.order, key=lambda unit: unit.start)
+        notes: dict[int | None, dict[int, Notes]] = defaultdict(dict)
+        for unit in in_file:
+            if unit.expert is not None and (found := done[unit.key].get("notes")):
+                notes[unit.layer][unit.expert] = found
+        experts = self.spec.plan.config.num_local_experts
+        reports = [(unit.layer, done[unit.key]["report"]) for unit in in_file if unit.is_sidecar]
+        return [with_notes(report, notes[layer], experts) for layer, report in reports]
 
 
-def _reports(job: Job, journal: Journal, in_file: Sequence[Unit]) -> list[dict[str, Any]]:
-    """What is to be said of each layer, from the journal's lines of this run and of earlier ones."""
-    notes: dict[int | None, dict[int, Notes]] = defaultdict(dict)
-    for unit in in_file:
-        if unit.expert is not None and (found := journal.done[unit.key].get("notes")):
-            notes[unit.layer][unit.expert] = found
-    experts = job.plan.config.num_local_experts
-    reports = [(unit.layer, journal.done[unit.key]["report"]) for unit in in_file if unit.is_sidecar]
-    return [with_notes(report, notes[layer], experts) for layer, report in reports]
+def build_file(
+    recipe: Recipe,
+    statistics: Statistics | None = None,
+    options: RunOptions = RunOptions(),
+    changes: RecipeChanges = UNCHANGED,
+) -> BuildResult:
+    """Build a recipe's file, or continue its unfinished build. Without `statistics` the recipe's own imatrix is used.
 
-
-def _intact(
-    job: Job, options: Options, journal: Journal, output: PartialOutput, order: Sequence[Unit]
-) -> frozenset[str]:
-    """The units of an earlier run whose bytes still have the checksum that the journal holds for them."""
-
-    def check(unit: Unit) -> bool:
-        data = output.read(job.plan.data_offset + unit.start, unit.nbytes)
-        return bool(xxhash.xxh64_hexdigest(data) == journal.done[unit.key]["xxh64"])
-
-    known = [unit for unit in order if unit.key in journal.done]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        return frozenset(unit.key for unit, good in zip(known, pool.map(check, known), strict=True) if good)
+    The final name appears only when every byte is written and synced. Raises the errors of `open_build` and `Build`,
+    before any work where the inputs show what is wrong.
+    """
+    shards = options.shard_cache or (4 if isinstance(statistics, OnTheFly) else 2)
+    scratch = options.output.parent if options.output else Path()
+    opened = open_build(recipe, statistics, changes, check=options.check, shard_cache=shards, scratch=scratch)
+    with opened as spec, Build(spec, options) as build:
+        for sentence in spec.source.notes:
+            options.on_note(sentence)
+        return build.run()

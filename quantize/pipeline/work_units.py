@@ -1,6 +1,6 @@
-"""Units of work: the pieces of the file that are encoded, written, journalled and resumed as one.
+"""Units of work: the pieces of the file that are encoded, written, noted in the journal and resumed as one.
 
-A unit is one run of bytes: a tensor, some rows of a large one, or the three matrices of one expert. Depends on plan.
+A unit is one run of bytes: a tensor, some rows of a large one, or the three matrices of one expert.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from itertools import groupby
 
 from ...formats.minimax import PROJECTIONS
 from ..spec.plan import ROW_WEIGHTS, PlannedTensor
+from .build_spec import BuildSpec
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """Bytes [start, start + nbytes) of the payloads; `rows` where they are a part of one tensor."""
 
     key: str
@@ -40,11 +41,22 @@ class Unit:
 
     @property
     def is_sidecar(self) -> bool:
+        """Whether it is a layer's AWQ scale, which no tensor of the source holds."""
         return self.tensors[0].spec is None
 
 
-def units(tensors: Sequence[PlannedTensor]) -> tuple[Unit, ...]:
-    """The file as units, in file order, without holes."""
+def work_order(spec: BuildSpec) -> tuple[WorkUnit, ...]:
+    """The whole file as units, in the order in which they are encoded: layer by layer, inside a layer shard by shard.
+
+    Each layer's AWQ scale stays before its experts.
+    """
+    number = {shard: i for i, shard in enumerate(spec.source.shards)}
+    tensors = spec.source.tensors
+    return shard_by_shard(file_order(spec.plan.tensors), lambda name: number[tensors[name].shard])
+
+
+def file_order(tensors: Sequence[PlannedTensor]) -> tuple[WorkUnit, ...]:
+    """The file as units, in the order of their bytes, without holes."""
     return tuple(unit for _, same in groupby(tensors, _owner) for unit in _split(tuple(same)))
 
 
@@ -53,34 +65,35 @@ def _owner(t: PlannedTensor) -> tuple[int | None, int] | str:
     return (spec.layer, spec.expert) if spec and spec.expert is not None else t.name
 
 
-def _split(tensors: tuple[PlannedTensor, ...]) -> Iterator[Unit]:
+def _split(tensors: tuple[PlannedTensor, ...]) -> Iterator[WorkUnit]:
     first, spec = tensors[0], tensors[0].spec
     if spec and spec.expert is not None:
         assert tuple(t.spec.projection for t in tensors if t.spec) == PROJECTIONS
         key = f"layer {spec.layer} expert {spec.expert}"
-        yield Unit(key, first.start, sum(t.nbytes for t in tensors), sum(t.weights for t in tensors), tensors)
+        nbytes, weights = sum(t.nbytes for t in tensors), sum(t.weights for t in tensors)
+        yield WorkUnit(key, first.start, nbytes, weights, tensors)
     elif spec and spec.role in ("embed", "lm_head") and first.weights > ROW_WEIGHTS:
         count, width = first.shape
         step, row_bytes = ROW_WEIGHTS // width, first.nbytes // count
         for low in range(0, count, step):
             n = min(step, count - low)
             at = first.start + low * row_bytes
-            yield Unit(f"{first.name}[{low}]", at, n * row_bytes, n * width, tensors, (low, low + n))
+            yield WorkUnit(f"{first.name}[{low}]", at, n * row_bytes, n * width, tensors, (low, low + n))
     else:
-        yield Unit(first.name, first.start, first.nbytes, first.weights, tensors)
+        yield WorkUnit(first.name, first.start, first.nbytes, first.weights, tensors)
 
 
-def work_order(all_units: Sequence[Unit], shard_of: Callable[[str], int]) -> list[Unit]:
-    """The order in which units are encoded: layer by layer as in the file, and inside a layer shard by shard.
+def shard_by_shard(units: Sequence[WorkUnit], shard_of: Callable[[str], int]) -> tuple[WorkUnit, ...]:
+    """Units in file order, the experts of each layer sorted by the last shard that they need.
 
-    `shard_of` numbers the source's shards; each layer's sidecar stays before its experts.
+    `shard_of` numbers the source's shards.
     """
 
-    def last_shard(unit: Unit) -> int:
+    def last_shard(unit: WorkUnit) -> int:
         return max((shard_of(t.name) for t in unit.tensors if t.spec), default=-1)
 
-    out: list[Unit] = []
-    for _, group in groupby(all_units, lambda unit: (unit.layer, unit.expert is not None)):
+    out: list[WorkUnit] = []
+    for _, group in groupby(units, lambda unit: (unit.layer, unit.expert is not None)):
         same = list(group)
         out += sorted(same, key=last_shard) if same[0].expert is not None else same
-    return out
+    return tuple(out)

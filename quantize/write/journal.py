@@ -1,26 +1,50 @@
-"""The journal of an unfinished build: what has been written, with a checksum of its bytes, one line per unit.
+"""The journal of unfinished work: what has been written, with a checksum of its bytes, one line per unit.
 
 Append-only and synced line by line, so that after any crash a prefix of whole lines is left; each line carries a
-checksum of itself, and reading stops at the first one that does not hold. The first line is the job's signature.
-Depends on errors, output and xxhash.
+checksum of itself, and reading stops at the first line that does not hold. The first line is the signature: everything
+that decides the bytes of the result. The journal is also the lock of the work: who has it open has the output alone.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from ...formats.errors import OutputError, ResumeError
-from .partial_file import disk_errors
+from ...formats.errors import ResumeError
+from ...formats.file_lock import FileLock
+from ...formats.own_file import disk_errors, sync, write_all
 
-Job = Mapping[str, Any]
+Signature = Mapping[str, Any]
 Record = dict[str, Any]
+
+BUILD, CALIBRATION = "build", "calibration"
+"""Whose journal it is, in the words of its errors."""
+_BUSY = {
+    BUILD: "another build is writing this output right now",
+    CALIBRATION: "another calibration is writing this folder right now",
+}
+SHOWN = 8
+"""Differences that a message names."""
+VALUE = 64
+"""Characters of a value that a message shows."""
+_FIRST = (
+    "recipe.tier",
+    "recipe.fit",
+    "recipe.gain",
+    "recipe.awq",
+    "recipe.model",
+    "source",
+    "imatrix",
+    "calibration",
+)
+_LAST = ("recipe.rules", "recipe.description", "recipe", "config", "plan", "code")
+"""What a person gave comes first, and what only follows from it comes last."""
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -36,69 +60,100 @@ def _parse(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
-def read_journal(path: Path) -> tuple[list[Record], int]:
+def whole_lines(lines: Iterable[bytes]) -> tuple[list[Record], int]:
     """The records of the whole lines at the start of a journal, and the bytes that they take."""
     records: list[Record] = []
     size = 0
-    with path.open("rb") as f:
-        for line in f:
-            record = _parse(line)
-            if record is None:
-                break
-            records.append(record)
-            size += len(line)
+    for line in lines:
+        record = _parse(line)
+        if record is None:
+            break
+        records.append(record)
+        size += len(line)
     return records, size
 
 
-def differences(there: Job, here: Job) -> list[str]:
-    """One sentence per key in which two signatures differ."""
-    return [
-        f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
-    ]
+def read_journal(path: Path) -> tuple[list[Record], int]:
+    """`whole_lines` of a journal's file, which is not locked for it."""
+    with path.open("rb") as f:
+        return whole_lines(f)
+
+
+def differences(there: Signature, here: Signature) -> list[str]:
+    """One short line per key in which two signatures differ, what a person gave first."""
+    keys = [key for key in {*there, *here} if there.get(key) != here.get(key)]
+    return [_difference(key, there.get(key), here.get(key)) for key in sorted(keys, key=_rank)]
+
+
+def _rank(key: str) -> tuple[int, str]:
+    for rank, prefixes in ((0, _FIRST), (2, _LAST)):
+        for i, prefix in enumerate(prefixes):
+            if key == prefix or key.startswith(prefix + "."):
+                return 100 * rank + i, key
+    return 100, key
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    before, now = _short(there), _short(here)
+    return f"{key} differs" if before == now else f"{key} is {before} there and {now} here"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= VALUE + 2 else f"{text[:VALUE]}…"
 
 
 class Journal:
-    """An open journal, locked against a second build of the same output; `done` maps unit keys to records."""
+    """An open journal, locked against a second process; `begin` comes first, then `done` maps keys to records."""
 
-    def __init__(self, path: Path, job: Job) -> None:
-        """Open or begin the journal of `job`.
+    def __init__(self, path: Path, work: str = BUILD) -> None:
+        """Open or make the journal and lock it; nothing of it is changed yet.
 
-        Raises ResumeError where the file there belongs to another job (the keys that differ are named), OutputError
-        where another process is writing it.
+        Raises InUseError where another process is at work, OutputError where the file is not a plain one of ours.
         """
-        self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            self.done = self._begin(job)
-        except BaseException:
-            os.close(self._fd)
-            raise
+        self.path, self._work = path, work
+        self._lock = FileLock(path, _BUSY[work])
+        self.done: dict[str, Record] = {}
 
-    def _begin(self, job: Job) -> dict[str, Record]:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError("another build is writing this output right now", file=self.path) from None
-        records, size = read_journal(self.path)
-        os.ftruncate(self._fd, size)
+    def begin(self, signature: Signature, anew: bool = False) -> bool:
+        """Take over what the journal holds, or begin it (`anew`: whatever it holds); returns whether it was begun.
+
+        Raises ResumeError where units are noted there under another signature; the keys that differ are named.
+        """
+        fd = self._lock.fd
+        with os.fdopen(os.dup(fd), "rb") as f:
+            f.seek(0)
+            records, size = whole_lines(f)
+        mine = json.loads(json.dumps(dict(signature)))
+        there = records[0].get("job", {}) if records else {}
+        # With no unit noted nothing is lost.
+        if anew or len(records) < 2:
+            records, size = [], 0
+        elif there != mine:
+            self._refuse(differences(there, mine))
+        with disk_errors(self.path):
+            os.ftruncate(fd, size)
+            os.lseek(fd, 0, os.SEEK_END)
         if not records:
-            self._append({"job": dict(job)})
-            return {}
-        other = differences(records[0].get("job", {}), json.loads(json.dumps(dict(job))))
-        if other:
-            raise ResumeError(
-                f"the unfinished build is of a different job: {'; '.join(other)}",
-                file=self.path,
-                hint="give the same arguments to continue it, or --restart to discard it",
-            )
-        return {str(record["unit"]): record for record in records[1:]}
+            self._append({"job": mine})
+        self.done = {str(record["unit"]): record for record in records[1:]}
+        return not records
+
+    def _refuse(self, different: list[str]) -> None:
+        lines = different[:SHOWN]
+        if len(different) > SHOWN:
+            lines.append(f"and {len(different) - SHOWN} more")
+        raise ResumeError(
+            f"the unfinished {self._work} was begun with other arguments or inputs:"
+            + "".join(f"\n    {line}" for line in lines),
+            file=self.path,
+            hint="give the same arguments to continue it, or --restart to discard it",
+        )
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with disk_errors(self.path):
-            os.write(self._fd, _line(record))
-            os.fsync(self._fd)
+            write_all(self._lock.fd, memoryview(_line(record)))
+            sync(self._lock.fd)
 
     def record(self, unit: str, digest: str, **extra: Any) -> None:
         """Note that a unit's bytes, with this checksum, stand in the file."""
@@ -106,5 +161,14 @@ class Journal:
         self._append(record)
         self.done[unit] = record
 
+    def remove(self) -> None:
+        """Remove the file, which stays locked until `close`."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
     def close(self) -> None:
-        os.close(self._fd)
+        """Let go of the lock. A journal that was never begun is removed: it was made for the lock alone."""
+        with suppress(OSError):
+            if self._lock.fd >= 0 and os.fstat(self._lock.fd).st_size == 0:
+                self.path.unlink()
+        self._lock.close()

@@ -1,92 +1,208 @@
-"""The output under its temporary name: reserved on the disk before work, written at offsets, renamed when complete.
+"""The output while it is written: NAME.partial, its journal, and the running hash, under one lock.
 
-Nothing ever stands half-written under the final name. Depends on errors.
+The lock is taken before anything is looked at or removed. The file's space is reserved on the disk before work, bytes
+are written at their offsets, and the open file gets its final name when it is complete.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
 
 from ...formats.errors import OutputError
+from ...formats.file_lock import OWNER
+from ...formats.own_file import (
+    NOT_OFFERED,
+    disk_error,
+    disk_errors,
+    is_at,
+    open_own,
+    sync,
+    sync_folder,
+    write_all,
+)
+from .journal import Journal, Record, Signature
+from .running_hash import Payload, Range, RunningHash
 
 PARTIAL = ".partial"
 JOURNAL = ".partial.journal"
 CALIBRATION = ".partial.calibration"
+_NAME_MAX = 255
 
 
 def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def check_output(path: Path, total_bytes: int, force: bool, extra_bytes: int = 0) -> None:
-    """Refuse, before any work, an output that exists, has no folder, or does not fit on its disk.
+class Laid(Protocol):
+    """A file whose layout is known: payloads begin at `data_offset`, tensors follow each other without holes."""
 
-    `extra_bytes` is what else the build will store on that disk (the shard cache). Raises OutputError.
-    """
-    if path.is_dir():
-        raise OutputError("is a folder", file=path, hint="give --output a file name")
-    if path.exists() and not force:
-        raise OutputError("exists already", file=path, hint="give --force to replace it, or another --output")
-    if not path.parent.is_dir():
-        raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
-    partial = beside(path, PARTIAL)
-    held = partial.stat().st_blocks * 512 if partial.exists() else 0
-    free, needed = shutil.disk_usage(path.parent).free, total_bytes + extra_bytes
-    if free + held < needed:
+    @property
+    def data_offset(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def tensors(self) -> Sequence[Payload]: ...
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a file is to stand. `extra_bytes` is what else the work stores on that disk (the shard cache)."""
+
+    path: Path
+    force: bool = False
+    extra_bytes: int = 0
+
+    def check(self, total_bytes: int) -> None:
+        """Refuse an output that exists, has no folder, or does not fit on its disk; OutputError. Touches nothing."""
+        with disk_errors(self.path):
+            self._check(self.path, self.path.parent, total_bytes)
+
+    def _check(self, path: Path, folder: Path, total_bytes: int) -> None:
+        if not folder.is_dir():
+            raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {folder}")
+        _check_name(path)
+        if path.is_dir():
+            raise OutputError("is a folder", file=path, hint="give --output a file name")
+        if os.path.lexists(path) and not self.force:
+            raise OutputError(
+                "exists already", file=path, hint="give --force to replace it, or another --output"
+            )
+        free = shutil.disk_usage(folder).free + _held(beside(path, PARTIAL))
+        needed = total_bytes + self.extra_bytes
+        if free < needed:
+            raise OutputError(
+                f"needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free",
+                file=path,
+                hint="free some space, or give an --output on another disk",
+            )
+
+    def check_unused(self) -> None:
+        """Refuse, before any work, an output that another process is writing; InUseError."""
+        journal = beside(self.path, JOURNAL)
+        if os.path.lexists(journal):
+            Journal(journal).close()
+
+
+def _check_name(path: Path) -> None:
+    """Helper files have longer names than the output; a name that is too long for them is refused before any work."""
+    try:
+        most = os.pathconf(path.parent, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):
+        most = _NAME_MAX
+    most -= max(len(CALIBRATION), len(JOURNAL) + len(OWNER))
+    size = len(os.fsencode(path.name))
+    if size > most:
         raise OutputError(
-            f"needs {needed / 1e9:.1f} GB and its disk has {(free + held) / 1e9:.1f} GB free",
+            f"its name is too long: it has {size} bytes, and with the names of helper files {most} are possible here",
             file=path,
-            hint="free some space, or give an --output on another disk",
+            hint="give a shorter --output; the finished file may be renamed",
         )
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing `path` into an OutputError."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                "the disk is full",
-                file=path,
-                hint="free some space and run the same command again: it continues where it stopped",
-            ) from None
-        raise OutputError(f"cannot be written: {e.strerror}", file=path) from None
+def _held(partial: Path) -> int:
+    """Bytes of the disk that an unfinished file has already."""
+    with suppress(OSError):
+        return partial.lstat().st_blocks * 512
+    return 0
 
 
-class PartialOutput:
-    """The file being written at `<name>.partial`; its size is reserved when it is opened."""
+class PartialFile:
+    """An unfinished file with its journal; a context manager that holds the lock on both.
 
-    def __init__(self, final: Path, total_bytes: int) -> None:
-        """Open or create the partial file and reserve its space; OutputError where the disk is full."""
-        self.final, self.path = final, beside(final, PARTIAL)
+    `begun_anew` says whether there was nothing to continue.
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        laid: Laid,
+        ranges: Sequence[Range],
+        signature: Signature,
+        restart: bool = False,
+    ) -> None:
+        """Lock the output; then look at it, and continue the unfinished file there, or begin it (`restart`: anew).
+
+        Raises InUseError where another process has the output, OutputError where it exists, does not fit or cannot be
+        written, and ResumeError where the unfinished file has another signature.
+        """
+        self.final, self.path = destination.path, beside(destination.path, PARTIAL)
+        self._laid, self._fd = laid, -1
+        self._begun = self._committed = False
+        destination.check(laid.total_bytes)
+        self.journal = Journal(beside(destination.path, JOURNAL))
+        try:
+            destination.check(laid.total_bytes)
+            anew = restart or not os.path.lexists(self.path)
+            self.begun_anew = self.journal.begin(signature, anew)
+            self._begun = True
+            if self.begun_anew:
+                with disk_errors(self.path):
+                    self.path.unlink(missing_ok=True)
+            self._open(laid.total_bytes)
+        except BaseException:
+            self.close()
+            raise
+        self.hash = RunningHash(ranges, laid.tensors, self.read)
+
+    def _open(self, total_bytes: int) -> None:
+        self._fd = open_own(self.path)
         with disk_errors(self.path):
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                os.posix_fallocate(self._fd, 0, total_bytes)
-                os.ftruncate(self._fd, total_bytes)
-            except BaseException:
-                os.close(self._fd)
-                raise
+            _reserve(self._fd, total_bytes)
+            os.ftruncate(self._fd, total_bytes)
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write all of `data` at `offset`."""
+    def __enter__(self) -> PartialFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def done(self) -> Mapping[str, Record]:
+        """What is noted of each range that has been written, by key."""
+        return self.journal.done
+
+    def take_over(self, order: Sequence[Range], jobs: int) -> frozenset[str]:
+        """The keys of ranges of an earlier run whose bytes still have the checksum noted for them.
+
+        They are hashed as if they had been put just now; `jobs` threads read.
+        """
+
+        def holds(each: Range) -> bool:
+            data = self.read(each.start, each.nbytes)
+            return bool(xxhash.xxh64_hexdigest(data) == self.done[each.key]["xxh64"])
+
+        known = [each for each in order if each.key in self.done]
+        with ThreadPoolExecutor(jobs) as pool:
+            good = [each.key for each, fine in zip(known, pool.map(holds, known), strict=True) if fine]
+        for key in good:
+            self.hash.advance(key)
+        return frozenset(good)
+
+    def put(self, where: Range, payload: memoryview, record: Mapping[str, Any]) -> None:
+        """Write a range's bytes, note them with `record` in the journal, and hash what is complete."""
+        if payload.nbytes != where.nbytes:
+            raise AssertionError(f"{where.key}: {payload.nbytes} bytes given, {where.nbytes} planned")
         with disk_errors(self.path):
-            while data:
-                n = os.pwrite(self._fd, data, offset)
-                data, offset = data[n:], offset + n
+            write_all(self._fd, payload.cast("B"), self._laid.data_offset + where.start)
+        self.journal.record(where.key, xxhash.xxh64_hexdigest(payload), **record)
+        self.hash.advance(where.key)
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` at `offset`; the file has its full size from the start."""
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` of the payloads from `start`; the file has its full size from the beginning."""
         parts = []
+        offset = self._laid.data_offset + start
         while nbytes:
-            part = os.pread(self._fd, nbytes, offset)
+            with disk_errors(self.path):
+                part = os.pread(self._fd, nbytes, offset)
             if not part:
                 raise OutputError("has become shorter while it was written", file=self.path)
             parts.append(part)
@@ -94,18 +210,65 @@ class PartialOutput:
         return b"".join(parts)
 
     def sync(self) -> None:
+        """Wait until everything that was put is on the disk."""
         with disk_errors(self.path):
-            os.fsync(self._fd)
+            sync(self._fd)
 
-    def commit(self) -> None:
-        """Sync, give the file its final name, and make the name durable."""
+    def commit(self, header: bytes | memoryview) -> Path:
+        """Write what stands before the payloads, give the open file its final name, and make the name durable.
+
+        Raises OutputError where that fails; then everything stays as it is, and the next run has only this to do.
+        """
+        with disk_errors(self.path):
+            write_all(self._fd, memoryview(header), 0)
         self.sync()
-        self.path.rename(self.final)
-        folder = os.open(self.final.parent, os.O_RDONLY)
+        if not is_at(self._fd, self.path):
+            raise OutputError(
+                "was removed or replaced by somebody else while it was written",
+                file=self.path,
+                hint="run the same command again, with --restart",
+            )
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            self.path.rename(self.final)
+        except OSError as e:
+            raise OutputError(
+                f"the finished file cannot be given this name: {disk_error(e, self.final).problem}",
+                file=self.final,
+                hint=f"its bytes are in {self.path.name}; the same command tries again and encodes nothing anew",
+            ) from None
+        if not is_at(self._fd, self.final):
+            raise OutputError("was replaced by somebody else in the moment it was finished", file=self.final)
+        sync_folder(self.final.parent)
+        self._committed = True
+        return self.final
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to continue: the file is finished, or nothing of it is noted."""
+        return self._begun and (self._committed or not self.journal.done)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Let go of the file. Where nothing is left to continue, what stands beside the output is removed."""
+        try:
+            if self._fd >= 0:
+                if self.is_over and is_at(self._fd, self.path):
+                    with suppress(OSError):
+                        self.path.unlink()
+                os.close(self._fd)
+                self._fd = -1
+            if self.is_over:
+                self.journal.remove()
+        finally:
+            self.journal.close()
+
+
+def _reserve(fd: int, total_bytes: int) -> None:
+    """Take the file's space from the disk now, where the system offers that; else a full disk shows itself later."""
+    reserve: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
+    if reserve is None or total_bytes == 0:
+        return
+    try:
+        reserve(fd, 0, total_bytes)
+    except OSError as e:
+        if e.errno not in NOT_OFFERED:
+            raise

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import small_model
-from mq_quant.quantize.encode.encoders import CPU, Encoder
-from mq_quant.quantize.pipeline.build import Options, build
-from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
+from mq_quant.quantize.pipeline.build_spec import RecipeChanges
+from mq_quant.quantize.pipeline.statistics import ImatrixFile, Statistics
 from mq_quant.quantize.spec.places import choose_recipe
 from small_imatrix import save_imatrix
 
-Build = Callable[..., dict[str, Any]]
+Run = Callable[..., BuildResult]
 
 
 @pytest.fixture(scope="session")
@@ -25,28 +25,27 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(small: Path, tmp_path: Path) -> Build:
-    """Build a tier of the small checkpoint: run("out.mq2", tier="mq2", fit="exact", jobs=2, …).
+def run(small: Path, tmp_path: Path) -> Run:
+    """Build a tier of the small checkpoint: run("out.mq2", tier="mq2", fit="exact", jobs=2, on_begin=hook, …).
 
-    The AWQ exponent is pinned unless a test gives `alpha`: searching it is most of the work at this size.
+    Statistics are the checkpoint's imatrix. The AWQ exponent is pinned unless a test gives `alpha`: searching it is
+    most of the work at this size.
     """
+    of_recipe = ("fit", "gain", "alpha")
+    own = ImatrixFile(small / "imatrix.gguf")
 
     def run_build(
         name: str = "out",
         tier: str = "mq2",
         source: Path = small,
-        jobs: int = 2,
-        force: bool = False,
-        restart: bool = False,
-        coder: Encoder = CPU,
+        statistics: Statistics | None = own,
         fold_down: float = 0.0,
-        **changes: Any,
-    ) -> dict[str, Any]:
-        given = Changes(**({"imatrix": small / "imatrix.gguf", "alpha": 0.3} | changes))
-        options = Options(tmp_path / name, jobs, force, restart, quiet=True, coder=coder)
+        **given: Any,
+    ) -> BuildResult:
+        changes = RecipeChanges(**{"alpha": 0.3} | {key: given.pop(key) for key in of_recipe if key in given})
+        options = RunOptions(**{"output": tmp_path / name, "jobs": 2} | given)
         recipe = choose_recipe(tier, None, str(source))
         folded = recipe.model_copy(update={"awq": recipe.awq.model_copy(update={"fold_down": fold_down})})
-        with open_job(folded, given, options.check) as job:
-            return build(job, options)
+        return build_file(folded, statistics, options, changes)
 
     return run_build

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import numpy as np
 import pytest
 import small_model
 import torch
+from build_hooks import StopError, stopped
 from mq_quant.formats.checkpoint.local import open_checkpoint
-from mq_quant.formats.errors import MqError, OutputError, ResumeError, TokenError
+from mq_quant.formats.errors import OutputError, ResumeError, TokenError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.calibrate import layer_pass as gather
 from mq_quant.quantize.calibrate import on_the_fly as inline
@@ -24,10 +24,11 @@ from mq_quant.quantize.calibrate.folder import JOURNAL
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.cli.app import main
-from mq_quant.quantize.inspect.reproduce import reproduce
-from mq_quant.quantize.pipeline import worker_pool as engine
-from mq_quant.quantize.pipeline.build import Options, build
-from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
+from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
+from mq_quant.quantize.pipeline.build_spec import RecipeChanges
+from mq_quant.quantize.pipeline.statistics import ImatrixFile, MomentFolder, OnTheFly, Statistics
+from mq_quant.quantize.pipeline.work_units import WorkUnit
 from mq_quant.quantize.spec.estimates import inline_sizes
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.write.partial_file import CALIBRATION, PARTIAL
@@ -37,11 +38,7 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (3, 20)).astype(np.int32)
 LAYERS = 3
 CONFIG = {**small_model.CONFIG, "num_hidden_layers": LAYERS}
 
-Run = Callable[..., dict[str, Any]]
-
-
-class StopError(Exception):
-    """An interruption."""
+Run = Callable[..., BuildResult]
 
 
 @pytest.fixture(scope="module")
@@ -59,33 +56,31 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `calibrate --down full`."""
     out = tmp_path_factory.mktemp("full") / "calib"
-    calibrate(open_checkpoint(source), TOKENS, out, CalibrationOptions("full", quiet=True))
+    calibrate(open_checkpoint(source), TOKENS, out, CalibrationOptions("full"))
     return out
 
 
-def built(source: Path, out: Path, jobs: int = 2, restart: bool = False, **changes: Any) -> dict[str, Any]:
-    given = Changes(**({"alpha": 0.3} | changes))
-    options = Options(out, jobs, restart=restart, quiet=True)
-    with open_job(choose_recipe("mq2", None, str(source)), given, options.check) as job:
-        return build(job, options)
+def built(source: Path, out: Path, statistics: Statistics, **given: Any) -> BuildResult:
+    options = RunOptions(**{"output": out, "jobs": 2} | given)
+    return build_file(choose_recipe("mq2", None, str(source)), statistics, options, RecipeChanges(alpha=0.3))
 
 
 @pytest.fixture(scope="module")
 def whole(source: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The file that `build --calibration` makes of that folder."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    built(source, out, calibration=folder)
+    built(source, out, MomentFolder(folder))
     return out.read_bytes()
 
 
 @pytest.fixture
 def run(source: Path, tmp_path: Path) -> Run:
-    def run_inline(name: str = "out", **given: Any) -> dict[str, Any]:
-        return built(
-            source, tmp_path / name, **{"inline": TokenRequest(tokens=source / "tokens.npy"), **given}
-        )
+    own = OnTheFly(TokenRequest(tokens=source / "tokens.npy"))
 
-    return run_inline
+    def run_on_the_fly(name: str = "out", statistics: Statistics = own, **given: Any) -> BuildResult:
+        return built(source, tmp_path / name, statistics, **given)
+
+    return run_on_the_fly
 
 
 @pytest.fixture
@@ -102,22 +97,6 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return layers
 
 
-@contextmanager
-def stop_at(monkeypatch: pytest.MonkeyPatch, key: str) -> Iterator[None]:
-    """Fail when the unit `key` is to be encoded."""
-    real = engine.encode_unit
-
-    def limited(job: Any, unit: Any, encoder: Any) -> Any:
-        if unit.key == key:
-            raise StopError
-        return real(job, unit, encoder)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "encode_unit", limited)
-        with pytest.raises(StopError):
-            yield
-
-
 def names(where: Path) -> list[str]:
     return sorted(path.name for path in where.iterdir())
 
@@ -129,8 +108,8 @@ def test_the_file_is_that_of_a_calibration_folder_to_the_last_byte(
     result = run(jobs=jobs)
     assert (tmp_path / "out").read_bytes() == whole
     assert names(tmp_path) == ["out"] and gathered == [0, 1, 2]
-    assert result["coverage"] == pytest.approx(8 / 9)
-    assert result["fallbacks"] == ["layer 0 w2: experts 1 (1) without tokens took the layer's moment"]
+    assert result.coverage == pytest.approx(8 / 9)
+    assert result.fallbacks == ("layer 0 w2: experts 1 (1) without tokens took the layer's moment",)
 
 
 def test_it_says_what_it_was_made_with_and_the_folder_reproduces_it(
@@ -141,30 +120,27 @@ def test_it_says_what_it_was_made_with_and_the_folder_reproduces_it(
         record = file.metadata["mq_quant"]["calibration"]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert record["tokens"] == manifest["tokens"] and record["down"] == "full"
-    assert reproduce(tmp_path / "out", str(source), None, 2, True, folder)["identical"]
+    assert reproduce(tmp_path / "out", Inputs(str(source), calibration=folder), 2).identical
 
 
 def test_an_imatrix_stands_behind_it_too(run: Run, source: Path, folder: Path, tmp_path: Path) -> None:
     imatrix = source / "imatrix.gguf"
-    assert any("imatrix behind them" in note for note in run(imatrix=imatrix)["fallbacks"])
-    built(source, tmp_path / "folder", calibration=folder, imatrix=imatrix)
+    backed = OnTheFly(TokenRequest(tokens=source / "tokens.npy"), imatrix=imatrix)
+    assert any("imatrix behind them" in note for note in run(statistics=backed).fallbacks)
+    built(source, tmp_path / "folder", MomentFolder(folder, imatrix))
     assert (tmp_path / "out").read_bytes() == (tmp_path / "folder").read_bytes()
 
 
-def test_moments_of_one_layer_lie_on_the_disk_at_a_time(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, seen = engine.encode_unit, []
+def test_moments_of_one_layer_lie_on_the_disk_at_a_time(run: Run, source: Path, tmp_path: Path) -> None:
+    most = inline_sizes(open_checkpoint(source).config, TOKENS.size).disk_bytes
+    seen = []
 
-    def watching(job: Any, unit: Any, encoder: Any) -> Any:
+    def watching(unit: WorkUnit) -> None:
         if unit.expert == 0:
             seen.append((unit.layer, names(tmp_path / f"out{CALIBRATION}")))
-            held = sum(f.stat().st_size for f in (tmp_path / f"out{CALIBRATION}").iterdir())
-            assert held < job.inline.disk_bytes + 16384
-        return real(job, unit, encoder)
+            assert sum(f.stat().st_size for f in (tmp_path / f"out{CALIBRATION}").iterdir()) < most + 16384
 
-    monkeypatch.setattr(engine, "encode_unit", watching)
-    run(jobs=1)
+    run(jobs=1, on_begin=watching)
     assert seen == [
         (0, ["hidden-00001.f32", "journal", "layer-00000.safetensors"]),
         (1, ["hidden-00002.f32", "journal", "layer-00001.safetensors"]),
@@ -189,12 +165,11 @@ def test_an_interrupted_build_continues_after_the_last_gathered_layer(
     run: Run,
     whole: bytes,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     gathered: list[int],
 ) -> None:
     run("first", jobs=1)
-    with stop_at(monkeypatch, key):
-        run(jobs=1)
+    with stopped(at=key) as hook:
+        run(jobs=1, on_begin=hook)
     gathered.clear()
     run(jobs=1)
     assert gathered == again
@@ -236,7 +211,7 @@ def test_a_stop_before_the_file_has_its_name_costs_nothing(
         raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr("mq_quant.quantize.write.partial_file.PartialOutput.commit", stop)
+        patch.setattr("mq_quant.quantize.write.partial_file.PartialFile.commit", stop)
         with pytest.raises(StopError):
             run()
     gathered.clear()
@@ -244,19 +219,19 @@ def test_a_stop_before_the_file_has_its_name_costs_nothing(
     assert gathered == [] and (tmp_path / "out").read_bytes() == whole
 
 
-def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    with stop_at(monkeypatch, "layer 2 expert 1"):
-        run(jobs=1)
+def interrupted(run: Run) -> None:
+    with stopped(at="layer 2 expert 1") as hook:
+        run(jobs=1, on_begin=hook)
 
 
 def test_moments_that_are_gone_and_needed_again_are_gathered_anew(
-    run: Run, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: list[int]
+    run: Run, whole: bytes, tmp_path: Path, gathered: list[int]
 ) -> None:
     """A unit of the first layer is found damaged when its moments have long been dropped."""
     (tmp_path / "whole").write_bytes(whole)
     with open_hfq(tmp_path / "whole") as file:
         at = file.entry("model.layers.0.block_sparse_moe.experts.2.w1.weight").offset
-    interrupted(run, monkeypatch)
+    interrupted(run)
     data = bytearray((tmp_path / f"out{PARTIAL}").read_bytes())
     data[at] ^= 1
     (tmp_path / f"out{PARTIAL}").write_bytes(data)
@@ -267,11 +242,10 @@ def test_moments_that_are_gone_and_needed_again_are_gathered_anew(
 
 @pytest.mark.parametrize("lost", ["folder", "layer", "hidden"])
 def test_what_is_lost_beside_the_output_costs_time_only(
-    lost: str, run: Run, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: list[int]
+    lost: str, run: Run, whole: bytes, tmp_path: Path, gathered: list[int]
 ) -> None:
-    key = "layer 1 expert 1"
-    with stop_at(monkeypatch, key):
-        run(jobs=1)
+    with stopped(at="layer 1 expert 1") as hook:
+        run(jobs=1, on_begin=hook)
     beside = tmp_path / f"out{CALIBRATION}"
     if lost == "folder":
         shutil.rmtree(beside)
@@ -288,18 +262,18 @@ def test_what_is_lost_beside_the_output_costs_time_only(
 
 
 def test_other_tokens_do_not_continue_an_unfinished_build(
-    run: Run, source: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, source: Path, whole: bytes, tmp_path: Path
 ) -> None:
-    interrupted(run, monkeypatch)
+    interrupted(run)
     np.save(tmp_path / "other.npy", TOKENS[::-1])
-    other = TokenRequest(tokens=tmp_path / "other.npy")
-    for given in ({"inline": other}, {"inline": TokenRequest(tokens=source / "tokens.npy", sequences=2)}):
+    other = OnTheFly(TokenRequest(tokens=tmp_path / "other.npy"))
+    for given in (other, OnTheFly(TokenRequest(tokens=source / "tokens.npy", sequences=2))):
         with pytest.raises(ResumeError, match=r"calibration\.tokens\.s"):
-            run(**given)
+            run(statistics=given)
     with pytest.raises(ResumeError, match=r"calibration\.inline is True there and None here"):
-        run(inline=None, imatrix=source / "imatrix.gguf")
+        run(statistics=ImatrixFile(source / "imatrix.gguf"))
     assert (tmp_path / f"out{CALIBRATION}" / JOURNAL).exists()
-    run(inline=other, restart=True)
+    run(statistics=other, restart=True)
     assert (tmp_path / "out").read_bytes() != whole and names(tmp_path) == ["other.npy", "out"]
 
 
@@ -328,17 +302,22 @@ def test_tokens_of_another_vocabulary_are_refused_before_any_work(
 ) -> None:
     np.save(tmp_path / "bad.npy", TOKENS + 300)
     with pytest.raises(TokenError, match="outside the vocabulary"):
-        run(inline=TokenRequest(tokens=tmp_path / "bad.npy"))
+        run(statistics=OnTheFly(TokenRequest(tokens=tmp_path / "bad.npy")))
     with pytest.raises(TokenError, match="3 sequences, fewer than the 4"):
         np.save(tmp_path / "bad.npy", TOKENS)
-        run(inline=TokenRequest(tokens=tmp_path / "bad.npy", sequences=4))
+        run(statistics=OnTheFly(TokenRequest(tokens=tmp_path / "bad.npy", sequences=4)))
     assert gathered == [] and names(tmp_path) == ["bad.npy"]
 
 
-@pytest.mark.parametrize("given", [{"no_imatrix": True, "alpha": None}, {"calibration": Path("calib")}])
-def test_it_contradicts_other_importances(given: dict[str, Any], run: Run) -> None:
-    with pytest.raises(MqError, match="give one of the two"):
-        run(**given)
+@pytest.mark.parametrize("other", [["--no-imatrix"], ["--calibration", "calib"]])
+def test_it_contradicts_other_importances(
+    other: list[str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--calibrate-inline", "--tokens", str(source / "tokens.npy")]
+    with pytest.raises(SystemExit) as stopped_by:
+        main(["build", "--tier", "mq2", "--source", str(source), "-o", str(tmp_path / "out"), *own, *other])
+    assert stopped_by.value.code == 2
+    assert "give one of the two" in " ".join(capsys.readouterr().err.replace("\u2502", "").split())
 
 
 def test_the_command_takes_it(

@@ -46,7 +46,7 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (3, 20)).astype(np.int32)
 
 
 def options(**given: Any) -> CalibrationOptions:
-    return CalibrationOptions(**({"quiet": True} | given))
+    return CalibrationOptions(**given)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_each_form_of_the_down_moments_keeps_what_it_says(
     sizes = calibration_sizes(source.config, TOKENS.size, down)
     written = (tmp_path / "calib" / layer_file(0)).stat().st_size
     assert sizes.layer_bytes < written < sizes.layer_bytes + 4096
-    assert sizes.folder_bytes < result["folder_bytes"] < 1.5 * sizes.folder_bytes
+    assert sizes.folder_bytes < result.folder_bytes < 1.5 * sizes.folder_bytes
     file, exact = opened(tmp_path / "calib", source, 0, down), opened(full, source, 0)
     assert ("down.moment" in file.infos) == (down != "pooled")
     np.testing.assert_array_equal(file.array("down.pooled"), exact.array("down.pooled"))
@@ -206,7 +206,7 @@ def test_an_interrupted_calibration_continues_to_the_same_bytes(
     with pytest.raises(CalibrationError, match="not finished"):
         load_calibration(folder, source.config)
     after = calibrate(source, TOKENS, folder, options(down="full"))
-    assert after["resumed_layers"] == int(".layers.1." in at)
+    assert after.resumed_layers == int(".layers.1." in at)
     assert contents(folder) == contents(full)
 
 
@@ -224,7 +224,7 @@ def test_a_stop_between_the_last_layer_and_the_manifest_costs_nothing(
     reading_nothing = Failing(source, "none")
     for read in ("weight", "rows"):
         monkeypatch.setattr(reading_nothing, read, stop)
-    assert calibrate(reading_nothing, TOKENS, folder, options(down="full"))["resumed_layers"] == 2
+    assert calibrate(reading_nothing, TOKENS, folder, options(down="full")).resumed_layers == 2
     assert contents(folder) == contents(full)
 
 
@@ -299,7 +299,7 @@ def test_a_full_disk_is_an_error_and_the_calibration_continues_after_it(
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(OutputError, match="the disk is full"):
             calibrate(source, TOKENS, folder, options(down="full"))
-    assert calibrate(source, TOKENS, folder, options(down="full"))["resumed_layers"] == 1
+    assert calibrate(source, TOKENS, folder, options(down="full")).resumed_layers == 1
     assert contents(folder) == contents(full)
 
 
@@ -353,37 +353,37 @@ def test_an_expert_that_overflows_is_reported_and_left_out(tmp_path: Path, rows:
     broken = open_checkpoint(small_model.save(tmp_path / "m", content))
     result = calibrate(broken, TOKENS, tmp_path / "calib", options(down="full"))
     seen = len(rows.down[1, 1])
-    assert result["notes"] == [
-        f"layer 1: expert 1, the input of down: {seen} of {seen} rows are not finite and were left out"
-    ]
+    assert result.notes == (
+        f"layer 1: expert 1, the input of down: {seen} of {seen} rows are not finite and were left out",
+    )
     file = opened(tmp_path / "calib", broken, 1)
     assert file.array("down.counts").tolist() == [len(rows.down[1, 0]), 0, len(rows.down[1, 2])]
     assert file.array("gate_up.counts")[1] == seen
     assert all(np.isfinite(file.array(name)).all() for name in file.infos)
     loaded = load_calibration(tmp_path / "calib", broken.config)
     fallbacks = [note for n in range(broken.config.num_hidden_layers) for note in loaded.layer(n).notes]
-    assert fallbacks[0] == result["notes"][0] and "w2: experts 1 (1)" in fallbacks[1]
+    assert fallbacks[0] == result.notes[0] and "w2: experts 1 (1)" in fallbacks[1]
 
 
 def test_quantised_propagation_feeds_each_layer_what_the_built_file_puts_out(
     source: Checkpoint, tmp_path: Path
 ) -> None:
     from mq_quant.formats.hfq import open_hfq
-    from mq_quant.quantize.pipeline.build import Options, build
-    from mq_quant.quantize.pipeline.build_spec import Changes, changed, open_job
+    from mq_quant.quantize.pipeline.build import RunOptions, build_file
+    from mq_quant.quantize.pipeline.build_spec import RecipeChanges
+    from mq_quant.quantize.pipeline.statistics import MomentFolder
     from mq_quant.quantize.spec.places import choose_recipe
     from mq_quant.verify.model.hfq_weights import DecodedFile
 
-    recipe = changed(choose_recipe("mq2", None, str(source.path)), Changes(calibration=tmp_path, alpha=0.4))
+    recipe = RecipeChanges(alpha=0.4).apply(choose_recipe("mq2", None, str(source.path)))
     given = options(down="full", propagate=recipe, jobs=2)
     folder, whole, out = tmp_path / "calib", tmp_path / "whole", tmp_path / "out.mq2"
     with pytest.raises(StopError):
         calibrate(Failing(source, expert_name(1, 2, "w2")), TOKENS, folder, given)
-    assert calibrate(source, TOKENS, folder, given)["resumed_layers"] == 1
+    assert calibrate(source, TOKENS, folder, given).resumed_layers == 1
     calibrate(source, TOKENS, whole, options(down="full", propagate=recipe, jobs=1))
     assert contents(folder) == contents(whole)
-    with open_job(recipe, Changes(calibration=folder, alpha=0.4)) as job:
-        build(job, Options(out, quiet=True))
+    build_file(recipe, MomentFolder(folder), RunOptions(out))
     seen = Rows()
     with open_hfq(out) as file:
         _, hidden = next(layer_by_layer(DecodedFile(file), source.config, TOKENS))
@@ -404,7 +404,7 @@ def test_experts_without_a_token_are_named(tmp_path: Path) -> None:
     result = calibrate(lonely, TOKENS, tmp_path / "calib", options())
     layers = json.loads((tmp_path / "calib" / MANIFEST).read_bytes())["layers"]
     assert layers[0]["unseen"] == [1] and layers[1]["unseen"] == []
-    assert result["coverage"] == pytest.approx(5 / 6)
+    assert result.coverage == pytest.approx(5 / 6)
 
 
 def test_sums_over_many_chunks_are_exact_means(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -589,13 +589,16 @@ def test_the_command_refuses_bad_arguments(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_calibration_and_a_plain_build_contradict_each_other(source: Checkpoint, tmp_path: Path) -> None:
-    from mq_quant.quantize.pipeline.build_spec import Changes, changed
-    from mq_quant.quantize.spec.places import choose_recipe
+def test_a_calibration_and_a_plain_build_contradict_each_other(
+    source: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mq_quant.quantize.cli.app import main
 
-    recipe = choose_recipe("mq2", None, str(source.path))
-    with pytest.raises(MqError, match="give one of the two"):
-        changed(recipe, Changes(calibration=tmp_path, no_imatrix=True))
+    both = ["--calibration", str(tmp_path), "--no-imatrix"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["build", "--tier", "mq2", "--source", str(source.path), "-o", str(tmp_path / "out"), *both])
+    assert stopped.value.code == 2
+    assert "give one of the two" in " ".join(capsys.readouterr().err.replace("\u2502", "").split())
 
 
 def test_an_imatrix_stands_behind_thin_moments_and_the_file_says_so(
@@ -603,21 +606,22 @@ def test_an_imatrix_stands_behind_thin_moments_and_the_file_says_so(
 ) -> None:
     """60 tokens are few for 256 channels: every projection of every layer leans on the imatrix."""
     from mq_quant.formats.hfq import open_hfq
-    from mq_quant.quantize.inspect.reproduce import reproduce
-    from mq_quant.quantize.pipeline.build import Options, build
-    from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+    from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
+    from mq_quant.quantize.pipeline.build import RunOptions, build_file
+    from mq_quant.quantize.pipeline.build_spec import RecipeChanges
+    from mq_quant.quantize.pipeline.statistics import MomentFolder
     from mq_quant.quantize.spec.places import choose_recipe
     from small_imatrix import save_imatrix
 
     save_imatrix(tmp_path / "imatrix.gguf")
     imatrix = tmp_path / "imatrix.gguf"
     recipe, seen = choose_recipe("mq2", None, str(source.path)), {}
-    for name, given in (("alone", {}), ("backed", {"imatrix": imatrix})):
-        with open_job(recipe, Changes(calibration=full, alpha=0.4, **given)) as job:
-            seen[name] = build(job, Options(tmp_path / name, quiet=True))
-    assert seen["alone"]["quantization_hash"] != seen["backed"]["quantization_hash"]
-    assert seen["alone"]["fallbacks"] == []
-    said = seen["backed"]["fallbacks"]
+    for name, given in (("alone", None), ("backed", imatrix)):
+        made = RunOptions(tmp_path / name)
+        seen[name] = build_file(recipe, MomentFolder(full, given), made, RecipeChanges(alpha=0.4))
+    assert seen["alone"].quantization_hash != seen["backed"].quantization_hash
+    assert seen["alone"].fallbacks == ()
+    said = list(seen["backed"].fallbacks)
     assert [n for n in said if "w1, w3" in n] == [
         f"layer {n} w1, w3: 60 tokens, fewer than 1024: imatrix behind them" for n in range(2)
     ]
@@ -629,8 +633,8 @@ def test_an_imatrix_stands_behind_thin_moments_and_the_file_says_so(
     assert made_from["imatrix"]["kind"] == "gguf" and made_from["calibration"]["down"] == "full"
     assert [note for layer in made_from["layers"] for note in layer["fallbacks"]] == said
     where = str(source.path)
-    assert reproduce(tmp_path / "backed", where, imatrix, 1, True, full)["identical"]
+    assert reproduce(tmp_path / "backed", Inputs(where, imatrix, full)).identical
     with pytest.raises(MqError, match="without an imatrix"):
-        reproduce(tmp_path / "alone", where, imatrix, 1, True, full)
+        reproduce(tmp_path / "alone", Inputs(where, imatrix, full))
     with pytest.raises(MqError, match="the imatrix is not the one"):
-        reproduce(tmp_path / "backed", where, None, 1, True, full)
+        reproduce(tmp_path / "backed", Inputs(where, calibration=full))

@@ -1,10 +1,10 @@
-"""How a command ends that Ctrl-C reaches."""
+"""How a command ends that Ctrl-C reaches, and how sizes and tables read."""
 
 from __future__ import annotations
 
 import pytest
 import typer
-from mq_quant.quantize.cli.console import INTERRUPTED, resumable
+from mq_quant.quantize.cli.console import INTERRUPTED, gigabytes, resumable, table
 
 
 def interrupted_lock() -> None:
@@ -38,3 +38,14 @@ def test_other_errors_stay(error: Exception, capsys: pytest.CaptureFixture[str])
             raise error  # noqa: B904
     assert raised.value is error
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(86_180_388_864, "86.2 GB"), (2_037_760, "2.0 MB"), (1500, "1.5 kB"), (7, "7 B")]
+)
+def test_sizes_read_well(count: int, text: str) -> None:
+    assert gigabytes(count) == text
+
+
+def test_tables_align_numbers_to_the_right() -> None:
+    assert table(("name", "n"), [("a", 5), ("long", 123)]) == "name    n\na       5\nlong  123"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from build_hooks import stopped
 from mq_quant.formats.blocks import MQ2_LLOYD
 from mq_quant.formats.errors import BackendError
 from mq_quant.formats.hfq.stored import StoredForm
@@ -16,14 +17,11 @@ from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.encode import gpu_encoder
 from mq_quant.quantize.encode.encoders import CPU, MatrixTask, open_encoder
 from mq_quant.quantize.encode.gpu_encoder import GpuEncoder
-from mq_quant.quantize.pipeline import build_spec as job
-from mq_quant.quantize.pipeline import worker_pool as engine
+from mq_quant.quantize.pipeline import build_spec
+from mq_quant.quantize.pipeline.build import BuildResult
+from mq_quant.quantize.pipeline.statistics import NoStatistics
 
-Build = Callable[..., dict[str, Any]]
-
-
-class StopError(Exception):
-    pass
+Run = Callable[..., BuildResult]
 
 
 @pytest.fixture(scope="module")
@@ -40,37 +38,25 @@ def device():
         {"alpha": None},
         {"fit": "exact"},
         {"gain": False, "tier": "mq4"},
-        {"no_imatrix": True, "imatrix": None, "alpha": None, "tier": "mq3"},
+        {"statistics": NoStatistics(), "alpha": None, "tier": "mq3"},
         {"fit": "reference"},
     ],
     ids=lambda c: ", ".join(map(str, c)),
 )
 def test_the_file_is_that_of_the_cpu(
-    run: Build, tmp_path: Path, device: GpuEncoder, changes: dict[str, Any]
+    run: Run, tmp_path: Path, device: GpuEncoder, changes: dict[str, Any]
 ) -> None:
     run("cpu", **changes)
-    result = run("device", coder=device, jobs=3, **changes)
+    result = run("device", encoder=device, jobs=3, **changes)
     assert (tmp_path / "device").read_bytes() == (tmp_path / "cpu").read_bytes()
-    assert result["device"] == device.device
+    assert result.device == device.device
 
 
-def test_a_build_continues_on_another_device(
-    run: Build, tmp_path: Path, device: GpuEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_continues_on_another_device(run: Run, tmp_path: Path, device: GpuEncoder) -> None:
     run("whole")
-    encode, seen = engine.encode_unit, []
-
-    def stop(of: Any, unit: Any, encoder: Any) -> Any:
-        seen.append(unit)
-        if len(seen) > 15:
-            raise StopError
-        return encode(of, unit, encoder)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "encode_unit", stop)
-        with pytest.raises(StopError):
-            run("out", jobs=1)
-    assert run("out", coder=device)["resumed_units"] > 0
+    with stopped(15) as hook:
+        run("out", jobs=1, on_begin=hook)
+    assert run("out", encoder=device).resumed_units > 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
@@ -104,7 +90,7 @@ def test_what_a_device_lacks_is_said_before_anything_is_read(
 
     monkeypatch.setattr(gpu_encoder, "has_device", lambda kind: False)
     monkeypatch.setattr(gpu_encoder, "open_backend", missing)
-    monkeypatch.setattr(job, "open_source", lambda *_: pytest.fail("the source was opened"))
+    monkeypatch.setattr(build_spec, "open_place", lambda *_: pytest.fail("the source was opened"))
     with pytest.raises(SystemExit) as stopped:
         main(["build", "--tier", "mq2", "--source", str(small), "--device", name])
     assert stopped.value.code == 2

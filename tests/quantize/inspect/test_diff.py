@@ -12,10 +12,12 @@ import pytest
 from mq_quant.formats.errors import CheckError, CheckpointError, HfqError, HfqKind, ImatrixError, RecipeError
 from mq_quant.formats.hfq import TensorMeta, layout, open_hfq, write_hfq
 from mq_quant.quantize.inspect.diff import EQUAL_DB, diff_files
-from mq_quant.quantize.inspect.reproduce import reproduce
+from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
 from mq_quant.quantize.inspect.show import inspect_file, provenance
+from mq_quant.quantize.pipeline.build import BuildResult
+from mq_quant.quantize.pipeline.statistics import NoStatistics
 
-Build = Callable[..., dict[str, Any]]
+Run = Callable[..., BuildResult]
 W1 = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
 GOLDEN = Path(__file__).parents[2] / "golden" / "container.hfq"
 
@@ -31,14 +33,14 @@ def altered(path: Path, name: str, tmp_path: Path, at: int = 10) -> Path:
     return copy
 
 
-def test_a_file_is_identical_to_itself(run: Build, tmp_path: Path) -> None:
-    count = run("a")["tensor_count"]
+def test_a_file_is_identical_to_itself(run: Run, tmp_path: Path) -> None:
+    count = run("a").tensor_count
     result = diff_files(tmp_path / "a", tmp_path / "a")
     assert result.identical
     assert result.equal_tensors == count
 
 
-def test_one_flipped_bit_is_one_different_tensor(run: Build, tmp_path: Path) -> None:
+def test_one_flipped_bit_is_one_different_tensor(run: Run, tmp_path: Path) -> None:
     run("a")
     result = diff_files(tmp_path / "a", altered(tmp_path / "a", W1, tmp_path))
     assert not result.identical
@@ -47,7 +49,7 @@ def test_one_flipped_bit_is_one_different_tensor(run: Build, tmp_path: Path) -> 
     assert row.snr_db is not None and row.snr_db > 3
 
 
-def test_scales_and_formats_are_seen_through(run: Build, tmp_path: Path) -> None:
+def test_scales_and_formats_are_seen_through(run: Run, tmp_path: Path) -> None:
     run("a", tier="mq4", alpha=0.0, gain=False)
     run("b", tier="mq3", alpha=0.5, gain=False)
     result = diff_files(tmp_path / "a", tmp_path / "b")
@@ -60,7 +62,7 @@ def test_scales_and_formats_are_seen_through(run: Build, tmp_path: Path) -> None
     assert "model.embed_tokens.weight" not in rows
 
 
-def test_a_folded_scale_is_seen_through(run: Build, tmp_path: Path) -> None:
+def test_a_folded_scale_is_seen_through(run: Run, tmp_path: Path) -> None:
     """Two builds that differ in the fold alone are as near to a third, and to each other, as their roundings are."""
     for name, tier, fold in (("fine", "mq4", 0.0), ("plain", "mq3", 0.0), ("folded", "mq3", 0.5)):
         run(name, tier=tier, fold_down=fold, gain=False)
@@ -83,7 +85,7 @@ def test_a_folded_scale_is_seen_through(run: Build, tmp_path: Path) -> None:
     assert snr("plain", "folded") == pytest.approx(snr("folded", "plain"), abs=0.2)
 
 
-def test_tensors_on_one_side_only_and_unknown_formats_are_listed(run: Build, tmp_path: Path) -> None:
+def test_tensors_on_one_side_only_and_unknown_formats_are_listed(run: Run, tmp_path: Path) -> None:
     run("a")
     with open_hfq(tmp_path / "a") as file:
         metas = [(e, file.read(e.name)) for e in file.entries if e.name != W1]
@@ -94,12 +96,12 @@ def test_tensors_on_one_side_only_and_unknown_formats_are_listed(run: Build, tmp
     assert diff_files(tmp_path / "b", tmp_path / "a").only_b == (W1,)
 
 
-def test_inspect_lists_filters_and_decodes(run: Build, tmp_path: Path) -> None:
+def test_inspect_lists_filters_and_decodes(run: Run, tmp_path: Path) -> None:
     built = run("a", tier="mq2-lloyd")
     result = inspect_file(tmp_path / "a", r"experts\.1\.w1", W1, groups=3)
-    assert result["header"]["total_bytes"] == (tmp_path / "a").stat().st_size == built["total_bytes"]
+    assert result["header"]["total_bytes"] == (tmp_path / "a").stat().st_size == built.total_bytes
     assert result["metadata"]["tier"] == "mq2-lloyd"
-    assert result["metadata"]["quantization_hash"] == built["quantization_hash"]
+    assert result["metadata"]["quantization_hash"] == built.quantization_hash
     assert [row["name"] for row in result["tensors"]] == [W1, W1.replace("layers.0", "layers.1")]
     assert result["tensors"][0]["format"] == "MQ2-Lloyd"
     tensor = result["tensor"]
@@ -155,7 +157,7 @@ def test_inspect_refuses_what_makes_no_sense(arguments: tuple[Any, Any], error: 
         inspect_file(GOLDEN, *arguments)
 
 
-def test_provenance_names_everything_and_no_path(run: Build, tmp_path: Path, small: Path) -> None:
+def test_provenance_names_everything_and_no_path(run: Run, tmp_path: Path, small: Path) -> None:
     run("a", alpha=None)
     record = provenance(tmp_path / "a").document
     assert record["program"]["version"]
@@ -171,41 +173,41 @@ def test_provenance_names_everything_and_no_path(run: Build, tmp_path: Path, sma
     assert str(small.parent) not in str(record)
 
 
-def test_a_file_is_reproduced_from_its_provenance(run: Build, tmp_path: Path, small: Path) -> None:
-    count = run("a")["tensor_count"]
-    result = reproduce(tmp_path / "a", str(small), small / "imatrix.gguf", 2, True)
-    assert result["identical"]
-    assert result["tensor_count"] == count
-    run("plain", imatrix=None, no_imatrix=True, alpha=None)
-    assert reproduce(tmp_path / "plain", str(small), None, 1, True)["identical"]
+def test_a_file_is_reproduced_from_its_provenance(run: Run, tmp_path: Path, small: Path) -> None:
+    count = run("a").tensor_count
+    result = reproduce(tmp_path / "a", Inputs(str(small), small / "imatrix.gguf"), 2)
+    assert result.identical
+    assert result.tensor_count == count
+    run("plain", statistics=NoStatistics(), alpha=None)
+    assert reproduce(tmp_path / "plain", Inputs(str(small)), 1).identical
 
 
-def test_reproduce_names_the_tensor_that_was_altered(run: Build, tmp_path: Path, small: Path) -> None:
+def test_reproduce_names_the_tensor_that_was_altered(run: Run, tmp_path: Path, small: Path) -> None:
     run("a")
     copy = altered(tmp_path / "a", W1, tmp_path)
-    result = reproduce(copy, str(small), small / "imatrix.gguf", 2, True)
-    assert result["different_tensors"] == [W1]
+    result = reproduce(copy, Inputs(str(small), small / "imatrix.gguf"), 2)
+    assert result.different_tensors == (W1,)
 
 
-def test_reproduce_refuses_other_inputs_by_name(run: Build, tmp_path: Path, small: Path) -> None:
+def test_reproduce_refuses_other_inputs_by_name(run: Run, tmp_path: Path, small: Path) -> None:
     run("a")
     with pytest.raises(RecipeError, match="give the folder as --source"):
-        reproduce(tmp_path / "a", None, None, 1, True)
+        reproduce(tmp_path / "a")
     with pytest.raises(ImatrixError, match="--imatrix"):
-        reproduce(tmp_path / "a", str(small), None, 1, True)
+        reproduce(tmp_path / "a", Inputs(str(small)), 1)
     other = shutil.copytree(small, tmp_path / "small")
     (other / "tokenizer.json").write_text('{"other": 1}')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not the file"):
-        reproduce(tmp_path / "a", str(other), small / "imatrix.gguf", 1, True)
+        reproduce(tmp_path / "a", Inputs(str(other), small / "imatrix.gguf"), 1)
     changed = bytearray((small / "imatrix.gguf").read_bytes())
     changed[-1] ^= 1
     (tmp_path / "imatrix").write_bytes(changed)
     with pytest.raises(ImatrixError, match="not the one that this was made with"):
-        reproduce(tmp_path / "a", str(small), tmp_path / "imatrix", 1, True)
+        reproduce(tmp_path / "a", Inputs(str(small), tmp_path / "imatrix"), 1)
 
 
 def test_reproduce_refuses_a_file_whose_layout_is_not_its_recipes(
-    run: Build, tmp_path: Path, small: Path
+    run: Run, tmp_path: Path, small: Path
 ) -> None:
     run("a")
     with open_hfq(tmp_path / "a") as file:
@@ -215,4 +217,4 @@ def test_reproduce_refuses_a_file_whose_layout_is_not_its_recipes(
         )
         write_hfq(tmp_path / "b", file.metadata_bytes, metas)
     with pytest.raises(CheckError, match="not those that its recipe gives"):
-        reproduce(tmp_path / "b", str(small), small / "imatrix.gguf", 1, True)
+        reproduce(tmp_path / "b", Inputs(str(small), small / "imatrix.gguf"), 1)

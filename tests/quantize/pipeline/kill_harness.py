@@ -2,7 +2,7 @@
 
 One command: `python tests/quantize/kill_harness.py --kills 50` (or `make kills`); a short version of it is a test.
 Builds run in forked children, so that each starts with everything imported and compiled. Children report every unit
-that they encode, so that what a kill costs is counted and not guessed.
+that they begin, so that what a kill costs is counted and not guessed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,48 +25,41 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import small_model
 from mq_quant.quantize.cli.app import main as command
 from mq_quant.quantize.cli.console import INTERRUPTED
-from mq_quant.quantize.pipeline import worker_pool as engine
-from mq_quant.quantize.pipeline.build import Options, build
-from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.pipeline import build as pipeline
+from mq_quant.quantize.pipeline.build import RunOptions, build_file
+from mq_quant.quantize.pipeline.statistics import NoStatistics
+from mq_quant.quantize.pipeline.work_units import WorkUnit
+from mq_quant.quantize.pipeline.worker_pool import AHEAD
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.write.journal import read_journal
 from mq_quant.quantize.write.partial_file import JOURNAL
 
 JOBS = 3
-IN_FLIGHT = engine.AHEAD * JOBS + 1
+IN_FLIGHT = AHEAD * JOBS + 1
 
 
-def run(source: Path, output: Path) -> dict[str, Any]:
-    options = Options(output, JOBS, quiet=True)
-    with open_job(choose_recipe("mq2", None, str(source)), Changes(no_imatrix=True), options.check) as job:
-        return build(job, options)
+def run(source: Path, output: Path, **hooks: Any) -> None:
+    recipe = choose_recipe("mq2", None, str(source))
+    build_file(recipe, NoStatistics(), RunOptions(output, JOBS, **hooks))
 
 
-def count_units(report: int) -> None:
-    """From now on this process writes one byte to `report` for each unit that it encodes."""
-    real = engine.encode_unit
-
-    def counted(*arguments: Any) -> Any:
-        done = real(*arguments)
-        os.write(report, b"u")
-        return done
-
-    engine.encode_unit = counted
+def reporter(report: int) -> Callable[[WorkUnit], None]:
+    """A hook that writes one byte to `report` for each unit that is begun."""
+    return lambda unit: os.write(report, b"u") and None
 
 
 def child(source: Path, output: Path, report: int) -> NoReturn:
     """Build in this process, counting units."""
-    count_units(report)
     code = 1
     try:
-        run(source, output)
+        run(source, output, on_begin=reporter(report))
         code = 0
     finally:
         os._exit(code)
 
 
 def kill_after(source: Path, output: Path, seconds: float) -> tuple[bool, int]:
-    """Start the build and kill it after some time; returns whether it was killed, and how many units it encoded."""
+    """Start the build and kill it after some time; returns whether it was killed, and how many units it began."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -82,7 +77,7 @@ def kill_after(source: Path, output: Path, seconds: float) -> tuple[bool, int]:
 
 
 def interrupt(source: Path, output: Path) -> int:
-    """Start `mq-quant build`, send it SIGINT once its first unit is encoded, and return its exit code."""
+    """Start `mq-quant build`, send it SIGINT once its first unit is begun, and return its exit code."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -90,7 +85,8 @@ def interrupt(source: Path, output: Path) -> int:
         code = 0
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            count_units(writing)
+            # The command line gives no hook of its own: this process gets options that have one.
+            pipeline.RunOptions = partial(RunOptions, on_begin=reporter(writing))
             command([*arguments, str(source), "-o", str(output)])
         except SystemExit as e:
             code = int(e.code or 0)

@@ -12,48 +12,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+from build_hooks import Begun, stopped
 from mq_quant.formats.blocks import FORMATS
 from mq_quant.formats.errors import CheckpointError, ImatrixError, OutputError, RecipeError, ResumeError
 from mq_quant.formats.hfq import open_hfq, quantization_hash
-from mq_quant.quantize.pipeline import worker_pool as engine
+from mq_quant.quantize.pipeline.build import BuildResult
+from mq_quant.quantize.pipeline.statistics import ImatrixFile, NoStatistics
+from mq_quant.quantize.pipeline.work_units import WorkUnit
+from mq_quant.quantize.pipeline.worker_pool import AHEAD
 from mq_quant.quantize.write.partial_file import JOURNAL, PARTIAL
 from small_imatrix import save_imatrix
 
-Build = Callable[..., dict[str, Any]]
-PLAIN = {"imatrix": None, "no_imatrix": True, "alpha": None}
-
-
-class StopError(Exception):
-    """Raised where a test interrupts a build."""
-
-
-def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let `count` units be encoded, then fail; returns the keys of all units that were begun."""
-    begun: list[str] = []
-    real = engine.encode_unit
-
-    def limited(job: Any, unit: Any, encoder: Any) -> Any:
-        begun.append(unit.key)
-        if len(begun) > count:
-            raise StopError
-        return real(job, unit, encoder)
-
-    monkeypatch.setattr(engine, "encode_unit", limited)
-    return begun
+Run = Callable[..., BuildResult]
+PLAIN = {"statistics": NoStatistics(), "alpha": None}
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_file_is_whole_and_says_what_it_is(run: Build, tmp_path: Path) -> None:
+def test_the_file_is_whole_and_says_what_it_is(run: Run, tmp_path: Path) -> None:
     result = run("out.mq2")
     assert names(tmp_path) == ["out.mq2"]
     with open_hfq(tmp_path / "out.mq2") as file:
-        assert quantization_hash(file) == result["quantization_hash"]
+        assert quantization_hash(file) == result.quantization_hash
         recorded = file.metadata["quantization_hash"]
-        assert recorded["value"] == result["quantization_hash"]
-        assert (recorded["tensor_count"], len(file.entries)) == (result["tensor_count"],) * 2
+        assert recorded["value"] == result.quantization_hash
+        assert (recorded["tensor_count"], len(file.entries)) == (result.tensor_count,) * 2
         ours = file.metadata["mq_quant"]
         assert [layer["layer"] for layer in ours["layers"]] == [0, 1]
         assert len(ours["checksums"]["values"]) == 16 * len(file.entries)
@@ -64,72 +49,60 @@ def test_the_file_is_whole_and_says_what_it_is(run: Build, tmp_path: Path) -> No
         assert str(tmp_path) not in file.metadata_bytes.decode()
 
 
-def test_any_number_of_jobs_gives_the_same_file(run: Build, tmp_path: Path) -> None:
+def test_any_number_of_jobs_gives_the_same_file(run: Run, tmp_path: Path) -> None:
     for jobs in (1, 2, 5):
         run(f"{jobs}", jobs=jobs, alpha=None)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "5").read_bytes()
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 20, 28])
-def test_an_interrupted_build_continues_to_the_same_file(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
+def test_an_interrupted_build_continues_to_the_same_file(run: Run, tmp_path: Path, count: int) -> None:
     whole = run("whole")
-    with monkeypatch.context() as patch:
-        stop_after(count, patch)
-        with pytest.raises(StopError):
-            run("broken")
+    with stopped(count) as hook:
+        run("broken", on_begin=hook)
     assert "broken" not in names(tmp_path)
-    begun = stop_after(10**6, monkeypatch)
-    result = run("broken")
+    begun = Begun()
+    result = run("broken", on_begin=begun)
     assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
     assert names(tmp_path) == ["broken", "whole"]
-    assert result["resumed_units"] + len(begun) == whole["units"]
-    assert result["resumed_units"] <= count <= result["resumed_units"] + engine.AHEAD * 2 + 1
+    assert result.resumed_units + len(begun.units) == whole.units
+    assert result.resumed_units <= count <= result.resumed_units + AHEAD * 2 + 1
 
 
-def interrupted(run: Build, monkeypatch: pytest.MonkeyPatch, count: int = 15) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(count, patch)
-        with pytest.raises(StopError):
-            run("out")
+def interrupted(run: Run, count: int = 15) -> None:
+    with stopped(count) as hook:
+        run("out", on_begin=hook)
 
 
-def test_bytes_that_changed_since_are_encoded_again(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_that_changed_since_are_encoded_again(run: Run, tmp_path: Path) -> None:
     run("whole")
-    interrupted(run, monkeypatch)
+    interrupted(run)
     partial = tmp_path / f"out{PARTIAL}"
     data = bytearray(partial.read_bytes())
     with open_hfq(tmp_path / "whole") as file:
         data[file.entry("model.layers.0.self_attn.q_proj.weight").offset + 100] ^= 1
     partial.write_bytes(data)
-    begun = stop_after(10**6, monkeypatch)
-    run("out")
-    assert "model.layers.0.self_attn.q_proj.weight" in begun
-    assert "model.embed_tokens.weight" not in begun
+    begun = Begun()
+    run("out", on_begin=begun)
+    assert "model.layers.0.self_attn.q_proj.weight" in begun.keys
+    assert "model.embed_tokens.weight" not in begun.keys
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 @pytest.mark.parametrize("cut", [1, 30, 10**4])
-def test_a_torn_journal_costs_only_its_torn_part(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
-) -> None:
+def test_a_torn_journal_costs_only_its_torn_part(run: Run, tmp_path: Path, cut: int) -> None:
     run("whole")
-    interrupted(run, monkeypatch)
+    interrupted(run)
     journal = tmp_path / f"out{JOURNAL}"
     journal.write_bytes(journal.read_bytes()[:-cut])
     run("out")
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_partial_file_without_its_journal_is_not_trusted(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted(run, monkeypatch)
+def test_a_partial_file_without_its_journal_is_not_trusted(run: Run, tmp_path: Path) -> None:
+    interrupted(run)
     (tmp_path / f"out{JOURNAL}").unlink()
-    assert run("out")["resumed_units"] == 0
+    assert run("out").resumed_units == 0
 
 
 @pytest.mark.parametrize(
@@ -143,20 +116,20 @@ def test_a_partial_file_without_its_journal_is_not_trusted(
     ],
 )
 def test_another_job_is_refused_with_the_key_that_differs(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], key: str
+    run: Run, tmp_path: Path, changes: dict[str, Any], key: str
 ) -> None:
-    interrupted(run, monkeypatch)
+    interrupted(run)
     with pytest.raises(ResumeError) as caught:
         run("out", **changes)
     assert key in str(caught.value)
     assert "--restart" in str(caught.value)
-    assert run("out", restart=True, **changes)["resumed_units"] == 0
+    assert run("out", restart=True, **changes).resumed_units == 0
 
 
 def test_another_source_is_refused_by_its_files(
-    run: Build, tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted(run, monkeypatch)
+    interrupted(run)
     other = shutil.copytree(small, tmp_path / "elsewhere" / "small")
     shard = next(other.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -166,16 +139,12 @@ def test_another_source_is_refused_by_its_files(
         run("out", source=other)
 
 
-def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(OutputError, match=r"exists already[\s\S]*--force"):
         run("out")
-    with monkeypatch.context() as patch:
-        stop_after(5, patch)
-        with pytest.raises(StopError):
-            run("out", force=True)
+    with stopped(5) as hook:
+        run("out", force=True, on_begin=hook)
     assert (tmp_path / "out").read_text() == "precious"
     run("out", force=True)
     assert (tmp_path / "out").stat().st_size > 1000
@@ -186,7 +155,7 @@ def test_an_output_that_exists_is_kept_until_the_new_one_is_whole(
 )
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_failing_disk_is_a_clear_error_and_leaves_nothing_under_the_final_name(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int, code: int
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int, code: int
 ) -> None:
     run("whole")
     real, calls = getattr(os, call), 0
@@ -210,43 +179,37 @@ def test_a_failing_disk_is_a_clear_error_and_leaves_nothing_under_the_final_name
 
 
 def test_a_disk_that_is_too_small_is_found_before_any_work(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    begun = stop_after(0, monkeypatch)
+    begun = Begun()
     with pytest.raises(OutputError, match=r"its disk has 0\.0 GB free"):
-        run("out")
+        run("out", on_begin=begun)
     assert names(tmp_path) == []
-    assert begun == []
+    assert begun.units == []
 
 
-def test_a_source_that_breaks_during_the_build_can_be_mended(run: Build, tmp_path: Path, small: Path) -> None:
+def test_a_source_that_breaks_during_the_build_can_be_mended(run: Run, tmp_path: Path, small: Path) -> None:
     run("whole")
     broken = shutil.copytree(small, tmp_path / "moved" / "small")
     shard = sorted(broken.glob("*.safetensors"))[-1]
     data = shard.read_bytes()
-    real = engine.encode_unit
 
-    def cut(job: Any, unit: Any, encoder: Any) -> Any:
+    def cut(unit: WorkUnit) -> None:
         if unit.layer == 1:
             shard.write_bytes(data[: len(data) // 2])
-        return real(job, unit, encoder)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "encode_unit", cut)
-        with pytest.raises(CheckpointError, match="ends inside this tensor"):
-            run("out", source=broken)
+    with pytest.raises(CheckpointError, match="ends inside this tensor"):
+        run("out", source=broken, on_begin=cut)
     assert "out" not in names(tmp_path)
     shard.write_bytes(data)
-    assert run("out", source=broken)["resumed_units"] > 0
+    assert run("out", source=broken).resumed_units > 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_second_build_of_the_same_output_is_refused(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted(run, monkeypatch)
+def test_a_second_build_of_the_same_output_is_refused(run: Run, tmp_path: Path) -> None:
+    interrupted(run)
     import fcntl
 
     with (tmp_path / f"out{JOURNAL}").open("rb") as held:
@@ -256,16 +219,14 @@ def test_a_second_build_of_the_same_output_is_refused(
     run("out")
 
 
-def test_a_build_that_did_nothing_leaves_nothing(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted(run, monkeypatch, count=0)
+def test_a_build_that_did_nothing_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    interrupted(run, count=0)
     assert names(tmp_path) == []
 
 
-def test_without_an_imatrix_the_file_says_so_and_its_scales_are_one(run: Build, tmp_path: Path) -> None:
+def test_without_an_imatrix_the_file_says_so_and_its_scales_are_one(run: Run, tmp_path: Path) -> None:
     result = run("out", **PLAIN)
-    assert result["coverage"] is None
+    assert result.coverage is None
     with open_hfq(tmp_path / "out") as file:
         assert file.metadata["mq_quant"]["imatrix"] is None
         assert file.metadata["mq_quant"]["recipe"]["fit"] == "exact"
@@ -273,54 +234,54 @@ def test_without_an_imatrix_the_file_says_so_and_its_scales_are_one(run: Build, 
         assert np.array_equal(scale, np.ones(256))
 
 
-def test_a_missing_imatrix_is_an_error(run: Build) -> None:
+def test_a_missing_imatrix_is_an_error(run: Run) -> None:
     with pytest.raises(ImatrixError, match="--no-imatrix"):
-        run("out", imatrix=None)
+        run("out", statistics=None)
 
 
-def test_an_imatrix_of_another_model_is_refused_before_any_work(run: Build, tmp_path: Path) -> None:
+def test_an_imatrix_of_another_model_is_refused_before_any_work(run: Run, tmp_path: Path) -> None:
     for i, shape in enumerate([{"experts": 4}, {"width": 512}, {"layers": 1}]):
         other = save_imatrix(tmp_path / f"{i}.gguf", **shape)
         with pytest.raises(ImatrixError, match="another model"):
-            run("out", imatrix=other)
+            run("out", statistics=ImatrixFile(other))
     assert not [name for name in names(tmp_path) if name.startswith("out")]
 
 
-def test_broken_entries_of_an_imatrix_are_mended_and_reported(run: Build, tmp_path: Path) -> None:
+def test_broken_entries_of_an_imatrix_are_mended_and_reported(run: Run, tmp_path: Path) -> None:
     bad = save_imatrix(tmp_path / "bad.gguf", broken=True)
-    result = run("out", imatrix=bad)
-    assert result["coverage"] < 1
-    assert any("layer 1 w2" in note and "non-finite" in note for note in result["fallbacks"])
-    assert any("without tokens" in note for note in result["fallbacks"])
+    result = run("out", statistics=ImatrixFile(bad))
+    assert result.coverage < 1
+    assert any("layer 1 w2" in note and "non-finite" in note for note in result.fallbacks)
+    assert any("without tokens" in note for note in result.fallbacks)
     with open_hfq(tmp_path / "out") as file:
         reports = file.metadata["mq_quant"]["layers"]
-        assert [note for layer in reports for note in layer["fallbacks"]] == result["fallbacks"]
+        assert [note for layer in reports for note in layer["fallbacks"]] == list(result.fallbacks)
         for entry in file.entries:
             assert np.isfinite(FORMATS[entry.quant_type].decode(file.read(entry.name))).all()
 
 
 @pytest.mark.parametrize("changes", [{"fit": "hessian"}, {"alpha": 0.5}])
-def test_options_that_need_the_imatrix_contradict_its_absence(run: Build, changes: dict[str, Any]) -> None:
+def test_changes_that_need_statistics_contradict_their_absence(run: Run, changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="--no-imatrix"):
         run("out", **(PLAIN | changes))
 
 
-def test_shards_in_another_order_give_the_same_payloads(run: Build, tmp_path: Path, small: Path) -> None:
+def test_shards_in_another_order_give_the_same_payloads(run: Run, tmp_path: Path, small: Path) -> None:
     import small_model
 
     content = small_model.tensors()
     turned = small_model.save(tmp_path / "turned", dict(reversed(content.items())), shards=5)
-    assert run("out", source=turned)["quantization_hash"] == run("whole")["quantization_hash"]
+    assert run("out", source=turned).quantization_hash == run("whole").quantization_hash
 
 
-def test_the_file_is_not_tied_to_the_folder_of_its_source(run: Build, tmp_path: Path, small: Path) -> None:
+def test_the_file_is_not_tied_to_the_folder_of_its_source(run: Run, tmp_path: Path, small: Path) -> None:
     moved = shutil.copytree(small, tmp_path / "elsewhere" / "small")
     run("a")
     run("b", source=moved)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_metadata_carries_what_the_engine_needs(run: Build, tmp_path: Path, small: Path) -> None:
+def test_metadata_carries_what_the_engine_needs(run: Run, tmp_path: Path, small: Path) -> None:
     other = shutil.copytree(small, tmp_path / "with-template")
     (other / "tokenizer.json").write_text('{"model": {"vocab": {"}": 0}}}')
     (other / "tokenizer_config.json").write_text('{"eos_token": "x"}')

@@ -18,14 +18,15 @@ from mq_quant.formats.errors import ResumeError
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.inspect.reproduce import reproduce
 from mq_quant.quantize.inspect.show import provenance
-from mq_quant.quantize.pipeline import worker_pool as engine
-from mq_quant.quantize.pipeline.build import Options, build
-from mq_quant.quantize.pipeline.build_spec import Changes, open_job
+from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
+from mq_quant.quantize.pipeline.build_spec import RecipeChanges
+from mq_quant.quantize.pipeline.statistics import NoStatistics, OnTheFly
+from mq_quant.quantize.pipeline.work_units import WorkUnit
 from mq_quant.quantize.spec.places import choose_recipe, model_files
 from mq_quant.quantize.spec.recipe import Recipe, load_tier
 from mq_quant.quantize.write.partial_file import JOURNAL
 
-Build = Callable[..., dict[str, Any]]
+Run = Callable[..., BuildResult]
 
 
 @pytest.fixture
@@ -58,18 +59,16 @@ def recipe() -> Recipe:
     return base.model_copy(update={"model": model, "quantization_hash": None})
 
 
-def stream(folder: Path) -> dict[str, Any]:
-    options = Options(folder / "out", 2, quiet=True)
-    with open_job(recipe(), Changes(alpha=0.3), options.check, scratch=folder) as job:
-        return build(job, options)
+def stream(folder: Path, statistics: OnTheFly | None = None, **given: Any) -> BuildResult:
+    return build_file(recipe(), statistics, RunOptions(folder / "out", 2, **given), RecipeChanges(alpha=0.3))
 
 
 def test_streamed_payloads_are_those_of_the_folder(
-    hub: hub_server.HubServer, run: Build, tmp_path: Path
+    hub: hub_server.HubServer, run: Run, tmp_path: Path
 ) -> None:
     local = run("local")
     streamed = stream(tmp_path)
-    assert streamed["quantization_hash"] == local["quantization_hash"]
+    assert streamed.quantization_hash == local.quantization_hash
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "local", "out"]
     record = provenance(tmp_path / "out").document
     assert record["source"]["origin"] == {"repository": REPO, "revision": MAIN}
@@ -89,17 +88,14 @@ def test_every_small_file_is_fetched_once(hub: hub_server.HubServer, tmp_path: P
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_a_streamed_build_can_calibrate_itself(
-    shards: int, hub: hub_server.HubServer, run: Build, tmp_path: Path
+    shards: int, hub: hub_server.HubServer, run: Run, tmp_path: Path
 ) -> None:
     """A layer is read twice, by the model and by the encoder, however few of its shards fit on the disk."""
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, (2, 16)))
-    inline = TokenRequest(tokens=tmp_path / "tokens.npy")
-    local = run("local", imatrix=None, inline=inline)
-    options = Options(tmp_path / "out", 2, quiet=True)
-    changes = Changes(alpha=0.3, inline=inline)
-    with open_job(recipe(), changes, options.check, shards, scratch=tmp_path) as job:
-        streamed = build(job, options)
-    assert streamed["quantization_hash"] == local["quantization_hash"]
+    on_the_fly = OnTheFly(TokenRequest(tokens=tmp_path / "tokens.npy"))
+    local = run("local", statistics=on_the_fly)
+    streamed = stream(tmp_path, on_the_fly, shard_cache=shards)
+    assert streamed.quantization_hash == local.quantization_hash
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "local", "out", "tokens.npy"]
 
 
@@ -108,7 +104,7 @@ def test_a_streamed_file_is_reproduced_from_what_it_says_alone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stream(tmp_path)
-    assert reproduce(tmp_path / "out", None, None, 2, quiet=True)["identical"]
+    assert reproduce(tmp_path / "out", jobs=2).identical
 
 
 def test_a_snapshot_folder_is_known_as_its_repository(small: Path, tmp_path: Path) -> None:
@@ -116,9 +112,7 @@ def test_a_snapshot_folder_is_known_as_its_repository(small: Path, tmp_path: Pat
     folder = tmp_path / "models--acme--Small-M2" / "snapshots" / MAIN
     shutil.copytree(small, folder)
     recipe = choose_recipe("mq2", None, str(folder))
-    options = Options(tmp_path / "out", 2, quiet=True)
-    with open_job(recipe, Changes(no_imatrix=True), options.check) as job:
-        build(job, options)
+    build_file(recipe, NoStatistics(), RunOptions(tmp_path / "out", 2))
     record = provenance(tmp_path / "out").document
     assert record["source"]["origin"] == {"repository": "acme/Small-M2", "revision": MAIN}
     assert record["recipe"]["model"]["name"] == "Small-M2"
@@ -128,19 +122,16 @@ def test_a_snapshot_folder_is_known_as_its_repository(small: Path, tmp_path: Pat
 def test_a_streamed_build_resumes_and_refuses_another_revision(
     hub: hub_server.HubServer, repository: dict[str, bytes], tmp_path: Path
 ) -> None:
-    real, begun = engine.encode_unit, 0
+    begun = 0
 
-    def failing(*arguments: Any) -> Any:
+    def failing(unit: WorkUnit) -> None:
         nonlocal begun
         begun += 1
         if begun > 18:
             raise KeyboardInterrupt
-        return real(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "encode_unit", failing)
-        with pytest.raises(KeyboardInterrupt):
-            stream(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stream(tmp_path, on_begin=failing)
     assert (tmp_path / f"out{JOURNAL}").exists()
     moved = "b" * 40
     config = json.dumps({**small_model.CONFIG, "note": "changed"}).encode()
@@ -148,4 +139,4 @@ def test_a_streamed_build_resumes_and_refuses_another_revision(
     with pytest.raises(ResumeError, match=rf"revision is '{MAIN}' there and '{moved}' here"):
         stream(tmp_path)
     hub.repositories[REPO] = {MAIN: repository}
-    assert stream(tmp_path)["resumed_units"] > 0
+    assert stream(tmp_path).resumed_units > 0

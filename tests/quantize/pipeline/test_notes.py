@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from build_hooks import stopped
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.lloyd.hessian.row import from_moment
 from mq_quant.quantize.encode import layer_encoder as encode
-from mq_quant.quantize.pipeline import worker_pool as engine
+from mq_quant.quantize.pipeline.build import BuildResult
 from mq_quant.quantize.pipeline.notes import SHOWN, SHOWN_EXPERTS, sentences, with_notes
+from mq_quant.quantize.pipeline.statistics import NoStatistics
 
-Build = Callable[..., dict[str, Any]]
+Run = Callable[..., BuildResult]
 
 
 def test_experts_with_the_same_note_share_a_sentence_in_ascending_order() -> None:
@@ -67,9 +69,9 @@ SAID = [
 
 
 @pytest.mark.usefixtures("damped")
-def test_notes_reach_the_file_whatever_the_threads(run: Build, tmp_path: Path) -> None:
+def test_notes_reach_the_file_whatever_the_threads(run: Run, tmp_path: Path) -> None:
     for jobs in (1, 3):
-        assert run(str(jobs), jobs=jobs)["fallbacks"] == SAID
+        assert list(run(str(jobs), jobs=jobs).fallbacks) == SAID
     assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
     with open_hfq(tmp_path / "1") as file:
         layers = file.metadata["mq_quant"]["layers"]
@@ -77,29 +79,17 @@ def test_notes_reach_the_file_whatever_the_threads(run: Build, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("damped")
-def test_notes_of_an_earlier_run_are_not_lost(
-    run: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_notes_of_an_earlier_run_are_not_lost(run: Run, tmp_path: Path) -> None:
     run("whole")
-    real, begun = engine.encode_unit, []
-
-    def stop(job: Any, unit: Any, encoder: Any) -> Any:
-        begun.append(unit)
-        if unit.layer == 1 and unit.expert == 1:
-            raise InterruptedError
-        return real(job, unit, encoder)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "encode_unit", stop)
-        with pytest.raises(InterruptedError):
-            run("out", jobs=1)
+    with stopped(at="layer 1 expert 1") as begun:
+        run("out", jobs=1, on_begin=begun)
     again = run("out", jobs=1)
-    assert again["resumed_units"] >= len(begun) - 3 and again["fallbacks"] == SAID
+    assert again.resumed_units >= len(begun.units) - 3 and list(again.fallbacks) == SAID
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_without_an_importance_there_is_nothing_to_say(run: Build) -> None:
-    assert run(imatrix=None, no_imatrix=True, alpha=None)["fallbacks"] == []
+def test_without_an_importance_there_is_nothing_to_say(run: Run) -> None:
+    assert run(statistics=NoStatistics(), alpha=None).fallbacks == ()
 
 
 def test_a_moment_that_is_not_usable_says_so() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import small_model
 from mq_quant.formats.minimax import parse_config
-from mq_quant.quantize.pipeline.work_units import Unit, units, work_order
+from mq_quant.quantize.pipeline.work_units import WorkUnit, file_order, shard_by_shard
 from mq_quant.quantize.spec.estimates import offline_plan
 from mq_quant.quantize.spec.places import model_files
 from mq_quant.quantize.spec.plan import ROW_WEIGHTS, PlannedTensor, plan_tensors
@@ -17,7 +17,7 @@ def small() -> tuple[PlannedTensor, ...]:
     return plan_tensors(load_tier("mq2"), parse_config(small_model.CONFIG))
 
 
-def check_cover(tensors: tuple[PlannedTensor, ...], made: tuple[Unit, ...]) -> None:
+def check_cover(tensors: tuple[PlannedTensor, ...], made: tuple[WorkUnit, ...]) -> None:
     at = 0
     for unit in made:
         assert unit.start == at
@@ -28,7 +28,7 @@ def check_cover(tensors: tuple[PlannedTensor, ...], made: tuple[Unit, ...]) -> N
 
 
 def test_units_cover_the_file_without_holes(small: tuple[PlannedTensor, ...]) -> None:
-    made = units(small)
+    made = file_order(small)
     check_cover(small, made)
     assert all(unit.is_last and unit.rows is None for unit in made)
     experts = [unit for unit in made if unit.expert is not None]
@@ -40,7 +40,7 @@ def test_units_cover_the_file_without_holes(small: tuple[PlannedTensor, ...]) ->
 def test_at_full_size_no_unit_holds_more_than_the_row_limit() -> None:
     recipe = load_tier("mq2-lloyd")
     plan = offline_plan(recipe, model_files(recipe.model))
-    made = units(plan.tensors)
+    made = file_order(plan.tensors)
     check_cover(plan.tensors, made)
     split = [unit for unit in made if unit.rows]
     assert {unit.tensors[0].name for unit in split} == {"model.embed_tokens.weight", "lm_head.weight"}
@@ -51,9 +51,9 @@ def test_at_full_size_no_unit_holds_more_than_the_row_limit() -> None:
 
 
 def test_each_layer_is_worked_on_shard_by_shard(small: tuple[PlannedTensor, ...]) -> None:
-    made = units(small)
+    made = file_order(small)
     backwards = {t.name: -(t.spec.expert or 0) for t in small if t.spec}
-    order = work_order(made, backwards.__getitem__)
+    order = shard_by_shard(made, backwards.__getitem__)
     assert sorted(order, key=lambda unit: unit.start) == list(made)
     experts = [(unit.layer, unit.expert) for unit in order if unit.expert is not None]
     assert experts == [(0, 2), (0, 1), (0, 0), (1, 2), (1, 1), (1, 0)]

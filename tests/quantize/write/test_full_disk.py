@@ -27,10 +27,9 @@ def build_on(disk: Path, size: str, filled: int, small: Path) -> subprocess.Comp
     script = f"""
 import os, sys
 from pathlib import Path
-from mq_quant.quantize.pipeline import worker_pool as engine
 from mq_quant.quantize.cli.app import main
 disk = Path({str(disk)!r})
-real, fallocate = engine.encode_unit, os.posix_fallocate
+fallocate = os.posix_fallocate
 def late(fd, offset, size):
     (disk / "other").write_bytes(b"x" * {filled})
     fallocate(fd, offset, size)

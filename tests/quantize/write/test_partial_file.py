@@ -1,89 +1,252 @@
-"""The partial output, and what is refused before it is begun; console text; provenance helpers; progress."""
+"""The partial file: what is refused before it is begun, bytes and journal lines, and the name that comes last."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from mq_quant.formats.errors import OutputError
-from mq_quant.quantize.cli.console import gigabytes, table
-from mq_quant.quantize.cli.progress_bar import Progress
-from mq_quant.quantize.spec.provenance import flatten, program
-from mq_quant.quantize.write.partial_file import PARTIAL, PartialOutput, beside, check_output
+import xxhash
+from mq_quant.formats.errors import InUseError, OutputError, ResumeError
+from mq_quant.formats.hfq import QuantizationHash, TensorMeta
+from mq_quant.quantize.write.partial_file import (
+    CALIBRATION,
+    JOURNAL,
+    PARTIAL,
+    Destination,
+    PartialFile,
+    beside,
+)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A range that is a whole tensor too."""
+
+    key: str
+    start: int
+    nbytes: int
+
+    def meta(self) -> TensorMeta:
+        return TensorMeta(self.key, 1, (self.nbytes,), 1, self.nbytes)
+
+
+@dataclass(frozen=True)
+class Small:
+    """A file of two tensors of 4 bytes behind a header of 6."""
+
+    data_offset: int = 6
+    total_bytes: int = 14
+    tensors: tuple[Bytes, ...] = field(default=(Bytes("a", 0, 4), Bytes("b", 4, 4)))
+
+
+SMALL = Small()
+A, B = SMALL.tensors
+
+
+def opened(path: Path, signature: str = "mine", force: bool = False, restart: bool = False) -> PartialFile:
+    return PartialFile(Destination(path, force), SMALL, SMALL.tensors, {"made of": signature}, restart)
+
+
+def put(file: PartialFile, where: Bytes, data: bytes) -> None:
+    file.put(where, memoryview(data), {"note": where.key})
+
+
+def begun(path: Path) -> None:
+    """Leave an unfinished file whose second tensor is written."""
+    with opened(path) as file:
+        put(file, B, b"BBBB")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
 
 
 def test_bytes_are_written_where_they_belong_and_the_name_comes_last(tmp_path: Path) -> None:
     final = tmp_path / "x"
-    output = PartialOutput(final, 10)
-    assert beside(final, PARTIAL).stat().st_size == 10
-    output.write(6, memoryview(b"late"))
-    output.write(0, memoryview(b"early"))
-    assert output.read(0, 10) == b"early\0late"
-    assert not final.exists()
-    output.commit()
-    output.close()
-    assert final.read_bytes() == b"early\0late"
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    with opened(final) as file:
+        assert beside(final, PARTIAL).stat().st_size == 14
+        put(file, B, b"BBBB")
+        put(file, A, b"AAAA")
+        assert file.read(0, 8) == b"AAAABBBB"
+        assert not final.exists()
+        assert file.commit(b"header") == final
+        assert final.read_bytes() == b"headerAAAABBBB"
+    assert names(tmp_path) == ["x"]
+
+
+def test_tensors_are_hashed_in_the_order_of_the_file_whatever_came_first(tmp_path: Path) -> None:
+    expected = QuantizationHash()
+    expected.update(A.meta(), [b"AAAA"])
+    expected.update(B.meta(), [b"BBBB"])
+    sums = [xxhash.xxh64_hexdigest(data) for data in (b"AAAA", b"BBBB")]
+    for order in ((A, B), (B, A)):
+        with opened(tmp_path / "x") as file:
+            for each in order:
+                put(file, each, each.key.upper().encode() * 4)
+            assert (file.hash.quantization_hash, file.hash.checksums) == (expected.hexdigest, sums)
+            file.commit(b"header")
+        (tmp_path / "x").unlink()
+
+
+def test_a_payload_of_another_size_is_a_fault_of_ours(tmp_path: Path) -> None:
+    with opened(tmp_path / "x") as file, pytest.raises(AssertionError, match="3 bytes given, 4 planned"):
+        put(file, A, b"AAA")
+
+
+def test_what_an_earlier_run_wrote_is_taken_over_where_it_still_holds(tmp_path: Path) -> None:
+    begun(tmp_path / "x")
+    with opened(tmp_path / "x") as file:
+        assert not file.begun_anew and file.done["b"]["note"] == "b"
+        assert file.take_over([A, B], 2) == {"b"}
+        put(file, A, b"AAAA")
+        assert len(file.hash.checksums) == 2
+    data = bytearray(beside(tmp_path / "x", PARTIAL).read_bytes())
+    data[-1] ^= 1
+    beside(tmp_path / "x", PARTIAL).write_bytes(data)
+    with opened(tmp_path / "x") as file:
+        assert file.take_over([A, B], 1) == {"a"}
+
+
+def test_without_its_file_or_with_restart_the_journal_begins_anew(tmp_path: Path) -> None:
+    begun(tmp_path / "x")
+    beside(tmp_path / "x", PARTIAL).unlink()
+    with opened(tmp_path / "x") as file:
+        assert file.begun_anew and not file.done
+    begun(tmp_path / "x")
+    with opened(tmp_path / "x", "another", restart=True) as file:
+        assert file.begun_anew and not file.done
+
+
+def test_another_signature_is_refused_and_everything_stays(tmp_path: Path) -> None:
+    begun(tmp_path / "x")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ResumeError, match="made of is 'mine' there and 'other' here"):
+        opened(tmp_path / "x", "other")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_where_nothing_is_noted_nothing_stays(tmp_path: Path) -> None:
+    with opened(tmp_path / "x"):
+        assert len(names(tmp_path)) == 2
+    assert names(tmp_path) == []
+    (tmp_path / f"x{JOURNAL}").touch()
+    (tmp_path / f"x{PARTIAL}").touch()
+    with opened(tmp_path / "x", "whatever"):
+        pass
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_second_process_touches_nothing(restart: bool, tmp_path: Path) -> None:
+    with opened(tmp_path / "x") as first:
+        put(first, A, b"AAAA")
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        with pytest.raises(InUseError, match="another build"):
+            opened(tmp_path / "x", "another", restart=restart)
+        with pytest.raises(InUseError, match="another build"):
+            Destination(tmp_path / "x").check_unused()
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+        put(first, B, b"BBBB")
+        first.commit(b"header")
+    Destination(tmp_path / "x").check_unused()
+    assert names(tmp_path) == ["x"]
+
+
+def test_an_output_that_appears_meanwhile_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look and the lock another build may have finished."""
+    real = Destination.check
+
+    def check(self: Destination, total_bytes: int) -> None:
+        real(self, total_bytes)
+        (tmp_path / "x").write_bytes(b"finished")
+
+    monkeypatch.setattr(Destination, "check", check)
+    with pytest.raises(OutputError, match="exists already"):
+        opened(tmp_path / "x")
+    assert names(tmp_path) == ["x"]
 
 
 def test_an_old_partial_file_of_another_size_is_cut_to_ours(tmp_path: Path) -> None:
-    beside(tmp_path / "x", PARTIAL).write_bytes(b"0" * 99)
-    PartialOutput(tmp_path / "x", 10).close()
-    assert beside(tmp_path / "x", PARTIAL).stat().st_size == 10
+    begun(tmp_path / "x")
+    with beside(tmp_path / "x", PARTIAL).open("ab") as f:
+        f.write(b"0" * 99)
+    with opened(tmp_path / "x") as file:
+        assert beside(tmp_path / "x", PARTIAL).stat().st_size == 14
+        assert file.take_over([A, B], 1) == {"b"}
 
 
 def test_a_file_cut_short_meanwhile_is_an_error(tmp_path: Path) -> None:
-    output = PartialOutput(tmp_path / "x", 10)
-    beside(tmp_path / "x", PARTIAL).write_bytes(b"0")
-    with pytest.raises(OutputError, match="has become shorter"):
-        output.read(0, 10)
-    output.close()
+    with opened(tmp_path / "x") as file:
+        beside(tmp_path / "x", PARTIAL).write_bytes(b"0")
+        with pytest.raises(OutputError, match="has become shorter"):
+            file.read(0, 8)
+
+
+@pytest.mark.parametrize("suffix", [PARTIAL, JOURNAL])
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "plain file"])
+def test_what_took_the_place_of_a_helper_file_is_not_followed(suffix: str, kind: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"precious")
+    begun(tmp_path / "x")
+    helper = beside(tmp_path / "x", suffix)
+    helper.unlink()
+    if kind == "plain file":
+        helper.mkdir()
+    else:
+        helper.symlink_to(mine) if kind == "symbolic link" else helper.hardlink_to(mine)
+    with pytest.raises(OutputError, match=helper.name):
+        opened(tmp_path / "x")
+    assert mine.read_bytes() == b"precious" and not (tmp_path / "x").exists()
+
+
+def test_only_the_file_that_was_written_gets_the_name(tmp_path: Path) -> None:
+    partial = beside(tmp_path / "x", PARTIAL)
+    for replace in (lambda: partial.write_bytes(b"other"), lambda: partial.symlink_to(tmp_path / "other")):
+        with opened(tmp_path / "x", restart=True) as file:
+            put(file, A, b"AAAA")
+            partial.unlink()
+            replace()
+            with pytest.raises(OutputError, match="removed or replaced"):
+                file.commit(b"header")
+        assert not os.path.lexists(tmp_path / "x")
+    with opened(tmp_path / "x", restart=True) as file:
+        put(file, A, b"AAAA")
+        shutil.move(partial, tmp_path / "elsewhere")
+        with pytest.raises(OutputError, match="removed or replaced"):
+            file.commit(b"header")
 
 
 def test_space_that_the_partial_file_holds_already_counts_as_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
-    output = PartialOutput(tmp_path / "x", 1 << 20)
-    output.close()
+    beside(tmp_path / "x", PARTIAL).write_bytes(b"0" * (1 << 20))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4096))
-    check_output(tmp_path / "x", 1 << 20, force=False)
+    Destination(tmp_path / "x").check(1 << 20)
     with pytest.raises(OutputError, match="needs"):
-        check_output(tmp_path / "x", 1 << 20, force=False, extra_bytes=1 << 20)
+        Destination(tmp_path / "x", extra_bytes=1 << 20).check(1 << 20)
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_output_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
-        PartialOutput(tmp_path / "none" / "x", 10)
+def test_a_name_too_long_for_its_helpers_is_refused_before_any_work(tmp_path: Path) -> None:
+    most = os.pathconf(tmp_path, "PC_NAME_MAX")
+    for size in (most, most + 1, most - len(CALIBRATION) + 1):
+        with pytest.raises(OutputError, match=f"too long: it has {size} bytes"):
+            opened(tmp_path / ("x" * size))
+    with pytest.raises(OutputError, match="too long: it has 240 bytes"):
+        opened(tmp_path / ("ü" * 120))
+    assert names(tmp_path) == []
+    with opened(tmp_path / ("x" * 200)) as file:
+        file.commit(b"header")
+    assert names(tmp_path) == ["x" * 200]
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(86_180_388_864, "86.2 GB"), (2_037_760, "2.0 MB"), (1500, "1.5 kB"), (7, "7 B")]
-)
-def test_sizes_read_well(count: int, text: str) -> None:
-    assert gigabytes(count) == text
-
-
-def test_tables_align_numbers_to_the_right() -> None:
-    assert table(("name", "n"), [("a", 5), ("long", 123)]) == "name    n\na       5\nlong  123"
-
-
-def test_flatten_names_every_leaf() -> None:
-    assert dict(flatten({"a": {"b": 1, "c": [2]}, "d": None})) == {"a.b": 1, "a.c": [2], "d": None}
-
-
-def test_the_program_says_its_version_and_commit() -> None:
-    said = program()
-    assert said["name"] == "mq-quant"
-    assert said["commit"] is None or len(said["commit"]) == 40
-
-
-def test_progress_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    for quiet in (True, False):
-        with Progress("x", 10, 0, quiet) as bar:
-            bar.advance(5, "unit")
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == ""
+def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="its folder does not exist"):
+        opened(tmp_path / "none" / "x")
+    with pytest.raises(OutputError, match="is a folder"):
+        opened(tmp_path, force=True)

@@ -1,0 +1,163 @@
+"""What a build knows of the inputs of its matrices: nothing, an imatrix, a calibration folder, or its own calibration.
+
+`Statistics` says what was asked for; `find` opens it and holds it against the model, on metadata alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from ...awq.from_imatrix import ImatrixModel, load_importance
+from ...awq.from_moments import blank_record, load_calibration
+from ...awq.importance import ModelImportance
+from ...formats.checkpoint.source import Source
+from ...formats.errors import ImatrixError, RecipeError
+from ...formats.minimax import ModelConfig
+from ...formats.statistics.imatrix import read_imatrix
+from ..calibrate.tokens import TokenRequest, load_tokens
+from ..spec.places import local_folder
+from ..spec.recipe import ImatrixRef, Recipe
+
+if TYPE_CHECKING:
+    from ..calibrate.on_the_fly import GatheredImportance
+
+
+@dataclass(frozen=True)
+class NoStatistics:
+    """A plain build: no importance and no AWQ scale; the file says so."""
+
+
+@dataclass(frozen=True)
+class ImatrixFile:
+    """An imatrix of llama.cpp's family, GGUF or .dat, instead of the recipe's own."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class MomentFolder:
+    """A folder of `calibrate`; an imatrix, where one is given, stands behind moments of too few tokens."""
+
+    folder: Path
+    imatrix: Path | None = None
+
+
+@dataclass(frozen=True)
+class OnTheFly:
+    """Moments that the build gathers itself, each layer's just before the layer is encoded, on a device of torch's."""
+
+    tokens: TokenRequest
+    device: str = "cpu"
+    imatrix: Path | None = None
+
+
+Statistics = NoStatistics | ImatrixFile | MomentFolder | OnTheFly
+"""Where none of these is given, the recipe's own imatrix is used."""
+
+
+def statistics_at(path: Path) -> Statistics:
+    """The statistics in a place: a folder is a calibration, a file an imatrix."""
+    return MomentFolder(path) if path.is_dir() else ImatrixFile(path)
+
+
+@dataclass(frozen=True)
+class Importances:
+    """The importances that a build uses, and what is said of them.
+
+    `signature` decides bytes, and `stated` is the same as it stands in the metadata before the work. `record` is what
+    the finished file says of its calibration; where the build gathers it (`gathered`) that is known only at the end.
+    """
+
+    model: ModelImportance | None
+    signature: Mapping[str, Any]
+    stated: Mapping[str, Any]
+    record: Mapping[str, Any] | None = None
+    gathered: GatheredImportance | None = None
+
+
+def begin_gathering(statistics: Statistics | None, source: Source) -> GatheredImportance | None:
+    """The calibration that the build will gather, its tokens and device checked; torch is loaded for it alone."""
+    if not isinstance(statistics, OnTheFly):
+        return None
+    from ..calibrate.on_the_fly import GatheredImportance
+
+    return GatheredImportance(source, load_tokens(source, statistics.tokens), statistics.device)
+
+
+def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:
+    """The imatrix in use: the one given, or the recipe's own where no statistics are given. It may be fetched.
+
+    Raises ImatrixError where there is none, HubError where it cannot be fetched.
+    """
+    match statistics:
+        case ImatrixFile(path):
+            return path
+        case MomentFolder(_, path) | OnTheFly(_, _, path):
+            return path
+        case NoStatistics():
+            return None
+    ref = recipe.model.imatrix
+    if ref is None:
+        raise ImatrixError(
+            "no imatrix was given, and there is none of its own for this source",
+            hint="give --imatrix FILE (llama.cpp's GGUF or .dat), or --no-imatrix for a plain build",
+        )
+    if ref.repository is not None:
+        from ...formats.hub.files import fetch_file
+
+        return fetch_file(ref.repository, ref.file, ref.revision)
+    folder = local_folder(recipe.model.place.address)
+    if folder is None:
+        raise ImatrixError(f"the recipe names {ref.file} without its repository", hint="give --imatrix FILE")
+    return _inside(folder, ref)
+
+
+def _inside(folder: Path, ref: ImatrixRef) -> Path:
+    """A file of the source's own folder; RecipeError for a name that leads out of it."""
+    name = PurePosixPath(ref.file)
+    if name.is_absolute() or ".." in name.parts:
+        raise RecipeError(
+            f"the recipe's imatrix {ref.file!r} is not inside the folder of its source",
+            hint="give the imatrix as --imatrix",
+        )
+    return folder / name
+
+
+def open_imatrix(path: Path | None, config: ModelConfig) -> ImatrixModel | None:
+    """The importances in an imatrix, held against the model; ImatrixError where they cannot be used."""
+    return load_importance(read_imatrix(path), config) if path is not None else None
+
+
+def find(
+    statistics: Statistics | None,
+    imatrix: ImatrixModel | None,
+    config: ModelConfig,
+    made_from: Mapping[str, Any],
+    gathered: GatheredImportance | None,
+) -> Importances:
+    """The importances in use; a calibration folder is opened and held against the model and its source.
+
+    `made_from` is the source's {origin, files}. Raises CalibrationError for a folder of another model.
+    """
+    record = imatrix.record() if imatrix else None
+    if isinstance(statistics, MomentFolder):
+        model = load_calibration(statistics.folder, config, made_from, imatrix)
+        said = model.record()
+        return Importances(
+            model,
+            {"imatrix": record, "calibration": said},
+            {"imatrix": record, "calibration": blank_record(said)},
+            said,
+        )
+    if gathered is not None:
+        gathered.bind(made_from, imatrix)
+        return Importances(
+            gathered,
+            {"imatrix": record, "calibration": gathered.signature()},
+            {"imatrix": record, "calibration": blank_record(gathered.record())},
+            gathered=gathered,
+        )
+    return Importances(imatrix, {"imatrix": record}, {"imatrix": record})
