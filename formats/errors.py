@@ -107,6 +107,7 @@ class HfqKind(StrEnum):
     NO_TENSOR = auto()  # the file has no tensor of this name
     UNKNOWN_FORMAT = auto()  # the tensor's block format is not known
     SCALE = auto()  # an AWQ scale does not fit the matrices that it scales
+    OTHER_SHAPE = auto()  # a tensor has another shape than the file's config calls for
     PROVENANCE = auto()  # the file does not say, or not in our form, what it was made from
     # Writing
     LENGTH = auto()  # the bytes given for a payload are fewer or more than its index line states

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,10 @@ def verify(
     skipped: dict[str, str] = {}
     cfg = _config(file)
 
-    def run(name: str, stage: Callable[[], Stage]) -> None:
+    def run(name: str, stage: Callable[[], Stage], before: Callable[[], None] = lambda: None) -> None:
         began = time.monotonic()
         try:
+            before()
             result = stage()
         except MqError as e:
             result = Stage(name, 0, "results", (str(e),))
@@ -116,12 +118,14 @@ def verify(
         skipped["fidelity"] = skipped["forward"] = "the file's config cannot be read"
     else:
         chosen = sampled(file) if request.sample else None
-        run("fidelity", lambda: check_fidelity(file, source, cfg, request.imatrix, chosen))
+        alike = partial(check_dimensions, file, cfg, source.config)
+        run("fidelity", lambda: check_fidelity(file, source, cfg, request.imatrix, chosen), alike)
         if tokens is None:
             skipped["forward"] = "no tokens to run; give --tokens, --prompt or --token-file"
         else:
             ids = tokens
-            run("forward", lambda: check_forward(file, source, cfg, backend, ids, request.bars, request.dump))
+            dump, bars = request.dump, request.bars
+            run("forward", lambda: check_forward(file, source, cfg, backend, ids, bars, dump), alike)
     if cfg is None or request.generate == 0 or request.prompt is None or not request.prompt.size:
         skipped["generation"] = "no prompt, or no tokens were asked for"
     else:
@@ -131,6 +135,31 @@ def verify(
             lambda: check_generation(file, model, backend, prompt, request.generate, request.bars.coherence),
         )
     return Verdict(file.path, tuple(stages), skipped, seconds)
+
+
+DIMENSIONS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "num_local_experts",
+    "num_experts_per_tok",
+)
+"""The keys of a config that decide how many tensors there are, their shapes, and the shapes of what flows through."""
+
+
+def check_dimensions(file: HfqFile, cfg: ModelConfig, source: ModelConfig) -> None:
+    """CheckError where a file is of a model of other dimensions than the source: nothing can be compared then."""
+    different = [
+        f"{name} is {getattr(cfg, name)}, the source's {getattr(source, name)}"
+        for name in DIMENSIONS
+        if getattr(cfg, name) != getattr(source, name)
+    ]
+    if different:
+        raise CheckError(f"cannot be compared with the source: {'; '.join(different)}", file=file.path)
 
 
 def _config(file: HfqFile) -> ModelConfig | None:

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ...formats.errors import HfqError, HfqKind
 from ...formats.hfq import HfqFile, TensorEntry
 from ...formats.hfq.stored import format_of, stored_form
+from ...formats.minimax import ModelConfig, inventory
 
 PIECE = 1 << 22
 """Weights decoded at a time."""
@@ -25,6 +27,22 @@ def pieces(file: HfqFile, entry: TensorEntry, weights: int = PIECE) -> Iterator[
     step = max(1, weights // fmt.group) * fmt.group_bytes
     for start in range(0, entry.nbytes, step):
         yield file.read_range(entry, start, min(start + step, entry.nbytes))
+
+
+def check_shapes(file: HfqFile, cfg: ModelConfig) -> None:
+    """HfqError that names the first tensor of the model which the file lacks, or holds in another shape.
+
+    What runs a file relies on shapes; a file of other shapes than its own config would lead it out of bounds.
+    """
+    for spec in inventory(cfg):
+        shape = file.entry(spec.name).shape
+        if shape != spec.shape:
+            raise HfqError(
+                f"has shape {list(shape)}, but the file's config calls for {list(spec.shape)}",
+                kind=HfqKind.OTHER_SHAPE,
+                file=file.path,
+                tensor=spec.name,
+            )
 
 
 class DecodedFile:

@@ -20,7 +20,7 @@ from ...formats.hfq.stored import awq_scale, format_of
 from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_prefix
 from ...kernels.forward import ops
 from ...kernels.runtime.host import Backend, Buffer
-from .hfq_weights import DecodedFile, pieces
+from .hfq_weights import DecodedFile, check_shapes, pieces
 
 RESIDENT_BYTES = 1 << 30
 """The layers of a file of at most this size stay loaded once they were read."""
@@ -71,7 +71,7 @@ class KernelModel:
 
     `after` is called with a stage's name when its launches are queued; benchmarks wait there and read the clock.
     Raises CheckError where a layer's experts have different formats or shapes, or its hidden states are not numbers,
-    and HfqError where a tensor is missing.
+    and HfqError where a tensor is missing or has another shape than the config calls for.
     """
 
     file: HfqFile
@@ -82,6 +82,7 @@ class KernelModel:
     traffic: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self) -> None:
+        check_shapes(self.file, self.cfg)
         cos, sin = ops.rope_tables(self.capacity, self.cfg.rotary_dim, self.cfg.rope_theta)
         self._cos, self._sin = self.backend.upload(cos), self.backend.upload(sin)
         self._signs = ops.signs(self.backend)

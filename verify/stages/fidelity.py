@@ -149,8 +149,13 @@ def check_fidelity(
     for spec in inventory(cfg):
         if spec.name not in chosen or spec.name not in file:
             continue
-        fmt = format_of(file, file.entry(spec.name)).name
-        parts = []
+        entry, parts = file.entry(spec.name), []
+        fmt = format_of(file, entry).name
+        if entry.shape != spec.shape:
+            problems.append(
+                f"{spec.name}: has shape {list(entry.shape)}, the config calls for {list(spec.shape)}"
+            )
+            continue
         for weight, decoded in _pairs(stored, source, spec, folds):
             if weight.shape != decoded.shape:
                 problems.append(
