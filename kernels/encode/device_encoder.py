@@ -63,7 +63,7 @@ class _Slot:
 
 @dataclass
 class _Space:
-    """Named buffers that are kept from one matrix to the next, and grow."""
+    """Named buffers that serve one matrix after the other; a buffer grows when a larger matrix comes."""
 
     backend: Backend
     held: dict[str, Buffer] = field(default_factory=dict)
@@ -176,7 +176,9 @@ class DeviceEncoder:
         return _Work(fmt, count, groups, rows, params, space.take("codes", weights.shape, np.uint8))
 
     def _initial(self, work: _Work, first: int, exact: Sequence[bool]) -> None:
-        """Levels of the groups from `first` on, best in plain squared error, or nearly so where not `exact`."""
+        """Levels of the groups from `first` on, best in plain squared error. For groups that are not `exact`, a faster
+        search comes near the best.
+        """
         if isinstance(work.fmt, AffineFormat):
             shape = (work.count, work.groups, first)
             ends = (self._both_ends, len(BOTH_ENDS), self._one_end, len(ONE_END))
@@ -280,7 +282,7 @@ class DeviceEncoder:
         self._launch("multiply_rows", grid, (out, y, h.matrix, sign, work.count, work.groups, first))
 
     def _errors(self, work: _Work, first: int, number: int) -> Buffer:
-        """f32 of the rows' shape, what the decoder will miss of them."""
+        """The rows minus what the decoder will make of them, f32 [R, K]."""
         errors = self._space.take("errors", work.rows.shape, np.float32)
         args = (errors, work.rows, work.params, work.codes, work.groups, first)
         self._launch("residual_rows", (work.count, number), args, work.fmt)
@@ -307,7 +309,7 @@ class DeviceEncoder:
         self._slots.append(_Slot(slot, made))
 
     def _load(self, hessian: RowHessian) -> _Hessian:
-        """A Hessian on the device; the ones used last stay longest."""
+        """A Hessian's buffers on the device. Where all slots are taken, the slot that was used longest ago makes room."""
         self.bring([hessian])
         slot = next(n for n, kept in enumerate(self._slots) if hessian in kept.found)
         self._slots.append(self._slots.pop(slot))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from lanes_problem import heavy_rows, unequal_weights
 from mq_quant.formats.blocks import BY_NAME, LloydFormat
 from mq_quant.lloyd.encode import ENCODED, encode_rotated
-from mq_quant.lloyd.hessian.group import from_diagonal
+from mq_quant.lloyd.hessian import row
+from mq_quant.lloyd.hessian.group import GroupHessian, from_diagonal
 from mq_quant.lloyd.hessian.row import RowHessian, compensate, from_moment, from_weights, inverse_factor
 from rotation import matrix
 
@@ -171,3 +173,31 @@ def test_rows_of_a_moment_give_the_same_bytes_in_any_company() -> None:
     for cuts in ((1, 3), (16,), (20,)):
         parts = [encode_rotated(p, fmt, "hessian", h) for p in np.split(rows, cuts)]
         np.testing.assert_array_equal(np.concatenate(parts).reshape(21, -1), want)
+
+
+def test_channel_weights_are_factored_once_and_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, made = row.from_bounded, []
+
+    def counted(weights: np.ndarray) -> GroupHessian:
+        made.append(weights)
+        return real(weights)
+
+    monkeypatch.setattr(row, "from_bounded", counted)
+    h = from_weights(unequal_weights(0.8, width=768))
+    assert h.weights is not None and h.weights.shape == (3, 256)
+    np.testing.assert_allclose(h.weights.mean(axis=1), 1)
+    assert h.nearly_white == [False] * 3 and not h.notes and not made
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda _: h.groups, range(32)))
+    assert len(made) == 3
+    assert all(a is b for groups in seen for a, b in zip(groups, seen[0], strict=True))
+    assert h.nearly_white == [group.nearly_white for group in h.groups]
+
+
+def test_a_group_without_usable_weights_is_white() -> None:
+    weights = unequal_weights(0.8, width=512)
+    weights[256:] = np.nan
+    h = from_weights(weights)
+    assert h.nearly_white == [False, True]
+    np.testing.assert_array_equal(h.groups[1].matrix, np.eye(256))
+    np.testing.assert_array_equal(h.groups[1].feedback, np.eye(256))
