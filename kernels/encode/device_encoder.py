@@ -309,7 +309,7 @@ class DeviceEncoder:
         self._slots.append(_Slot(slot, made))
 
     def _load(self, hessian: RowHessian) -> _Hessian:
-        """A Hessian's buffers on the device. Where all slots are taken, the slot that was used longest ago makes room."""
+        """A Hessian's buffers on the device. Where all slots are taken, the one used longest ago makes room."""
         self.bring([hessian])
         slot = next(n for n, kept in enumerate(self._slots) if hessian in kept.found)
         self._slots.append(self._slots.pop(slot))
