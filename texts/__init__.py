@@ -11,9 +11,9 @@ import hashlib
 import lzma
 from importlib.resources import files
 
-CALIBRATION_SHA256 = "cd0961bdff4e83562f4c948cf5addf9e11053ae1efd64aa8ff6dc2db0e14e0ab"
+CALIBRATION_SHA256 = "4839cfdd8422b625fb91833cd0dc756471ff7a11b08a825685f6160439307dc5"
 """SHA-256 of the calibration text in UTF-8, which names it in records of what was calibrated on it."""
-EVALUATION_SHA256 = "d445711efe0f9ca0e3bbf511b2b1fa65e885fe7e3ddd489f9621e777e24f6055"
+EVALUATION_SHA256 = "0fe5027b244afe001611f137ba2bed6888d4858478a4187f1f9fae9274d4a553"
 """SHA-256 of the evaluation text in UTF-8."""
 
 

@@ -1,6 +1,6 @@
 """Makes texts/calibration.txt.xz and texts/evaluation.txt.xz out of the archives that texts/sources.toml names.
 
-    python tools/make_texts.py                 downloads (about 250 MB into out/texts), and writes texts/ and NOTICE
+    python tools/make_texts.py                 downloads (about 320 MB into out/texts), and writes texts/ and NOTICE
     python tools/make_texts.py --check         compares what is committed with its records, without a network
 
 The same catalogue gives the same bytes on every machine: archives are pinned by SHA-256, pieces are ordered by hashes
@@ -100,7 +100,7 @@ def write(
         (TEXTS / f"{use}.tsv").write_text(records.table(texts[use]), "utf-8")
         loader = re.sub(rf'({use.upper()}_SHA256 = ")[0-9a-f]*', rf"\g<1>{_sha256(data)}", loader)
     (TEXTS / "__init__.py").write_text(loader, "utf-8")
-    licence_texts, names = records.licences(sources, folders)
+    licence_texts, names = records.licences(sources, folders, [piece for use in USES for piece in texts[use]])
     (TEXTS / "licences").mkdir(exist_ok=True)
     for old in (TEXTS / "licences").iterdir():
         old.unlink()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from textmaking import about_code, about_countries, about_docs, forms, problems, records
 from textmaking.catalogue import CALIBRATION, EVALUATION, Pick, Source, load
 from textmaking.chat import TOOLS, Turn, render
-from textmaking.clean import SHORTEST, cut, is_written_by_hand, tidy, without_licence_header
+from textmaking.clean import SHORTEST, cut, is_written_by_hand, licence_header, tidy
 from textmaking.fetch import fetch
 from textmaking.mix import Piece, interleave, runs, select
 
@@ -76,12 +76,13 @@ def test_tidy_text_stays_as_it_is(text: str) -> None:
     ],
 )
 def test_licence_headers_are_taken_away(header: str) -> None:
-    assert without_licence_header(f"{header}code(1)\nmore()\n") == "code(1)\nmore()\n"
+    assert licence_header(f"{header}code(1)\nmore()\n") == (header.strip(), "code(1)\nmore()\n")
 
 
 def test_other_comments_and_the_interpreter_stay() -> None:
-    assert without_licence_header("# What this is.\nx = 1\n") == "# What this is.\nx = 1\n"
-    assert without_licence_header("#!/bin/sh\n# MIT licence\nls\n") == "#!/bin/sh\nls\n"
+    assert licence_header("# What this is.\nx = 1\n") == ("", "# What this is.\nx = 1\n")
+    assert licence_header("#!/bin/sh\n# MIT licence\nls\n") == ("# MIT licence", "#!/bin/sh\nls\n")
+    assert licence_header("#!/bin/sh") == ("", "#!/bin/sh")
 
 
 def test_minified_and_generated_code_is_found() -> None:
@@ -396,9 +397,21 @@ def test_equal_licences_share_a_file_and_notices_lose_addresses(tmp_path: Path) 
         for file, text in files.items():
             (tmp_path / name / file).write_text(text)
     sources = [Source(n, "npm", "MIT", (f,), ()) for n, f in (("a", "L"), ("b", "L"), ("c", "m.html"))]
-    held, names = records.licences(sources, {n: tmp_path / n for n in "abc"})
+    held, names = records.licences(sources, {n: tmp_path / n for n in "abc"}, [])
     assert names == {"a": ["a-L.txt"], "b": ["a-L.txt"], "c": ["c-m.txt"]}
     assert held["c-m.txt"] == "m.html\nCopyright A. Writer and B\n"
+
+
+def test_licence_headers_that_are_taken_away_are_kept_in_the_notices(tmp_path: Path) -> None:
+    for name, owner in {"a.c": "A. Writer", "b.c": "B. Writer", "c.c": "A. Writer"}.items():
+        (tmp_path / name).write_text(f"/* Copyright {owner}, MIT licence */\nint x;\n")
+    code = Pick("s", CALIBRATION, "c", "code", ("*.c",), 1)
+    pieces = [Piece(code, label, "int x;") for label in ("a.c", "b.c#1", "c.c")]
+    held, names = records.licences([Source("s", "npm", "MIT", (), (code,))], {"s": tmp_path}, pieces)
+    assert names == {"s": ["s-headers.txt"]}
+    assert held["s-headers.txt"] == (
+        "a.c, c.c:\n\n/* Copyright A. Writer, MIT licence */\n\nb.c:\n\n/* Copyright B. Writer, MIT licence */\n"
+    )
 
 
 def test_the_catalogue_is_whole() -> None:

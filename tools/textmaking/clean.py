@@ -38,12 +38,13 @@ def tidy(text: str) -> str:
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)).strip("\n")
 
 
-def without_licence_header(code: str) -> str:
-    """Source code without leading comments that speak of a licence; they stand in the notices instead."""
-    head, code = ("", code) if not code.startswith("#!") else code.split("\n", 1)
+def licence_header(code: str) -> tuple[str, str]:
+    """(leading comments that speak of a licence, the code without them). The line of the interpreter stays."""
+    shebang, code = code.split("\n", 1) if code.startswith("#!") and "\n" in code else ("", code)
+    header = ""
     while (match := _COMMENT.match(code)) and _LEGAL.search(match[0]):
-        code = code[match.end() :]
-    return f"{head}\n{code.lstrip()}" if head else code.lstrip()
+        header, code = header + match[0], code[match.end() :]
+    return header.strip(), f"{shebang}\n{code.lstrip()}" if shebang else code.lstrip()
 
 
 def is_written_by_hand(code: str) -> bool:

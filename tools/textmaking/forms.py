@@ -15,7 +15,7 @@ from typing import Any
 
 from textmaking import about_code, about_countries, about_docs, problems
 from textmaking.catalogue import Pick
-from textmaking.clean import is_written_by_hand, without_licence_header
+from textmaking.clean import is_written_by_hand, licence_header
 
 File = tuple[str, str]
 Document = tuple[str, str]
@@ -50,7 +50,7 @@ def translated(files: Sequence[File], pick: Pick) -> Iterator[Document]:
 def code(files: Sequence[File], pick: Pick) -> Iterator[Document]:
     """Source files, without their licence headers; generated files are left out."""
     for path, text in files:
-        text = without_licence_header(text)
+        _, text = licence_header(text)
         if text and is_written_by_hand(text):
             yield path, text
 
@@ -226,3 +226,5 @@ FORMS: dict[str, Form] = {
 WHOLE = frozenset(
     {"sections", "reading", "writing", "lookup", "extraction", "translation", "tutoring", "json"}
 )
+FROM_CODE = frozenset({"code", "joined-code", "reading", "writing"})
+"""Forms whose files may begin with a licence header, which the notices keep."""

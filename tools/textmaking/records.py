@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from textmaking.catalogue import USES, Source
-from textmaking.clean import EMAIL
+from textmaking.clean import EMAIL, licence_header
+from textmaking.forms import FROM_CODE
 from textmaking.mix import Piece
 
 SEPARATOR = "\n\n"
@@ -37,26 +38,46 @@ def _manual_notice(page: str) -> str:
     return EMAIL.sub("", "\n".join(line.strip() for line in text.split("\n") if line.strip()))
 
 
+def _headers(source: Source, pieces: Sequence[Piece], folder: Path) -> str:
+    """The licence headers of the source files that pieces were made of, each once, with the files that bear it."""
+    files: dict[str, list[str]] = defaultdict(list)
+    labels = {
+        p.label.partition("#")[0] for p in pieces if p.pick.source == source.name and p.pick.form in FROM_CODE
+    }
+    for label in sorted(labels):
+        path = folder / label
+        for file in sorted(path.glob("*")) if path.is_dir() else [path]:
+            if file.is_file() and (header := licence_header(file.read_text("utf-8", errors="ignore"))[0]):
+                files[header].append(file.relative_to(folder).as_posix())
+    return "\n\n".join(f"{', '.join(names)}:\n\n{header}" for header, names in files.items())
+
+
 def licences(
-    sources: Sequence[Source], folders: Mapping[str, Path]
+    sources: Sequence[Source], folders: Mapping[str, Path], pieces: Sequence[Piece]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """({file name: text}, {source: file names}) of all licence files; equal texts share one file."""
+    """({file name: text}, {source: file names}) of licence files and licence headers; equal texts share one file."""
     texts: dict[str, str] = {}
     names: dict[str, list[str]] = defaultdict(list)
     by_text: dict[str, str] = {}
+
+    def keep(source: str, name: str, text: str) -> None:
+        text = "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").strip().split("\n")) + "\n"
+        name = by_text.setdefault(text, name)
+        if texts.setdefault(name, text) != text:
+            raise ValueError(f"two licence files would be called {name}")
+        if name not in names[source]:
+            names[source].append(name)
+
     for source in sources:
         for file in source.licence_files:
             owner, _, inside = file.rpartition(":")
             text = (folders[owner or source.name] / inside).read_text("utf-8")
             if inside.endswith(".html"):
                 text = f"{PurePosixPath(inside).name}\n{_manual_notice(text)}"
-            text = "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").strip().split("\n")) + "\n"
             stem = re.sub(r"\.(?:txt|md|html)$", "", PurePosixPath(inside).name)
-            name = by_text.setdefault(text, f"{owner or source.name}-{stem}.txt")
-            if texts.setdefault(name, text) != text:
-                raise ValueError(f"two licence files would be called {name}")
-            if name not in names[source.name]:
-                names[source.name].append(name)
+            keep(source.name, f"{owner or source.name}-{stem}.txt", text)
+        if headers := _headers(source, pieces, folders[source.name]):
+            keep(source.name, f"{source.name}-headers.txt", headers)
     return texts, names
 
 
