@@ -1,46 +1,52 @@
-"""Recipes: the YAML files that say what a tier is. A schema, a safe loader, and errors that suggest the right key.
+"""Recipes: the YAML files that say what a tier is. A schema, and errors that suggest the right key.
 
-A recipe names a model (source, imatrix, config) and gives, by the first matching rule, the format of every tensor,
-the fit, the AWQ settings and the bar that `verify` holds the file to. Depends on formats, pydantic and PyYAML; opens
-nothing but the recipe files themselves.
+A recipe names a model (place, imatrix, config) and gives, by the first matching rule, the format of every tensor,
+the fit, the AWQ settings and the bars that `verify` holds the file to.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...formats.blocks import BY_NAME, Format
 from ...formats.errors import RecipeError
+from ...formats.text import shown
 from ...verify.bars import Bars
+from .patterns import matcher
+from .recipe_file import check_size, read_document
 
 DEFAULT_MODEL = "minimax-m2.7"
 MODEL_FILE = "model.yaml"
-MAX_BYTES = 1 << 20
+MAX_RULES = 256
+NAME_LIMIT, FILE_NAME_LIMIT = 100, 255
+SHOWN, MESSAGE_LIMIT = 8, 300
+"""Complaints that an error lists, and characters of each."""
 MAX_ALPHA = 2
 Fit = Literal["reference", "exact", "hessian"]
 
 
 def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as e:
-        raise ValueError(f"is not a regular expression: {e}") from None
+    matcher(text)
     return text
 
 
 def _format(name: str) -> str:
     if name not in BY_NAME:
         raise ValueError(f"is not a block format; there are {', '.join(BY_NAME)}")
+    return name
+
+
+def _file_name(name: str) -> str:
+    if not name.isprintable() or not name or set(name) & set("/\\") or len(name) > FILE_NAME_LIMIT:
+        raise ValueError(f"cannot begin a file's name, or has more than {FILE_NAME_LIMIT} characters")
     return name
 
 
@@ -89,14 +95,14 @@ class Model(_Strict):
     A recipe calls the place `source`.
     """
 
-    name: str
+    name: Annotated[str, AfterValidator(_file_name)]
     place: Place = Field(alias="source")
     imatrix: ImatrixRef | None = None
     config: dict[str, Any] | None = None
 
 
 class Rule(_Strict):
-    """The format of all tensors whose name holds `tensors` (a regular expression) and that no rule before took."""
+    """The format of all tensors whose name holds the pattern `tensors` and that no rule before took."""
 
     tensors: Annotated[str, AfterValidator(_pattern)]
     format: Annotated[str, AfterValidator(_format)]
@@ -113,10 +119,10 @@ class Recipe(_Strict):
     """A validated tier."""
 
     schema_version: Literal[1] = Field(alias="schema")
-    tier: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    description: str
+    tier: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=NAME_LIMIT)
+    description: str = Field(max_length=2000)
     model: Model
-    rules: tuple[Rule, ...] = Field(min_length=1, strict=False)
+    rules: tuple[Rule, ...] = Field(min_length=1, max_length=MAX_RULES, strict=False)
     fit: Fit = "hessian"
     gain: bool = True
     awq: Awq = Awq()
@@ -126,7 +132,7 @@ class Recipe(_Strict):
     def format_of(self, name: str) -> Format:
         """The format of one tensor; RecipeError where no rule matches."""
         for rule in self.rules:
-            if _compiled(rule.tensors).search(name):
+            if matcher(rule.tensors)(name):
                 return BY_NAME[rule.format]
         raise RecipeError(
             f"no rule of the recipe for {self.tier} matches",
@@ -144,35 +150,6 @@ _NOT_RESOLVED: Any = {
     "quantization_hash": True,
     "model": {"config": True, "place": {"folder", "shards"}},
 }
-_compiled = lru_cache(maxsize=256)(re.compile)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Traversable | Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as f:
-            text = f.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise RecipeError(f"cannot be read: {e.strerror}", file=str(path)) from None
-    if len(text) > MAX_BYTES:
-        raise RecipeError(f"is larger than {MAX_BYTES} bytes, so it is no recipe", file=str(path))
-    try:
-        document = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as e:
-        raise RecipeError(f"is not valid YAML: {e}", file=str(path)) from None
-    if not isinstance(document, dict):
-        raise RecipeError("is not a mapping of keys", file=str(path))
-    return document
 
 
 def _field_names() -> set[str]:
@@ -181,24 +158,27 @@ def _field_names() -> set[str]:
 
 
 def _complaint(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part)[:NAME_LIMIT] for part in error["loc"])
     if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
-    near = difflib.get_close_matches(str(error["loc"][-1]), _field_names(), n=1)
+        return f"{where}: {error['msg'].removeprefix('Value error, ')[:MESSAGE_LIMIT]}"
+    near = difflib.get_close_matches(str(error["loc"][-1])[:NAME_LIMIT], _field_names(), n=1)
     return f"unknown key {where}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def parse_recipe(document: dict[str, Any], where: str) -> Recipe:
     """Validate a recipe document whose `model` is a bundled model's name or written out; RecipeError otherwise."""
+    check_size(document, where)
     name = document.get("model")
     if isinstance(name, str):
         if name not in models():
-            raise RecipeError(f"there is no model {name!r}; there are {', '.join(models())}", file=where)
+            raise RecipeError(f"there is no model {shown(name)}; there are {', '.join(models())}", file=where)
         document = {**document, "model": _bundled_model(name)}
     try:
         return Recipe.model_validate(document)
     except ValidationError as e:
-        raise RecipeError("; ".join(_complaint(error) for error in e.errors()), file=where) from None
+        found = e.errors(include_url=False, include_context=False, include_input=False)
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise RecipeError("; ".join(map(_complaint, found[:SHOWN])) + more, file=where) from None
 
 
 def _root() -> Traversable:
@@ -207,7 +187,7 @@ def _root() -> Traversable:
 
 @cache
 def _bundled_model(name: str) -> Mapping[str, Any]:
-    return _read(_root() / name / MODEL_FILE)
+    return read_document(_root() / name / MODEL_FILE)
 
 
 def models() -> list[str]:
@@ -235,7 +215,7 @@ def load_tier(tier: str, model: str = DEFAULT_MODEL) -> Recipe:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise RecipeError(f"there is no tier {tier!r}", hint=f"{hint}There are {', '.join(tiers(model))}.")
     path = bundled_path(tier, model)
-    return parse_recipe(_read(path), str(path))
+    return parse_recipe(read_document(path), str(path))
 
 
 def bundled_path(tier: str, model: str) -> Path:
@@ -245,4 +225,4 @@ def bundled_path(tier: str, model: str) -> Path:
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a file of the user's; RecipeError where it does not follow the schema."""
-    return parse_recipe(_read(path), str(path))
+    return parse_recipe(read_document(path), str(path))

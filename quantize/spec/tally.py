@@ -8,7 +8,6 @@ count serves all of them. The sizes are exactly those that `plan.make_plan` give
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,6 +25,7 @@ from ...formats.minimax import (
 )
 from ...formats.strictjson import dump_object
 from .metadata import Totals, template
+from .patterns import matcher
 from .places import ModelFiles
 from .plan import SIDECAR, check_format, check_layers
 from .recipe import Recipe
@@ -113,8 +113,8 @@ def _rules(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
     found: list[int | None] = [None] * len(names)
     rest = list(range(len(names)))
     for rule, pattern in enumerate(patterns):
-        search = re.compile(pattern).search
-        matching = [search(names[i]) is not None for i in rest]
+        matches = matcher(pattern)
+        matching = [matches(names[i]) for i in rest]
         for i, match in zip(rest, matching, strict=True):
             if match:
                 found[i] = rule

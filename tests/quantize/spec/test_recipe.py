@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from mq_quant.formats.errors import RecipeError
-from mq_quant.quantize.spec.recipe import load_recipe, load_tier, models, tiers
+from mq_quant.quantize.spec.recipe import load_recipe, load_tier, models, parse_recipe, tiers
 
 TIERS = ["mq2", "mq2-lloyd", "mq2-mini", "mq3", "mq3-lloyd", "mq4"]
 GOOD = """
@@ -48,7 +48,7 @@ def write(folder: Path, text: str) -> Path:
             "awq.alpha: is 2.01, not an exponent from 0 to 2",
         ),
         (("model: tiny", "model: tiny\nawq: {alpha: -0.1}"), "awq.alpha: is -0.1, not"),
-        (("model: tiny", "model: tiny\nawq: {alpha: .nan}"), "awq.alpha: is nan, not"),
+        (("model: tiny", "model: tiny\nawq: {alpha: .nan}"), "'.nan' is no finite number in line 6"),
         (
             ("model: tiny", "model: {name: x, place: {folder: x}}"),
             "model.source: Field required; unknown key model.place",
@@ -61,6 +61,66 @@ def test_bad_recipes_are_refused(tmp_path: Path, change: tuple[str, str], messag
         load_recipe(write(tmp_path, GOOD.replace(*change)))
     assert message in str(caught.value)
     assert "mine.yaml" in str(caught.value)
+
+
+def aliased(times: int) -> str:
+    """A recipe whose `config` repeats a list of nine nine times, that again nine times, and so on."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, times)]
+    model = "model: {name: x, source: {folder: x}, config: {" + ", ".join(lines) + "}}"
+    return GOOD.replace("model: tiny", model)
+
+
+TOO_MUCH = {
+    "eighty thousand keys": "".join(f"k{i:05d}: 1\n" for i in range(80_000)),
+    "ten thousand keys": "".join(f"k{i:05d}: 1\n" for i in range(10_000)),
+    "deep lists": "a: " + "[" * 99 + "]" * 99,
+    "deep mappings": "".join(" " * i + "a:\n" for i in range(99)),
+    "aliases that multiply": aliased(9),
+    "merges that multiply": "a0: &a0 {x: 1, y: 2}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9)),
+    "an alias in itself": "a: &a [*a]",
+    "many rules": GOOD + "  - {tensors: x, format: MQ4}\n" * 300,
+    "a long tier": GOOD.replace("tier: mine", f"tier: {'m' * 1000}"),
+    "a number of thousands of digits": GOOD.replace("schema: 1", f"schema: {'1' * 5000}"),
+    "a number of base sixty": GOOD.replace("schema: 1", f"schema: {'1:' * 30_000}1"),
+    "infinity": GOOD.replace("schema: 1", "schema: .inf"),
+    "a date": GOOD.replace("A tier for tests.", "2001-01-01"),
+    "bytes": GOOD.replace("A tier for tests.", "!!binary aGk="),
+    "half a character": GOOD.replace("A tier for tests.", '"\\ud800"'),
+    "a key that is no text": GOOD + "yes: 1\n",
+    "a number in the config": GOOD.replace(
+        "model: tiny", "model: {name: x, source: {folder: x}, config: {a: 1.0e+999}}"
+    ),
+    "a name that leads elsewhere": GOOD.replace("model: tiny", "model: {name: ../x, source: {folder: x}}"),
+    "steering characters": GOOD + '"k\\e[2J": 1\n',
+}
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_what_is_beyond_a_recipe_is_one_short_error(case: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"mine\.yaml") as caught:
+        load_recipe(write(tmp_path, TOO_MUCH[case]))
+    assert len(str(caught.value)) < 1000 and str(caught.value).replace("\n", "").isprintable()
+
+
+def test_a_document_of_a_strangers_file_has_the_same_bounds() -> None:
+    """Where it comes as JSON, no YAML is read that could refuse it."""
+    good = load_tier("mq4").resolved()
+    assert parse_recipe(good, "x.mq4").tier == "mq4"
+    for change in ({f"k{i}": 1 for i in range(20_000)}, {"more": [[0] * 200] * 100}):
+        with pytest.raises(RecipeError, match=r"x\.mq4: holds more than"):
+            parse_recipe(good | change, "x.mq4")
+
+
+def test_anchors_and_merges_are_usual_yaml(tmp_path: Path) -> None:
+    text = (
+        GOOD.replace("- {tensors: 'w2'", "- &down {tensors: 'w2'")
+        + "  - {<<: *down, tensors: w3}\n  - *down\n"
+    )
+    rules = load_recipe(write(tmp_path, text)).rules
+    assert [(rule.tensors, rule.format) for rule in rules[2:]] == [("w3", "MQ4"), ("w2", "MQ4")]
+    assert load_recipe(write(tmp_path, aliased(3))).model.config is not None
 
 
 @pytest.mark.parametrize(
