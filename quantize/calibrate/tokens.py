@@ -69,7 +69,10 @@ def tokenize(path: Path, source: Source, length: int = LENGTH, sequences: int | 
     side = source.side_file("tokenizer.json")
     if side is None:
         raise CheckpointError("has no tokenizer.json, which --text needs", hint="give --tokens instead")
+    check_length(length, source.config, "--length")
     needed = None if sequences is None else sequences * length
+    if needed is not None and needed > TOKEN_LIMIT:
+        raise TokenError(f"{sequences} sequences of {length} are more than {TOKEN_LIMIT} tokens")
     parts, count = [np.empty(0, np.uint32)], 0
     with closing(text_tokens(path, TextTokenizer.open(side))) as found:
         for ids in found:
@@ -102,12 +105,17 @@ def check_tokens(tokens: NDArray[Any], config: ModelConfig, path: str | Path) ->
             file=path,
             hint="the tokens are of another model's tokenizer",
         )
-    if tokens.shape[1] > config.max_position_embeddings:
-        raise TokenError(
-            f"has sequences of {tokens.shape[1]} tokens, and the model {config.max_position_embeddings} positions",
-            file=path,
-        )
+    check_length(tokens.shape[1], config, path)
     return np.ascontiguousarray(tokens, np.int32)
+
+
+def check_length(length: int, config: ModelConfig, where: str | Path) -> None:
+    """TokenError where sequences of this length do not fit the model's positions."""
+    if length > config.max_position_embeddings:
+        raise TokenError(
+            f"has sequences of {length} tokens, and the model {config.max_position_embeddings} positions",
+            file=where,
+        )
 
 
 def token_record(tokens: Tokens) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...formats.checkpoint.names import CONFIG, SIDE_FILES
 from ...formats.errors import CheckpointError, ConfigError, RecipeError
+from ...formats.hfq.layout import METADATA_LIMIT
+from ...formats.lfs import HINT, PROBLEM, is_pointer
 from ...formats.minimax import normalize_config
 from ...formats.strictjson import EMBEDDED_DEPTH, JsonError, parse_object
 from .metadata import SideFiles
@@ -84,18 +86,33 @@ class ModelFiles:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the checkpoint; ConfigError where it is unreadable or not an object."""
     try:
-        return parse_object(path.read_bytes(), EMBEDDED_DEPTH)
-    except OSError as e:
-        raise ConfigError(f"cannot be read: {e.strerror}", file=path) from None
+        return parse_object(_content(path), EMBEDDED_DEPTH)
     except JsonError as e:
         raise ConfigError(str(e), file=path) from None
 
 
 def read_text(path: Path) -> str:
+    """A text file of the checkpoint, its line ends as "\\n"; ConfigError where it is unreadable or not UTF-8."""
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        return _content(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as e:
         raise ConfigError(f"cannot be read as UTF-8 text: {e}", file=path) from None
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file beside the weights; ConfigError where it is none, or larger than what a file can hold."""
+    try:
+        with path.open("rb") as f:
+            raw = f.read(METADATA_LIMIT + 1)
+    except OSError as e:
+        raise ConfigError(f"cannot be read: {e.strerror}", file=path) from None
+    if len(raw) > METADATA_LIMIT:
+        raise ConfigError(
+            f"is larger than {METADATA_LIMIT} bytes, the most that the file's metadata holds", file=path
+        )
+    if is_pointer(raw):
+        raise ConfigError(PROBLEM, file=path, hint=HINT)
+    return raw
 
 
 def side_files(find: Callable[[str], Path | None]) -> SideFiles:

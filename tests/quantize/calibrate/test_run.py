@@ -483,6 +483,10 @@ def test_a_text_is_cut_into_sequences(with_tokenizer: Checkpoint, tmp_path: Path
         tokenize(text, with_tokenizer, 4, 4)
     with pytest.raises(TokenError, match="15 tokens, shorter than 1 sequences of 512"):
         tokenize(text, with_tokenizer)
+    with pytest.raises(TokenError, match="--length: has sequences of 200000 tokens, and the model 196608"):
+        tokenize(text, with_tokenizer, 200_000)
+    with pytest.raises(TokenError, match="are more than"):
+        tokenize(text, with_tokenizer, 1000, 10**9)
     text.write_text("one out")
     with pytest.raises(TokenError, match="token 300, outside"):
         tokenize(text, with_tokenizer, 2)

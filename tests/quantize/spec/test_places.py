@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mq_quant.formats.errors import CheckpointError, ConfigError, RecipeError
+from mq_quant.formats.hfq.layout import METADATA_LIMIT
 from mq_quant.quantize.spec.places import choose_recipe, local_folder, model_files, side_files
 from mq_quant.quantize.spec.recipe import load_tier
 
@@ -85,6 +86,25 @@ def test_broken_side_files_are_errors_that_name_the_file(name: str, data: bytes,
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError, match=name):
         side_files(lambda wanted: tmp_path / wanted if wanted == name else None)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_side_files_that_are_pointers_or_too_large_are_told_so(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ConfigError, match=f"{name}: is a pointer file of Git LFS"):
+        side_files(lambda wanted: path if wanted == name else None)
+    with path.open("wb") as f:
+        f.truncate(METADATA_LIMIT + 1)
+    with pytest.raises(ConfigError, match=f"{name}: is larger than"):
+        side_files(lambda wanted: path if wanted == name else None)
+
+
+def test_line_ends_of_windows_are_those_of_the_text(tmp_path: Path) -> None:
+    """Other programs read a template so."""
+    (tmp_path / "chat_template.jinja").write_bytes(b"a\r\nb\rc\n")
+    found = side_files(lambda name: tmp_path / name if name == "chat_template.jinja" else None)
+    assert found.chat_template == "a\nb\nc\n"
 
 
 def test_the_tokenizer_is_kept_byte_for_byte(tmp_path: Path) -> None:
