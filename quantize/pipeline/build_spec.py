@@ -21,7 +21,7 @@ from ..spec.metadata import template, totals_of
 from ..spec.places import open_place, side_files
 from ..spec.plan import Plan, make_plan, plan_tensors
 from ..spec.provenance import code, flatten, program
-from ..spec.recipe import Fit, Recipe
+from ..spec.recipe import Awq, Fit, Recipe
 from .statistics import NoStatistics, Statistics, begin_gathering, find, imatrix_path, open_imatrix
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class RecipeChanges:
     def apply(self, recipe: Recipe, statistics: Statistics | None = None) -> Recipe:
         """The recipe as it will be built: without statistics there is no AWQ, and the fit `hessian` becomes `exact`.
 
-        Raises RecipeError where a change asks for what only statistics make possible, and there are none.
+        Raises RecipeError where a change asks for what only statistics make possible, and there are none, or where
+        alpha is out of range.
         """
         fit = self.fit or recipe.fit
         gain = recipe.gain if self.gain is None else self.gain
@@ -55,8 +56,7 @@ class RecipeChanges:
                     hint="leave them out, or leave --no-imatrix out",
                 )
             fit, alpha, fold = "exact" if fit == "hessian" else fit, 0.0, 0.0
-        awq = recipe.awq.model_copy(update={"alpha": alpha, "fold_down": fold})
-        return recipe.model_copy(update={"fit": fit, "gain": gain, "awq": awq})
+        return recipe.model_copy(update={"fit": fit, "gain": gain, "awq": Awq.checked(alpha, fold)})
 
 
 UNCHANGED = RecipeChanges()

@@ -114,6 +114,14 @@ class Awq(_Strict):
     alpha: Annotated[float | Literal["search"], AfterValidator(_exponent)] = "search"
     fold_down: float = Field(default=0.0, ge=0, le=1)
 
+    @classmethod
+    def checked(cls, alpha: float | Literal["search"], fold_down: float) -> Awq:
+        """Settings with these exponents; RecipeError where one is out of range."""
+        try:
+            return cls(alpha=alpha, fold_down=fold_down)
+        except ValidationError as e:
+            raise RecipeError("; ".join(f"awq.{_complaint(error)}" for error in e.errors())) from None
+
 
 class Recipe(_Strict):
     """A validated tier."""
