@@ -58,7 +58,10 @@ class Format:
         return flat.reshape(-1, self.group_bytes)
 
     def decode(self, payload: U8 | bytes | memoryview) -> F32:
-        """Decode a payload to f32 [groups, group] in the stored basis."""
+        """Decode a payload to f32 [groups, group] in the stored basis.
+
+        Payloads of strangers may hold levels that are not finite; what they give is not finite either, and no warning.
+        """
         raise NotImplementedError
 
 
@@ -97,6 +100,7 @@ class Q8Format(Format):
         groups = self.groups(payload)
         return _field(groups, 0, "<f2", 1)[:, 0], groups[:, 2:].view(np.int8)
 
+    @np.errstate(invalid="ignore")
     def decode(self, payload: U8 | bytes | memoryview) -> F32:
         scale, codes = self.unpack(payload)
         return scale.astype(np.float32)[:, None] * codes.astype(np.float32)
@@ -120,6 +124,7 @@ class AffineFormat(Format):
         head = _field(groups, 0, "<f4", 2)
         return head[:, 0], head[:, 1], unpack_bits(groups[:, 8:], self.bits)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def decode(self, payload: U8 | bytes | memoryview) -> F32:
         scale, zero, codes = self.unpack(payload)
         return np.asarray(zero[:, None] + scale[:, None] * codes.astype(np.float32), np.float32)

@@ -1,8 +1,8 @@
 """A fuzz campaign over everything that reads files: `python tools/fuzz_readers.py --inputs 100000`.
 
 Each kind of file is read in a process of its own, so that an end by a signal is found too. A finding is anything but a
-result or an error of ours: another exception, more memory than `MEMORY`, more time than `SECONDS`. The input of a
-finding is kept in the folder of `--keep`, and `--only KIND --first N --inputs 1` reads it again.
+result or an error of ours: another exception, a warning, more memory than `MEMORY`, more time than `SECONDS`. The input
+of a finding is kept in the folder of `--keep`, and `--only KIND --first N --inputs 1` reads it again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,7 @@ def attack(name: str, first: int, count: int, progress: Path) -> int:
         (Path(folder) / target.file).write_bytes(seed)
         target.read(Path(folder))
         limit_memory()
+        warnings.simplefilter("error")
         for number in range(first, first + count):
             progress.write_text(str(number))
             (Path(folder) / target.file).write_bytes(input_of(name, number, seed))

@@ -7,7 +7,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mq_quant.formats.errors import HfqError, MqError
+from mq_quant.formats.errors import ConfigError, MqError
 from mq_quant.formats.text import printable, shown
 
 HOSTILE = [
@@ -51,7 +51,7 @@ def test_kept_characters_stay() -> None:
     assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b"
 
 
-@pytest.mark.parametrize("cls", [MqError, HfqError])
+@pytest.mark.parametrize("cls", [MqError, ConfigError])
 def test_an_error_escapes_its_file_tensor_problem_and_hint(cls: type[MqError]) -> None:
     bad = "\x1b[2J\x9b"
     text = str(cls(f"is {bad}", file=f"a\n{bad}", tensor=f"w\r{bad}", hint=f"rename {bad}"))

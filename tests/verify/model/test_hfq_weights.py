@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mq_quant.formats.checkpoint.local import Checkpoint
-from mq_quant.formats.errors import HfqError
+from mq_quant.formats.errors import HfqError, HfqKind
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import expert_name
 from mq_quant.kernels.runtime.host import Backend
@@ -78,7 +78,7 @@ def test_a_file_of_other_shapes_than_its_config_is_judged_and_never_run(
         for use in (check_shapes, lambda f, c: KernelModel(f, c, backend, 8)):
             with pytest.raises(HfqError, match="config calls for") as e:
                 use(file, checkpoint.config)
-            assert e.value.tensor == name
+            assert (e.value.tensor, e.value.kind) == (name, HfqKind.OTHER_SHAPE)
         verdict = verify(
             file, backend, Request(source=checkpoint, tokens=ids, prompt=ids[0], generate=1, sample=True)
         )

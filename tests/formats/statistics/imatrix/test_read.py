@@ -3,6 +3,7 @@
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def test_other_model(case: str, tmp_path: Path) -> None:
 
 
 def test_absurd_config_is_bounded(tmp_path: Path) -> None:
-    absurd = parse_config(CONFIG | {"num_hidden_layers": 2**30})
+    absurd = replace(MODEL, num_hidden_layers=2**30)
     with pytest.raises(ImatrixError, match="and more"):
         check_imatrix(read_imatrix(gguf(tmp_path / "x", entries())), absurd)
 
