@@ -29,7 +29,8 @@ class Fault:
 
     kind: "status" answers `value`; "cut" closes the connection after `value` bytes of the body; "flip" changes the byte
     at `value`; "long" appends bytes and says so; "short" leaves the last ones out and says so; "commit" claims another
-    revision; "hook" calls `call` before anything is sent; "answer" sends what `answer` makes of the request.
+    revision; "drip" sends headers without end; "hook" calls `call` before anything is sent; "answer" sends what
+    `answer` makes of the request.
     """
 
     kind: str
@@ -144,6 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
         parts, route = found[0]
         if fault := self.hub.take_fault(path, "hook"):
             fault.call()
+        if self.hub.take_fault(path, "drip"):
+            self.drip()
+            return
         if fault := self.hub.take_fault(path, "status"):
             self.empty(fault.value, {"Retry-After": "0"})
             return
@@ -167,6 +171,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(fault.answer(self.headers.get("Range"), commits[commit].get(name, b"")))
             return
         route(parts["repo"], commit, name, commits[commit])
+
+    def drip(self) -> None:
+        self.close_connection = True
+        try:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            for _ in range(1000):
+                self.wfile.write(b"X-More: x\r\n")
+                threading.Event().wait(0.01)
+        except OSError:  # the client went away
+            return
 
     def reply(self, answer: Answer) -> None:
         self.send_response(answer.status)

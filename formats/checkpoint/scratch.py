@@ -25,7 +25,7 @@ class Scratch:
     def __init__(self, folder: Path, commit: str) -> None:
         """Take the first N that is free, under `folder`, which is made where it is missing. Raises HubError."""
         for n in range(MOST):
-            self.path = folder / f".mq-quant-{commit[:12]}-{n}"
+            self.path, made = folder / f".mq-quant-{commit[:12]}-{n}", False
             try:
                 made = _make(self.path)
                 if made or _is_ours(self.path):

@@ -10,9 +10,9 @@ from urllib.parse import quote, urljoin
 
 from ..errors import HubError
 from .answers import LOGIN, LOGIN_TRIES
-from .endpoint import origin
+from .endpoint import origin, shown
 from .patience import AgainError
-from .repository import Repository, is_commit, parse_commit, parse_files
+from .repository import Repository, is_commit, parse_files
 from .session import Line, ask
 
 LISTING_BYTES = 64 << 20
@@ -34,17 +34,17 @@ def resolve(line: Line, name: str, revision: str | None) -> Repository:
     model = f"{line.endpoint.url}/api/models/{quote(name)}"
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
     info, _ = _json(line, name, f"{model}{at}?blobs=true")
-    if not isinstance(info, dict):
-        raise _not_the_hub(name)
-    commit = parse_commit(name, info)
+    commit = info.get("sha") if isinstance(info, dict) else None
+    if not isinstance(commit, str) or not is_commit(commit):
+        raise _not_the_hub(line, name)
     if revision and is_commit(revision) and commit != revision:
         hint = "HF_ENDPOINT may name a mirror that has only one revision"
         raise HubError(f"the hub answers with revision {commit}, not with {revision}", file=name, hint=hint)
-    files = parse_files(name, _entries(name, info.get("siblings")))
+    files = parse_files(name, _entries(line, name, info.get("siblings")))
     if files is None:
         files = parse_files(name, _tree(line, name, f"{model}/tree/{commit}?recursive=true"))
     if not files:
-        raise HubError("the hub states no commit, or no files, for this repository", file=name)
+        raise _not_the_hub(line, name)
     return Repository(name, commit, files)
 
 
@@ -72,7 +72,7 @@ def _tree(line: Line, what: str, url: str) -> Iterator[Any]:
     """The entries of the hub's long list of files, page after page: the short list of some mirrors lacks the sizes."""
     for _ in range(LISTING_PAGES):
         page, headers = _json(line, what, url)
-        yield from _entries(what, page)
+        yield from _entries(line, what, page)
         following = _NEXT.search(headers.get("link", ""))
         if following is None:
             return
@@ -82,12 +82,12 @@ def _tree(line: Line, what: str, url: str) -> Iterator[Any]:
     raise HubError(f"the hub's list of files has more than {LISTING_PAGES} pages", file=what)
 
 
-def _entries(what: str, value: Any) -> list[Any]:
+def _entries(line: Line, what: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise _not_the_hub(what)
+        raise _not_the_hub(line, what)
     return value
 
 
-def _not_the_hub(what: str) -> HubError:
-    problem = "what answered does not speak the hub's API: it states no commit or no files"
-    return HubError(problem, file=what, hint=LOGIN)
+def _not_the_hub(line: Line, what: str) -> HubError:
+    problem = "the hub states no commit, or no files, for this repository"
+    return HubError(f"{problem}; the address is {shown(line.endpoint.url)}", file=what, hint=LOGIN)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import HubError
@@ -28,8 +27,6 @@ SPEAK = 3.0
 """Seconds of waiting from which on a message is worth a line."""
 BETWEEN = 10.0
 """Seconds between two messages of one hub, however many threads wait."""
-SILENCE = 5.0
-"""Seconds after which a request without any answer is spoken of."""
 ADVICE = "check the network, the proxy and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use what is in the cache"
 
 
@@ -111,21 +108,8 @@ class Patience:
             if fault.wait:
                 self._hold(host, fault.wait)
             if wait + silent >= SPEAK:
-                self._say(f"{what}: {fault.problem} at {where}; next attempt in {wait:.0f} s")
+                self.say(f"{what}: {fault.problem} at {where}; next attempt in {wait:.0f} s")
             self._stop.wait(wait)
-
-    @contextmanager
-    def watched(self, host: str) -> Iterator[None]:
-        """Says so once a request has had no answer for SILENCE seconds."""
-        timer = threading.Timer(
-            SILENCE, self._say, (f"{host} has not answered for {SILENCE:.0f} s; waiting",)
-        )
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     def check(self, what: str) -> None:
         """Raise HubError where all transfers are to end."""
@@ -143,11 +127,12 @@ class Patience:
             left = self._until.get(host, 0.0) - self._clock()
         if left > 0:
             if left >= SPEAK:
-                self._say(f"{what}: {host} asked for a pause; next attempt in {left:.0f} s")
+                self.say(f"{what}: {host} asked for a pause; next attempt in {left:.0f} s")
             self._stop.wait(left)
             self.check(what)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Hand a line about waiting to `notify`, unless one was handed over a moment ago."""
         with self._lock:
             now = self._clock()
             if now - self._spoke < BETWEEN:

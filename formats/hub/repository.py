@@ -93,14 +93,6 @@ def is_commit(revision: str) -> bool:
     return _COMMIT.fullmatch(revision) is not None
 
 
-def parse_commit(name: str, info: Mapping[str, Any]) -> str:
-    """The commit in the hub's description of a repository; HubError where there is none."""
-    commit = info.get("sha")
-    if not (isinstance(commit, str) and is_commit(commit)):
-        raise HubError("the hub states no commit, or no files, for this repository", file=name)
-    return commit
-
-
 def parse_files(name: str, entries: Iterable[Any]) -> dict[str, Remote] | None:
     """{file name: Remote} of the hub's list of files; None where it lacks sizes. HubError where it is no such list."""
     files: dict[str, Remote] = {}

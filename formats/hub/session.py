@@ -6,10 +6,12 @@ errors can name the host that answered.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
@@ -26,7 +28,11 @@ LONGEST_CHAIN = 8
 CONNECT_SECONDS = 8.0
 SHORT_BODY = 64 << 10
 _IN_URLS = "%/:=&?~#+!$,;'@()*[]"
-SLOW_SECONDS, SLOW_BYTES = 60.0, 64 << 10
+LOOK = 0.25
+"""Seconds between two looks whether a transfer is to end, while nothing comes."""
+SILENCE = 5.0
+"""Seconds after which a request without any answer is spoken of."""
+SLOW_SECONDS, SLOW_BYTES = 30.0, 64 << 10
 """A body of which fewer bytes than SLOW_BYTES came in SLOW_SECONDS counts as a dropped connection."""
 
 
@@ -120,12 +126,50 @@ def _sent(line: Line, method: str, what: str, url: str, read: float, span: str |
         times = (min(CONNECT_SECONDS, read), read, read, read)
         request = client.build_request(method, url, headers=headers, timeout=times)
         request.headers.pop("cookie", None)
-        with line.patience.watched(shown(url)):
-            response = client.send(request, stream=True, follow_redirects=False)
+        response = _headers(line, client, request, shown(url), CONNECT_SECONDS + 2 * read)
         try:
             yield response
         finally:
             response.close()
+
+
+def _headers(line: Line, client: Any, request: Any, host: str, limit: float) -> Any:
+    """The answer to a request once its headers are here. AgainError where they are not within `limit` seconds.
+
+    Time limits of reads do not bound a server that sends a few bytes now and then. So another thread waits for it, and
+    is left alone with a connection that nobody needs where the limit passes.
+    """
+    box: SimpleQueue[Any] = SimpleQueue()
+    left = threading.Event()
+
+    def wait() -> None:
+        try:
+            response = client.send(request, stream=True, follow_redirects=False)
+        except BaseException as e:
+            box.put(e)
+            return
+        box.put(response)
+        if left.is_set():
+            response.close()
+
+    threading.Thread(target=wait, name="hub", daemon=True).start()
+    began, spoke = time.monotonic(), False
+    while (waited := time.monotonic() - began) < limit:
+        try:
+            found = box.get(timeout=min(LOOK, limit - waited))
+        except Empty:
+            line.patience.check(host)
+            if waited >= SILENCE and not spoke:
+                line.patience.say(f"{host} has not answered for {waited:.0f} s; waiting")
+                spoke = True
+            continue
+        if isinstance(found, BaseException):
+            raise found
+        return found
+    left.set()
+    with suppress(Empty, AttributeError):  # it came in this very moment
+        box.get_nowait().close()
+    raise AgainError(f"no answer came in {limit:.0f} s", host=host)
 
 
 def _drain(response: Any, headers: Mapping[str, str]) -> None:

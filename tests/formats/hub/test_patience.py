@@ -189,14 +189,6 @@ def test_a_stop_ends_every_wait() -> None:
         case.patience.retried("a/b", HOST, lambda: 1)
 
 
-def test_silence_during_a_request_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mq_quant.formats.hub.patience.SILENCE", 0.001)
-    said = threading.Event()
-    patience = Patience(1.0, threading.Event(), lambda _: said.set())
-    with patience.watched(HOST):
-        assert said.wait(10)
-
-
 def test_other_errors_pass_through() -> None:
     with pytest.raises(ZeroDivisionError):
         Case().patience.retried("a/b", HOST, lambda: 1 // 0)

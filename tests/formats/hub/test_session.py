@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hub_server import MAIN, REPO, Answer, Fault, HubServer
 from mq_quant.formats.errors import HubError
+from mq_quant.formats.hub import session
 from mq_quant.formats.hub.client import Hub
 from mq_quant.formats.hub.repository import Remote, Repository
 
@@ -357,13 +358,34 @@ def test_a_host_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         Hub("http://hub.invalid", pause=0.0001).resolve(REPO)
 
 
+def silent(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The server lets one request wait until the event is set; limits are short."""
+    go_on = threading.Event()
+    monkeypatch.setattr(session, "SILENCE", 0.01)
+    monkeypatch.setattr(session, "LOOK", 0.01)
+    monkeypatch.setattr(session, "CONNECT_SECONDS", 0.05)
+    server.faults.append(Fault("hook", "/storage/", call=lambda: go_on.wait(10) and None))
+    return go_on
+
+
 def test_a_server_that_never_answers(
-    server: HubServer, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, repository: Repository, shard: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
-    waiting = threading.Event()
-    server.faults.append(Fault("hook", "/storage/", call=lambda: waiting.wait(5) and None))
+    said = list[str]()
+    hub = Hub(server.endpoint, pause=0.001, notify=said.append)
+    go_on = silent(server, monkeypatch)
+    monkeypatch.setattr("mq_quant.formats.hub.settings.read_seconds", lambda: 0.05)
     try:
-        assert fetch() == content(server)
+        hub.download(repository, shard, tmp_path / "shard")
     finally:
-        waiting.set()
+        go_on.set()
+    assert (tmp_path / "shard").read_bytes() == content(server)
+    assert "localhost" in said[0] and "has not answered" in said[0]
+
+
+def test_headers_that_never_end(server: HubServer, fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, so that only a limit for all of them helps."""
+    monkeypatch.setattr(session, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr("mq_quant.formats.hub.settings.read_seconds", lambda: 0.1)
+    server.faults.append(Fault("drip", "/storage/"))
+    assert fetch() == content(server)
