@@ -83,4 +83,5 @@ def _connection(e: Exception, url: str, what: str) -> Exception:
         return AgainError(f"the proxy {proxy or ''} does not connect: {text}", host=host, hint=_PROXY)
     kind = "the connection timed out" if "Timeout" in type(e).__name__ else "the connection failed"
     hint = f"{ADVICE}; requests go through the proxy {proxy}" if proxy else ADVICE
-    return AgainError(f"{kind}{through}: {text}", host=host, hint=hint)
+    why = "" if text in ("timed out", "The read operation timed out") else f": {text}"
+    return AgainError(f"{kind}{through}{why}", host=host, hint=hint)

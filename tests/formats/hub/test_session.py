@@ -364,7 +364,11 @@ def silent(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> threading.Even
     monkeypatch.setattr(session, "SILENCE", 0.01)
     monkeypatch.setattr(session, "LOOK", 0.01)
     monkeypatch.setattr(session, "CONNECT_SECONDS", 0.05)
-    server.faults.append(Fault("hook", "/storage/", call=lambda: go_on.wait(10) and None))
+
+    def wait() -> None:
+        go_on.wait(10)
+
+    server.faults.append(Fault("hook", "/storage/", call=wait))
     return go_on
 
 
