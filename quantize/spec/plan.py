@@ -1,6 +1,6 @@
 """The plan: every tensor's format, size and place in the file, fixed from the config before a weight is read.
 
-Pure arithmetic over recipe and config, refusing what the engine cannot run.
+It follows from recipe and config alone. Formats that the engine cannot run are refused here.
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ class PlannedTensor:
 
     @property
     def weights(self) -> int:
+        """The number of weights."""
         return math.prod(self.shape)
 
     def meta(self) -> TensorMeta:
+        """The tensor's line in the file's index."""
         return TensorMeta(self.name, self.format.quant_type, self.shape, self.format.group_size, self.nbytes)
 
 
@@ -58,6 +60,7 @@ class Plan:
 
     @property
     def payload_bytes(self) -> int:
+        """The bytes of all tensors together."""
         return self.total_bytes - self.data_offset
 
     def digest(self) -> str:

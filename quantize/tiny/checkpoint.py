@@ -1,14 +1,12 @@
 """The tiny source: a random MiniMax-M2 checkpoint with the released layout, made on first use.
 
 It has the real head and rotary dimensions, several groups per row, heavy-tailed weights, channels of very unequal scale
-and correlated hidden states, so that a build of it takes the same paths as a build of the real model in seconds.
+and correlated hidden states. A build of it therefore takes the same paths as a build of the real model, in seconds.
 
-The committed hashes of the tiers depend on every weight and every importance, so both must be the same bits on every
-machine. Weights come from integers of PCG64 through operations that IEEE 754 rounds exactly (+, ·, /, √), never
-through exp, log or a BLAS product. The importances come from running the model in f64 and are rounded to 10 mantissa
-bits, which hides the last bits in which BLAS and libm differ.
-
-Depends on numpy, torch, safetensors, formats and verify.reference.
+The committed hashes of the tiers depend on every weight and every importance, so both must have the same bits on every
+machine. The weights are made from integers of PCG64 by operations that IEEE 754 rounds exactly (+, ·, /, √), never by
+exp, log or a BLAS product. The importances come from a run of the model in f64. They are rounded to 10 mantissa bits,
+because BLAS and libm differ between machines in the last bits.
 """
 
 from __future__ import annotations
@@ -35,9 +33,10 @@ from .folder import TinySpec
 from .tokenizer import CHAT_TEMPLATE, SPECIAL, first_word, tokenizer_json
 
 STEADY = 2.0
+"""The value of channel 0 in every embedding: real models have such large, steady channels too."""
 ROUTER_LEVEL = -3.0
-"""The value of channel 0 in every embedding: like the large, steady channels of real models. The router reads the level
-of its logits off it, so that few experts dominate a token and a near tie for the last place matters little."""
+"""The mean of the router's logits, which the router reads from channel 0. At this level few experts dominate a token, so
+a near tie for the last place matters little."""
 F64 = NDArray[np.float64]
 
 

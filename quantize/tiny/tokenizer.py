@@ -2,7 +2,6 @@
 
 All 256 byte symbols come first, as readers of this format require, then merges that spell short pseudo-words (space,
 consonant, vowel, consonant), then special tokens. Nothing here is trained, so it is the same on every machine.
-Depends on nothing.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from ...errors import ImatrixError
 
 _COPIED = re.compile(r"[^#]*#(?P<name>.+)#\d+")
 _DERIVED = re.compile(r"(?: \((?:reshaped|view|cont|transposed|permuted)\))+$")
+_BARE = re.compile(r"blk\.\d+\.[a-z_]+")
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ def weight_name(name: str) -> str:
     """The weight that an entry speaks of.
 
     The tools that write imatrices name an entry after a tensor of their computation. That may be a copy on a device
-    (`CUDA0#blk.0.attn_k.weight#0`) or another view of the weight (`blk.0.attn_k.weight (reshaped)`).
+    (`CUDA0#blk.0.attn_k.weight#0`) or another view of the weight (`blk.0.attn_k.weight (reshaped)`). Some leave the
+    ending `.weight` out.
     """
     copied = _COPIED.fullmatch(name)
-    return _DERIVED.sub("", copied["name"] if copied else name)
+    weight = _DERIVED.sub("", copied["name"] if copied else name)
+    return f"{weight}.weight" if _BARE.fullmatch(weight) else weight
 
 
 def add_entry(loaders: dict[str, Loader], name: str, load: Loader, path: Path) -> None:

@@ -114,10 +114,16 @@ def test_what_is_wrong_with_one_entry_is_told_as_it_is(
 
 @pytest.mark.parametrize(
     "spelled",
-    ["CUDA0#{}#0", "{} (reshaped)", "{} (view) (cont)", "ROCm1#{} (reshaped)#12"],
+    [
+        "CUDA0#{}.weight#0",
+        "{}.weight (reshaped)",
+        "{}.weight (view) (cont)",
+        "ROCm1#{}.weight (cont)#12",
+        "{}",
+    ],
 )
 def test_names_of_copies_and_views_are_those_of_the_weight(spelled: str, tmp_path: Path) -> None:
-    entries = {spelled.format(n): e for n, e in content().items()}
+    entries = {spelled.format(n.removesuffix(".weight")): e for n, e in content().items()}
     imatrix = read_imatrix(saved(tmp_path / "x", entries))
     check_imatrix(imatrix, MODEL)
     assert set(imatrix.entries) == set(content())
