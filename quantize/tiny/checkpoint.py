@@ -35,8 +35,8 @@ from .tokenizer import CHAT_TEMPLATE, SPECIAL, first_word, tokenizer_json
 STEADY = 2.0
 """The value of channel 0 in every embedding: real models have such large, steady channels too."""
 ROUTER_LEVEL = -3.0
-"""The mean of the router's logits, which the router reads from channel 0. At this level few experts dominate a token, so
-a near tie for the last place matters little."""
+"""The mean of the router's logits, which the router reads from channel 0. At this level few experts dominate a token,
+so a near tie for the last place matters little."""
 F64 = NDArray[np.float64]
 
 
