@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.kernels.runtime.host import open_backend
-from mq_quant.quantize.inspect.verify_inputs import Wanted, request_of
+from mq_quant.quantize.inspect.verify_inputs import VerifyOptions, inputs_of
 from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import UNCHANGED, RecipeChanges
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, NoStatistics, Statistics
 from mq_quant.quantize.spec.places import TINY, choose_recipe
 from mq_quant.quantize.spec.recipe import load_tier
 from mq_quant.quantize.tiny.folder import ensure_tiny
-from mq_quant.verify.run import Verdict, verify
+from mq_quant.verify.run import Verification, verify
 
 TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")
 FORMATS = {
@@ -117,19 +117,19 @@ def test_an_independent_reader_finds_the_source_in_every_tensor(
     check(path, tier, source, WEIGHTED)
 
 
-def verdict_on(path: Path, wanted: Wanted) -> Verdict:
+def verdict_on(path: Path, wanted: VerifyOptions) -> Verification:
     with open_hfq(path) as file, open_backend("cpu") as backend:
-        return verify(file, backend, request_of(file, wanted))
+        return verify(file, backend, inputs_of(file, wanted))
 
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_tier_passes_verification(tier: str, tiny_tier: Callable[[str], Any]) -> None:
     path, result = tiny_tier(tier)
-    verdict = verdict_on(path, Wanted(tokens=24, generate=1))
+    verdict = verdict_on(path, VerifyOptions(tokens=24, generate=1))
     verdict.raise_if_failed()
     assert [s.name for s in verdict.stages] == ["structure", "decode", "fidelity", "forward", "generation"]
-    assert verdict.stages[0].values["quantization_hash"] == result.quantization_hash
-    assert verdict.stages[1].values["tensors"] == result.tensor_count
+    assert verdict.as_json()["stages"][0]["quantization_hash"] == result.quantization_hash
+    assert verdict.as_json()["stages"][1]["tensors"] == result.tensor_count
 
 
 @pytest.mark.parametrize("tier", ["mq2-lloyd", "mq3"])
@@ -166,4 +166,4 @@ def test_a_trained_checkpoint_goes_through_every_tier(tier: str, tmp_path: Path)
     metadata, _ = independent.hfq(tmp_path / "out")
     assert metadata["config"]["num_hidden_layers"] == 4
     assert metadata["quantization_hash"]["value"] == result.quantization_hash
-    verdict_on(tmp_path / "out", Wanted(source=str(folder), tokens=16, generate=0)).raise_if_failed()
+    verdict_on(tmp_path / "out", VerifyOptions(source=str(folder), tokens=16, generate=0)).raise_if_failed()

@@ -1,7 +1,7 @@
 """HFHS hidden-state dumps: the residual stream after each layer, to be compared with the engine's.
 
 Layout, little endian: an 8-byte magic, u32 n_layers, u32 n_pos, u32 hidden, u32 0, then n_layers × [n_pos, hidden] f32.
-Dumps are written and read one layer at a time. Depends on numpy, torch and formats.errors.
+Dumps are written and read one layer at a time.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import contextlib
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..formats.errors import CheckError, MqError
+from ..formats.errors import CheckError, MqError, OutputError
 from .model.metrics import cosine
 
 MAGIC = b"HFHS\0\0\0\0"
@@ -80,7 +81,10 @@ class HiddenWriter:
         self.path, self.shape, self.written = path, (n_pos, hidden), 0
         self.n_layers = n_layers
         self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self.file = self.partial.open("wb")
+        try:
+            self.file = self.partial.open("wb")
+        except OSError as e:
+            raise OutputError(f"cannot be written: {e.strerror}", file=path) from None
         self.file.write(_HEADER.pack(MAGIC, n_layers, n_pos, hidden, 0))
 
     def add(self, values: NDArray[np.float32]) -> None:
@@ -114,6 +118,35 @@ class LayerDistance:
     cosine_mean: float
     cosine_min: float
     max_difference: float
+
+
+@dataclass(frozen=True)
+class HiddenComparison:
+    """Two dumps, layer by layer; `bar` is the mean cosine that every layer must reach."""
+
+    a: Path
+    b: Path
+    bar: float
+    layers: tuple[LayerDistance, ...]
+
+    @property
+    def under(self) -> tuple[int, ...]:
+        """The layers whose mean cosine is under the bar, or is not a number."""
+        return tuple(row.layer for row in self.layers if not row.cosine_mean >= self.bar)
+
+    def as_json(self) -> dict[str, Any]:
+        layers = [asdict(row) for row in self.layers]
+        return {"a": str(self.a), "b": str(self.b), "bar": self.bar, "ok": not self.under, "layers": layers}
+
+    def raise_if_failed(self) -> None:
+        """CheckError that names the layers under the bar."""
+        if self.under:
+            raise CheckError(f"the mean cosine of layers {list(self.under)} is under {self.bar}", file=self.a)
+
+
+def compare_dumps(a: Path, b: Path, bar: float) -> HiddenComparison:
+    """Compare two files; HiddenError where one is no dump, CheckError where their shapes differ or are empty."""
+    return HiddenComparison(a, b, bar, tuple(compare_hidden(open_hidden(a), open_hidden(b))))
 
 
 def compare_hidden(a: HiddenDump, b: HiddenDump) -> Iterator[LayerDistance]:

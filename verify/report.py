@@ -1,12 +1,13 @@
-"""A verdict as one self-contained HTML page: the stages, their figures, and plots as inline SVG.
+"""A verification as one self-contained HTML page: the stages, their figures, and plots as inline SVG.
 
-Everything that comes from a file is escaped. Depends on matplotlib, which is imported only here.
+Everything that comes from a file is escaped. matplotlib is imported only here.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +16,16 @@ from typing import Any
 import numpy as np
 
 from ..formats.errors import BackendError, OutputError
+from ..formats.text import printable
+from .run import Verification
+from .stages.fidelity import FidelityFigures, ProjectionFidelity
+from .stages.forward_parity import ForwardFigures, LayerFigures
+from .stages.generation import Continuation
+from .stages.stage import LISTED
 
-Verdict = Mapping[str, Any]
+PROMPT_SHOWN = 400
+"""Characters of the prompt, its last ones, that stand above a continuation."""
+FLOATS = ("F16", "F32")
 _BLUE, _ORANGE, _GREY = "#2563a8", "#c2571a", "#8a8f98"
 _STYLE = """
 :root { color-scheme: light }
@@ -45,6 +54,7 @@ _FIGURES = (
     ("ppl_test", "perplexity of the file"),
     ("positions", "positions"),
 )
+"""What is shown of the KL divergence's summary; a figure that is not finite is left out."""
 
 
 def check_report(path: Path) -> None:
@@ -55,71 +65,74 @@ def check_report(path: Path) -> None:
         raise OutputError(f"no such folder: {path.parent}", hint="make it, or give --report another path")
 
 
-def render(verdict: Verdict) -> str:
-    """The page for a verdict's JSON; `check_report` comes first."""
-    stages = {stage["stage"]: stage for stage in verdict["stages"]}
-    word, kind = ("passed", "ok") if verdict["ok"] else ("failed", "bad")
+def render(verification: Verification) -> str:
+    """The page; `check_report` comes first."""
+    word, kind = ("passed", "ok") if verification.ok else ("failed", "bad")
+    path = _escaped(verification.path)
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width">',
-        f"<title>{escape(str(verdict['path']))}: {word}</title><style>{_STYLE}</style>",
-        f"<h1>{escape(str(verdict['path']))}: <span class={kind}>{word}</span></h1>",
-        _overview(verdict),
+        f"<title>{path}: {word}</title><style>{_STYLE}</style>",
+        f"<h1>{path}: <span class={kind}>{word}</span></h1>",
+        _overview(verification),
     ]
-    if "forward" in stages:
-        parts += _forward(stages["forward"])
-    if stages.get("fidelity", {}).get("rows"):
-        parts += _fidelity(stages["fidelity"])
-    if "text" in stages.get("generation", {}):
-        made = stages["generation"]
-        parts.append(f"<h2>Greedy continuation</h2><p class=note>after: {escape(made['prompt'][-400:])}</p>")
-        parts.append(f"<blockquote>{escape(made['text'])}</blockquote>")
+    if forward := verification.figures(ForwardFigures):
+        parts += _forward(forward)
+    if (fidelity := verification.figures(FidelityFigures)) and fidelity.rows:
+        parts += _fidelity(fidelity)
+    made = verification.figures(Continuation)
+    if made and made.text is not None:
+        prompt = _escaped((made.prompt or "")[-PROMPT_SHOWN:], keep="\n")
+        parts.append(f"<h2>Greedy continuation</h2><p class=note>after: {prompt}</p>")
+        parts.append(f"<blockquote>{_escaped(made.text, keep=chr(10))}</blockquote>")
     return "\n".join(parts) + "\n"
 
 
-def _overview(verdict: Verdict) -> str:
+def _escaped(text: object, keep: str = "") -> str:
+    return escape(printable(str(text), keep=keep))
+
+
+def _overview(verification: Verification) -> str:
     rows = [
-        (s["stage"], "ok" if s["ok"] else "failed", f"{s['seen']:,} {s['unit']}", f"{s['seconds']:.1f} s")
-        for s in verdict["stages"]
+        (s.name, "ok" if s.ok else "failed", f"{s.seen:,} {s.unit}", f"{verification.seconds[s.name]:.1f} s")
+        for s in verification.stages
     ]
-    rows += [(name, "skipped", why, "") for name, why in verdict["skipped"].items()]
+    rows += [(name, "skipped", why, "") for name, why in verification.skipped.items()]
     out = [_table(("stage", "result", "looked at", "time"), rows)]
-    for stage in verdict["stages"]:
-        if stage["problems"]:
-            items = "".join(f"<li>{escape(problem)}</li>" for problem in stage["problems"])
-            more = stage["problem_count"] - len(stage["problems"])
-            items += f"<li>and {more} more</li>" if more else ""
-            out.append(f"<p><b>{escape(stage['stage'])}</b></p><ul class=bad>{items}</ul>")
-        out += [f"<p class=note>{escape(stage['stage'])}: {escape(note)}</p>" for note in stage["notes"]]
+    for stage in verification.stages:
+        if stage.complaints:
+            items = "".join(f"<li>{_escaped(problem)}</li>" for problem in stage.complaints[:LISTED])
+            more = len(stage.complaints) - LISTED
+            items += f"<li>and {more} more</li>" if more > 0 else ""
+            out.append(f"<p><b>{_escaped(stage.name)}</b></p><ul class=bad>{items}</ul>")
+        out += [f"<p class=note>{_escaped(stage.name)}: {_escaped(note)}</p>" for note in stage.notes]
     return "\n".join(out)
 
 
-def _forward(stage: Mapping[str, Any]) -> list[str]:
-    if "layers" not in stage:
-        return []
-    figures = [(label, _number(stage[key])) for key, label in _FIGURES if stage.get(key) is not None]
+def _forward(forward: ForwardFigures) -> list[str]:
+    summary = {key: getattr(forward.divergence, key) for key, _ in _FIGURES}
+    figures = [(label, _number(summary[key])) for key, label in _FIGURES if math.isfinite(summary[key])]
     return [
-        f"<h2>Forward pass on {escape(str(stage['device']))}</h2>",
+        f"<h2>Forward pass on {_escaped(forward.device)}</h2>",
         _table(("against the source", ""), figures),
         _figure(
-            "cosine", _plot_cosine(stage["layers"]), "Hidden state after each layer, against the source's."
+            "cosine", _plot_cosine(forward.layers), "Hidden state after each layer, against the source's."
         ),
         _figure(
             "kld",
-            _plot_kld(stage["kld"]),
+            _plot_kld(forward.kld),
             "KL divergence of next-token distributions, one value per position.",
         ),
     ]
 
 
-def _fidelity(stage: Mapping[str, Any]) -> list[str]:
-    rows = stage["rows"]
-    what = "Output-weighted" if stage["weighted"] else "Plain weight"
-    worst = sorted(rows, key=lambda row: row["worst_db"])[:8]
-    table = [(r["worst"], r["format"], f"{r['worst_db']:.1f}", f"{r['slope']:.4f}") for r in worst]
+def _fidelity(fidelity: FidelityFigures) -> list[str]:
+    what = "Output-weighted" if fidelity.weighted else "Plain weight"
+    worst = sorted(fidelity.rows, key=lambda row: row.worst_db)[:8]
+    table = [(r.worst, r.format, f"{r.worst_db:.1f}", f"{r.slope:.4f}") for r in worst]
     return [
         "<h2>Fidelity of the weights</h2>",
-        _figure("snr", _plot_snr(rows), f"{what} signal to noise of each projection, in dB."),
+        _figure("snr", _plot_snr(fidelity.rows), f"{what} signal to noise of each projection, in dB."),
         "<p>The weakest tensors:</p>",
         _table(("tensor", "format", "dB", "slope of its projection"), table),
     ]
@@ -133,7 +146,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     def cells(row: Sequence[object], tag: str) -> str:
         numeric = [str(cell)[:1].isdigit() and i > 0 for i, cell in enumerate(row)]
         marks = [" class=n" if n else "" for n in numeric]
-        return "".join(f"<{tag}{m}>{escape(str(c))}</{tag}>" for m, c in zip(marks, row, strict=True))
+        return "".join(f"<{tag}{m}>{_escaped(c)}</{tag}>" for m, c in zip(marks, row, strict=True))
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f"<div class=wide><table><tr>{cells(header, 'th')}</tr>{body}</table></div>"
@@ -165,11 +178,12 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _plot_cosine(layers: Sequence[Mapping[str, Any]]) -> str:
+def _plot_cosine(layers: Sequence[LayerFigures]) -> str:
     figure, axes = _new(8, 3)
-    x = [row["layer"] for row in layers]
-    for key, label, color in (("cosine_mean", "mean", _BLUE), ("cosine_min", "minimum", _ORANGE)):
-        distance = [max(1 - row[key], 1e-9) for row in layers]
+    x = [row.layer for row in layers]
+    means, minima = [row.cosine_mean for row in layers], [row.cosine_min for row in layers]
+    for cosines, label, color in ((means, "mean", _BLUE), (minima, "minimum", _ORANGE)):
+        distance = [max(1 - cosine, 1e-9) for cosine in cosines]
         axes.plot(x, distance, marker="o", markersize=4, color=color, label=label)
     axes.set(xlabel="layer", ylabel="1 - cosine", yscale="log")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -190,14 +204,14 @@ def _plot_kld(values: Sequence[float]) -> str:
     return _svg(figure)
 
 
-def _plot_snr(rows: Sequence[Mapping[str, Any]]) -> str:
+def _plot_snr(rows: Sequence[ProjectionFidelity]) -> str:
     """Layers across, projections down: those that are quantised, experts first."""
-    kept = [r for r in rows if r["layer"] is not None and r["format"] not in ("F16", "F32")]
-    names = sorted({r["projection"] for r in kept}, key=lambda name: (len(name) > 2, name))
-    layers = sorted({r["layer"] for r in kept})
+    kept = [(r.projection, r.layer, r) for r in rows if r.layer is not None and r.format not in FLOATS]
+    names = sorted({name for name, _, _ in kept}, key=lambda name: (len(name) > 2, name))
+    layers = sorted({layer for _, layer, _ in kept})
     grid = np.full((len(names), len(layers)), np.nan)
-    for r in kept:
-        grid[names.index(r["projection"]), layers.index(r["layer"])] = r["output_snr_db"]
+    for name, layer, r in kept:
+        grid[names.index(name), layers.index(layer)] = r.output_snr_db
     figure, axes = _new(8, 0.4 * len(names) + 1.2)
     image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set_yticks(range(len(names)), [name.split(".")[-1] for name in names])

@@ -1,19 +1,17 @@
 """All stages of `mq-quant verify` in order, and one result object.
 
-A stage that cannot run is a failed stage, and one that was not asked for is listed as skipped, with the reason: no
-verdict is given on what was not looked at. Depends on all of verify.
+A stage that cannot run is a failed stage. A stage that was not asked for is listed as skipped, with the reason: nothing
+is said of what was not looked at.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,21 +19,29 @@ from numpy.typing import NDArray
 from ..formats.checkpoint.source import Source
 from ..formats.errors import CheckError, MqError
 from ..formats.hfq import HfqFile
+from ..formats.machine import peak_rss
 from ..formats.minimax import ModelConfig, normalize_config, parse_config
 from ..formats.statistics.imatrix import Imatrix
+from ..formats.text import shown
 from ..kernels.runtime.host import Backend
 from .bars import Bars
 from .stages.decode_parity import check_decode, sampled
 from .stages.fidelity import check_fidelity
 from .stages.forward_parity import check_forward
 from .stages.generation import check_generation
-from .stages.stage import Stage
+from .stages.stage import Figures, StageResult
 from .stages.structure import check_structure
+
+F = TypeVar("F", bound=Figures)
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to verify a file against; `tokens` i64 [n_seq, len] for the forward pass, None where there are none."""
+class VerifyInputs:
+    """What to verify a file against.
+
+    `tokens` i64 [n_seq, len] go through the forward pass, and `prompt` i64 [n] is continued by `generate` tokens; None
+    where there are none. `notes` say where the tokens come from, and are handed on with the forward stage.
+    """
 
     source: Source | None = None
     imatrix: Imatrix | None = None
@@ -45,20 +51,31 @@ class Request:
     sample: bool = False
     generate: int = 0
     dump: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Close the source."""
+        if self.source is not None:
+            self.source.close()
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The result of all stages that ran, in order, and why others did not."""
+class Verification:
+    """The result of all stages that ran, in order, and why others did not; `seconds` is what each stage took."""
 
     path: Path
-    stages: tuple[Stage, ...]
+    stages: tuple[StageResult, ...]
     skipped: Mapping[str, str]
     seconds: Mapping[str, float]
+    peak_rss_bytes: int
 
     @property
     def ok(self) -> bool:
         return bool(self.stages) and all(stage.ok for stage in self.stages)
+
+    def figures(self, kind: type[F]) -> F | None:
+        """What one stage measured, by the type of its figures; None where that stage did not run to its end."""
+        return next((s.figures for s in self.stages if isinstance(s.figures, kind)), None)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -66,7 +83,7 @@ class Verdict:
             "ok": self.ok,
             "stages": [{**s.as_json(), "seconds": round(self.seconds[s.name], 3)} for s in self.stages],
             "skipped": dict(self.skipped),
-            "peak_rss_bytes": _peak_rss(),
+            "peak_rss_bytes": self.peak_rss_bytes,
         }
 
     def raise_if_failed(self) -> None:
@@ -79,62 +96,62 @@ class Verdict:
             raise CheckError("verification failed\n  " + "\n  ".join(lines), file=self.path)
 
 
-def _first(stage: Stage) -> str:
+def _first(stage: StageResult) -> str:
     first, *rest = stage.complaints
     return f"{first} (and {len(rest)} more)" if rest else first
 
 
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def verify(
-    file: HfqFile, backend: Backend, request: Request, on_stage: Callable[[Stage], None] = lambda _: None
-) -> Verdict:
-    """Run every stage that the request has the means for; `on_stage` hears of each as it ends."""
-    stages: list[Stage] = []
+    file: HfqFile,
+    backend: Backend,
+    inputs: VerifyInputs,
+    on_stage: Callable[[StageResult], None] = lambda _: None,
+) -> Verification:
+    """Run every stage that there are inputs for; `on_stage` hears of each as it ends."""
+    stages: list[StageResult] = []
     seconds: dict[str, float] = {}
     skipped: dict[str, str] = {}
     cfg = _config(file)
 
-    def run(name: str, stage: Callable[[], Stage], before: Callable[[], None] = lambda: None) -> None:
+    def run(name: str, stage: Callable[[], StageResult], before: Callable[[], None] = lambda: None) -> None:
         began = time.monotonic()
         try:
             before()
             result = stage()
         except MqError as e:
-            result = Stage(name, 0, "results", (str(e),))
+            result = StageResult(name, 0, "results", (str(e),))
         seconds[name] = time.monotonic() - began
         stages.append(result)
         on_stage(result)
 
-    source, tokens = request.source, request.tokens
+    source, tokens, prompt, bars = inputs.source, inputs.tokens, inputs.prompt, inputs.bars
     run("structure", lambda: _structure(file, source))
-    run("decode", lambda: check_decode(file, backend, request.sample))
+    run("decode", lambda: check_decode(file, backend, inputs.sample))
     if source is None:
         skipped["fidelity"] = skipped["forward"] = "no source to compare with; give --source"
     elif cfg is None:
         skipped["fidelity"] = skipped["forward"] = "the file's config cannot be read"
     else:
-        chosen = sampled(file) if request.sample else None
+        chosen = sampled(file) if inputs.sample else None
         alike = partial(check_dimensions, file, cfg, source.config)
-        run("fidelity", lambda: check_fidelity(file, source, cfg, request.imatrix, chosen), alike)
+        run("fidelity", lambda: check_fidelity(file, source, cfg, inputs.imatrix, chosen), alike)
         if tokens is None:
             skipped["forward"] = "no tokens to run; give --tokens, --prompt or --token-file"
         else:
-            ids = tokens
-            dump, bars = request.dump, request.bars
-            run("forward", lambda: check_forward(file, source, cfg, backend, ids, bars, dump), alike)
-    if cfg is None or request.generate == 0 or request.prompt is None or not request.prompt.size:
+            forward = partial(check_forward, file, source, cfg, backend, tokens, bars, inputs.dump)
+            run("forward", lambda: _noted(forward(), inputs.notes), alike)
+    if cfg is None or inputs.generate == 0 or prompt is None or not prompt.size:
         skipped["generation"] = "no prompt, or no tokens were asked for"
     else:
-        prompt, model = request.prompt, cfg
         run(
             "generation",
-            lambda: check_generation(file, model, backend, prompt, request.generate, request.bars.coherence),
+            lambda: check_generation(file, cfg, backend, prompt, inputs.generate, bars.coherence),
         )
-    return Verdict(file.path, tuple(stages), skipped, seconds)
+    return Verification(file.path, tuple(stages), skipped, seconds, peak_rss())
+
+
+def _noted(stage: StageResult, notes: tuple[str, ...]) -> StageResult:
+    return replace(stage, notes=(*notes, *stage.notes))
 
 
 DIMENSIONS = (
@@ -170,19 +187,12 @@ def _config(file: HfqFile) -> ModelConfig | None:
         return None
 
 
-def _structure(file: HfqFile, source: Source | None) -> Stage:
+def _structure(file: HfqFile, source: Source | None) -> StageResult:
     """The structure stage, and, with a source, whether the file's config and tokenizer are the source's."""
     stage = check_structure(file)
     if source is None:
         return stage
-    return Stage(
-        stage.name,
-        stage.seen,
-        stage.unit,
-        (*stage.problems, *_differs(file, source)),
-        stage.notes,
-        stage.values,
-    )
+    return replace(stage, problems=(*stage.problems, *_differs(file, source)))
 
 
 def _differs(file: HfqFile, source: Source) -> list[str]:
@@ -190,7 +200,7 @@ def _differs(file: HfqFile, source: Source) -> list[str]:
     if not isinstance(found, Mapping):
         return []
     problems = [
-        f"metadata.config.{key}: is {found.get(key)!r}, the source has {expected.get(key)!r}"
+        f"metadata.config.{key}: is {shown(found.get(key))}, the source has {shown(expected.get(key))}"
         for key in sorted({*found, *expected})
         if found.get(key) != expected.get(key)
     ]

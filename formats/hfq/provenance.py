@@ -96,6 +96,10 @@ class Provenance:
             _text(document.get("metadata_checksum")),
         )
 
+    def as_json(self) -> dict[str, Any]:
+        """The record as it stands in the metadata."""
+        return dict(self.document)
+
 
 def stated_quantization_hash(metadata: Mapping[str, Any]) -> str | None:
     """The quantization hash that a file's metadata state, None where they state none."""

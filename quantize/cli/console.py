@@ -1,17 +1,27 @@
-"""What commands print: results on stdout, as text or as exactly one JSON object; everything else on stderr."""
+"""What commands print: results on stdout, as text or as exactly one JSON object; everything else on stderr.
+
+Text may hold names and values from files of strangers. No control character of theirs reaches the terminal.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import typer
 
+from ...formats.text import printable
+from .guard import MachineError
+from .streams import READER_GONE, silence
+
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
+SHOWN = 8
+"""Lines of a long list that are printed; --json prints all of them."""
 
 
 class Result(Protocol):
@@ -25,27 +35,62 @@ class Result(Protocol):
 R = TypeVar("R", bound="Result | Mapping[str, Any]")
 
 
-def emit(result: R, as_json: bool, render: Callable[[R], str]) -> None:
-    """Print a command's result, with `render` turning it into text for people."""
-    if as_json:
-        print(json.dumps(_document(result), ensure_ascii=False), flush=True)
-    else:
-        print(render(result), flush=True)
+def emit(result: R, as_json: bool, render: Callable[[R], str], *, finished: bool = False) -> None:
+    """Print a command's result, with `render` turning it into text for people.
+
+    A command that is `finished` has done its work or reached its verdict: it goes on though nobody reads the result.
+    Any other ends, without a word, as soon as its reader has left. Raises MachineError where stdout cannot be written.
+    """
+    text = json_text(_document(result)) if as_json else printable(render(result), keep="\n")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        if not finished:
+            raise typer.Exit(READER_GONE) from None
+    except OSError as e:
+        silence(sys.stdout)
+        problem = f"the result cannot be printed: {e.strerror}"
+        if not finished:
+            raise MachineError(problem) from None
+        note(problem)
 
 
-def _document(result: Result | Mapping[str, Any]) -> Mapping[str, Any]:
-    return result if isinstance(result, Mapping) else result.as_json()
+def _document(result: Result | Mapping[str, Any]) -> dict[str, Any]:
+    return dict(result) if isinstance(result, Mapping) else result.as_json()
+
+
+def json_text(document: dict[str, Any]) -> str:
+    """A document as strict JSON on one line. Numbers that JSON lacks become null, unprintable characters escapes."""
+    try:
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        document = _finite(document)
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    return text if unicode and text.isprintable() else json.dumps(document)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Print a message on stderr. A stderr that nobody reads does not end a command."""
+    with suppress(OSError):
+        print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def resumable(advice: str) -> Iterator[None]:
     """Ends a command that Ctrl-C reaches with `advice` and exit code 130.
 
-    Where it reaches a lock of Python's that is just being let go, a RuntimeError follows from it and hides it.
+    Ctrl-C that comes while one of Python's locks is being released shows as a RuntimeError, with the KeyboardInterrupt
+    as its context.
     """
     try:
         yield
@@ -58,7 +103,7 @@ def resumable(advice: str) -> Iterator[None]:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in plain text: columns that hold only numbers are aligned to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
     numeric = [all(row[i][:1].isdigit() for row in cells) for i in range(len(header))]
 
@@ -71,9 +116,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([line(list(header)), *map(line, cells)])
 
 
+def listed(items: Sequence[str], more: str) -> list[str]:
+    """The first lines of a long list; a last one says how many are left out, and `more` where they are shown."""
+    left = len(items) - SHOWN
+    return [*items[:SHOWN], f"and {left} more ({more})"] if left > 0 else list(items)
+
+
 def gigabytes(n: int) -> str:
     """Bytes as GB (10⁹) with one digit, or in smaller units where that would say nothing."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n >= size:
             return f"{n / size:.1f} {unit}"
     return f"{n} B"
+
+
+def coverage(share: float | None) -> str:
+    """How many of the experts the statistics have seen."""
+    return "no importances" if share is None else f"{share:.1%} of the experts"

@@ -1,36 +1,44 @@
-"""The commands that look at files: inspect, diff, reproduce, and doctor for the machine. Thin, as cli_build."""
+"""The commands that look at files and at the machine: inspect, diff, reproduce and doctor."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import emit, gigabytes, table
+from ...formats.text import printable, shown
+from . import options as opt
+from .console import SHOWN, emit, gigabytes, table
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="An HFQ file.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-SHOWN = 8
+if TYPE_CHECKING:
+    from ...formats.hfq.provenance import Provenance
+    from ..inspect.diff import Diff
+    from ..inspect.doctor import Examination
+    from ..inspect.show import DecodedTensor, FileSummary, TensorRow
+
+WIDTH = 100
+"""Columns of what `doctor` prints."""
 AFTER = "bytes follow the last tensor"
 
 
 def inspect(
-    file: File,
+    file: opt.File,
     pattern: Annotated[
         str | None,
-        typer.Option("--filter", help="List the tensors whose name matches this regular expression."),
+        typer.Option("--filter", help="List the tensors whose name holds this regular expression."),
     ] = None,
     tensor: Annotated[
-        str | None, typer.Option(help="Decode this tensor: statistics and first groups.")
+        str | None, typer.Option(help="Decode the tensor of this name: statistics and first groups.")
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, max=64, help="How many groups to show.")] = 2,
+    groups: Annotated[int, typer.Option(min=1, max=64, help="How many groups of it to show.")] = 2,
     show_provenance: Annotated[
-        bool, typer.Option("--provenance", help="Show what the file was made from instead.")
+        bool, typer.Option("--provenance", help="Show instead what the file was made from.")
     ] = False,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Show a file's header, metadata and tensors, or one tensor decoded.
 
@@ -44,63 +52,65 @@ def inspect(
     from ..inspect.show import inspect_file, provenance
 
     if show_provenance:
-        emit(provenance(file).document, as_json, _render_provenance)
+        emit(provenance(file), as_json, _render_provenance)
     else:
         emit(inspect_file(file, pattern, tensor, groups), as_json, _render_file(pattern is not None))
 
 
-def _render_provenance(record: Mapping[str, Any]) -> str:
-    from ...formats.hfq.provenance import KEY, Provenance
-
-    count = len(Provenance.read({KEY: record}).checksums)
-    shown = {**record, "checksums": f"{count} tensor checksums (--json shows them)"}
-    return json.dumps(shown, indent=1, ensure_ascii=False)
+def _render_provenance(provenance: Provenance) -> str:
+    checksums = f"{len(provenance.checksums)} tensor checksums (--json shows them)"
+    return json.dumps({**provenance.document, "checksums": checksums}, indent=1, ensure_ascii=False)
 
 
-def _render_file(listing: bool) -> Callable[[Mapping[str, Any]], str]:
-    def render(result: Mapping[str, Any]) -> str:
-        header, metadata = result["header"], result["metadata"]
-        config = ", ".join(f"{key} {value}" for key, value in metadata["config"].items() if value is not None)
+def _render_file(listing: bool) -> Callable[[FileSummary], str]:
+    def render(result: FileSummary) -> str:
+        header, metadata = result.header, result.metadata
+        config = ", ".join(f"{k} {_value(v)}" for k, v in metadata.config.items() if v is not None)
         parts = [
-            f"{result['path']}: HFQ version {header['version']}, arch_id {header['arch_id']}, "
-            f"{gigabytes(header['total_bytes'])}, payloads from byte {header['data_offset']}",
-            f"tier {metadata['tier'] or 'unknown'}, fit {metadata['fit'] or 'unknown'}, "
-            f"quantization hash {metadata['quantization_hash'] or 'none'}",
-            f"config: {config}",
-            *([f"{after} {AFTER}"] if (after := header["trailing_bytes"]) else []),
+            f"{printable(str(result.path))}: HFQ version {header.version}, arch_id {header.arch_id}, "
+            f"{gigabytes(header.total_bytes)}, payloads from byte {header.data_offset}",
+            f"tier {_value(metadata.tier)}, fit {_value(metadata.fit)}, "
+            f"quantization hash {_value(metadata.quantization_hash, 'none')}",
+            f"config: {config or 'none of the known keys'}",
             table(
                 ("format", "tensors", "weights", "size"),
-                [
-                    (name, s["tensors"], s["weights"], gigabytes(s["bytes"]))
-                    for name, s in result["by_format"].items()
-                ],
+                [(name, s.tensors, s.weights, gigabytes(s.bytes)) for name, s in result.by_format.items()],
             ),
         ]
-        if result["tensor"]:
-            parts.append(_render_tensor(result["tensor"]))
+        if header.trailing_bytes:
+            parts.append(f"{header.trailing_bytes} {AFTER}; mq-quant does not read them")
+        if result.tensor:
+            parts.append(_render_tensor(result.tensor))
         elif listing:
-            parts.append(_render_rows(result["tensors"]))
+            parts.append(_render_rows(result.tensors))
         else:
-            parts.append(f"{len(result['tensors'])} tensors; --filter lists them, --tensor decodes one")
+            parts.append(f"{len(result.tensors)} tensors; --filter lists them, --tensor decodes one")
         return "\n\n".join(parts)
 
     return render
 
 
-def _render_rows(rows: list[dict[str, Any]]) -> str:
+def _value(value: Any, missing: str = "unknown") -> str:
+    """A value from a file's metadata, of any type, on one line."""
+    if value is None:
+        return missing
+    return printable(value) if isinstance(value, str) and len(value) <= WIDTH else shown(value)
+
+
+def _render_rows(rows: tuple[TensorRow, ...]) -> str:
     if not rows:
         return "no tensor matches"
     return table(
         ("name", "format", "shape", "offset", "bytes"),
-        [(r["name"], r["format"], "x".join(map(str, r["shape"])), r["offset"], r["bytes"]) for r in rows],
+        [(r.name, r.format, "x".join(map(str, r.shape)), r.offset, r.bytes) for r in rows],
     )
 
 
-def _render_tensor(tensor: Mapping[str, Any]) -> str:
-    shape = "x".join(map(str, tensor["shape"]))
-    lines = [f"{tensor['name']}: {tensor['format']} {shape}, {tensor['basis']} basis"]
-    lines += [f"  {name:8}{value}" for name, value in tensor["statistics"].items()]
-    for i, group in enumerate(tensor["first_groups"]):
+def _render_tensor(tensor: DecodedTensor) -> str:
+    row = tensor.row
+    lines = [f"{row.name}: {row.format} {'x'.join(map(str, row.shape))}, {tensor.basis} basis"]
+    lines += [f"  {name:8}{value}" for name, value in vars(tensor.statistics).items()]
+    for i, group in enumerate(tensor.first_groups):
         values = " ".join("non-finite" if v is None else f"{v:+.5f}" for v in group[:SHOWN])
         lines.append(f"  group {i}: {values}{' …' if len(group) > SHOWN else ''}")
     return "\n".join(lines)
@@ -109,7 +119,7 @@ def _render_tensor(tensor: Mapping[str, Any]) -> str:
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="An HFQ file.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="The file to compare with it.", show_default=False)],
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Compare two files: metadata, formats, and each tensor's bytes and values. Exit code 1 where they differ.
 
@@ -121,33 +131,39 @@ def diff(
     from ..inspect.diff import diff_files
 
     result = diff_files(a, b)
-    emit(result.as_json(), as_json, _render_diff)
+    emit(result, as_json, _render_diff, finished=True)
     if not result.identical:
         raise typer.Exit(1)
 
 
-def _render_diff(result: Mapping[str, Any]) -> str:
-    if result["identical"]:
-        return f"identical: {result['equal_tensors']} tensors and all metadata"
-    after = (
-        [f"{result[f'trailing_{s}']} {AFTER} of {result[s]}" for s in ("a", "b") if result[f"trailing_{s}"]]
-        if not result["same_trailing"]
-        else []
-    )
-    parts = after + [f"{d['key']}: {d['a']!r} / {d['b']!r}" for d in result["metadata"]]
-    parts += [f"only in {result[side]}: {name}" for side in ("a", "b") for name in result[f"only_{side}"]]
-    if result["different_tensors"]:
+def _render_diff(result: Diff) -> str:
+    if result.identical:
+        return f"identical: {result.equal_tensors} tensors and all metadata"
+    parts = []
+    if not result.same_trailing:
+        after = (result.trailing_a, result.a), (result.trailing_b, result.b)
+        parts += [f"{count} {AFTER} of {printable(str(path))}" for count, path in after if count]
+    parts += [f"{printable(d.key)}: {_short(d.a)} / {_short(d.b)}" for d in result.metadata]
+    for path, names in ((result.a, result.only_a), (result.b, result.only_b)):
+        parts += [f"only in {printable(str(path))}: {name}" for name in names]
+    if result.different_tensors:
         rows = [
-            (t["name"], t["format_a"], t["format_b"], "-" if t["snr_db"] is None else f"{t['snr_db']:.2f}")
-            for t in result["different_tensors"]
+            (t.name, t.format_a, t.format_b, "-" if t.snr_db is None else f"{t.snr_db:.2f}")
+            for t in result.different_tensors
         ]
         parts.append(table(("tensor", "in A", "in B", "SNR of B, dB"), rows))
-    parts.append(f"{result['equal_tensors']} tensors equal, {len(result['different_tensors'])} different")
+    if not result.same_order:
+        parts.append("the tensors that both have stand in another order")
+    parts.append(f"{result.equal_tensors} tensors equal, {len(result.different_tensors)} different")
     return "\n".join(parts)
 
 
+def _short(value: Any) -> str:
+    return shown(value, 300)
+
+
 def reproduce(
-    file: File,
+    file: opt.File,
     source: Annotated[
         str | None, typer.Option(help="The checkpoint, where the file names no repository.")
     ] = None,
@@ -157,9 +173,9 @@ def reproduce(
     calibration: Annotated[
         Path | None, typer.Option(help="The calibration folder, where the file was made with one.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one per core.")] = None,
+    jobs: opt.Jobs = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Encode again what a file was made from, and compare. Writes nothing; exit code 1 where bytes differ.
 
@@ -197,8 +213,8 @@ def _render_reproduced(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine has and what it means. Exit code 1 where something is missing.
+def doctor(as_json: opt.Json = False) -> None:
+    """Say what this machine has, and what that means for mq-quant. Exit code 1 where something is missing.
 
     \b
     Examples:
@@ -208,14 +224,25 @@ def doctor(as_json: Json = False) -> None:
     from ..inspect.doctor import examine
 
     result = examine()
-    emit(result, as_json, _render_doctor)
-    if not result["healthy"]:
+    emit(result, as_json, _render_doctor, finished=True)
+    if not result.healthy:
         raise typer.Exit(1)
 
 
-def _render_doctor(result: Mapping[str, Any]) -> str:
-    rows = [(f["what"], f["state"], f["found"], f["meaning"]) for f in result["findings"]]
-    return f"mq-quant {result['version']}\n" + table(("what", "state", "found", "what it means"), rows)
+def _render_doctor(result: Examination) -> str:
+    """Each finding: what it is about, its state, what was found, and below that what it means."""
+    first = max(len(finding.what) for finding in result.findings) + 2
+    second = max(len(finding.state) for finding in result.findings) + 2
+    lines = [f"mq-quant {result.version}"]
+    for finding in result.findings:
+        head = finding.what.ljust(first) + finding.state.ljust(second)
+        lines += _wrapped(printable(finding.found), head, " " * len(head))
+        lines += _wrapped(finding.meaning, " " * len(head), " " * len(head))
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=others) or [first.rstrip()]
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

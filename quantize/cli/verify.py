@@ -1,147 +1,177 @@
-"""The commands that judge files: verify and compare-hidden. Thin, as cli_build."""
+"""The commands that judge files: verify and compare-hidden."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...formats.text import printable
+from . import options as opt
 from .console import emit, note, table
 
 if TYPE_CHECKING:
-    from ...verify.stages.stage import Stage
+    from ...verify.hidden import HiddenComparison
+    from ...verify.run import Verification
+    from ...verify.stages.fidelity import FidelityFigures
+    from ...verify.stages.forward_parity import ForwardFigures
+    from ...verify.stages.stage import StageResult
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Dump = Annotated[Path, typer.Argument(help="A hidden-state dump (HFHS).", show_default=False)]
+Dump = Annotated[Path, typer.Argument(help="A dump of hidden states (HFHS).", show_default=False)]
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An HFQ file.", show_default=False)],
+    file: opt.File,
     source: Annotated[
-        str | None, typer.Option(help="The checkpoint it was made from: a folder, or `tiny`.")
+        str | None,
+        typer.Option(help="The checkpoint that the file was made from: a folder, or `tiny`."),
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="For output-weighted SNR. Default: the source's.")
+        Path | None,
+        typer.Option(help="The imatrix by which errors are weighed. Default: imatrix.gguf of the source."),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Take the bars from this recipe, not the tier's.")
+        Path | None, typer.Option(help="Take the bars from this recipe instead of the file's tier.")
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=0, help="Run about this many held-out tokens of the source.")
+        int, typer.Option(min=0, help="Run about this many held-out tokens (eval_tokens.npy of the source).")
     ] = 64,
     prompt: Annotated[
-        str | None, typer.Option(help="Run this text, and hold its continuation to the coherence gate.")
+        str | None,
+        typer.Option(help="Run this text instead. Its continuation must be coherent."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put --prompt through the file's chat template.")
+        bool, typer.Option("--chat", help="Put --prompt into the file's chat template, as a user's message.")
     ] = False,
     token_file: Annotated[
-        Path | None, typer.Option(help="Run these token ids: .npy, or text with one sequence per line.")
+        Path | None,
+        typer.Option(
+            help="Run these token ids instead: a .npy file, or text with one sequence on each line."
+        ),
     ] = None,
     generate: Annotated[
         int, typer.Option(min=0, help="Continue the first sequence by this many tokens.")
     ] = 16,
-    backend: Annotated[str, typer.Option(help="auto, hip, cuda or cpu.")] = "auto",
+    backend: Annotated[
+        opt.Backend, typer.Option(help="What runs the kernels. `auto` takes a GPU where there is one.")
+    ] = "auto",
     sample: Annotated[
-        bool, typer.Option("--sample", help="Decode and compare a fixed sample of a large file.")
+        bool, typer.Option("--sample", help="Look at a fixed sample of the tensors, for large files.")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots.")] = None,
-    dump_hidden: Annotated[Path | None, typer.Option(help="Write the kernels' hidden states (HFHS).")] = None,
-    as_json: Json = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the result with plots to this HTML file.")
+    ] = None,
+    dump_hidden: Annotated[
+        Path | None, typer.Option(help="Write the kernels' hidden states to this file (HFHS).")
+    ] = None,
+    as_json: opt.Json = False,
 ) -> None:
-    """Judge a file: structure, decode parity, fidelity, and a forward pass through the kernels.
+    """Judge a file: its structure, how it decodes, how near its weights and its outputs are to the checkpoint's.
 
-    Without a source only structure and decode are judged. The bars are those of the file's tier; the exit code is 1
-    where one does not hold.
+    Without a checkpoint only structure, decoding and a continuation are judged. The bars are those of the file's tier.
+    The exit code is 1 where one of them is missed.
 
     \b
     Examples:
       mq-quant verify tiny.mq2-lloyd
       mq-quant verify MiniMax-M2.7.mq2-lloyd --sample
-      mq-quant verify MiniMax-M2.7.mq2-lloyd --source ./MiniMax-M2.7 --tokens 512 --report report.html
+      mq-quant verify MiniMax-M2.7.mq2-lloyd --source ./MiniMax-M2.7 --tokens 1024 --report report.html
       mq-quant verify MiniMax-M2.7.mq2-lloyd --prompt 'Why is the sky blue?' --chat --generate 200
     """
     from ...formats.hfq import open_hfq
     from ...kernels.runtime.host import open_backend
     from ...verify.report import check_report, render
     from ...verify.run import verify as run
-    from ..inspect.verify_inputs import Wanted, request_of
+    from ..inspect.verify_inputs import VerifyOptions, inputs_of
 
+    if chat and prompt is None:
+        raise typer.BadParameter("--chat goes with --prompt")
+    if prompt is not None and token_file is not None:
+        raise typer.BadParameter("give either --prompt or --token-file")
     if report is not None:
         check_report(report)
-    wanted = Wanted(source, imatrix, recipe, tokens, prompt, chat, token_file, sample, generate, dump_hidden)
-    with open_hfq(file) as opened, open_backend(backend) as device:
-        request = request_of(opened, wanted)
-        verdict = run(opened, device, request, lambda stage: note(_line(stage)))
-    result = verdict.as_json()
+    if dump_hidden is not None and not dump_hidden.parent.is_dir():
+        raise typer.BadParameter(f"no such folder: {dump_hidden.parent}", param_hint="--dump-hidden")
+    options = VerifyOptions(
+        source, imatrix, recipe, tokens, prompt, chat, token_file, sample, generate, dump_hidden
+    )
+    with (
+        open_hfq(file) as opened,
+        open_backend(backend) as device,
+        closing(inputs_of(opened, options)) as inputs,
+    ):
+        result = run(opened, device, inputs, lambda stage: note(_line(stage)))
     if report is not None:
         report.write_text(render(result), encoding="utf-8")
-    emit(result, as_json, _render)
-    verdict.raise_if_failed()
+    emit(result, as_json, _render, finished=True)
+    result.raise_if_failed()
 
 
-def _line(stage: Stage) -> str:
+def _line(stage: StageResult) -> str:
     return f"{stage.name}: {'ok' if stage.ok else 'FAILED'} ({stage.seen:,} {stage.unit})"
 
 
-def _render(result: Mapping[str, Any]) -> str:
-    stages = {stage["stage"]: stage for stage in result["stages"]}
-    rows = [
-        (s["stage"], "ok" if s["ok"] else "FAILED", f"{s['seen']:,} {s['unit']}") for s in result["stages"]
-    ]
-    rows += [(name, "skipped", why) for name, why in result["skipped"].items()]
+def _render(result: Verification) -> str:
+    from ...verify.stages.fidelity import FidelityFigures
+    from ...verify.stages.forward_parity import ForwardFigures
+    from ...verify.stages.generation import Continuation
+    from ...verify.stages.stage import LISTED
+
+    rows = [(s.name, "ok" if s.ok else "FAILED", f"{s.seen:,} {s.unit}") for s in result.stages]
+    rows += [(name, "skipped", why) for name, why in result.skipped.items()]
     parts = [
-        f"{result['path']}: {'passed' if result['ok'] else 'FAILED'}",
+        f"{printable(str(result.path))}: {'passed' if result.ok else 'FAILED'}",
         table(("stage", "result", "looked at"), rows),
     ]
-    said = [f"{s['stage']}: {text}" for s in result["stages"] for text in (*s["problems"], *s["notes"])]
+    said = [f"{s.name}: {printable(t)}" for s in result.stages for t in (*s.complaints[:LISTED], *s.notes)]
     said += [
-        f"{s['stage']}: and {s['problem_count'] - len(s['problems'])} more problems"
-        for s in result["stages"]
-        if s["problem_count"] > len(s["problems"])
+        f"{s.name}: and {len(s.complaints) - LISTED} more problems"
+        for s in result.stages
+        if len(s.complaints) > LISTED
     ]
     if said:
         parts.append("\n".join(said))
-    if stages.get("fidelity", {}).get("rows"):
-        parts.append(_render_fidelity(stages["fidelity"]))
-    if stages.get("forward", {}).get("layers"):
-        parts.append(_render_forward(stages["forward"]))
-    if "text" in stages.get("generation", {}):
-        parts.append(f"continuation: {stages['generation']['text']!r}")
+    if (fidelity := result.figures(FidelityFigures)) and fidelity.rows:
+        parts.append(_render_fidelity(fidelity))
+    if forward := result.figures(ForwardFigures):
+        parts.append(_render_forward(forward))
+    if (made := result.figures(Continuation)) and made.text is not None:
+        parts.append(f"continuation: {printable(repr(made.text))}")
     return "\n\n".join(parts)
 
 
-def _render_fidelity(stage: Mapping[str, Any]) -> str:
-    """One line per projection, over all layers."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in stage["rows"]:
-        groups.setdefault((row["projection"].split(".")[-1], row["format"]), []).append(row)
+def _render_fidelity(figures: FidelityFigures) -> str:
+    """One line for each projection, over all layers."""
+    groups: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
+    for row in figures.rows:
+        key = row.projection.split(".")[-1], row.format
+        groups.setdefault(key, []).append((row.worst_db, row.output_snr_db, row.worst))
     rows = []
     for (projection, fmt), members in groups.items():
         if fmt in ("F16", "F32"):
             continue
-        worst = min(members, key=lambda row: row["worst_db"])
-        snr = [row["output_snr_db"] for row in members]
-        rows.append(
-            (projection, fmt, f"{sum(snr) / len(snr):.2f}", f"{worst['worst_db']:.2f}", worst["worst"])
-        )
+        worst_db, _, worst = min(members)
+        mean = sum(snr for _, snr, _ in members) / len(members)
+        rows.append((projection, fmt, f"{mean:.2f}", f"{worst_db:.2f}", worst))
     return table(("projection", "format", "dB", "worst dB", "worst tensor"), rows)
 
 
-def _render_forward(stage: Mapping[str, Any]) -> str:
+def _render_forward(figures: ForwardFigures) -> str:
     rows = [
-        (r["layer"], f"{r['cosine_mean']:.6f}", f"{r['cosine_min']:.6f}", f"{r['routing']:.4f}")
-        for r in stage["layers"]
+        (r.layer, f"{r.cosine_mean:.6f}", f"{r.cosine_min:.6f}", f"{r.routing:.4f}") for r in figures.layers
     ]
     layers = table(("layer", "cosine", "minimum", "routing"), rows)
+    d = figures.divergence
     kld = (
-        f"KLD over {stage['positions']} positions: mean {stage['kld_mean']:.6f}, median {stage['kld_median']:.6f}, "
-        f"99 % {stage['kld_p99']:.6f}, max {stage['kld_max']:.6f}; top-1 {stage['top1']:.4f}"
+        f"KLD over {figures.positions} positions: mean {d.kld_mean:.6f}, median {d.kld_median:.6f}, "
+        f"99 % {d.kld_p99:.6f}, max {d.kld_max:.6f}; top-1 {d.top1:.4f}"
     )
-    if stage["ppl_test"] is not None:
-        kld += f"; perplexity {stage['ppl_test']:.4f}, the source {stage['ppl_reference']:.4f}"
+    if math.isfinite(d.ppl_test) and math.isfinite(d.ppl_reference):
+        kld += f"; perplexity {d.ppl_test:.4f}, the source {d.ppl_reference:.4f}"
     return f"{layers}\n{kld}"
 
 
@@ -151,30 +181,26 @@ def compare_hidden(
     bar: Annotated[
         float, typer.Option(min=0, max=1, help="The mean cosine that every layer must reach.")
     ] = 0.99,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
-    """Compare two hidden-state dumps of the same tokens, layer by layer.
+    """Compare two dumps of hidden states of the same tokens, layer by layer. Exit code 1 where one is under the bar.
 
     \b
     Examples:
       mq-quant compare-hidden ours.hfhs engine.hfhs
       mq-quant compare-hidden ours.hfhs engine.hfhs --bar 0.9995 --json
     """
-    from ...formats.errors import CheckError
-    from ...verify.hidden import compare_hidden as compare
-    from ...verify.hidden import open_hidden
+    from ...verify.hidden import compare_dumps
 
-    rows = [vars(row) for row in compare(open_hidden(a), open_hidden(b))]
-    under = [row["layer"] for row in rows if not row["cosine_mean"] >= bar]
-    emit({"a": str(a), "b": str(b), "bar": bar, "ok": not under, "layers": rows}, as_json, _render_dumps)
-    if under:
-        raise CheckError(f"the mean cosine of layers {under} is under {bar}", file=a)
+    result = compare_dumps(a, b, bar)
+    emit(result, as_json, _render_dumps, finished=True)
+    result.raise_if_failed()
 
 
-def _render_dumps(result: Mapping[str, Any]) -> str:
+def _render_dumps(result: HiddenComparison) -> str:
     rows = [
-        (r["layer"], f"{r['cosine_mean']:.6f}", f"{r['cosine_min']:.6f}", f"{r['max_difference']:.3e}")
-        for r in result["layers"]
+        (r.layer, f"{r.cosine_mean:.6f}", f"{r.cosine_min:.6f}", f"{r.max_difference:.3e}")
+        for r in result.layers
     ]
     return table(("layer", "cosine", "minimum", "largest difference"), rows)
 

@@ -21,10 +21,10 @@ from ...formats.blocks import FORMATS
 from ...formats.hfq import HfqFile, TensorEntry, open_hfq
 from ...formats.hfq.provenance import KEY, PADDING
 from ...formats.hfq.stored import RecoveredFolds, StoredForm, folds_down, stored_form
+from ...formats.hfq.totals import format_name
 from ...formats.minimax import expert_name, expert_of
 from ...verify.model.hfq_weights import DecodedFile
 from ..spec.provenance import flatten
-from .show import format_name
 
 _IGNORED = re.compile(rf"{KEY}\.({PADDING}|checksums)")
 CHUNK_WEIGHTS = 1 << 22

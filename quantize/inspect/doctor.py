@@ -1,6 +1,6 @@
 """`mq-quant doctor`: what this machine has, each with its version and what it means for mq-quant.
 
-Every probe is a plain function that returns a finding; none fails the others.
+Every probe is a plain function that returns a finding. A probe that fails is a finding too, and stops no other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal
 
 from ...formats.errors import HubError
@@ -108,7 +107,10 @@ def _hip() -> Finding:
 
 
 def _disk() -> Finding:
-    free = shutil.disk_usage(Path.cwd()).free
+    try:
+        free = shutil.disk_usage(".").free
+    except OSError as e:
+        return Finding("disk", "limited", f"unknown: {e.strerror}", "the current folder cannot be looked at")
     enough = free >= ENOUGH_DISK
     meaning = "room for a full-size tier" if enough else "a full-size tier needs 68 to 124 GB here"
     return Finding("disk", "ok" if enough else "limited", f"{free / 1e9:.1f} GB free in this folder", meaning)
@@ -145,11 +147,30 @@ PROBES: tuple[Callable[[], Finding], ...] = (
 )  # fmt: skip
 
 
-def examine() -> dict[str, Any]:
-    """What `mq-quant doctor --json` prints; `healthy` is false where something is missing."""
-    findings = [probe() for probe in PROBES]
-    return {
-        "version": version("mq-quant"),
-        "healthy": all(f.state != "missing" for f in findings),
-        "findings": [asdict(f) for f in findings],
-    }
+@dataclass(frozen=True)
+class Examination:
+    """All findings. The machine is healthy where nothing is missing."""
+
+    version: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        return all(finding.state != "missing" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        findings = [asdict(finding) for finding in self.findings]
+        return {"version": self.version, "healthy": self.healthy, "findings": findings}
+
+
+def examine() -> Examination:
+    """Run every probe."""
+    return Examination(version("mq-quant"), tuple(_asked(probe) for probe in PROBES))
+
+
+def _asked(probe: Callable[[], Finding]) -> Finding:
+    try:
+        return probe()
+    except Exception as e:  # whatever a driver or a library raises, the other probes are still asked
+        what = probe.__name__.strip("_")
+        return Finding(what, "limited", f"{type(e).__name__}: {e}", "could not be looked at")

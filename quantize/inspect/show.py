@@ -1,13 +1,11 @@
-"""What `mq-quant inspect` shows of a file: header, metadata, tensors, one tensor's statistics, provenance.
-
-Depends on formats and metadata; reads one payload at a time.
-"""
+"""What `mq-quant inspect` shows of a file: its header, metadata and tensors, one tensor decoded, or its provenance."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,9 @@ from ...formats.blocks import FORMATS
 from ...formats.errors import HfqError, HfqKind, RecipeError
 from ...formats.hfq import HfqFile, TensorEntry, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
+from ...formats.hfq.totals import FormatTotals, by_format, format_name
 
-_CONFIG_KEYS = (
+CONFIG_KEYS = (
     "hidden_size",
     "num_hidden_layers",
     "num_local_experts",
@@ -26,89 +25,161 @@ _CONFIG_KEYS = (
     "intermediate_size",
     "vocab_size",
 )
+"""The keys of config that are shown; the values are as in the file, of any type."""
+PIECE_BYTES = 8 << 20
+"""A payload is decoded in pieces of about this size."""
 
 
-def format_name(quant_type: int) -> str:
-    return FORMATS[quant_type].name if quant_type in FORMATS else f"type {quant_type}"
+@dataclass(frozen=True)
+class Header:
+    """The file as a container. `trailing_bytes` follow the last tensor: newer tools of the engine append metadata."""
+
+    version: int
+    arch_id: int
+    tensor_count: int
+    data_offset: int
+    total_bytes: int
+    trailing_bytes: int
+
+
+@dataclass(frozen=True)
+class MetadataSummary:
+    """What a person wants to know of the metadata. A file of another program may lack any of it (None)."""
+
+    bytes: int
+    architecture: Any
+    config: Mapping[str, Any]
+    tokenizer: bool
+    chat_template: bool
+    quantization_hash: str | None
+    tier: str | None
+    fit: str | None
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One line of the index; `offset` counts from the start of the file."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """Over all values of a tensor in its stored basis; None where the number is not finite."""
+
+    weights: int
+    mean: float | None
+    rms: float | None
+    min: float | None
+    max: float | None
+    finite: bool
+
+
+@dataclass(frozen=True)
+class DecodedTensor:
+    """One tensor decoded; `basis` is `rotated` or `plain`, non-finite values of the first groups are None."""
+
+    row: TensorRow
+    basis: str
+    statistics: TensorStatistics
+    first_groups: tuple[tuple[float | None, ...], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        shown = asdict(self)
+        return {**shown.pop("row"), **shown}
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """One file: `tensors` are those that were asked for, `tensor` the one that was to be decoded, if any."""
+
+    path: Path
+    header: Header
+    metadata: MetadataSummary
+    by_format: Mapping[str, FormatTotals]
+    tensors: tuple[TensorRow, ...]
+    tensor: DecodedTensor | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "header": asdict(self.header),
+            "metadata": asdict(self.metadata),
+            "by_format": {name: totals.as_json() for name, totals in self.by_format.items()},
+            "tensors": [asdict(row) for row in self.tensors],
+            "tensor": self.tensor.as_json() if self.tensor else None,
+        }
 
 
 def inspect_file(
     path: Path, pattern: str | None = None, tensor: str | None = None, groups: int = 2
-) -> dict[str, Any]:
-    """Header, metadata summary, the tensors whose name holds `pattern`, and `tensor` decoded.
+) -> FileSummary:
+    """Header, metadata, the tensors whose name holds the regular expression `pattern`, and `tensor` decoded.
 
     Raises HfqError for a file that is not one, RecipeError for a pattern that is no regular expression.
     """
     with open_hfq(path) as file:
-        return {
-            "path": str(path),
-            "header": {
-                "version": file.version,
-                "arch_id": file.arch_id,
-                "tensor_count": len(file.entries),
-                "data_offset": file.data_offset,
-                "total_bytes": path.stat().st_size,
-                "trailing_bytes": file.trailing_bytes,
-            },
-            "metadata": summarise(file.metadata, len(file.metadata_bytes)),
-            "by_format": by_format(file),
-            "tensors": [row(entry) for entry in matching(file, pattern)],
-            "tensor": decoded(file, tensor, groups) if tensor else None,
-        }
+        header = Header(
+            file.version,
+            file.arch_id,
+            len(file.entries),
+            file.data_offset,
+            file.data_offset + sum(entry.nbytes for entry in file.entries) + file.trailing_bytes,
+            file.trailing_bytes,
+        )
+        return FileSummary(
+            path,
+            header,
+            summarise(file.metadata, len(file.metadata_bytes)),
+            by_format(file.entries),
+            tuple(row(entry) for entry in matching(file, pattern)),
+            decoded(file, tensor, groups) if tensor else None,
+        )
 
 
 def matching(file: HfqFile, pattern: str | None) -> list[TensorEntry]:
     """The tensors whose name holds a regular expression; all without one."""
     try:
         search = re.compile(pattern or "").search
-    except re.error as e:
-        raise RecipeError(f"{pattern!r} is not a regular expression: {e}") from None
+    except (re.error, RecursionError, OverflowError) as e:
+        raise RecipeError(f"{pattern!r} is not a regular expression: {e}", hint="check --filter") from None
     return [entry for entry in file.entries if search(entry.name)]
 
 
-def row(entry: TensorEntry) -> dict[str, Any]:
-    return {
-        "name": entry.name,
-        "format": format_name(entry.quant_type),
-        "shape": list(entry.shape),
-        "offset": entry.offset,
-        "bytes": entry.nbytes,
-    }
+def row(entry: TensorEntry) -> TensorRow:
+    return TensorRow(entry.name, format_name(entry.quant_type), entry.shape, entry.offset, entry.nbytes)
 
 
-def by_format(file: HfqFile) -> dict[str, dict[str, int]]:
-    """{format name: {tensors, weights, bytes}} over the whole index."""
-    out: dict[str, dict[str, int]] = {}
-    for entry in file.entries:
-        sums = out.setdefault(format_name(entry.quant_type), {"tensors": 0, "weights": 0, "bytes": 0})
-        sums["tensors"] += 1
-        sums["weights"] += math.prod(entry.shape)
-        sums["bytes"] += entry.nbytes
-    return out
-
-
-def summarise(metadata: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """What a person wants to know of the metadata; a file by another program may lack any of it."""
+def summarise(metadata: Mapping[str, Any], size: int) -> MetadataSummary:
+    """The summary of metadata that takes `size` bytes; any value of it may be of any type."""
     recipe = Provenance.read(metadata).recipe
     config, tokenizer = (
         value if isinstance(value := metadata.get(key), dict) else {}
         for key in ("config", "tokenizer_config")
     )
-    return {
-        "bytes": size,
-        "architecture": metadata.get("architecture"),
-        "config": {key: config.get(key) for key in _CONFIG_KEYS},
-        "tokenizer": isinstance(metadata.get("tokenizer"), str),
-        "chat_template": "chat_template" in tokenizer,
-        "quantization_hash": stated_quantization_hash(metadata),
-        "tier": recipe.tier if recipe else None,
-        "fit": recipe.fit if recipe else None,
-        "keys": sorted(metadata),
-    }
+    return MetadataSummary(
+        bytes=size,
+        architecture=metadata.get("architecture"),
+        config={key: config.get(key) for key in CONFIG_KEYS},
+        tokenizer=isinstance(metadata.get("tokenizer"), str),
+        chat_template="chat_template" in tokenizer,
+        quantization_hash=stated_quantization_hash(metadata),
+        tier=recipe.tier if recipe else None,
+        fit=recipe.fit if recipe else None,
+        keys=tuple(sorted(metadata)),
+    )
 
 
-def decoded(file: HfqFile, name: str, groups: int) -> dict[str, Any]:
-    """Statistics of one tensor in its stored basis, and its first groups decoded; HfqError for unknown formats."""
+def decoded(file: HfqFile, name: str, groups: int) -> DecodedTensor:
+    """Statistics of one tensor in its stored basis, and its first groups decoded; HfqError for unknown formats.
+
+    Sums are taken in f64, piece by piece.
+    """
     entry = file.entry(name)
     fmt = FORMATS.get(entry.quant_type)
     if fmt is None:
@@ -119,29 +190,31 @@ def decoded(file: HfqFile, name: str, groups: int) -> dict[str, Any]:
             tensor=name,
         )
     count, total, square, low, high, finite = 0, 0.0, 0.0, math.inf, -math.inf, True
-    step = fmt.group_bytes * max(1, (8 << 20) // fmt.group_bytes)
+    step = fmt.group_bytes * max(1, PIECE_BYTES // fmt.group_bytes)
     for start in range(0, entry.nbytes, step):
         part = file.read_range(entry, start, min(start + step, entry.nbytes))
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             values = fmt.decode(part).astype(np.float64)
-        count, total, square = count + values.size, total + values.sum(), square + np.square(values).sum()
+            count, total = count + values.size, total + float(values.sum())
+            square += float(np.square(values).sum())
         low, high = min(low, float(values.min())), max(high, float(values.max()))
         finite = finite and bool(np.isfinite(values).all())
     shown = max(1, 8 if fmt.group == 1 else groups)
-    first = fmt.decode(file.read_range(entry, 0, min(entry.nbytes, shown * fmt.group_bytes)))
-    return {
-        **row(entry),
-        "basis": "rotated" if fmt.rotated else "plain",
-        "statistics": {
-            "weights": count,
-            "mean": _number(total / count),
-            "rms": _number(math.sqrt(square / count) if square >= 0 else square),
-            "min": _number(low),
-            "max": _number(high),
-            "finite": finite,
-        },
-        "first_groups": [[_number(float(v)) for v in group] for group in first],
-    }
+    with np.errstate(invalid="ignore", over="ignore"):
+        first = fmt.decode(file.read_range(entry, 0, min(entry.nbytes, shown * fmt.group_bytes)))
+    return DecodedTensor(
+        row(entry),
+        "rotated" if fmt.rotated else "plain",
+        TensorStatistics(
+            weights=count,
+            mean=_number(total / count),
+            rms=_number(math.sqrt(square / count) if square >= 0 else square),
+            min=_number(low),
+            max=_number(high),
+            finite=finite,
+        ),
+        tuple(tuple(_number(float(v)) for v in group) for group in first),
+    )
 
 
 def _number(value: float) -> float | None:

@@ -16,10 +16,10 @@ from ...formats.hfq.provenance import Provenance, RecipeRecord
 from ...formats.minimax import parse_config
 from ...formats.statistics.imatrix import read_imatrix
 from ...verify.bars import Bars
-from ...verify.run import Request
+from ...verify.run import VerifyInputs
 from ..spec.places import TINY, local_folder
 from ..spec.recipe import DEFAULT_MODEL, load_recipe, load_tier, tiers
-from .verify_tokens import held_out_tokens, prompt_tokens, read_tokens
+from .verify_tokens import EVAL_TOKENS, held_out_tokens, prompt_tokens, read_tokens
 
 CONTEXT = 16
 """Held-out tokens that a continuation begins with."""
@@ -27,8 +27,8 @@ IMATRIX = "imatrix.gguf"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The options of `verify` that say what to compare with."""
+class VerifyOptions:
+    """What the user says about what to compare a file with, as the options of `verify`."""
 
     source: str | None = None
     imatrix: Path | None = None
@@ -42,27 +42,28 @@ class Wanted:
     dump: Path | None = None
 
 
-def request_of(file: HfqFile, wanted: Wanted) -> Request:
-    """Resolve the options for one file; raises the error of whatever cannot be used."""
+def inputs_of(file: HfqFile, options: VerifyOptions) -> VerifyInputs:
+    """Open and read what the options name, for one file; raises the error of whatever cannot be used."""
     built_with = Provenance.of(file).recipe
-    bars = _bars(built_with, wanted.recipe)
-    folder = _source_folder(built_with, wanted.source)
+    bars = _bars(built_with, options.recipe)
+    folder = _source_folder(built_with, options.source)
     source: Source | None = None
     if folder is not None:
         checkpoint = open_checkpoint(folder)
         checkpoint.validate()
         source = checkpoint
-    imatrix = wanted.imatrix or (folder / IMATRIX if folder and (folder / IMATRIX).is_file() else None)
-    tokens = _tokens(file, wanted, folder)
-    return Request(
+    imatrix = options.imatrix or (folder / IMATRIX if folder and (folder / IMATRIX).is_file() else None)
+    tokens = _tokens(file, options, folder)
+    return VerifyInputs(
         source=source,
         imatrix=read_imatrix(imatrix) if imatrix else None,
         tokens=tokens if source else None,
-        prompt=None if tokens is None else tokens[0] if wanted.prompt is not None else tokens[0, :CONTEXT],
-        bars=bars.model_copy(update={"coherence": bars.coherence or wanted.prompt is not None}),
-        sample=wanted.sample,
-        generate=wanted.generate,
-        dump=wanted.dump,
+        prompt=None if tokens is None else tokens[0] if options.prompt is not None else tokens[0, :CONTEXT],
+        bars=bars.model_copy(update={"coherence": bars.coherence or options.prompt is not None}),
+        sample=options.sample,
+        generate=options.generate,
+        dump=options.dump,
+        notes=_notes(tokens, options, folder),
     )
 
 
@@ -89,7 +90,7 @@ def _source_folder(built_with: RecipeRecord | None, source: str | None) -> Path 
     return folder
 
 
-def _tokens(file: HfqFile, wanted: Wanted, folder: Path | None) -> NDArray[np.int64] | None:
+def _tokens(file: HfqFile, options: VerifyOptions, folder: Path | None) -> NDArray[np.int64] | None:
     """Token ids [n_seq, len]: of --token-file, of --prompt, or held-out tokens that lie beside the source.
 
     None where none are asked for, and where the file's config is unreadable, so that no model could run them.
@@ -98,13 +99,27 @@ def _tokens(file: HfqFile, wanted: Wanted, folder: Path | None) -> NDArray[np.in
         config = parse_config(file.metadata.get("config") or {})
     except MqError:
         return None
-    if wanted.generate > config.max_position_embeddings:
+    if options.generate > config.max_position_embeddings:
         raise TokenError(
-            f"--generate {wanted.generate} is more than the model's {config.max_position_embeddings} positions",
+            f"--generate {options.generate} is more than the model's {config.max_position_embeddings} positions",
             file=file.path,
         )
-    if wanted.token_file is not None:
-        return read_tokens(wanted.token_file, config)
-    if wanted.prompt is not None:
-        return prompt_tokens(file, config, wanted.prompt, wanted.chat)
-    return held_out_tokens(file, config, wanted.tokens, folder) if wanted.tokens else None
+    if options.token_file is not None:
+        return read_tokens(options.token_file, config)
+    if options.prompt is not None:
+        return prompt_tokens(file, config, options.prompt, options.chat)
+    return held_out_tokens(file, config, options.tokens, folder) if options.tokens else None
+
+
+def _notes(tokens: NDArray[np.int64] | None, options: VerifyOptions, folder: Path | None) -> tuple[str, ...]:
+    """What should be known of tokens that the user has not chosen: that they are no text of the model's, or few."""
+    if tokens is None or options.token_file is not None or options.prompt is not None:
+        return ()
+    notes = []
+    if folder is None or not (folder / EVAL_TOKENS).is_file():
+        notes.append(
+            f"the source has no {EVAL_TOKENS}, so a few fixed tokens were run; --token-file takes others"
+        )
+    if 2 * tokens.size < options.tokens:
+        notes.append(f"there are only {tokens.size} of the {options.tokens} tokens that were asked for")
+    return tuple(notes)

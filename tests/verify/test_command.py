@@ -14,7 +14,7 @@ from mq_quant.formats.errors import TokenError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.calibrate.token_file import read_token_file
 from mq_quant.quantize.cli.app import main
-from mq_quant.quantize.inspect.verify_inputs import Wanted, request_of
+from mq_quant.quantize.inspect.verify_inputs import VerifyOptions, inputs_of
 from mq_quant.quantize.inspect.verify_tokens import cut
 from plainfile import Build, Tensors, by_name
 
@@ -106,7 +106,7 @@ def test_a_truncated_file_is_bad_input(build: Build, capsys: pytest.CaptureFixtu
     [
         (["--source", "MiniMaxAI/MiniMax-M2.7"], "is a hub repository"),
         (["--source", "./nowhere"], "no such folder"),
-        (["--backend", "abacus"], "no back end 'abacus'"),
+        (["--backend", "abacus"], "'abacus' is not one of"),
         (["--token-file", "./nowhere"], "cannot be read"),
         (["--generate", "1000000000"], "positions"),
         (["--imatrix", "./nowhere"], "cannot be read"),
@@ -147,18 +147,18 @@ def test_tokens_of_prompt_file_and_source(build: Build, checkpoint: Checkpoint, 
     folder = str(checkpoint.path)
     (tmp_path / "ids.txt").write_text("1 2 3\n\n4 5 6\n")
     with open_hfq(build()) as file:
-        held_out = request_of(file, Wanted(source=folder, tokens=40)).tokens
+        held_out = inputs_of(file, VerifyOptions(source=folder, tokens=40)).tokens
         assert held_out is not None and held_out.shape == (1, 32)
-        from_file = request_of(file, Wanted(source=folder, token_file=tmp_path / "ids.txt")).tokens
+        from_file = inputs_of(file, VerifyOptions(source=folder, token_file=tmp_path / "ids.txt")).tokens
         assert from_file is not None and from_file.tolist() == [[1, 2, 3], [4, 5, 6]]
-        asked = request_of(file, Wanted(source=folder, prompt=" bab cab"))
+        asked = inputs_of(file, VerifyOptions(source=folder, prompt=" bab cab"))
         assert asked.tokens is not None and asked.tokens.shape[0] == 1 and asked.bars.coherence
-        chat = request_of(file, Wanted(source=folder, prompt=" bab cab", chat=True)).tokens
+        chat = inputs_of(file, VerifyOptions(source=folder, prompt=" bab cab", chat=True)).tokens
         end = file.metadata["config"]["vocab_size"]
         assert chat is not None and [i - end for i in chat[0].tolist() if i >= end - 3] == [-2, -3, -1]
         assert asked.tokens[0].tolist() == chat[0, 1:-2].tolist()
-        assert request_of(file, Wanted(tokens=8)).tokens is None, "nothing to compare with"
-        assert request_of(file, Wanted(source=folder, tokens=0)).tokens is None
+        assert inputs_of(file, VerifyOptions(tokens=8)).tokens is None, "nothing to compare with"
+        assert inputs_of(file, VerifyOptions(source=folder, tokens=0)).tokens is None
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_chat_templates_that_cannot_be_used_are_refused(build: Build, template: 
         metadata["tokenizer_config"]["chat_template"] = template
 
     with open_hfq(build(change=change)) as file, pytest.raises(TokenError, match="chat template"):
-        request_of(file, Wanted(prompt="hello", chat=True))
+        inputs_of(file, VerifyOptions(prompt="hello", chat=True))
 
 
 def test_a_template_writes_its_own_bos_and_a_plain_prompt_gets_that_of_the_tokenizer(build: Build) -> None:
@@ -193,7 +193,7 @@ def test_a_template_writes_its_own_bos_and_a_plain_prompt_gets_that_of_the_token
 
     def prompt(template: str, chat: bool) -> list[int]:
         with open_hfq(build(change=with_bos(template))) as file:
-            found = request_of(file, Wanted(prompt="bab", chat=chat)).prompt
+            found = inputs_of(file, VerifyOptions(prompt="bab", chat=chat)).prompt
             assert found is not None
             return [int(i) for i in found]
 
@@ -204,7 +204,7 @@ def test_a_template_writes_its_own_bos_and_a_plain_prompt_gets_that_of_the_token
 
 def test_a_prompt_without_a_token_is_refused(build: Build) -> None:
     with open_hfq(build()) as file, pytest.raises(TokenError, match="gives no token"):
-        request_of(file, Wanted(prompt=""))
+        inputs_of(file, VerifyOptions(prompt=""))
 
 
 def test_a_tokenizer_of_another_model_is_named(build: Build) -> None:
@@ -215,9 +215,9 @@ def test_a_tokenizer_of_another_model_is_named(build: Build) -> None:
         metadata["tokenizer"] = json.dumps(tokenizer)
 
     with open_hfq(build(change=change)) as file:
-        for wanted in (Wanted(prompt="hello"), Wanted()):
+        for wanted in (VerifyOptions(prompt="hello"), VerifyOptions()):
             with pytest.raises(TokenError, match="token 1000000, outside the vocabulary"):
-                request_of(file, wanted)
+                inputs_of(file, wanted)
 
 
 def test_cut_keeps_whole_sequences() -> None:

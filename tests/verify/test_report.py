@@ -2,72 +2,56 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from mq_quant.verify.model.metrics import DivergenceSummary
 from mq_quant.verify.report import render
+from mq_quant.verify.run import Verification
+from mq_quant.verify.stages.fidelity import FidelityFigures, ProjectionFidelity
+from mq_quant.verify.stages.forward_parity import ForwardFigures, LayerFigures
+from mq_quant.verify.stages.generation import Coherence, Continuation
+from mq_quant.verify.stages.stage import Figures, StageResult
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>alert(1)</script>"
 
 
-def verdict(ok: bool = True) -> dict[str, Any]:
-    def stage(name: str, **values: Any) -> dict[str, Any]:
-        common = {"ok": ok, "seen": 5, "unit": "things", "seconds": 1.25, "notes": [EVIL]}
-        problems = [] if ok else [f"{EVIL}: is wrong"]
-        return {"stage": name, **common, "problems": problems, "problem_count": 30 * len(problems), **values}
-
+def verification(ok: bool = True, broken: bool = False) -> Verification:
+    """Every text is hostile; stages that broke off have no figures."""
     rng = np.random.default_rng(0)
-    layers = [
-        {"layer": i, "cosine_mean": 1 - 1e-4 * (i + 1), "cosine_min": 1 - 1e-3 * (i + 1), "routing": 1.0}
-        for i in range(62)
-    ]
-    rows = [
-        {
-            "layer": i,
-            "projection": p,
-            "format": "MQ4",
-            "tensors": 4,
-            "snr_db": 20.0,
-            "output_snr_db": 18 + i / 10,
-            "slope": 1.0,
-            "worst_db": 17.0,
-            "worst": f"model.layers.{i}.{p}.weight",
-        }
+    layers = tuple(LayerFigures(i, 1 - 1e-4 * (i + 1), 1 - 1e-3 * (i + 1), 1.0) for i in range(62))
+    rows = tuple(
+        ProjectionFidelity(i, p, "MQ4", 4, 20.0, 18 + i / 10, 1.0, 17.0, f"model.layers.{i}.{p}.weight")
         for i in range(62)
         for p in ("w1", "w2", "w3", "self_attn.q_proj")
-    ]
-    forward = {
-        "device": "CPU",
-        "positions": 300,
-        "layers": layers,
-        "kld": rng.lognormal(-5, 1, 300).tolist(),
-        "kld_mean": 0.01,
-        "kld_median": 0.008,
-        "kld_p99": 0.05,
-        "kld_max": 0.09,
-        "top1": 0.95,
-        "ppl_reference": 10.0,
-        "ppl_test": None,
+    )
+    divergence = DivergenceSummary(300, 0.01, 0.008, 0.05, 0.09, 0.95, 10.0, math.nan)
+    kld = tuple(rng.lognormal(-5, 1, 300).tolist())
+    figures: dict[str, Figures | None] = {
+        "structure": None,
+        "fidelity": FidelityFigures(True, rows),
+        "forward": ForwardFigures(300, "cpu", "CPU", layers, divergence, kld, 1, 1, 1.0),
+        "generation": Continuation((1,), (2,), EVIL, EVIL, False, Coherence(1)),
     }
-    stages = [
-        stage("structure"),
-        stage("fidelity", rows=rows, weighted=True),
-        stage("forward", **forward),
-        stage("generation", prompt=EVIL, text=EVIL),
-    ]
-    return {"path": f"{EVIL}.mq2", "ok": ok, "stages": stages, "skipped": {"decode": EVIL}}
+    problems = () if ok else (f"{EVIL}: is wrong",) * 49
+    stages = tuple(
+        StageResult(name, 5, "things", problems, (EVIL,), None if broken else found)
+        for name, found in figures.items()
+    )
+    seconds = dict.fromkeys(figures, 1.25)
+    return Verification(Path(f"{EVIL}.mq2"), stages, {"decode": EVIL}, seconds, 1)
 
 
 @pytest.mark.parametrize("ok", [True, False])
 def test_is_self_contained_and_escaped(ok: bool) -> None:
-    page = render(verdict(ok))
+    page = render(verification(ok))
     assert "<script" not in page and "&lt;script&gt;" in page
     assert not re.search(r'(src|href)="?(https?:)?//', page)
     assert ("passed" in page) is ok and ("and 29 more" in page) is not ok
@@ -81,16 +65,12 @@ def test_is_self_contained_and_escaped(ok: bool) -> None:
     assert seen == ["cosine", "kld", "snr"]
 
 
-def test_is_the_same_for_the_same_verdict() -> None:
-    assert render(verdict()) == render(verdict())
+def test_is_the_same_for_the_same_verification() -> None:
+    assert render(verification()) == render(verification())
 
 
 def test_a_stage_that_could_not_run_has_no_plots() -> None:
-    broken = verdict(False)
-    broken["stages"] = [
-        {k: v for k, v in stage.items() if k not in ("layers", "rows", "text")} for stage in broken["stages"]
-    ]
-    assert "<figure" not in render(broken)
+    assert "<figure" not in render(verification(False, broken=True))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -99,7 +79,7 @@ def test_a_browser_draws_every_plot(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     assert CHROMIUM is not None
-    (tmp_path / "report.html").write_text(render(verdict()), encoding="utf-8")
+    (tmp_path / "report.html").write_text(render(verification()), encoding="utf-8")
     command = [
         CHROMIUM,
         "--headless",

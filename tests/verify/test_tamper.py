@@ -13,23 +13,23 @@ from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import awq_scale_name, expert_name
 from mq_quant.formats.statistics.imatrix import read_imatrix
 from mq_quant.kernels.runtime.host import Backend
-from mq_quant.verify.run import Request, Verdict, verify
+from mq_quant.verify.run import Verification, VerifyInputs, verify
 from plainfile import Build, Change, Tensors, by_name
 
-Judge = Callable[..., Verdict]
+Judge = Callable[..., Verification]
 
 
 @pytest.fixture
 def judge(build: Build, checkpoint: Checkpoint, backend: Backend) -> Judge:
-    def run(change: Change | None = None, resign: bool = False, **options: Any) -> Verdict:
+    def run(change: Change | None = None, resign: bool = False, **options: Any) -> Verification:
         imatrix = read_imatrix(checkpoint.path / "imatrix.gguf")
         with open_hfq(build(change=change, resign=resign, **options)) as file:
-            return verify(file, backend, Request(source=checkpoint, imatrix=imatrix, sample=True))
+            return verify(file, backend, VerifyInputs(source=checkpoint, imatrix=imatrix, sample=True))
 
     return run
 
 
-def problems(verdict: Verdict, stage: str) -> tuple[str, ...]:
+def problems(verdict: Verification, stage: str) -> tuple[str, ...]:
     return next(s.complaints for s in verdict.stages if s.name == stage)
 
 

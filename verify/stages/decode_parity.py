@@ -1,11 +1,13 @@
 """Stage 2: the kernels' decode against the plain numpy decode of formats.blocks, bit for bit, and every value finite.
 
-Whole tensors in pieces, or a fixed sample of pieces for large files. Depends on kernels and formats.
+Tensors are decoded whole, some groups at a time, or, with a sample, a fixed choice of pieces of some tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +17,26 @@ from ...formats.hfq.stored import format_of
 from ...kernels.forward import ops
 from ...kernels.runtime.host import Backend
 from ..model.hfq_weights import PIECE, pieces
-from .stage import Stage
+from .stage import StageResult
 
 SAMPLE_WEIGHTS = 1 << 16
+"""Weights in one piece of a sample."""
 
 
-def check_decode(file: HfqFile, backend: Backend, sample: bool = False) -> Stage:
+@dataclass(frozen=True)
+class DecodeFigures:
+    """How many tensors of the file were decoded, and by which back end."""
+
+    tensors: int
+    of: int
+    sampled: bool
+    backend: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_decode(file: HfqFile, backend: Backend, sample: bool = False) -> StageResult:
     """Decode every tensor (or a sample: first, middle and last pieces of some) on `backend` and compare all bits."""
     problems: list[str] = []
     blocks = 0
@@ -38,8 +54,8 @@ def check_decode(file: HfqFile, backend: Backend, sample: bool = False) -> Stage
                 problems.append(f"{entry.name}: {problem}")
                 break
             start += groups
-    values = {"tensors": len(tensors), "of": len(file.entries), "sampled": sample, "backend": backend.name}
-    return Stage("decode", blocks, "groups", tuple(problems), (), values)
+    figures = DecodeFigures(len(tensors), len(file.entries), sample, backend.name)
+    return StageResult("decode", blocks, "groups", tuple(problems), (), figures)
 
 
 def _compare(expected: NDArray[np.float32], got: NDArray[np.float32], group: int, start: int) -> str | None:

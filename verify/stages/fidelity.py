@@ -9,7 +9,7 @@ quality. Zeros that equal the source's zeros prove nothing and are not scored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
 from typing import Any
@@ -24,7 +24,7 @@ from ...formats.statistics.imatrix import Imatrix, expert_entry
 from ..model.hfq_weights import DecodedFile
 from ..model.metrics import snr_db
 from ..model.reference import Weights, blocks
-from .stage import Stage
+from .stage import StageResult
 
 F32 = NDArray[np.float32]
 FLOORS: Mapping[str, float] = {
@@ -128,13 +128,42 @@ class ChannelImportance:
         return np.where(good, entry.sum2_mean, mean).astype(np.float32) if mean.any() else None
 
 
+@dataclass(frozen=True)
+class ProjectionFidelity:
+    """All tensors of one projection in one layer together (`layer` is None outside the layers), and the worst of them.
+
+    SNRs are in dB; those named output and worst count each channel with its E[x²].
+    """
+
+    layer: int | None
+    projection: str
+    format: str
+    tensors: int
+    snr_db: float
+    output_snr_db: float
+    slope: float
+    worst_db: float
+    worst: str
+
+
+@dataclass(frozen=True)
+class FidelityFigures:
+    """Every projection of every layer; `weighted` says whether an imatrix gave the channels' weights."""
+
+    weighted: bool
+    rows: tuple[ProjectionFidelity, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"weighted": self.weighted, "rows": [asdict(row) for row in self.rows]}
+
+
 def check_fidelity(
     file: HfqFile,
     source: Weights,
     cfg: ModelConfig,
     imatrix: Imatrix | None,
     tensors: Sequence[TensorEntry] | None = None,
-) -> Stage:
+) -> StageResult:
     """Measure the file's tensors (or only `tensors`) against the source.
 
     A tensor under its format's floor is a problem, and so is one of nothing but zeros, but for a routing bias: a fresh
@@ -172,13 +201,13 @@ def check_fidelity(
             problems += [f"{spec.name}: {text}" for text in _problems(fidelity, fmt, _sidecar(file, spec))]
             key = (-1 if spec.layer is None else spec.layer, _projection(spec))
             rows.setdefault(key, _Row(fmt)).add(spec.name, fidelity)
-    table = [
-        {"layer": None if layer < 0 else layer, "projection": projection, **row.as_json()}
+    table = tuple(
+        row.done(None if layer < 0 else layer, projection)
         for (layer, projection), row in sorted(rows.items())
-    ]
-    values: dict[str, Any] = {"weighted": imatrix is not None, "rows": table}
+    )
+    figures = FidelityFigures(imatrix is not None, table)
     notes = (f"{zero_biases} routing biases hold only zeros, as in the source; they are not scored",)
-    return Stage("fidelity", seen, "tensors", tuple(problems), notes if zero_biases else (), values)
+    return StageResult("fidelity", seen, "tensors", tuple(problems), notes if zero_biases else (), figures)
 
 
 def _pairs(
@@ -242,14 +271,16 @@ class _Row:
         self.worst = min(self.worst, (fidelity.output_snr, name))
         self.tensors += 1
 
-    def as_json(self) -> dict[str, Any]:
+    def done(self, layer: int | None, projection: str) -> ProjectionFidelity:
         assert self.total is not None
-        return {
-            "format": self.fmt,
-            "tensors": self.tensors,
-            "snr_db": round(self.total.snr, 2),
-            "output_snr_db": round(self.total.output_snr, 2),
-            "slope": round(float(self.total.slope), 5),
-            "worst_db": round(self.worst[0], 2),
-            "worst": self.worst[1],
-        }
+        return ProjectionFidelity(
+            layer=layer,
+            projection=projection,
+            format=self.fmt,
+            tensors=self.tensors,
+            snr_db=round(self.total.snr, 2),
+            output_snr_db=round(self.total.output_snr, 2),
+            slope=round(float(self.total.slope), 5),
+            worst_db=round(self.worst[0], 2),
+            worst=self.worst[1],
+        )

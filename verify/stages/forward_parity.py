@@ -1,15 +1,14 @@
 """Stage 4: the file run through the kernels against the reference forward on the source, teacher-forced.
 
 Both passes go through the layers side by side, so that one layer of each is in memory: cosine of the residual stream
-and routing agreement per layer, then KL divergence of the next-token distributions. Depends on torch, kernels and
-formats.
+and routing agreement per layer, then KL divergence of the next-token distributions.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,10 @@ from ..hidden import HiddenWriter
 from ..model.kernel_forward import KernelModel
 from ..model.metrics import Divergence, DivergenceSummary, cosine
 from ..model.reference import Observer, Routing, Weights, embed, layer_forward, logits
-from .stage import Stage
+from .stage import StageResult
+
+FIRM = 1024
+"""Positions from which on a mean KL divergence is firm enough to be compared with others."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,30 @@ class LayerFigures:
     cosine_mean: float
     cosine_min: float
     routing: float
+
+
+@dataclass(frozen=True)
+class ForwardFigures:
+    """The forward pass of the file against the source's: each layer, all positions together, and each position's KLD.
+
+    `weight_bytes_read` is what the kernels read of the weights, `weight_bytes_peak` the most that they held at a time.
+    """
+
+    positions: int
+    backend: str
+    device: str
+    layers: tuple[LayerFigures, ...]
+    divergence: DivergenceSummary
+    kld: tuple[float, ...]
+    weight_bytes_read: int
+    weight_bytes_peak: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The divergence's figures stand beside the others; a perplexity that is not known is None."""
+        flat = asdict(self)
+        divergence = {k: _finite(v) for k, v in flat.pop("divergence").items() if k != "positions"}
+        return {**flat, **divergence}
 
 
 class _Choices(Observer):
@@ -58,7 +84,7 @@ def check_forward(
     tokens: NDArray[np.integer],
     bars: Bars,
     dump: Path | None = None,
-) -> Stage:
+) -> StageResult:
     """Run token ids [n_seq, len] through both models; `dump` writes the kernels' hidden states (HFHS).
 
     Raises CheckError for ids outside the vocabulary, for sequences of no tokens, and where a result is not a number.
@@ -69,8 +95,8 @@ def check_forward(
     states = [model.embed(sequence) for sequence in tokens]
     at = [model.positions(0, tokens.shape[1])] * len(tokens)
     hidden, choices, layers = embed(source, tokens), _Choices(), list[LayerFigures]()
-    writer = HiddenWriter(dump, cfg.num_hidden_layers, tokens.size, cfg.hidden_size) if dump else None
-    try:
+    shape = cfg.num_hidden_layers, tokens.size, cfg.hidden_size
+    with HiddenWriter(dump, *shape) if dump else nullcontext() as writer:
         for layer in range(cfg.num_hidden_layers):
             hidden = layer_forward(source, cfg, layer, hidden, choices)
             ids = model.layer(layer, states, at, [model.cache() for _ in tokens])
@@ -80,33 +106,38 @@ def check_forward(
                 raise CheckError(f"layer {layer}: the hidden state is not a number", file=file.path)
             if writer:
                 writer.add(got.reshape(tokens.size, -1))
-    except BaseException as e:
-        if writer:
-            writer.__exit__(type(e), e, None)
-        raise
-    if writer:
-        writer.__exit__(None, None, None)
-    divergence = Divergence()
+    found = Divergence()
     for reference, test, sequence in zip(
         logits(source, cfg, hidden), model.logits(states), tokens, strict=True
     ):
-        divergence.add(reference, torch.from_numpy(test), sequence)
-    summary = divergence.summary()
+        found.add(reference, torch.from_numpy(test), sequence)
+    summary = found.summary()
     if not math.isfinite(summary.kld_mean):
         raise CheckError("logits: the KL divergence is not a number", file=file.path)
-    values = {
-        "positions": tokens.size,
-        "backend": backend.name,
-        "device": backend.device,
-        "layers": [asdict(row) for row in layers],
-        **{k: _finite(v) for k, v in asdict(summary).items() if k != "positions"},
-        "kld": [round(float(v), 9) for v in divergence.values()],
-        "weight_bytes_read": model.traffic.read,
-        "weight_bytes_peak": model.traffic.peak,
-        "seconds": round(time.monotonic() - began, 3),
-    }
+    figures = ForwardFigures(
+        positions=tokens.size,
+        backend=backend.name,
+        device=backend.device,
+        layers=tuple(layers),
+        divergence=summary,
+        kld=tuple(round(float(v), 9) for v in found.values()),
+        weight_bytes_read=model.traffic.read,
+        weight_bytes_peak=model.traffic.peak,
+        seconds=round(time.monotonic() - began, 3),
+    )
     problems = [*_layer_problems(layers, bars), *_summary_problems(summary, bars)]
-    return Stage("forward", tokens.size, "positions", tuple(problems), (), values)
+    notes = _few(found.values())
+    return StageResult("forward", tokens.size, "positions", tuple(problems), notes, figures)
+
+
+def _few(kld: NDArray[np.float64]) -> tuple[str, ...]:
+    """A warning where few positions were judged, with the standard error of their mean."""
+    if len(kld) >= FIRM:
+        return ()
+    error = "" if len(kld) < 2 else f", which is known to about ± {kld.std(ddof=1) / math.sqrt(len(kld)):.2g}"
+    return (
+        f"judged by {len(kld)} positions only, too few for a firm mean KLD{error}; more --tokens make it firmer",
+    )
 
 
 def check_tokens(tokens: NDArray[np.integer], cfg: ModelConfig) -> None:
@@ -153,8 +184,3 @@ def _summary_problems(summary: DivergenceSummary, bars: Bars) -> list[str]:
 def _finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def figures(stage: Stage) -> Mapping[str, Any]:
-    """A forward stage's figures without the long lists."""
-    return {k: v for k, v in stage.values.items() if k not in ("kld", "layers")}

@@ -1,25 +1,33 @@
-"""What a stage of verification says: what it saw, what is wrong, and its figures. Depends on nothing of ours."""
+"""What a stage of verification says: how much it saw, what is wrong, and its figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 LISTED = 20
-"""Problems listed in full; the rest are counted."""
+"""Problems that are written out; the rest are counted."""
+
+
+class Figures(Protocol):
+    """What a stage measured, besides whether it holds."""
+
+    def as_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage's result; it holds only if it saw something and found no problem."""
+class StageResult:
+    """One stage's result. It holds only if it saw something and found no problem.
+
+    `seen` counts what the stage looked at, in `unit`s; `figures` is None where it broke off.
+    """
 
     name: str
     seen: int
     unit: str
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    values: Mapping[str, Any] = field(default_factory=dict)
+    figures: Figures | None = None
 
     @property
     def complaints(self) -> tuple[str, ...]:
@@ -40,5 +48,5 @@ class Stage:
             "problems": list(complaints[:LISTED]),
             "problem_count": len(complaints),
             "notes": list(self.notes),
-            **self.values,
+            **(self.figures.as_json() if self.figures else {}),
         }

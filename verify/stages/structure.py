@@ -1,8 +1,7 @@
 """Stage 1: everything that the engine's loader needs of a file, and everything that it silently gets wrong.
 
-Names, shapes, formats that run, equal formats within a layer, AWQ sidecars, config keys, tokenizer, counts and hashes
-are held against the specification; every payload is read once, in pieces. Each problem names its tensor or metadata
-key. Depends on xxhash and formats.
+Names, shapes, formats that run, equal formats within a layer, AWQ scales, config keys, tokenizer, counts and hashes are
+held against the specification; every payload is read once, in pieces. Each problem names its tensor or metadata key.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,14 +30,27 @@ from ...formats.errors import ConfigError
 from ...formats.hfq import HfqFile, QuantizationHash, TensorEntry
 from ...formats.hfq.layout import ENGINE_KEYS, metadata_checksum
 from ...formats.hfq.provenance import Provenance
+from ...formats.hfq.totals import FormatTotals, by_format
 from ...formats.minimax import ARCH_ID, ModelConfig, awq_scale_name, inventory, normalize_config, parse_config
 from ..model.hfq_weights import pieces
-from .stage import Stage
+from .stage import StageResult
 
 Problems = Iterator[str]
 
 
-def check_structure(file: HfqFile) -> Stage:
+@dataclass(frozen=True)
+class StructureFigures:
+    """The quantization hash as it comes out of the payloads, and what the file holds, format by format."""
+
+    quantization_hash: str
+    tensors: int
+    by_format: Mapping[str, FormatTotals]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_structure(file: HfqFile) -> StageResult:
     """Check a file's metadata, index and payloads; `seen` counts the tensors that were read."""
     problems = list(_header_problems(file))
     notes: list[str] = []
@@ -68,21 +81,9 @@ def check_structure(file: HfqFile) -> Stage:
     recomputed, wrong = _read_payloads(file, stated)
     problems += wrong
     problems += _hash_problems(file, recomputed)
-    values = {"quantization_hash": recomputed, "tensors": len(file.entries), "by_format": _by_format(file)}
-    return Stage("structure", len(file.entries), "tensors", tuple(problems), tuple(notes), values)
-
-
-def _by_format(file: HfqFile) -> dict[str, dict[str, int]]:
-    out: dict[str, dict[str, int]] = {}
-    for entry in file.entries:
-        fmt = FORMATS.get(entry.quant_type)
-        row = out.setdefault(
-            fmt.name if fmt else str(entry.quant_type), {"tensors": 0, "weights": 0, "bytes": 0}
-        )
-        row["tensors"] += 1
-        row["weights"] += math.prod(entry.shape)
-        row["bytes"] += entry.nbytes
-    return out
+    count = len(file.entries)
+    figures = StructureFigures(recomputed, count, by_format(file.entries))
+    return StageResult("structure", count, "tensors", tuple(problems), tuple(notes), figures)
 
 
 def _header_problems(file: HfqFile) -> Problems:

@@ -99,23 +99,24 @@ def test_tensors_on_one_side_only_and_unknown_formats_are_listed(run: Run, tmp_p
 def test_inspect_lists_filters_and_decodes(run: Run, tmp_path: Path) -> None:
     built = run("a", tier="mq2-lloyd")
     result = inspect_file(tmp_path / "a", r"experts\.1\.w1", W1, groups=3)
-    assert result["header"]["total_bytes"] == (tmp_path / "a").stat().st_size == built.total_bytes
-    assert result["metadata"]["tier"] == "mq2-lloyd"
-    assert result["metadata"]["quantization_hash"] == built.quantization_hash
-    assert [row["name"] for row in result["tensors"]] == [W1, W1.replace("layers.0", "layers.1")]
-    assert result["tensors"][0]["format"] == "MQ2-Lloyd"
-    tensor = result["tensor"]
-    assert (len(tensor["first_groups"]), len(tensor["first_groups"][0])) == (3, 256)
-    assert all(len(set(group)) <= 4 for group in tensor["first_groups"])
-    assert tensor["statistics"]["finite"]
+    assert result.header.total_bytes == (tmp_path / "a").stat().st_size == built.total_bytes
+    assert result.metadata.tier == "mq2-lloyd"
+    assert result.metadata.quantization_hash == built.quantization_hash
+    assert [row.name for row in result.tensors] == [W1, W1.replace("layers.0", "layers.1")]
+    assert result.tensors[0].format == "MQ2-Lloyd"
+    tensor = result.tensor
+    assert tensor is not None
+    assert (len(tensor.first_groups), len(tensor.first_groups[0])) == (3, 256)
+    assert all(len(set(group)) <= 4 for group in tensor.first_groups)
+    assert tensor.statistics.finite
     with open_hfq(tmp_path / "a") as file:
-        assert np.isclose(tensor["statistics"]["weights"], np.prod(file.entry(W1).shape))
+        assert np.isclose(tensor.statistics.weights, np.prod(file.entry(W1).shape))
 
 
 def test_inspect_reads_files_of_other_programs(tmp_path: Path) -> None:
     result = inspect_file(GOLDEN)
-    assert result["header"]["tensor_count"] == 3
-    assert result["metadata"]["tier"] is None
+    assert result.header.tensor_count == 3
+    assert result.metadata.tier is None
     with pytest.raises(HfqError, match="holds no provenance") as e:
         provenance(GOLDEN)
     assert e.value.kind is HfqKind.PROVENANCE
@@ -125,7 +126,7 @@ def test_bytes_after_the_last_tensor_are_shown_and_compared(tmp_path: Path) -> N
     copies = [tmp_path / name for name in ("a", "b", "c")]
     for path, rest in zip(copies, (b"x" * 300, b"x" * 300, b"y" * 300), strict=True):
         path.write_bytes(GOLDEN.read_bytes() + rest)
-    assert inspect_file(copies[0])["header"]["trailing_bytes"] == 300
+    assert inspect_file(copies[0]).header.trailing_bytes == 300
     plain = diff_files(GOLDEN, copies[0])
     assert not plain.identical
     assert (plain.trailing_a, plain.trailing_b, plain.equal_tensors) == (0, 300, 3)
@@ -137,7 +138,7 @@ def test_bytes_after_the_last_tensor_are_shown_and_compared(tmp_path: Path) -> N
 @pytest.mark.parametrize("key", ["config", "tokenizer", "tokenizer_config", "mq_quant", "quantization_hash"])
 def test_metadata_of_other_types_are_shown(key: str, value: Any, tmp_path: Path) -> None:
     write_hfq(tmp_path / "x", {key: value}, [])
-    assert inspect_file(tmp_path / "x")["metadata"]["keys"] == [key]
+    assert inspect_file(tmp_path / "x").metadata.keys == (key,)
     assert not diff_files(tmp_path / "x", GOLDEN).identical
 
 

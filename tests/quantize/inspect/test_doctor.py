@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from mq_quant.quantize.cli.inspect import _render_doctor
 from mq_quant.quantize.inspect import doctor
+from mq_quant.quantize.inspect.doctor import Examination, Finding
 
 
 @pytest.fixture(autouse=True)
@@ -17,28 +20,24 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def found(name: str) -> dict[str, str]:
-    return next(f for f in doctor.examine()["findings"] if f["what"] == name)
+def found(name: str) -> Finding:
+    return next(f for f in doctor.examine().findings if f.what == name)
 
 
 def test_every_finding_has_a_state_and_a_meaning() -> None:
     result = doctor.examine()
-    assert [f["what"] for f in result["findings"]] == [
+    assert [f.what for f in result.findings] == [
         "python", "torch", "numba", "device", "c++ compiler", "hipcc", "disk", "memory", "hub",
     ]  # fmt: skip
-    assert all(f["found"] and f["meaning"] for f in result["findings"])
-    assert result["healthy"] == all(f["state"] != "missing" for f in result["findings"])
+    assert all(f.found and f.meaning for f in result.findings)
+    assert result.healthy == all(f.state != "missing" for f in result.findings)
 
 
 def test_a_machine_without_a_compiler_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(doctor, "_package", lambda _: None)
-    assert found("c++ compiler")["state"] == "missing"
-    assert not doctor.examine()["healthy"]
-
-
-def test_offline_mode_is_said() -> None:
-    assert found("hub")["found"] == "offline mode"
+    assert found("c++ compiler").state == "missing"
+    assert not doctor.examine().healthy
 
 
 @pytest.mark.parametrize("status", [200, 404, 503])
@@ -56,7 +55,7 @@ def test_a_hub_that_answers_is_reachable(monkeypatch: pytest.MonkeyPatch, status
     thread.start()
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    assert found("hub")["state"] == "ok"
+    assert found("hub").state == "ok"
     thread.join()
     server.server_close()
 
@@ -65,7 +64,7 @@ def test_a_hub_that_answers_is_reachable(monkeypatch: pytest.MonkeyPatch, status
 def test_a_hub_that_does_not_answer_is_a_limit(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    assert found("hub")["state"] == "limited"
+    assert found("hub").state == "limited"
 
 
 @pytest.mark.parametrize(
@@ -81,4 +80,28 @@ def test_the_password_of_a_mirror_is_not_shown(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("value", ["true", "Yes", "on", "1"])
 def test_offline_mode_has_several_words(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    assert found("hub")["found"] == "offline mode"
+    assert found("hub").found == "offline mode"
+
+
+def test_a_probe_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _driver() -> Finding:
+        raise RuntimeError("the driver is broken")
+
+    monkeypatch.setattr(doctor, "PROBES", (_driver, *doctor.PROBES[:1]))
+    result = doctor.examine()
+    assert [f.what for f in result.findings] == ["driver", "python"]
+    assert "the driver is broken" in result.findings[0].found and result.healthy
+
+
+def test_no_line_is_longer_than_a_hundred_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = Finding("c++ compiler", "ok", "/a/very/long/path" * 20, "compiles " * 40)
+    text = _render_doctor(Examination("1.0", (*doctor.examine().findings, long)))
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_current_folder_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert found("disk").what == "disk"

@@ -19,7 +19,7 @@ from plainfile import Build
 def test_every_tensor_of_a_file_is_decoded(build: Build, backend: Backend) -> None:
     with open_hfq(build("MQ2-Lloyd", "MQ3-Lloyd")) as file:
         stage = check_decode(file, backend)
-        assert stage.ok and stage.values["tensors"] == len(file.entries)
+        assert stage.ok and stage.as_json()["tensors"] == len(file.entries)
         expected = sum(e.nbytes // {1: 2, 2: 4, 3: 34, 19: 72, 20: 112}[e.quant_type] for e in file.entries)
     assert stage.seen == expected
 
@@ -28,7 +28,7 @@ def test_a_sample_takes_fewer_experts_but_every_kind_of_tensor(build: Build, bac
     with open_hfq(build()) as file:
         stage = check_decode(file, backend, sample=True)
         names = {entry.name for entry in decode.sampled(file)}
-    assert stage.ok and stage.values["sampled"] and stage.values["tensors"] < stage.values["of"]
+    assert stage.ok and stage.as_json()["sampled"] and stage.as_json()["tensors"] < stage.as_json()["of"]
     assert {"model.norm.weight", "lm_head.weight"} <= names
     for layer in (0, 1):
         assert sum(f"layers.{layer}." in name and ".experts." in name for name in names) == 9

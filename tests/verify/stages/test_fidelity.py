@@ -87,7 +87,7 @@ def test_a_folded_scale_is_recovered_and_undone(build: Build, checkpoint: Checkp
     with open_hfq(build("MQ4", "MQ4", change=change)) as file:
         stage = check_fidelity(file, checkpoint, cfg, None)
         assert stage.ok, stage.complaints
-        rows = {(row["layer"], row["projection"]): row for row in stage.values["rows"]}
+        rows = {(row["layer"], row["projection"]): row for row in stage.as_json()["rows"]}
     assert rows[0, "w2"]["snr_db"] > 9 and rows[0, "w3"]["snr_db"] > 12
 
 
@@ -127,7 +127,7 @@ def test_a_routing_bias_of_zeros_is_noted_and_not_scored(build: Build, checkpoin
         against_others = check_fidelity(file, checkpoint, checkpoint.config, None)
     assert stage.ok, stage.complaints
     assert stage.notes == ("1 routing biases hold only zeros, as in the source; they are not scored",)
-    rows = [(row["layer"], row["projection"]) for row in stage.values["rows"]]
+    rows = [(row["layer"], row["projection"]) for row in stage.as_json()["rows"]]
     assert (1, "block_sparse_moe.e_score_correction_bias") in rows
     assert (0, "block_sparse_moe.e_score_correction_bias") not in rows
     assert not against_others.ok, "zeros in place of the source's values are a fault"
@@ -140,7 +140,7 @@ def test_every_matrix_has_its_row(build: Build, checkpoint: Checkpoint) -> None:
         )
         nothing = check_fidelity(file, checkpoint, checkpoint.config, None, [])
     assert stage.ok and stage.seen == sum(1 for _ in inventory(checkpoint.config))
-    rows = {(row["layer"], row["projection"]): row for row in stage.values["rows"]}
+    rows = {(row["layer"], row["projection"]): row for row in stage.as_json()["rows"]}
     assert rows[1, "w1"]["tensors"] == checkpoint.config.num_local_experts
     assert rows[1, "w2"]["output_snr_db"] > rows[1, "w1"]["output_snr_db"] > 8
     assert rows[None, "lm_head"]["snr_db"] > 35

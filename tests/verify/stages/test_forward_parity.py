@@ -39,8 +39,8 @@ def test_exact_weights_give_the_reference(
         bars = Bars(cosine_mean=0.999999, cosine_min=0.999999, routing=1.0, kld_mean=1e-6, top1=1.0)
         stage = check_forward(file, checkpoint, checkpoint.config, backend, tokens, bars, tmp_path / "dump")
         assert stage.ok, stage.complaints
-        assert stage.seen == tokens.size == len(stage.values["kld"])
-        assert stage.values["ppl_test"] == pytest.approx(stage.values["ppl_reference"], rel=1e-4)
+        assert stage.seen == tokens.size == len(stage.as_json()["kld"])
+        assert stage.as_json()["ppl_test"] == pytest.approx(stage.as_json()["ppl_reference"], rel=1e-4)
     dump = open_hidden(tmp_path / "dump")
     assert dump.shape == (checkpoint.config.num_hidden_layers, tokens.size, checkpoint.config.hidden_size)
     *_, (_, last) = layer_by_layer(checkpoint, checkpoint.config, tokens)
@@ -67,7 +67,7 @@ def test_bars_that_do_not_hold_are_named(
     assert not stage.ok
     for expected in ("layer 0: cosine_mean", "layer 1: cosine_min", "mean KL divergence"):
         assert any(expected in text for text in stage.complaints), stage.complaints
-    assert 0 < stage.values["kld_mean"] < stage.values["kld_max"]
+    assert 0 < stage.as_json()["kld_mean"] < stage.as_json()["kld_max"]
 
 
 @pytest.mark.parametrize("ids", [np.zeros((0, 4)), np.zeros((2, 0)), np.array([[-1]]), np.array([[520]])])
@@ -84,8 +84,8 @@ def test_repeats_bit_for_bit(
     with open_hfq(build()) as file:
         few = tokens[:, :3]
         runs = [check_forward(file, checkpoint, checkpoint.config, backend, few, Bars()) for _ in range(2)]
-    assert runs[0].values["kld"] == runs[1].values["kld"]
-    assert runs[0].values["layers"] == runs[1].values["layers"]
+    assert runs[0].as_json()["kld"] == runs[1].as_json()["kld"]
+    assert runs[0].as_json()["layers"] == runs[1].as_json()["layers"]
 
 
 def test_greedy_is_the_most_likely_token_of_a_full_pass(
@@ -110,7 +110,7 @@ def test_generation_stops_at_the_end_and_at_the_capacity(
         assert len(out) == 3
         assert model.greedy(tokens[0], 100, frozenset(out[:1])) == out[:1]
         stage = check_generation(file, checkpoint.config, backend, tokens[0], 3, gate=False)
-    assert stage.seen == 3 and stage.values["ids"] == out[:3] and isinstance(stage.values["text"], str)
+    assert stage.seen == 3 and stage.as_json()["ids"] == out[:3] and isinstance(stage.as_json()["text"], str)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_generation_stops_at_the_end_and_at_the_capacity(
 def test_coherence(text: str, complaint: str | None) -> None:
     found, figures = coherence(text)
     assert (found is None) if complaint is None else (found is not None and complaint in found)
-    assert figures["words"] == len(text.split())
+    assert figures.words == len(text.split())
 
 
 @pytest.mark.parametrize("gate", [True, False])

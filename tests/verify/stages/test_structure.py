@@ -65,8 +65,8 @@ def test_a_sound_file_passes(build: Build) -> None:
         with open_hfq(build(gate_up, down)) as file:
             stage = check_structure(file)
             assert stage.ok and stage.seen == len(file.entries), stage.complaints
-            assert stage.values["quantization_hash"] == file.metadata["quantization_hash"]["value"]
-            assert stage.values["by_format"][gate_up]["tensors"] > 0
+            assert stage.as_json()["quantization_hash"] == file.metadata["quantization_hash"]["value"]
+            assert stage.as_json()["by_format"][gate_up]["tensors"] > 0
 
 
 @pytest.mark.parametrize(

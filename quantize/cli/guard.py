@@ -1,0 +1,64 @@
+"""The last guard of a command: whatever exception leaves it becomes one error with a message for the user."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import typer
+
+from ...formats.errors import MqError
+
+REPORT = "this is a fault of mq-quant or of a library it uses: --debug shows where, please report it"
+_NOT_ERRORS = (typer.Exit, typer.Abort, typer.BadParameter, KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+class MachineError(MqError):
+    """The machine could not do what was asked: its disk, its memory or its system calls failed."""
+
+    exit_code = 1
+
+
+class FaultError(MqError):
+    """An exception that nobody foresaw."""
+
+    exit_code = 1
+
+
+def as_error(exception: BaseException) -> MqError | None:
+    """The error to show for an exception; None for those that are no errors, such as Ctrl-C and usage messages.
+
+    Extensions written in Rust raise exceptions that are no `Exception`, so every BaseException is looked at.
+    """
+    if isinstance(exception, MqError):
+        return exception
+    if isinstance(exception, _NOT_ERRORS):
+        return None
+    if isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError":
+        return MachineError("out of memory", hint="try fewer --jobs")
+    if isinstance(exception, OSError):
+        names = [str(name) for name in (exception.filename, exception.filename2) if name is not None]
+        problem = exception.strerror or str(exception) or type(exception).__name__
+        return MachineError(problem, file=" -> ".join(names) or None, hint="--debug shows where")
+    said = str(exception).strip().partition("\n")[0][:300]
+    return FaultError(f"{type(exception).__name__}{': ' if said else ''}{said}", hint=REPORT)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, raising nothing but MqError and what ends a command on purpose.
+
+    The guard stands around the command itself, because typer takes every broken pipe, also that of a connection to the
+    hub, for a reader who has left, and would end without a word.
+    """
+
+    @functools.wraps(command)
+    def run(*args: object, **options: object) -> None:
+        try:
+            command(*args, **options)
+        except BaseException as e:
+            error = as_error(e)
+            if error is None or error is e:
+                raise
+            raise error from e
+
+    return run

@@ -1,0 +1,44 @@
+"""The options that several commands share: each has its name, its choices and its help text here, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+TEXTS = "Texts and tokens"
+"""Title of the help's section on what a calibration is gathered from."""
+
+Fit = Literal["reference", "exact", "hessian"]
+BuildDevice = Literal["cpu", "cuda", "hip"]
+TorchDevice = Literal["cpu", "cuda"]
+Backend = Literal["auto", "hip", "cuda", "cpu"]
+DownForm = Literal["full", "compact", "pooled"]
+Propagate = Literal["source", "quantised"]
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="An HFQ file.", show_default=False)]
+Tier = Annotated[str | None, typer.Option(help="The name of a tier. `mq-quant tiers` lists them.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe of your own, a YAML file.")]
+SourceName = Annotated[
+    str | None,
+    typer.Option(
+        help="The checkpoint: a folder, a hub repository (owner/name), or `tiny`, a small model for trying out. "
+        "Default: the repository that the recipe names."
+    ),
+]
+Text = Annotated[
+    Path | None, typer.Option(help="A UTF-8 text file. It is cut into sequences of --length tokens.")
+]
+Tokens = Annotated[
+    Path | None, typer.Option(help="A .npy file of token ids, an integer array [sequences, length].")
+]
+Sequences = Annotated[
+    int | None, typer.Option(min=1, help="Use this many sequences. Default: all that there are.")
+]
+Length = Annotated[int, typer.Option(min=1, help="The number of tokens in each sequence of --text.")]
+Jobs = Annotated[
+    int | None, typer.Option(min=1, help="The number of worker threads. Default: one for each core.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar and print no result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
