@@ -60,7 +60,8 @@ def held_out_tokens(file: HfqFile, config: ModelConfig, count: int, folder: Path
     tokenizer = tokenizer_of(file)
     ids = tokenizer.ids(PROMPT, True)[:count] if tokenizer else []
     if not ids:
-        return (np.arange(count, dtype=np.int64) * 7919 % config.vocab_size).reshape(1, -1)
+        length = min(count, config.max_position_embeddings)
+        return (np.arange(length, dtype=np.int64) * 7919 % config.vocab_size).reshape(1, -1)
     return check_tokens(np.array([ids]), config, f"{file.path}: tokens of its tokenizer").astype(np.int64)
 
 

@@ -30,7 +30,7 @@ _Fault = Literal["missing", "shape", "empty"]
 _HINTS: dict[_Fault, str] = {
     "shape": "the imatrix is of another model; pass the one made from this checkpoint",
     "missing": "the imatrix is incomplete, or of another model; pass one that was made from this whole checkpoint",
-    "empty": "the imatrix was made from too little text; make it from more, so that every layer's experts see tokens",
+    "empty": "the imatrix was made from too little text, or its sums overflowed; make it again from more text",
 }
 
 
