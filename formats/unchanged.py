@@ -41,7 +41,7 @@ class FileState:
     @classmethod
     def of(cls, file: BufferedReader | Path) -> FileState:
         """The state of an open file or of a path; OSError where there is none."""
-        s = os.stat(file) if isinstance(file, Path) else os.fstat(file.fileno())  # noqa: PTH116
+        s = file.stat() if isinstance(file, Path) else os.fstat(file.fileno())
         return cls(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev)
 
     def same_content(self, other: FileState) -> bool:
@@ -55,7 +55,7 @@ class FileState:
 
 
 class UnchangedFile:
-    """A file whose state is noted now, and compared at every use. Safe for several threads.
+    """A plain file whose state is noted now, and compared at every use. Safe for several threads.
 
     `error` is the class of what is raised, and the message names the file. It is raised where the file cannot be read,
     and where it has changed: before `sha256` or `content` was called, on another size, time of the last write or inode;
@@ -68,8 +68,11 @@ class UnchangedFile:
         self._sha256: str | None = None
         try:
             self._state = FileState.of(path)
+            plain = path.is_file()
         except OSError as e:
             raise self._unreadable(e) from None
+        if not plain:  # a pipe can be read only once, and opening one may wait for ever
+            raise error("is not a plain file", file=path, hint=hint)
 
     @property
     def size(self) -> int:

@@ -22,6 +22,8 @@ _QUANTIZATION = {
     "activation_scheme": ("dynamic", "static"),
 }
 """Keys of quantization_config that say how codes are read, with the values that are."""
+CONFIG_LIMIT = 4 << 20
+"""Bytes of the largest config.json that is read; the released one has a thousand."""
 SHARD_LIMIT = 1 << 12
 """Shards that an index may name."""
 
@@ -29,7 +31,7 @@ SHARD_LIMIT = 1 << 12
 def load_config(file: UnchangedFile) -> tuple[dict[str, Any], ModelConfig]:
     """config.json as it is, and its dimensions; raises ConfigError, or the error of a file that cannot be read."""
     try:
-        raw = parse_object(file.content(JSON_LIMIT), EMBEDDED_DEPTH)
+        raw = parse_object(file.content(CONFIG_LIMIT), EMBEDDED_DEPTH)
         config = parse_config(raw)
         _check_quantization(raw.get("quantization_config") or {})
         return raw, config

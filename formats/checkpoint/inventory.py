@@ -47,6 +47,11 @@ class LeftOut:
     mtp: tuple[str, ...]
     unused: tuple[str, ...]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset((*self.mtp, *self.unused))
+
     def notes(self) -> tuple[str, ...]:
         """A sentence for each kind that there is."""
         kinds = (

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError, MqError
+from ..errors import CheckpointError, ConfigError, MqError, WeightError
 from ..unchanged import UnchangedFile
 from .documents import check_index, config_notes, load_config, load_index
+from .holes import hollow
 from .inventory import check_inventory, left_out
 from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
 from .safetensors_file import TensorInfo, by_name, header_of, payload_of, some
@@ -43,11 +44,11 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = by_name(map(self._header, self.shards), self.path)
         if weight_map:
             check_index(weight_map, self.tensors, self._file(INDEX))
-        apart = left_out(self.tensors, self.config)
-        self.skipped_mtp = apart.mtp
+        self._left_out = left_out(self.tensors, self.config)
+        self.skipped_mtp = self._left_out.mtp
         stray = SINGLE not in self.shards and (self.path / SINGLE).is_file()
         strays = (f"{self.path / SINGLE} is not read: {INDEX} names other shards",) if stray else ()
-        self.notes = (*config_notes(self.raw_config, self.path / CONFIG), *strays, *apart.notes())
+        self.notes = (*config_notes(self.raw_config, self.path / CONFIG), *strays, *self._left_out.notes())
         self._reader = TensorReader(self.tensors, self.config, self._read, self.path)
 
     @property
@@ -55,8 +56,10 @@ class Checkpoint:
         return {"folder": self.path.resolve().name}
 
     def validate(self) -> None:
-        """Check the whole inventory against the config on metadata alone; CheckpointError names what is wrong."""
+        """As `Source.validate`; a tensor that lies in a hole of its shard is refused too."""
         check_inventory(self.tensors, self.config, self.path)
+        for shard in self.shards:
+            self._refuse_holes(shard)
 
     def side_file(self, name: str) -> Path | None:
         """The path of one of SIDE_FILES, or None where the folder has none."""
@@ -113,6 +116,18 @@ class Checkpoint:
                 f"{len(missing)} of {len(self.shards)} shards are missing: {some(missing)}",
                 file=self.path,
                 hint="fetch the missing shards",
+            )
+
+    def _refuse_holes(self, shard: str) -> None:
+        file, unused = self._file(shard), self._left_out.names
+        used = [t for t in self.tensors.values() if t.shard == shard and t.name not in unused]
+        info = file.read(lambda f: hollow(f, used))
+        if info is not None:
+            raise WeightError(
+                "all of its bytes are zero, for nothing was written there (the file has a hole)",
+                file=file.path,
+                tensor=info.name,
+                hint="the download was stopped; fetch the shard again",
             )
 
     def _header(self, shard: str) -> list[TensorInfo]:

@@ -80,6 +80,13 @@ def test_a_file_that_went_away_is_named(path: Path) -> None:
         UnchangedFile(path, CheckpointError)
 
 
+def test_what_is_no_plain_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(CheckpointError, match="not a plain file"):
+            UnchangedFile(path, CheckpointError)
+
+
 @pytest.mark.parametrize("hashed", [False, True])
 def test_another_mode_or_name_is_no_change(path: Path, tmp_path: Path, hashed: bool) -> None:
     file = UnchangedFile(path, CheckpointError)
