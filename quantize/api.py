@@ -1,0 +1,171 @@
+"""What `import mq_quant` offers, as plain functions over the pipeline.
+
+The command line does the same with more options. Every function raises subclasses of MqError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats.checkpoint.source import Source
+from ..formats.hfq import open_hfq
+from ..formats.machine import cores
+from ..formats.statistics.moment_file import DownForm
+from ..kernels.runtime.host import open_backend
+from ..verify.run import Verification, verify
+from .calibrate.run import CalibrationOptions, CalibrationResult
+from .calibrate.run import calibrate as run_calibration
+from .calibrate.tokens import check_tokens
+from .encode.encoders import open_encoder
+from .inspect.diff import diff_files
+from .inspect.reproduce import Inputs, Reproduction, reproduce
+from .inspect.verify_inputs import VerifyOptions, inputs_of
+from .pipeline import build
+from .pipeline.build import BuildResult, RunOptions
+from .pipeline.statistics import Statistics, statistics_at
+from .pipeline.work_units import WorkUnit
+from .spec.estimates import offline_plan
+from .spec.places import choose_recipe, model_files, open_place
+from .spec.plan import Plan
+from .spec.recipe import DEFAULT_MODEL, Recipe
+from .spec.recipe import tiers as tier_names
+
+__all__ = ["diff_files", "open_hfq"]
+
+Device = Literal["cpu", "cuda", "hip"]
+BackendName = Literal["auto", "hip", "cuda", "cpu"]
+
+
+def load_recipe(tier_or_path: str | Path, *, source: str | Path | None = None) -> Recipe:
+    """A bundled tier by its name, or a recipe of your own by its path (a Path, or a string that ends in .yaml).
+
+    `source` is a folder, a hub repository (owner/name) or "tiny"; by default the recipe's own. Raises RecipeError.
+    """
+    place = None if source is None else str(source)
+    if isinstance(tier_or_path, Path) or tier_or_path.endswith((".yaml", ".yml")):
+        return choose_recipe(None, Path(tier_or_path), place)
+    return choose_recipe(tier_or_path, None, place)
+
+
+def tiers(model: str = DEFAULT_MODEL) -> list[str]:
+    """The names of the tiers that are bundled for a model."""
+    return tier_names(model)
+
+
+def plan_file(recipe: Recipe) -> Plan:
+    """Every tensor's format, size and offset, from config.json alone: no weight is read.
+
+    Raises ConfigError where the config is missing or is no MiniMax-M2's, RecipeError where the recipe does not fit it.
+    """
+    return offline_plan(recipe, model_files(recipe.model))
+
+
+def build_file(
+    recipe: Recipe,
+    output: str | Path | None = None,
+    *,
+    statistics: Statistics | str | Path | None = None,
+    device: Device = "cpu",
+    jobs: int | None = None,
+    force: bool = False,
+    restart: bool = False,
+    on_done: Callable[[WorkUnit], None] | None = None,
+) -> BuildResult:
+    """Build a recipe's file, or continue its unfinished build. Default output: <model>.<tier> in the current folder.
+
+    `statistics`: None is the recipe's own imatrix, a file an imatrix, a folder a calibration. `jobs` workers, one per
+    core by default, do not change a byte; neither does `device`. `on_done(unit)` is called on this thread when a unit
+    of work stands in the file. Raises OutputError before any work where the output exists (without `force`) or does
+    not fit, ResumeError where an unfinished build there is of other arguments (without `restart`).
+    """
+    given = statistics_at(Path(statistics)) if isinstance(statistics, str | Path) else statistics
+    with open_encoder(device) as encoder:
+        options = RunOptions(
+            output=None if output is None else Path(output),
+            jobs=jobs or cores(),
+            encoder=encoder,
+            force=force,
+            restart=restart,
+            **({} if on_done is None else {"on_done": on_done}),
+        )
+        return build.build_file(recipe, given, options)
+
+
+def calibrate(
+    source: str | Path,
+    tokens: NDArray[np.integer],
+    folder: str | Path,
+    *,
+    down: DownForm = "compact",
+    device: Literal["cpu", "cuda"] = "cpu",
+    jobs: int | None = None,
+) -> CalibrationResult:
+    """Gather second moments of a source on token ids [sequences, length] into a folder, or continue there.
+
+    `down` says how experts' moments are kept: "compact" (f16), "full" (f32) or "pooled" (one a layer). Raises
+    TokenError for ids that are not the source's, OutputError where the folder cannot be used.
+    """
+    with closing(open_source(source)) as opened:
+        opened.validate()
+        ids = check_tokens(tokens, opened.config, "tokens")
+        options = CalibrationOptions(down=down, device=device, jobs=jobs or cores())
+        return run_calibration(opened, ids, Path(folder), options)
+
+
+def open_source(place: str | Path, *, revision: str | None = None) -> Source:
+    """The checkpoint in a folder or a hub repository (owner/name), or "tiny". Close it when you are done.
+
+    Weights come as f32 by name: `source.weight(name)`. `source.validate()` checks all of it on metadata alone. Shards
+    of a repository are streamed to the current folder, at most two at a time. Raises CheckpointError or HubError.
+    """
+    return open_place(str(place), revision, 2, Path())
+
+
+def verify_file(
+    path: str | Path,
+    *,
+    source: str | Path | None = None,
+    tokens: int = 64,
+    backend: BackendName = "auto",
+    sample: bool = False,
+) -> Verification:
+    """Judge a file by its structure and decoding, and against a source, which is found as `mq-quant verify` finds it.
+
+    `tokens` held-out tokens go through the forward pass; `sample` looks at a fixed sample of the tensors.
+    `Verification.raise_if_failed()` raises CheckError where a stage missed its bar.
+    """
+    options = VerifyOptions(source=None if source is None else str(source), tokens=tokens, sample=sample)
+    with (
+        open_hfq(path) as file,
+        open_backend(backend) as opened,
+        closing(inputs_of(file, options)) as inputs,
+    ):
+        return verify(file, opened, inputs)
+
+
+def reproduce_file(
+    path: str | Path,
+    *,
+    source: str | Path | None = None,
+    statistics: str | Path | None = None,
+    jobs: int | None = None,
+) -> Reproduction:
+    """Encode again what a file says it was made from, and compare every payload.
+
+    `source` and `statistics` (a file is an imatrix, a folder a calibration) are needed where the file does not say
+    where they are. Raises the errors of inputs that differ or are missing.
+    """
+    given = None if statistics is None else Path(statistics)
+    folder = given is not None and given.is_dir()
+    inputs = Inputs(
+        source=None if source is None else str(source),
+        imatrix=None if folder else given,
+        calibration=given if folder else None,
+    )
+    return reproduce(Path(path), inputs, jobs or cores())
