@@ -7,15 +7,13 @@ in `.cache/huggingface/download`, which counts as long as the file was not writt
 from __future__ import annotations
 
 import hashlib
-import re
 from io import BufferedReader
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..hub.repository import blob_hash
 from ..unchanged import UnchangedFile
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_GIT = re.compile(r"[0-9a-f]{40}")
 _RECORD_LIMIT = 4096
 _BLOCK = 1 << 20
 SLACK = 1.0
@@ -40,20 +38,14 @@ def stated_hash(path: Path) -> str | None:
     """What is stated for a file: a SHA-256, for small files git's SHA-1 of a blob, or None where nothing is."""
     blob = path.resolve()
     if path.is_symlink() and blob.parent.name == "blobs":
-        return _hash(blob.name)
+        return blob_hash(blob.name)
     record = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     try:
         with record.open("rb") as f:
             _, etag, time = f.read(_RECORD_LIMIT).decode("ascii").split("\n")[:3]
-        return _hash(etag.strip()) if path.stat().st_mtime - SLACK <= float(time) else None
+        return blob_hash(etag.strip()) if path.stat().st_mtime - SLACK <= float(time) else None
     except (OSError, ValueError):
         return None
-
-
-def _hash(text: str) -> str | None:
-    """A name that can be a hash; one that begins with sixteen zeros is a number that a tool has counted up."""
-    can_be = (_SHA256.fullmatch(text) or _GIT.fullmatch(text)) and not text.startswith("0" * 16)
-    return text if can_be else None
 
 
 def _git_hash(file: UnchangedFile) -> str:

@@ -13,8 +13,8 @@ from email.utils import parsedate_to_datetime
 from ..errors import HubError
 from .patience import ADVICE, AgainError
 
-LOGIN_TRIES = 6
-"""Attempts where a page answers in the hub's place: the person has a minute to log in, no more."""
+LOGIN_TRIES = 5
+"""Attempts where a page answers in the hub's place: the person has some seconds to log in, no more."""
 USABLE = (200, 203, 206)
 LOGIN = "log in to the network in a browser, or check HF_ENDPOINT and the proxy"
 PACKED = "a proxy packs what nobody asked it to pack; go round it (NO_PROXY), or have it leave files alone"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import HubError
 from .client import Hub
-from .repository import Remote, Repository, is_commit
+from .repository import Remote, Repository, blob_hash, is_commit
 from .settings import cache_folder
 
 
@@ -66,6 +66,17 @@ def _passing_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="mq-quant-hub-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def is_broken(place: Path) -> bool:
+    """Whether a file in the cache links to a blob whose bytes are not those of its name: they changed on the disk."""
+    blob = place.resolve()
+    stated = blob_hash(blob.name) if place.is_symlink() and blob.parent.name == "blobs" else None
+    if stated is None:
+        return False
+    large = len(stated) == 64
+    remote = Remote(place.name, blob.stat().st_size, stated if large else None, None if large else stated)
+    return not remote.lies_at(blob)
 
 
 def snapshot_of(folder: Path) -> tuple[str, str] | None:

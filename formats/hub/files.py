@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import HubError
-from .cache import fetched
+from .cache import fetched, is_broken
 from .client import Hub
 from .repository import is_plain
 from .settings import offline
@@ -32,7 +32,12 @@ def fetch_files(
     """Those of `names` that a repository has, as {name: path in huggingface_hub's cache}. Raises HubError."""
     if offline():
         folder = snapshot(repository, revision)
-        return {n: folder / n for n in names if is_plain(n) and (folder / n).is_file()}
+        found = {n: folder / n for n in names if is_plain(n) and (folder / n).is_file()}
+        for path in found.values():
+            if is_broken(path):
+                hint = "unset HF_HUB_OFFLINE, so that the file is fetched again, or delete it from the cache"
+                raise HubError("its bytes in the cache are not those of its hash", file=path, hint=hint)
+        return found
     hub = hub or Hub()
     resolved = hub.resolve(repository, revision)
     return {n: fetched(hub, resolved, resolved.file(n)) for n in names if n in resolved.files}

@@ -76,6 +76,15 @@ class Repository:
         return self.files[name]
 
 
+def blob_hash(name: str) -> str | None:
+    """A blob's name in huggingface_hub's cache, if it can be the hash of the content: SHA-256, or git's SHA-1.
+
+    No hash begins with sixteen zeros; such a name is a number that a tool has counted up.
+    """
+    can_be = (_SHA256.fullmatch(name) or _SHA1.fullmatch(name)) and not name.startswith("0" * 16)
+    return name if can_be else None
+
+
 def is_plain(name: str) -> bool:
     """Whether a name that the hub states is a relative path that stays inside its folder on any machine."""
     parts = name.split("/")

@@ -10,8 +10,9 @@ import pytest
 from hub_server import MAIN, REPO, HubServer
 from huggingface_hub import constants, try_to_load_from_cache
 from mq_quant.formats.errors import HubError
-from mq_quant.formats.hub.cache import _passing_folder, cached, fetched, snapshot_of
+from mq_quant.formats.hub.cache import _passing_folder, cached, fetched, is_broken, snapshot_of
 from mq_quant.formats.hub.client import Hub
+from mq_quant.formats.hub.files import fetch_file
 from mq_quant.formats.hub.repository import Repository
 
 
@@ -159,3 +160,22 @@ def test_snapshots(path: str, known: tuple[str, str] | None, tmp_path: Path) -> 
     assert snapshot_of(tmp_path / path) == known
     (tmp_path / "link").symlink_to(tmp_path / path)
     assert snapshot_of(tmp_path / "link") == known
+
+
+def test_a_broken_blob_is_not_used_offline(
+    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = ("config.json", "model-00001-of-00004.safetensors")
+    for name in names:
+        path = fetched(hub, repository, repository.file(name))
+        assert not is_broken(path)
+        assert fetch_file(REPO, name, MAIN) == path
+        path.resolve().write_bytes(b"{}")
+        assert is_broken(path)
+        with pytest.raises(HubError, match="not those of its hash") as e:
+            fetch_file(REPO, name, MAIN)
+        assert name in str(e.value)
+    plain = path.with_name("plain")
+    plain.write_text("no link")
+    assert not is_broken(plain)
