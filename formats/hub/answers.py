@@ -19,6 +19,9 @@ USABLE = (200, 203, 206)
 LOGIN = "log in to the network in a browser, or check HF_ENDPOINT and the proxy"
 PACKED = "a proxy packs what nobody asked it to pack; go round it (NO_PROXY), or have it leave files alone"
 _PASSING = {408, 421, 423, 425, 429, *range(500, 600)} - {501, 505, 511}
+_STORAGE_PASSING = (400, 401, 403, 404, 410)
+"""What a storage host says of a signed address that has grown old, or of a copy that has not arrived yet."""
+STORAGE_TRIES = 4
 _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|script|meta|\?xml|!--)", re.IGNORECASE)
 _RANGE = re.compile(r"bytes\s+(\d+)-(\d+)/(\d+|\*)")
 _LIMITS = ("ratelimit", "x-ratelimit", "x-rate-limit")
@@ -26,6 +29,23 @@ _RESET = re.compile(r"\b(?:t|reset)\s*=\s*(\d+)")
 _LEFT = re.compile(r"\b(?:r|remaining)\s*=\s*(\d+)")
 _ACCESS = "check the name; if it is private, set HF_TOKEN to a token that may read it"
 _REFUSED = "the token was sent and does not help: it must be valid, and its account must have access"
+_TERMS = "accept its terms on the hub's page of the model"
+_REFUSALS: dict[str, tuple[str, str | None, str | None]] = {
+    "GatedRepo": (
+        "access to this repository is restricted",
+        f"{_TERMS}, and set HF_TOKEN to a token that may read it",
+        f"{_TERMS}; {_REFUSED}",
+    ),
+    "RepoNotFound": ("there is no such repository, or no access to it", _ACCESS, _REFUSED),
+    "RevisionNotFound": ("there is no such revision", None, None),
+    "EntryNotFound": ("there is no such file in this revision", None, None),
+}
+"""By the hub's code: the problem, and what to do without and with a token."""
+_HINTS = dict.fromkeys((404, 410), "check the name and the revision")
+_TOO_MANY = "too many requests from this address or account: wait some minutes, or set HF_TOKEN"
+_PROXY_LOGIN = (
+    "put user name and password into the proxy's address (HTTPS_PROXY=http://user:password@host:port)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,46 +65,39 @@ def check_status(asked: Asked, status: int, headers: Mapping[str, str]) -> None:
     """Raises HubError or AgainError unless the status is one of those whose body counts. Keys are in lower case."""
     if status in USABLE:
         return
-    code = headers.get("x-error-code", "")
     if status == 511:
         raise login_page(asked)
     if status == 407:
-        hint = "put its user name and password into the proxy's address (HTTPS_PROXY=http://user:password@host:port)"
-        raise HubError(
-            f"the proxy asks for a login (407); {asked.host} was to be asked", file=asked.what, hint=hint
-        )
+        problem = f"the proxy asks for a login (407); {asked.host} was to be asked"
+        raise HubError(problem, file=asked.what, hint=_PROXY_LOGIN)
     if status in _PASSING:
+        hint = _TOO_MANY if status == 429 else ADVICE
         raise AgainError(
-            f"the hub answered {status}", wait=_wish(status, headers), host=asked.host, hint=_busy(status)
+            f"the hub answered {status}", wait=_wish(status, headers), host=asked.host, hint=hint
         )
-    if not asked.trusted and status in (400, 401, 403, 404, 410):
-        problem = (
-            f"the hub answered {status} from its storage host"  # a signed address grows old, a copy is late
-        )
-        raise AgainError(problem, host=asked.host, tries=4, content=True)
+    if not asked.trusted and status in _STORAGE_PASSING:
+        problem = f"the hub answered {status} from its storage host"
+        raise AgainError(problem, host=asked.host, tries=STORAGE_TRIES, content=True)
     if status == 416:
         raise RangeError("the hub answered 416: it has no such range", host=asked.host, content=True)
-    if code == "GatedRepo":
-        hint = "accept its terms on the hub's page of the model"
-        hint += f"; {_REFUSED}" if asked.secret else ", and set HF_TOKEN to a token that may read it"
-        raise HubError("access to this repository is restricted", file=asked.what, hint=hint)
-    if code == "RevisionNotFound":
-        raise HubError("there is no such revision", file=asked.what)
-    if code == "EntryNotFound":
-        raise HubError("there is no such file in this revision", file=asked.what)
-    if code == "RepoNotFound" or (status == 401 and not asked.secret):
-        problem = "there is no such repository, or no access to it"
-        raise HubError(problem, file=asked.what, hint=_REFUSED if asked.secret else _ACCESS)
+    raise _refusal(asked, status, headers)
+
+
+def _refusal(asked: Asked, status: int, headers: Mapping[str, str]) -> HubError:
+    """The error of a status that will not pass, from the hub's own code (X-Error-Code) where it sends one."""
+    code = headers.get("x-error-code", "")
+    if code not in _REFUSALS and status == 401 and not asked.secret:
+        code = "RepoNotFound"  # what the hub says of private repositories
+    if code in _REFUSALS:
+        problem, *hints = _REFUSALS[code]
+        return HubError(problem, file=asked.what, hint=hints[asked.secret])
     said = f", {headers['x-error-message'][:200]!r}" if "x-error-message" in headers else ""
-    if "html" in headers.get("content-type", "").lower() and not code:
+    if "html" in headers.get("content-type", "").lower():
         said += " with a web page, which may be a proxy's"
+    hint = _HINTS.get(status, "check HF_ENDPOINT and the proxy")
     if status in (401, 403):
         hint = _REFUSED if asked.secret else _ACCESS
-    else:
-        hint = (
-            "check the name and the revision" if status in (404, 410) else "check HF_ENDPOINT and the proxy"
-        )
-    raise HubError(
+    return HubError(
         f"the hub answered {status}{said}; the address is {asked.host}", file=asked.what, hint=hint
     )
 
@@ -136,12 +149,6 @@ def body_start(asked: Asked, status: int, headers: Mapping[str, str], start: int
         problem = f"the copy that answered has {int(match[3])} bytes, not the {size} that the hub states"
         raise RangeError(problem, host=asked.host, content=True)
     return start
-
-
-def _busy(status: int) -> str:
-    if status == 429:
-        return "too many requests from this address or account: wait some minutes, or set HF_TOKEN"
-    return ADVICE
 
 
 def _wish(status: int, headers: Mapping[str, str]) -> float:

@@ -255,3 +255,13 @@ def test_a_shard_that_changes_after_its_check_is_not_used(opened: Opener, server
     path.resolve().write_bytes(data)
     with pytest.raises(CheckpointError, match="changed after"):
         source.weight(second)
+
+
+def test_waiting_is_told_by_pythons_logging(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a handler of its own, a program then sees the line on stderr."""
+    monkeypatch.setattr("mq_quant.formats.hub.patience.SPEAK", 0.0)
+    server.faults.append(Fault("status", "api", 1, 503))
+    Hub(server.endpoint, pause=0.001).resolve(REPO)
+    assert f"{REPO}: the hub answered 503 at {server.endpoint}" in caplog.text
