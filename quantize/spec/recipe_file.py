@@ -88,14 +88,13 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose one node, counting it and all that it holds before anything is constructed."""
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
             node = super().compose_node(parent, index)
             if id(node) not in self._sizes:
                 raise _refusal("an alias stands inside of what it repeats", mark)
             self._count(self._sizes[id(node)], mark)
             return node
-        mark = self.peek_event().start_mark
         before = self._values
         self._count(1, mark)
         self._depth += 1
