@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum, auto
 from pathlib import Path
 
-from .text import printable
+from .text import printable, shortened
 
 
 class MqError(Exception):
@@ -34,7 +34,9 @@ class MqError(Exception):
 
     def render(self) -> str:
         """The whole message, safe to be shown; only line ends that the problem or the hint holds remain."""
-        where = [printable(part) for part in (self.file, self.tensor) if part]
+        where = [
+            shorten(part) for shorten, part in ((printable, self.file), (shortened, self.tensor)) if part
+        ]
         text = printable(self.problem, keep="\n")
         hint = printable(self.hint or "", keep="\n")
         text = f"{': '.join(where)}: {text}" if where else text

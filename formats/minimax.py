@@ -1,6 +1,6 @@
-"""MiniMax-M2 as the toolchain sees it: the config, its normalisation, and the inventory of tensors.
+"""MiniMax-M2: its config in the form that the engine reads, and the names, shapes and roles of its tensors.
 
-Pure metadata: no file is opened here.
+No file is opened here. Which keys of a config are taken at all is said in `config_keys`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from .hfq.layout import COUNT_LIMIT
 from .text import shown
 
 Role = Literal["embed", "lm_head", "norm", "attn", "router", "bias", "expert"]
+"""What a tensor is for; the engine's rules and the recipes go by it."""
 StoredType = Literal["fp8", "bf16", "f32"]
+"""How the released checkpoint stores a tensor; others may store it in any type that `checkpoint.weights` reads."""
 PROJECTIONS = ("w1", "w2", "w3")
+"""The matrices of an expert: gate, down and up."""
 ARCH_ID = 10
+"""MiniMax-M2 in the header of an HFQ file."""
 
 _DIMENSIONS = {
     "vocab_size": 1 << 24,
@@ -43,14 +47,17 @@ _ROPE_KEYS = frozenset(
         *("original_max_position_embeddings", "max_position_embeddings"),
     )
 )
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _MTP = re.compile(r"(model\.)?(mtp|nextn)\w*\.")
 _EXPERT = re.compile(r"model\.layers\.(\d{1,9})\.block_sparse_moe\.experts\.(\d{1,9})\.(w[123])\.weight")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The dimensions of one MiniMax-M2 model; names follow config.json."""
+    """The dimensions of one MiniMax-M2 model; names follow config.json.
+
+    `block_shape` gives the rows and columns of the weights that share an FP8 scale.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -69,10 +76,12 @@ class ModelConfig:
 
     @property
     def q_dim(self) -> int:
+        """The length of all heads' queries together."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def kv_dim(self) -> int:
+        """The length of all heads' keys together, which is that of the values too."""
         return self.num_key_value_heads * self.head_dim
 
 

@@ -40,9 +40,9 @@ class JsonError(ValueError):
 
 
 class ObjectScanner:
-    """Finds the end of the JSON object at the head of a byte stream, which need not end there.
+    """Finds the end of the JSON object at the head of a byte stream, in which other bytes may follow.
 
-    Counts braces outside strings, as the engine's readers do; what is inside is not checked beyond its depth.
+    The scanner counts braces outside strings, as the engine's readers do. Of what stands inside, it checks the depth.
     """
 
     def __init__(self) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 SHOWN = 80
 """Characters of a foreign value that a message shows."""
+NAME = 300
+"""Characters of a name that a message shows."""
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -25,6 +27,11 @@ def shown(value: Any, limit: int = SHOWN) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
         return f"a value of type {type(value).__name__} that is too large to show"
+    return shortened(text, limit)
+
+
+def shortened(text: str, limit: int = NAME) -> str:
+    """A name or another text from a file, printable and at most about `limit` long."""
     text = printable(text)
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..fp8 import scale_shape
 from ..minimax import ModelConfig, TensorSpec, inventory, is_mtp
+from ..text import shortened
 from .safetensors_file import TensorInfo, some
 from .weights import FLOATS, FP8, SCALE_SUFFIXES, SCALES, scale_of
 
@@ -79,7 +80,7 @@ def check_inventory(tensors: Mapping[str, TensorInfo], config: ModelConfig, file
     hint = problems[0].hint
     if len(problems) == 1:
         raise CheckpointError(problems[0].text, file=file, tensor=problems[0].tensor, hint=hint)
-    lines = [f"\n  {p.tensor}: {p.text}" for p in problems[:SHOWN]]
+    lines = [f"\n  {shortened(p.tensor)}: {p.text}" for p in problems[:SHOWN]]
     more = "\n  and more" if len(problems) > SHOWN else ""
     raise CheckpointError("the tensors do not fit the config:" + "".join(lines) + more, file=file, hint=hint)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .. import lfs
 from ..errors import CheckpointError
 from ..strictjson import JsonError, parse_object
-from ..text import shown
+from ..text import shortened, shown
 
 HEADER_LIMIT = 32 << 20
 """Bytes of the largest header that is read."""
@@ -171,4 +171,4 @@ def payload_of(file: BufferedReader, info: TensorInfo, path: Path) -> NDArray[np
 def some(names: Sequence[str], count: int = 8) -> str:
     """Some of many names for a message."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(sorted(names)[:count]) + more
+    return ", ".join(map(shortened, sorted(names)[:count])) + more

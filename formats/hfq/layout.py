@@ -1,6 +1,7 @@
-"""What an HFQ file looks like: its header, index lines and offsets, known from shapes alone before any payload is.
+"""The bytes of an HFQ file: header, metadata, index and the offsets of payloads, all known from shapes alone.
 
-Also the quantization hash, which covers index and payloads.
+`layout` therefore fixes the whole file before the first weight is encoded. The quantization hash, which covers index
+and payloads, is computed here too.
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ MAGIC = b"HFQM"
 VERSION = 1
 METADATA_OFFSET = 32
 ALIGNMENT = 4096
+"""The first payload of a file that is written here begins at a multiple of this many bytes."""
 METADATA_LIMIT = 64 << 20
+"""Bytes of the largest metadata that are read or written."""
 INDEX_LIMIT = 256 << 20
+"""Bytes of the largest index that is read."""
 COUNT_LIMIT = 1 << 20
+"""Tensors that a file may have."""
 DIMS_LIMIT = 8
+"""Dimensions that a tensor may have."""
 HASH_SCOPE = "hfq_tensor_index_and_payload_v1"
+"""What the engine's tools call the bytes that the quantization hash covers."""
 
 HEADER = struct.Struct("<4sIIIQQ")
 ENTRY_TAIL = struct.Struct("<IQ")
@@ -37,6 +44,7 @@ SMALLEST_ENTRY = 2 + 2 + ENTRY_TAIL.size
 HASH_DOMAIN = b"hipfire-hfq-quantized-tensor-payload-v1"
 
 Bytes = bytes | memoryview | NDArray[np.uint8]
+"""A payload, whatever holds it."""
 
 
 @dataclass(frozen=True)

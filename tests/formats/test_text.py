@@ -73,6 +73,12 @@ def test_a_value_is_shown_on_one_line_and_not_longer_than_needed() -> None:
     assert shown("x" * 1000, 10) == f"'{'x' * 9}… (1002 characters)"
 
 
+def test_a_message_is_not_as_long_as_the_name_that_it_tells_of() -> None:
+    error = ConfigError("is missing", tensor="x" * 10000)
+    assert len(str(error)) < 400
+    assert error.tensor == "x" * 10000
+
+
 def test_values_that_cannot_be_written_out_are_still_told_apart_by_type() -> None:
     deep: list[object] = []
     for _ in range(sys.getrecursionlimit() + 10):

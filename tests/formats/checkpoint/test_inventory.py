@@ -43,6 +43,11 @@ INVENTORY: dict[str, tuple[Tensors, str, str]] = {
     "two scales": (altered(**{W1 + "_scale": torch.ones(2, 2)}), W1 + "_scale", "second scale"),
     "weight of another shape": (altered(**{NORM: torch.zeros(255)}), NORM, r"has shape \[255\]"),
     "weight of another dtype": (altered(**{NORM: torch.zeros(256).double()}), NORM, "is F64"),
+    "layer of a number beyond all": (
+        altered(**{f"model.layers.{'9' * 5000}.x": torch.ones(1)}),
+        f"model.layers.{'9' * 5000}.x",
+        "not a tensor of this model",
+    ),
     "experts fused": (
         altered(**{"model.layers.0.mlp.experts.gate_up_proj": torch.ones(3, 512, 256)}),
         "model.layers.0.mlp.experts.gate_up_proj",
