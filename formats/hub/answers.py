@@ -23,7 +23,7 @@ _STORAGE_PASSING = (400, 401, 403, 404, 410)
 """What a storage host says of a signed address that has grown old, or of a copy that has not arrived yet."""
 STORAGE_TRIES = 4
 _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|script|meta|\?xml|!--)", re.IGNORECASE)
-_RANGE = re.compile(r"bytes\s+(\d+)-(\d+)/(\d+|\*)")
+_RANGE = re.compile(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 _LIMITS = ("ratelimit", "x-ratelimit", "x-rate-limit")
 _RESET = re.compile(r"\b(?:t|reset)\s*=\s*(\d+)")
 _LEFT = re.compile(r"\b(?:r|remaining)\s*=\s*(\d+)")
@@ -151,6 +151,12 @@ def body_start(asked: Asked, status: int, headers: Mapping[str, str], start: int
     return start
 
 
+def content_length(headers: Mapping[str, str]) -> int | None:
+    """The bytes of a body as the answer states them; None where it states nothing that can be."""
+    text = headers.get("content-length", "")
+    return int(text) if text.isdecimal() and len(text) <= 18 else None
+
+
 def _wish(status: int, headers: Mapping[str, str]) -> float:
     """Seconds that the server asks to wait: Retry-After, else the rate-limit headers in their several spellings."""
     asked = _seconds(headers.get("retry-after", ""), headers)
@@ -159,7 +165,7 @@ def _wish(status: int, headers: Mapping[str, str]) -> float:
             float(reset[1])
             for name in _LIMITS
             for policy in headers.get(name, "").split(",")
-            if (reset := _RESET.search(policy)) and (left := _LEFT.search(policy)) and int(left[1]) == 0
+            if (reset := _RESET.search(policy)) and (left := _LEFT.search(policy)) and float(left[1]) == 0
         ]
         found += [
             wait
@@ -168,7 +174,7 @@ def _wish(status: int, headers: Mapping[str, str]) -> float:
             and (wait := _seconds(headers.get(f"{name}-reset", ""), headers)) is not None
         ]
         asked = max(found, default=None)
-    return max(asked or 0.0, 0.0)
+    return max(asked, 0.0) if asked is not None and math.isfinite(asked) else 0.0
 
 
 def _seconds(text: str, headers: Mapping[str, str]) -> float | None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
 from ..errors import HubError
-from .answers import Asked, check_body, check_coding, check_status
+from .answers import Asked, check_body, check_coding, check_status, content_length
 from .endpoint import Endpoint, origin, shown
 from .patience import AgainError, Patience
 from .transport import faults, session
@@ -51,8 +51,7 @@ class Answer:
     @property
     def length(self) -> int | None:
         """The bytes that the body will have, where the answer states them and nothing is packed."""
-        text = self.headers.get("content-length", "")
-        return int(text) if text.isdecimal() and not self.packed else None
+        return None if self.packed else content_length(self.headers)
 
 
 @dataclass(frozen=True)
@@ -174,8 +173,8 @@ def _headers(line: Line, client: Any, request: Any, host: str, limit: float) -> 
 
 def _drain(response: Any, headers: Mapping[str, str]) -> None:
     """Read the short body of a redirect, so that the connection can be used again."""
-    length = headers.get("content-length", "")
-    if length.isdecimal() and int(length) <= SHORT_BODY:
+    length = content_length(headers)
+    if length is not None and length <= SHORT_BODY:
         for _ in response.iter_raw():
             pass
 

@@ -17,6 +17,7 @@ from mq_quant.formats.hub.answers import (
     check_body,
     check_coding,
     check_status,
+    content_length,
 )
 from mq_quant.formats.hub.patience import AgainError
 
@@ -127,6 +128,7 @@ def test_a_network_that_wants_a_login() -> None:
         ({"ratelimit": '"api";r=9;t=200, "resolvers";r=0;t=20'}, 20),
         ({"ratelimit": "limit=100, remaining=0, reset=50"}, 0),
         ({"ratelimit": "limit=100;remaining=0;reset=50"}, 50),
+        ({"ratelimit": f"r={'0' * 5000};t={'9' * 5000}"}, 0),
         ({"ratelimit_remaining": "0", "ratelimit_reset": "7"}, 7),
         ({"ratelimit_remaining": "3", "ratelimit_reset": "7"}, 0),
         ({"x_ratelimit_reset": "7"}, 7),
@@ -198,12 +200,20 @@ def test_parts(content_range: str, start: int) -> None:
         "bytes */100",
         "items 10-99/100",
         "bytes 10-99/101",
+        f"bytes 10-99/{'9' * 5000}",
         "10-99",
     ],
 )
 def test_parts_that_were_not_asked_for(content_range: str) -> None:
     with pytest.raises(RangeError):
         body_start(HUB, 206, {"content-range": content_range}, 10, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "length"), [("0", 0), ("12", 12), ("", None), ("-1", None), ("1e3", None), ("9" * 5000, None)]
+)
+def test_stated_lengths(text: str, length: int | None) -> None:
+    assert content_length({"content-length": text}) == length
 
 
 def test_a_server_without_ranges_sends_the_whole_file() -> None:
