@@ -14,7 +14,7 @@ from mq_quant.formats.minimax import expert_name
 from mq_quant.kernels.runtime.host import Backend
 from mq_quant.verify.model.hfq_weights import DecodedFile, check_shapes
 from mq_quant.verify.model.kernel_forward import KernelModel
-from mq_quant.verify.run import Request, check_dimensions, verify
+from mq_quant.verify.run import VerifyInputs, check_dimensions, verify
 from plainfile import Build, Change, Tensors
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -79,10 +79,10 @@ def test_a_file_of_other_shapes_than_its_config_is_judged_and_never_run(
             with pytest.raises(HfqError, match="config calls for") as e:
                 use(file, checkpoint.config)
             assert (e.value.tensor, e.value.kind) == (name, HfqKind.OTHER_SHAPE)
-        verdict = verify(
-            file, backend, Request(source=checkpoint, tokens=ids, prompt=ids[0], generate=1, sample=True)
+        judged = verify(
+            file, backend, VerifyInputs(source=checkpoint, tokens=ids, prompt=ids[0], generate=1, sample=True)
         )
-    judged = {stage.name: stage for stage in verdict.stages}
+    judged = {stage.name: stage for stage in judged.stages}
     assert set(judged) == {"structure", "decode", "fidelity", "forward", "generation"}
     for stage in ("structure", "forward", "generation"):
         assert any(name in text for text in judged[stage].complaints), stage
@@ -97,8 +97,8 @@ def test_models_of_other_dimensions_are_not_compared(
 ) -> None:
     ids = np.arange(6)[None]
     with open_hfq(build(change=configured(**{key: value}))) as file:
-        verdict = verify(file, backend, Request(source=checkpoint, tokens=ids, sample=True))
-    judged = {stage.name: stage.complaints for stage in verdict.stages}
+        judged = verify(file, backend, VerifyInputs(source=checkpoint, tokens=ids, sample=True))
+    judged = {stage.name: stage.complaints for stage in judged.stages}
     was = getattr(checkpoint.config, key)
     for stage in ("fidelity", "forward"):
         assert any(f"{key} is {value}, the source's {was}" in text for text in judged[stage])
