@@ -83,7 +83,7 @@ def ask(line: Line, what: str, url: str, read: float, span: str | None = None) -
                 asked = Asked(what, shown(url), trusted, trusted and line.endpoint.has_secret)
                 check_status(asked, response.status_code, headers)
                 packed = check_coding(asked, headers)
-                chunks = _chunks(response, asked, headers)
+                chunks = _chunks(response, asked, headers, packed)
                 yield Answer(asked, response.status_code, headers, tuple(commits), packed, chunks)
                 return
             _drain(response, headers)
@@ -179,10 +179,10 @@ def _drain(response: Any, headers: Mapping[str, str]) -> None:
             pass
 
 
-def _chunks(response: Any, asked: Asked, headers: Mapping[str, str]) -> Iterator[bytes]:
+def _chunks(response: Any, asked: Asked, headers: Mapping[str, str], packed: bool) -> Iterator[bytes]:
     """The body, unpacked. AgainError where it is a web page, or comes so slowly that the connection counts as dead."""
     began, came, head = time.monotonic(), 0, True
-    for chunk in response.iter_bytes():
+    for chunk in response.iter_bytes() if packed else response.iter_raw():
         if head and chunk:
             check_body(asked, headers, chunk[:512])
             head = False
