@@ -16,13 +16,13 @@ from pathlib import Path
 from .errors import OutputError
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-_CONTINUES = "the same command then continues where it stopped"
+_CONTINUES = "then run the same command again: it continues where it stopped"
 _WORDS = {
-    errno.ENOSPC: ("the disk is full", f"free some space and run the same command again: {_CONTINUES}"),
-    errno.EDQUOT: ("the disk quota is used up", f"free some space or ask for a larger quota: {_CONTINUES}"),
+    errno.ENOSPC: ("the disk is full", f"free some space, {_CONTINUES}"),
+    errno.EDQUOT: ("the disk quota is used up", f"free some space or ask for a larger quota, {_CONTINUES}"),
     errno.EFBIG: (
         "would become larger than a file may be here",
-        f"raise the limit (ulimit -f), or use a file system for larger files: {_CONTINUES}",
+        f"raise the limit (ulimit -f) or use a file system for larger files, {_CONTINUES}",
     ),
     errno.ENAMETOOLONG: ("its name is too long for this file system", "give a shorter name"),
     errno.ENOENT: ("cannot be written: its folder does not exist any more", "make the folder again"),

@@ -22,7 +22,7 @@ from ..spec.hooks import nothing
 from ..spec.metadata import Outcome, complete
 from ..spec.recipe import Recipe
 from ..write.partial_file import CALIBRATION, Destination, PartialFile, beside
-from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_build
+from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_build, output_name
 from .notes import Notes, with_notes
 from .statistics import OnTheFly, Statistics
 from .work_units import WorkUnit, work_order
@@ -200,6 +200,7 @@ def build_file(
     The final name appears only when every byte is written and synced. Raises the errors of `open_build` and `Build`,
     before any work where the inputs show what is wrong.
     """
+    options.check(output_name(recipe), 0, 0)
     shards = options.shard_cache or (4 if isinstance(statistics, OnTheFly) else 2)
     scratch = options.output.parent if options.output else Path()
     opened = open_build(recipe, statistics, changes, check=options.check, shard_cache=shards, scratch=scratch)

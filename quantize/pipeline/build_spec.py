@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, RecipeError
-from ...formats.minimax import normalize_config
 from ..encode.layer_encoder import FitSettings, fit_settings
 from ..spec.metadata import template, totals_of
 from ..spec.places import open_place, side_files
@@ -64,7 +63,8 @@ UNCHANGED = RecipeChanges()
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """Everything that decides a file's bytes. `signature` names each part, so that two specs can be told apart.
+    """Everything that decides a file's bytes. `signature` names each part, inputs by their hashes, so that two specs can
+    be told apart.
 
     `calibration` is what the file will say of its calibration; `gathered` is the importance where the build gathers it.
     """
@@ -132,7 +132,7 @@ def _resolve(
         raise CheckpointError(
             "has no tokenizer.json, which the engine reads from the file", file=recipe.model.place.address
         )
-    made_from = {"origin": source.origin, "files": source.fingerprint()}
+    made_from: dict[str, Any] = {"origin": source.origin, "files": source.fingerprint()}
     found = find(statistics, imatrix, config, made_from, gathered)
     inputs = {"recipe": recipe.resolved(), "source": made_from}
     skipped = source.skipped_mtp
@@ -140,12 +140,13 @@ def _resolve(
     left_out = sum(math.prod(source.tensors[name].shape) for name in skipped)
     metadata = template(source.raw_config, side, config, totals_of(tensors), provenance, left_out)
     plan = make_plan(recipe, config, tensors, metadata)
+    hashes = {name: {"sha256": file["sha256"]} for name, file in made_from["files"].items()}
     signature = {
         "program": program()["version"],
         "code": code(),
         "plan": plan.digest(),
-        "config": normalize_config(source.raw_config),
-        **inputs,
+        "recipe": inputs["recipe"],
+        "source": {"origin": source.origin, "files": hashes},
         **found.signature,
     }
     return BuildSpec(

@@ -67,8 +67,8 @@ def statistics_at(path: Path) -> Statistics:
 class Importances:
     """The importances that a build uses, and what is said of them.
 
-    `signature` decides bytes, and `stated` is the same as it stands in the metadata before the work. `record` is what
-    the finished file says of its calibration; where the build gathers it (`gathered`) that is known only at the end.
+    `signature` names the inputs by their hashes; `stated` is what the metadata say of them before the work. `record` is
+    what the finished file says of its calibration; where the build gathers it (`gathered`) that is known at the end.
     """
 
     model: ModelImportance | None
@@ -143,12 +143,13 @@ def find(
     `made_from` is the source's {origin, files}. Raises CalibrationError for a folder of another model.
     """
     record = imatrix.record() if imatrix else None
+    signature = {"imatrix": {"sha256": record["sha256"]} if record else None}
     if isinstance(statistics, MomentFolder):
         model = load_calibration(statistics.folder, config, made_from, imatrix)
         said = model.record()
         return Importances(
             model,
-            {"imatrix": record, "calibration": said},
+            {**signature, "calibration": {"sha256": said["sha256"]}},
             {"imatrix": record, "calibration": blank_record(said)},
             said,
         )
@@ -156,8 +157,8 @@ def find(
         gathered.bind(made_from, imatrix)
         return Importances(
             gathered,
-            {"imatrix": record, "calibration": gathered.signature()},
+            {**signature, "calibration": gathered.signature()},
             {"imatrix": record, "calibration": blank_record(gathered.record())},
             gathered=gathered,
         )
-    return Importances(imatrix, {"imatrix": record}, {"imatrix": record})
+    return Importances(imatrix, signature, {"imatrix": record})

@@ -232,7 +232,7 @@ class PartialFile:
             self.path.rename(self.final)
         except OSError as e:
             raise OutputError(
-                f"the finished file cannot be given this name: {disk_error(e, self.final).problem}",
+                f"the finished file cannot be given this name: {e.strerror}",
                 file=self.final,
                 hint=f"its bytes are in {self.path.name}; the same command tries again and encodes nothing anew",
             ) from None
