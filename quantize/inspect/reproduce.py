@@ -23,6 +23,7 @@ from ...formats.errors import (
 )
 from ...formats.hfq import HfqFile, TensorEntry, TensorMeta, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
+from ...formats.text import shown
 from ..pipeline.build_spec import BuildSpec, open_build
 from ..pipeline.statistics import ImatrixFile, MomentFolder, NoStatistics, Statistics
 from ..pipeline.work_units import WorkUnit, work_order
@@ -30,30 +31,69 @@ from ..pipeline.worker_pool import Encoded, UnitHook, Workers, run_units
 from ..spec.hooks import nothing
 from ..spec.places import retarget
 from ..spec.provenance import program
-from ..spec.recipe import Recipe, parse_recipe
+from ..spec.recipe import Model, Recipe, load_model, models, parse_recipe
 from .show import provenance
 
 
-def recorded_recipe(record: Provenance, file: Path, source: str | None) -> Recipe:
-    """The recipe in a file's provenance, its weights taken from `source` where the file names no place for them.
+@dataclass(frozen=True)
+class Inputs:
+    """What a person names for a reproduction: a source (as `--source` takes it), an imatrix, a calibration folder.
 
-    Raises RecipeError where neither does, HfqError where the record is not one of ours.
+    A file may come from anybody. Its record may name places, and nothing is read or fetched from a place that is
+    neither named here nor one of a bundled model's.
+    """
+
+    source: str | None = None
+    imatrix: Path | None = None
+    calibration: Path | None = None
+
+
+def recorded_recipe(record: Provenance, file: Path, inputs: Inputs) -> Recipe:
+    """The recipe in a file's provenance, its weights taken from the source that the person names.
+
+    Raises RecipeError or ImatrixError where the record names a place that has to be confirmed first, HfqError where
+    the record is not one of ours.
     """
     document = dict(record.recipe.document) if record.recipe else {}
     if not isinstance(document.get("model"), dict):
         raise HfqError("its provenance holds no recipe", kind=HfqKind.PROVENANCE, file=file)
-    model = document["model"]
+    model, source = document["model"], inputs.source
     origin = model.get("source")
     if isinstance(origin, dict) and origin.get("repository") is None:
         if source is None:
             raise RecipeError(
-                f"was made from a folder named {model.get('name')!r}, and says no more about where that is",
+                f"was made from a folder named {shown(model.get('name'))}, and says no more about where that is",
                 file=file,
                 hint="give the folder as --source",
             )
         document = {**document, "model": {**model, "source": {"folder": source}}}
     recipe = parse_recipe(document, str(file))
-    return retarget(recipe, source) if source is not None else recipe
+    if source is not None:
+        recipe = retarget(recipe, source)
+    _check_places(recipe.model, record, file, inputs)
+    return recipe
+
+
+def _check_places(model: Model, record: Provenance, file: Path, inputs: Inputs) -> None:
+    """Refuse places that neither the person nor a bundled model names."""
+    known = {place for name in models() for place in _repositories(load_model(name))}
+    if inputs.source is None and model.place.repository not in known:
+        raise RecipeError(
+            f"was made from {shown(model.place.repository)}, a repository that this program does not know",
+            file=file,
+            hint="nothing is fetched from it unless you name it: give --source OWNER/NAME, or a folder with its files",
+        )
+    own = model.imatrix if record.imatrix and inputs.imatrix is None and record.calibration is None else None
+    if own is not None and own.repository not in {None, model.place.repository, *known}:
+        raise ImatrixError(
+            f"was made with an imatrix of {shown(own.repository)}, a repository that this program does not know",
+            file=file,
+            hint="nothing is fetched from it: fetch the imatrix yourself if you trust it, and give it as --imatrix",
+        )
+
+
+def _repositories(model: Model) -> set[str | None]:
+    return {model.place.repository, model.imatrix.repository if model.imatrix else None} - {None}
 
 
 def check_inputs(record: Provenance, spec: BuildSpec, file: Path) -> None:
@@ -80,15 +120,6 @@ def check_inputs(record: Provenance, spec: BuildSpec, file: Path) -> None:
         raise CalibrationError(
             "the calibration is not the one that this was made with", file=file, hint="check --calibration"
         )
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a person names for a reproduction, where the file does not say where it is."""
-
-    source: str | None = None
-    imatrix: Path | None = None
-    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +160,7 @@ def reproduce(
     the inputs give another file layout, and the errors of inputs that differ or are missing.
     """
     record = provenance(path)
-    recipe = recorded_recipe(record, path, inputs.source)
+    recipe = recorded_recipe(record, path, inputs)
     statistics = _statistics(record, path, inputs)
     with open_build(recipe, statistics) as spec, open_hfq(path) as file:
         check_inputs(record, spec, path)

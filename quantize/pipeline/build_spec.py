@@ -63,8 +63,8 @@ UNCHANGED = RecipeChanges()
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """Everything that decides a file's bytes. `signature` names each part, inputs by their hashes, so that two specs can
-    be told apart.
+    """Everything that decides a file's bytes. `signature` names each part (inputs by their hashes), so that two specs
+    can be told apart.
 
     `calibration` is what the file will say of its calibration; `gathered` is the importance where the build gathers it.
     """

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...awq.from_imatrix import ImatrixModel, load_importance
 from ...awq.from_moments import blank_record, load_calibration
 from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
-from ...formats.errors import ImatrixError, RecipeError
+from ...formats.errors import ImatrixError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.imatrix import read_imatrix
 from ..calibrate.tokens import TokenRequest, load_tokens
 from ..spec.places import local_folder
-from ..spec.recipe import ImatrixRef, Recipe
+from ..spec.recipe import Recipe
 
 if TYPE_CHECKING:
     from ..calibrate.on_the_fly import GatheredImportance
@@ -112,18 +112,7 @@ def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:
     folder = local_folder(recipe.model.place.address)
     if folder is None:
         raise ImatrixError(f"the recipe names {ref.file} without its repository", hint="give --imatrix FILE")
-    return _inside(folder, ref)
-
-
-def _inside(folder: Path, ref: ImatrixRef) -> Path:
-    """A file of the source's own folder; RecipeError for a name that leads out of it."""
-    name = PurePosixPath(ref.file)
-    if name.is_absolute() or ".." in name.parts:
-        raise RecipeError(
-            f"the recipe's imatrix {ref.file!r} is not inside the folder of its source",
-            hint="give the imatrix as --imatrix",
-        )
-    return folder / name
+    return folder / ref.file
 
 
 def open_imatrix(path: Path | None, config: ModelConfig) -> ImatrixModel | None:

@@ -50,6 +50,15 @@ def _file_name(name: str) -> str:
     return name
 
 
+def _inner_path(path: str) -> str:
+    parts = path.split("/")
+    if not path.isprintable() or not all(parts) or {".", ".."} & set(parts) or "\\" in path:
+        raise ValueError(
+            f"is {path!r}, which is not the name of a file inside the model's folder or repository"
+        )
+    return path
+
+
 def _exponent(alpha: float | str) -> float | str:
     if alpha != "search" and not (isinstance(alpha, float | int) and 0 <= alpha <= MAX_ALPHA):
         raise ValueError(f"is {alpha}, not an exponent from 0 to {MAX_ALPHA} or 'search'")
@@ -84,7 +93,7 @@ class Place(_Strict):
 class ImatrixRef(_Strict):
     """The imatrix that belongs to a model: a file of a hub repository, or, without one, of the source itself."""
 
-    file: str
+    file: Annotated[str, AfterValidator(_inner_path)]
     repository: str | None = None
     revision: str | None = None
 

@@ -21,7 +21,6 @@ from ...formats.errors import OutputError
 from ...formats.file_lock import OWNER
 from ...formats.own_file import (
     NOT_OFFERED,
-    disk_error,
     disk_errors,
     is_at,
     open_own,

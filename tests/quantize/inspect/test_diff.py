@@ -1,21 +1,18 @@
-"""diff, inspect and reproduce on real builds: what is equal is called equal, and what differs is named."""
+"""diff and inspect on real builds: what is equal is called equal, and what differs is named."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from mq_quant.formats.errors import CheckError, CheckpointError, HfqError, HfqKind, ImatrixError, RecipeError
-from mq_quant.formats.hfq import TensorMeta, layout, open_hfq, write_hfq
+from mq_quant.formats.errors import HfqError, HfqKind, RecipeError
+from mq_quant.formats.hfq import TensorMeta, open_hfq, write_hfq
 from mq_quant.quantize.inspect.diff import EQUAL_DB, diff_files
-from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
 from mq_quant.quantize.inspect.show import inspect_file, provenance
 from mq_quant.quantize.pipeline.build import BuildResult
-from mq_quant.quantize.pipeline.statistics import NoStatistics
 
 Run = Callable[..., BuildResult]
 W1 = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
@@ -172,50 +169,3 @@ def test_provenance_names_everything_and_no_path(run: Run, tmp_path: Path, small
     assert record["imatrix"]["datasets"] == ["random"]
     assert all(layer["alpha"] in (0.0, 0.15, 0.3, 0.5) for layer in record["layers"])
     assert str(small.parent) not in str(record)
-
-
-def test_a_file_is_reproduced_from_its_provenance(run: Run, tmp_path: Path, small: Path) -> None:
-    count = run("a").tensor_count
-    result = reproduce(tmp_path / "a", Inputs(str(small), small / "imatrix.gguf"), 2)
-    assert result.identical
-    assert result.tensor_count == count
-    run("plain", statistics=NoStatistics(), alpha=None)
-    assert reproduce(tmp_path / "plain", Inputs(str(small)), 1).identical
-
-
-def test_reproduce_names_the_tensor_that_was_altered(run: Run, tmp_path: Path, small: Path) -> None:
-    run("a")
-    copy = altered(tmp_path / "a", W1, tmp_path)
-    result = reproduce(copy, Inputs(str(small), small / "imatrix.gguf"), 2)
-    assert result.different_tensors == (W1,)
-
-
-def test_reproduce_refuses_other_inputs_by_name(run: Run, tmp_path: Path, small: Path) -> None:
-    run("a")
-    with pytest.raises(RecipeError, match="give the folder as --source"):
-        reproduce(tmp_path / "a")
-    with pytest.raises(ImatrixError, match="--imatrix"):
-        reproduce(tmp_path / "a", Inputs(str(small)), 1)
-    other = shutil.copytree(small, tmp_path / "small")
-    (other / "tokenizer.json").write_text('{"other": 1}')
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not the file"):
-        reproduce(tmp_path / "a", Inputs(str(other), small / "imatrix.gguf"), 1)
-    changed = bytearray((small / "imatrix.gguf").read_bytes())
-    changed[-1] ^= 1
-    (tmp_path / "imatrix").write_bytes(changed)
-    with pytest.raises(ImatrixError, match="not the one that this was made with"):
-        reproduce(tmp_path / "a", Inputs(str(small), tmp_path / "imatrix"), 1)
-
-
-def test_reproduce_refuses_a_file_whose_layout_is_not_its_recipes(
-    run: Run, tmp_path: Path, small: Path
-) -> None:
-    run("a")
-    with open_hfq(tmp_path / "a") as file:
-        metas = [(e, file.read(e.name)) for e in file.entries if e.name != W1]
-        assert (
-            layout(file.metadata_bytes, [e for e, _ in metas]).total_bytes < (tmp_path / "a").stat().st_size
-        )
-        write_hfq(tmp_path / "b", file.metadata_bytes, metas)
-    with pytest.raises(CheckError, match="not those that its recipe gives"):
-        reproduce(tmp_path / "b", Inputs(str(small), small / "imatrix.gguf"), 1)

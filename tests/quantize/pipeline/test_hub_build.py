@@ -14,9 +14,9 @@ import pytest
 import small_model
 from hub_server import MAIN, REPO
 from huggingface_hub import constants
-from mq_quant.formats.errors import ResumeError
+from mq_quant.formats.errors import RecipeError, ResumeError
 from mq_quant.quantize.calibrate.tokens import TokenRequest
-from mq_quant.quantize.inspect.reproduce import reproduce
+from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
 from mq_quant.quantize.inspect.show import provenance
 from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import RecipeChanges
@@ -99,12 +99,18 @@ def test_a_streamed_build_can_calibrate_itself(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "local", "out", "tokens.npy"]
 
 
-def test_a_streamed_file_is_reproduced_from_what_it_says_alone(
+def test_a_streamed_file_is_reproduced_once_its_repository_is_named(
     hub: hub_server.HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stream(tmp_path)
-    assert reproduce(tmp_path / "out", jobs=2).identical
+    asked = len(hub.requests)
+    with pytest.raises(
+        RecipeError, match=f"made from '{REPO}', a repository that this program does not know"
+    ):
+        reproduce(tmp_path / "out")
+    assert len(hub.requests) == asked
+    assert reproduce(tmp_path / "out", Inputs(REPO), jobs=2).identical
 
 
 def test_a_snapshot_folder_is_known_as_its_repository(small: Path, tmp_path: Path) -> None:
