@@ -165,10 +165,12 @@ def _short(value: Any) -> str:
 def reproduce(
     file: opt.File,
     source: Annotated[
-        str | None, typer.Option(help="The checkpoint, where the file names no repository that this program knows.")
+        str | None,
+        typer.Option(help="The checkpoint, where the file names no repository that this program knows."),
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="The imatrix, where the file names no repository that this program knows.")
+        Path | None,
+        typer.Option(help="The imatrix, where the file names no repository that this program knows."),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="The calibration folder, where the file was made with one.")
