@@ -6,11 +6,13 @@ right and bottom edge are partial when a dimension is not a multiple of the bloc
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from .errors import WeightError
+from .jit import compiler
 
 BLOCK = (128, 128)
 MAX = 448.0
@@ -35,7 +37,10 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple
     return -(-rows // block[0]), -(-cols // block[1])
 
 
-@njit(cache=True, nogil=True)
+compiled = compiler(Path(__file__))
+
+
+@compiled
 def _dequantize(codes, scales, block_rows, block_cols, table, out):  # type: ignore[no-untyped-def]
     for r in range(codes.shape[0]):
         for tile in range(scales.shape[1]):

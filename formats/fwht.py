@@ -7,11 +7,13 @@ bits everywhere. Depends on numpy, numba and errors.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from .errors import WeightError
+from .jit import compiler
 
 GROUP = 256
 
@@ -29,7 +31,10 @@ SIGNS1: NDArray[np.float32] = draw_signs(42)
 SIGNS2: NDArray[np.float32] = draw_signs(1042)
 
 
-@njit(cache=True, nogil=True)
+compiled = compiler(Path(__file__))
+
+
+@compiled
 def _transform(groups, before, after):  # type: ignore[no-untyped-def]
     for g in range(groups.shape[0]):
         row = groups[g]

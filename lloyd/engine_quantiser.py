@@ -7,13 +7,13 @@ span the minimum and maximum; Q8F16 quantises with the unrounded scale and trunc
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from .constants import ENGINE_STEPS, GROUP
+from .loops import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sort_group(values, keys, spare, counts):
     """Sort f32 values [256] ascending, in place: a radix sort of their order-preserving bits, four passes of eight.
 
@@ -48,7 +48,7 @@ def sort_group(values, keys, spare, counts):
         bits[i] = key & np.uint32(0x7FFFFFFF) if key >> np.uint32(31) else ~key
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def lloyd_rows(rows, column, levels, codes):
     """Centroids f32 [R, K], ascending, not yet rounded, and codes u8 [R, 256] of each row's group at `column`."""
     count = levels.shape[1]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from .codes.descent import descend, heat
@@ -26,6 +25,7 @@ from .levels.refit import (
     solve_grid,
     weighted_dot,
 )
+from .loops import compiled
 from .simd.lanes import assign, gather, hadamard, lined_up, midpoints, scatter, sort_levels
 from .simd.vec import LANES, load, splat, store
 
@@ -71,7 +71,7 @@ class Scratch(NamedTuple):
     shifts: F32
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def scratch_for(count, grid):
     """Scratch for `count` levels, or for a grid of so many."""
     unknowns = 2 if grid else count
@@ -91,7 +91,7 @@ def scratch_for(count, grid):
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def refit_levels(problem, total, s):
     """Move the levels of scratch `s` to their best places for its codes; `total`, for a grid under a dense H, is ΣH."""
     weights, signs = problem.weights, problem.signs
@@ -127,7 +127,7 @@ def refit_levels(problem, total, s):
         sort_levels(s.levels, s.codes)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pulled(problem, y, out):
     """out = H·y [256, 16] for a dense H, else the signed transform of y."""
     if problem.weights.shape[0] > 0:
@@ -140,7 +140,7 @@ def pulled(problem, y, out):
             store(out, i, minus * load(out, i))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def gradient(problem, errors, out):
     """out = H·errors [256, 16]."""
     pulled(problem, errors, out)
@@ -151,7 +151,7 @@ def gradient(problem, errors, out):
         signed(out, problem.signs, out)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def fit_rows(rows, column, problem, rounds, levels_io, codes_out):
     """Codes u8 [R, 256] and levels f32 [R, K] of the group that starts at `column` of rows f32 [R, K_in].
 
@@ -185,7 +185,7 @@ def fit_rows(rows, column, problem, rounds, levels_io, codes_out):
         scatter(s.codes, codes_out, first)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def gather_levels(stored, first, levels):
     """Copy stored[first:first+16] f32 [R, K] into levels [K, 16], leaving out lanes beyond the last row."""
     for r in range(min(LANES, stored.shape[0] - first)):
@@ -193,7 +193,7 @@ def gather_levels(stored, first, levels):
             levels[k, r] = stored[first + r, k]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def settle_rows(rows, column, problem, stored, codes_io, gains):
     """Assign codes once more, given the stored levels f32 [R, K]; gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ).
 
@@ -229,7 +229,7 @@ def settle_rows(rows, column, problem, stored, codes_io, gains):
             gains[first + r] = whole / kept if kept > SIGNAL_FLOOR * whole else np.float32(1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def nearest_rows(rows, column, stored, codes_out):
     """Codes u8 [R, 256] of the nearest of the stored levels f32 [R, K], ascending; a tie takes the lower code."""
     count = stored.shape[1]

@@ -5,11 +5,11 @@ huggingface_hub reads its variables once, when it is imported; here they are rea
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import HubError
+from ..machine import variable
 
 PUBLIC = "https://huggingface.co"
 TRUE = ("1", "ON", "TRUE", "YES")
@@ -17,12 +17,12 @@ TRUE = ("1", "ON", "TRUE", "YES")
 
 def offline() -> bool:
     """Whether HF_HUB_OFFLINE forbids the network: 1, true, yes or on, in letters of either case."""
-    return bool(_library().HF_HUB_OFFLINE) or os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in TRUE
+    return bool(_library().HF_HUB_OFFLINE) or (variable("HF_HUB_OFFLINE") or "").strip().upper() in TRUE
 
 
 def address() -> str:
     """The address of the hub, as HF_ENDPOINT gives it (it may hold a password), or the public one."""
-    return os.environ.get("HF_ENDPOINT", "").strip() or str(_library().ENDPOINT or PUBLIC)
+    return (variable("HF_ENDPOINT") or "").strip() or str(_library().ENDPOINT or PUBLIC)
 
 
 def cache_folder() -> Path | None:

@@ -1,24 +1,20 @@
-"""Compiled kernels on disk: one file per content, in the user's cache folder, safe for processes that build at once.
+"""Compiled kernels on disk: one file per content, safe for processes that build at once.
 
-The key is a hash of everything that the result depends on; a file appears under its name only when it is whole.
-Depends on errors only.
+The key is a hash of everything that the code depends on. A file appears under its name only when it is whole, and its
+content is checked each time before it is used (`formats.cache`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ...formats import cache as disk
 from ...formats.errors import BackendError
 
-
-def folder() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/mq-quant, or ~/.cache/mq-quant."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mq-quant" / "kernels"
+KIND = "kernels"
 
 
 def key(parts: Iterable[str | bytes]) -> str:
@@ -32,23 +28,38 @@ def key(parts: Iterable[str | bytes]) -> str:
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """The file `name` of the cache, made by `build(path)` where it is missing.
+    """The file `name` of the cache, made by `build(path)` where it is missing or not whole.
 
-    BackendError where the folder is not writable.
+    Behind what `build` wrote, the file holds a digest, which loaders of libraries do not mind. Raises BackendError
+    where no folder can be written.
     """
-    path = folder() / name
-    if path.is_file():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
-            made = Path(scratch) / name
-            build(made)
-            made.replace(path)
-    except OSError as e:
-        raise BackendError(
-            f"compiled kernels cannot be kept: {e.strerror or e}",
-            file=path.parent,
-            hint="point XDG_CACHE_HOME at a writable folder",
-        ) from None
-    return path
+    return _find(name, build)[0]
+
+
+def code(name: str, build: Callable[[Path], None]) -> bytes:
+    """What `build(path)` wrote, now or in an earlier run. Raises BackendError where no folder can be written."""
+    return _find(name, build)[1]
+
+
+def _find(name: str, build: Callable[[Path], None]) -> tuple[Path, bytes]:
+    problem = "no folder can be written"
+    for folder in disk.folders(KIND):
+        path = folder / name
+        content = disk.read(path)
+        if content is not None:
+            return path, content
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+                made = Path(scratch) / name
+                build(made)
+                content = made.read_bytes()
+            disk.write(path, content)
+        except OSError as e:
+            problem = f"{e.strerror or e} in {folder}"
+            continue
+        return path, content
+    tried = ", ".join(map(str, disk.places())) or "none"
+    raise BackendError(
+        f"compiled kernels cannot be kept: {problem}",
+        hint=f"point XDG_CACHE_HOME at a folder that you can write and nobody else; tried: {tried}",
+    )

@@ -1,17 +1,14 @@
-"""The CPU back end: kernels built by the system's C++ compiler, a fiber per thread of a block, blocks over all cores.
+"""The CPU back end: kernels built by a C++17 compiler, a fiber for each thread of a block, blocks over all cores.
 
-Depends on a C++17 compiler: $CXX, c++, g++, clang++, or the `ziglang` wheel. include/cpu is its compiled side.
+The compiler is that of $CXX, or c++, g++, clang++, or the `ziglang` wheel. What the kernels run in is include/cpu.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import platform
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.errors import BackendError
+from ...formats.machine import cores, words
 from .cache import cached, key
+from .command import run
 from .host import Backend, arguments
 from .sources import INCLUDE, Kernel, Module, Sources
 
@@ -43,9 +42,9 @@ _POISON = {"ascending": 0xFF, "descending": 0x7E}
 
 
 def find_compiler() -> tuple[str, ...]:
-    """The command of a C++ compiler; BackendError where there is none."""
-    if chosen := os.environ.get("CXX"):
-        return tuple(shlex.split(chosen))
+    """The command of a C++ compiler, with the flags that CXX may hold; BackendError where there is none."""
+    if chosen := words("CXX"):
+        return chosen
     for name in ("c++", "g++", "clang++"):
         if found := shutil.which(name):
             return (found,)
@@ -57,14 +56,20 @@ def find_compiler() -> tuple[str, ...]:
     )
 
 
-def _run(command: Sequence[str], what: str) -> str:
+def compiler_version(compiler: Sequence[str]) -> str:
+    """What the compiler says of itself; BackendError where it cannot be run."""
+    return run((*compiler, "--version"), "the C++ compiler")
+
+
+def _load(path: Path) -> ctypes.CDLL:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return ctypes.CDLL(str(path))
     except OSError as e:
-        raise BackendError(f"{what}: {command[0]} cannot be run: {e.strerror}") from None
-    if done.returncode:
-        raise BackendError(f"{what}: {' '.join(command)}\n{done.stderr.strip()[-4000:]}")
-    return done.stdout
+        raise BackendError(
+            f"compiled kernels cannot be loaded: {e}",
+            file=path,
+            hint="code cannot run from every file system; point XDG_CACHE_HOME at another one",
+        ) from None
 
 
 def _processor() -> str:
@@ -114,12 +119,12 @@ class CpuBackend(Backend):
             raise BackendError(f"the CPU back end runs on x86-64 and aarch64, not on {platform.machine()}")
         if order not in ("ascending", "descending"):
             raise BackendError(f"there is no fiber order {order!r}", hint="ascending or descending")
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or cores()
         self.order = order
         self.device = f"CPU, {platform.machine()}, {self.threads} threads"
         self._compiler = find_compiler()
-        self._identity = _run((*self._compiler, "--version"), "the C++ compiler") + _processor()
-        self._run = ctypes.CDLL(str(self._runtime())).mq_run
+        self._identity = compiler_version(self._compiler) + _processor()
+        self._run = _load(self._runtime()).mq_run
         self._libraries: dict[Module, ctypes.CDLL] = {}
 
     def _build(self, label: str, text: str, flags: Sequence[str]) -> Path:
@@ -131,7 +136,9 @@ class CpuBackend(Backend):
         def compile_to(path: Path) -> None:
             source = path.with_suffix(".cpp")
             source.write_text(text, encoding="utf-8")
-            _run((*command, "-o", str(path), str(source)), f"{label} does not compile for the CPU")
+            run(
+                (*command, "-o", str(path), str(source)), f"{label} does not compile for the CPU", path.parent
+            )
 
         return cached(f"cpu-{name}.so", compile_to)
 
@@ -142,7 +149,7 @@ class CpuBackend(Backend):
         if module not in self._libraries:
             text = self.sources.text(module.file) + entry_points(self.sources.modules()[module])
             path = self._build(module.label, text, [f"-D{d}" for d in module.defines])
-            self._libraries[module] = ctypes.CDLL(str(path))
+            self._libraries[module] = _load(path)
         return self._libraries[module]
 
     def _alloc(self, nbytes: int) -> tuple[Any, int]:

@@ -1,6 +1,6 @@
 """The NVIDIA back end: nvrtc compiles the kernels for the device, the driver runs them.
 
-Depends on libcuda (the driver) and libnvrtc (the `nvidia-cuda-nvrtc` wheel, or a CUDA toolkit).
+It needs libcuda (the driver) and libnvrtc (the `nvidia-cuda-nvrtc` wheel, or a CUDA toolkit).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 
 from ...formats.errors import BackendError
 from .block_table import COUNTED
-from .cache import cached, key
-from .gpu import Compiler, Driver, GpuBackend, compile_program, load_library
+from .cache import code, key
+from .gpu import Compiler, Driver, GpuBackend, Library, compile_program, load_library
 from .host import arguments
 from .sources import INCLUDE, Kernel, Module, Sources
 
@@ -43,6 +43,9 @@ DRIVER = Driver(
     synchronize="cuCtxSynchronize",
     error="cuGetErrorString",
     stream="cuStreamCreate",
+    stream_destroy="cuStreamDestroy_v2",
+    event_destroy="cuEventDestroy_v2",
+    unload="cuModuleUnload",
     stream_copy_in="cuMemcpyHtoDAsync_v2",
     stream_copy_out="cuMemcpyDtoHAsync_v2",
     stream_copy="cuMemcpyDtoDAsync_v2",
@@ -87,7 +90,7 @@ class _LaunchConfig(ctypes.Structure):
 
 
 @cache
-def nvrtc() -> ctypes.CDLL | None:
+def nvrtc() -> Library | None:
     """nvrtc from the wheel, the system or a toolkit; None where there is none."""
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
@@ -116,7 +119,7 @@ def compile_module(sources: Sources, module: Module, arch: str, *extra: str) -> 
 def nvrtc_version() -> str:
     """major.minor of the nvrtc that is found, "none" without one."""
     library, major, minor = nvrtc(), ctypes.c_int(), ctypes.c_int()
-    if library is None or library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)):
+    if library is None or library.call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor)):
         return "none"
     return f"{major.value}.{minor.value}"
 
@@ -188,4 +191,4 @@ class CudaBackend(GpuBackend):
         def build(made: Path) -> None:
             made.write_bytes(compile_module(self.sources, module, self.arch)[0])
 
-        return cached(f"cuda-{key(parts)}.cubin", build).read_bytes()
+        return code(f"cuda-{key(parts)}.cubin", build)

@@ -1,8 +1,7 @@
 """What the hip and cuda back ends share: the two driver interfaces are one but for names, and so are their compilers'.
 
 A `Driver` names a vendor's functions; `GpuBackend` runs kernels through it on device 0, in order, on the default
-stream, or on one of its own beside other back ends. A back end is used from the thread that opened it. Depends on host,
-through ctypes on the vendor's libraries.
+stream, or on one of its own beside other back ends. A back end is used from the thread that opened it.
 """
 
 from __future__ import annotations
@@ -54,6 +53,9 @@ class Driver:
     synchronize: str
     error: str
     stream: str
+    stream_destroy: str
+    event_destroy: str
+    unload: str
     stream_copy_in: str
     stream_copy_out: str
     stream_copy: str
@@ -71,26 +73,52 @@ class Compiler:
     code: str
 
 
-def load_library(names: Iterable[str | Path]) -> ctypes.CDLL | None:
+@dataclass(frozen=True, eq=False)
+class Library:
+    """A vendor's library, loaded from `name`."""
+
+    name: str
+    loaded: ctypes.CDLL
+
+    def has(self, symbol: str) -> bool:
+        return hasattr(self.loaded, symbol)
+
+    def function(self, symbol: str) -> Any:
+        """The function of that name; BackendError where the library lacks it."""
+        try:
+            return getattr(self.loaded, symbol)
+        except AttributeError:
+            raise BackendError(
+                f"{self.name} has no function {symbol}",
+                hint="the library is too old or incomplete; install the vendor's driver anew, or use the CPU",
+            ) from None
+
+    def call(self, symbol: str, *args: Any) -> int:
+        """The status that a function returns."""
+        return int(self.function(symbol)(*args))
+
+
+def load_library(names: Iterable[str | Path]) -> Library | None:
     """The first of `names` that loads."""
     for name in names:
         with suppress(OSError):
-            return ctypes.CDLL(str(name))
+            return Library(str(name), ctypes.CDLL(str(name)))
     return None
 
 
 def device_count(driver: Driver) -> int:
-    """Devices that the driver sees; 0 where there is no driver."""
-    library = load_library(driver.libraries)
-    count = ctypes.c_int(0)
-    if library is None or getattr(library, driver.init)(ctypes.c_uint(0)):
+    """Devices that the driver sees; 0 where there is no driver, or one that lacks the functions that count."""
+    library, count = load_library(driver.libraries), ctypes.c_int(0)
+    if library is None or not (library.has(driver.init) and library.has(driver.count)):
         return 0
-    return count.value if getattr(library, driver.count)(ctypes.byref(count)) == 0 else 0
+    if library.call(driver.init, ctypes.c_uint(0)) or library.call(driver.count, ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def compile_program(
     compiler: Compiler,
-    library: ctypes.CDLL,
+    library: Library,
     label: str,
     text: str,
     headers: dict[str, str],
@@ -99,7 +127,7 @@ def compile_program(
     """(code, log) of a source compiled at run time; BackendError with the compiler's log where it does not compile."""
 
     def call(name: str, *args: Any) -> int:
-        return int(getattr(library, compiler.prefix + name)(*args))
+        return library.call(compiler.prefix + name, *args)
 
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     count = len(headers)
@@ -149,15 +177,16 @@ class GpuBackend(Backend):
         self._pinned: list[ctypes.c_void_p] = []
         self._functions: dict[Kernel, ctypes.c_void_p] = {}
         self._modules: dict[Module, ctypes.c_void_p] = {}
+        self._events: list[ctypes.c_void_p] = []
+        self._stream = ctypes.c_void_p(None)
         self.call(self.driver.init, ctypes.c_uint(0))
         count = ctypes.c_int(0)
-        status = getattr(library, self.driver.count)(ctypes.byref(count))
+        status = library.call(self.driver.count, ctypes.byref(count))
         if status or count.value == 0:
             raise BackendError(
                 f"the {self.name} back end finds no {self.driver.vendor} GPU", hint="use --backend cpu"
             )
         self._select()
-        self._stream = ctypes.c_void_p(None)
         if own_stream:
             self.call(self.driver.stream, ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
 
@@ -176,7 +205,7 @@ class GpuBackend(Backend):
 
     def call(self, name: str, *args: Any) -> None:
         """Call a driver function; BackendError in the driver's words where it fails."""
-        status = int(getattr(self.library, name)(*args))
+        status = self.library.call(name, *args)
         if status:
             raise BackendError(f"{name} failed on {self._device_name()}: {self._explain(status)} ({status})")
 
@@ -184,7 +213,7 @@ class GpuBackend(Backend):
         return getattr(self, "device", f"the {self.driver.vendor} GPU")
 
     def _explain(self, status: int) -> str:
-        explain = getattr(self.library, self.driver.error)
+        explain = self.library.function(self.driver.error)
         if self.driver.error == "cuGetErrorString":
             text = ctypes.c_char_p()
             explain(ctypes.c_int(status), ctypes.byref(text))
@@ -244,6 +273,7 @@ class GpuBackend(Backend):
     def mark(self) -> ctypes.c_void_p:
         event = ctypes.c_void_p()
         self.call(self.driver.event, ctypes.byref(event), ctypes.c_uint(0))
+        self._events.append(event)
         self.call(self.driver.record, event, self._stream)
         return event
 
@@ -292,9 +322,29 @@ class GpuBackend(Backend):
             self.call(self.driver.stream_wait, self._stream)
 
     def close(self) -> None:
-        held, self._held, self._pool = list(self._held), {}, {}
-        for address in held:
-            self.call(self.driver.free, ctypes.c_void_p(address))
-        pinned, self._pinned = self._pinned, []
-        for pointer in pinned:
-            self.call(self.driver.host_free, pointer)
+        """Give everything back, whatever fails on the way; then raise the first error, in the driver's words."""
+        held = [ctypes.c_void_p(address) for address in self._held]
+        streams = [self._stream] if self._stream.value is not None else []
+        owned = (
+            (self.driver.stream_wait, [self._stream]),
+            (self.driver.free, held),
+            (self.driver.host_free, self._pinned),
+            (self.driver.event_destroy, self._events),
+            (self.driver.unload, list(self._modules.values())),
+            (self.driver.stream_destroy, streams),
+        )
+        self._held, self._pool, self._pinned, self._events = {}, {}, [], []
+        self._functions, self._modules, self._stream = {}, {}, ctypes.c_void_p(None)
+        errors = [
+            error for destroy, things in owned for thing in things if (error := self._failure(destroy, thing))
+        ]
+        if errors:
+            raise errors[0]
+
+    def _failure(self, name: str, *args: Any) -> BackendError | None:
+        """Call a driver function; the error where it fails."""
+        try:
+            self.call(name, *args)
+        except BackendError as e:
+            return e
+        return None

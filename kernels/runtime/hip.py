@@ -1,20 +1,21 @@
 """The AMD back end: hipcc (or hiprtc) compiles the kernels for the device's architecture, the HIP runtime runs them.
 
-Depends on ROCm: libamdhip64, and hipcc or libhiprtc. hip.md's rules for sources hold, so that ROCm's own header serves.
+Of ROCm it needs libamdhip64, and hipcc or libhiprtc. Kernels use only what ROCm's hip_runtime.h declares, so that
+this header compiles them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
 from ...formats.errors import BackendError
-from .cache import cached, key
+from ...formats.machine import words
+from .cache import code, key
+from .command import run
 from .gpu import Compiler, Driver, GpuBackend, compile_program, load_library
 from .sources import Module, Sources
 
@@ -41,6 +42,9 @@ DRIVER = Driver(
     synchronize="hipDeviceSynchronize",
     error="hipGetErrorString",
     stream="hipStreamCreateWithFlags",
+    stream_destroy="hipStreamDestroy",
+    event_destroy="hipEventDestroy",
+    unload="hipModuleUnload",
     stream_copy_in="hipMemcpyHtoDAsync",
     stream_copy_out="hipMemcpyDtoHAsync",
     stream_copy="hipMemcpyDtoDAsync",
@@ -54,16 +58,20 @@ HIPRTC = Compiler(
     code="GetCode",
 )
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off")
+_ROCM = "/opt/rocm"
 _ARCH = re.compile(rb"gfx[0-9a-f]+(?::[a-z]+[+-])*")
 _PROPERTIES = ("hipGetDevicePropertiesR0600", "hipGetDeviceProperties")
 
 
-def find_hipcc() -> str | None:
-    """hipcc on the path, under $ROCM_PATH or /opt/rocm; None where it is missing."""
-    if found := shutil.which("hipcc"):
-        return found
-    candidate = Path(os.environ.get("ROCM_PATH", "/opt/rocm")) / "bin" / "hipcc"
-    return str(candidate) if candidate.is_file() else None
+def find_hipcc() -> tuple[str, ...]:
+    """The command of hipcc: on the path, under $ROCM_PATH or /opt/rocm; no words where it is missing.
+
+    ROCM_PATH may hold flags behind the folder, as a shell would split them.
+    """
+    folder, *flags = words("ROCM_PATH") or (_ROCM,)
+    candidate = Path(folder) / "bin" / "hipcc"
+    found = shutil.which("hipcc") or (str(candidate) if candidate.is_file() else None)
+    return (found, *flags) if found else ()
 
 
 def architecture(properties: bytes) -> str:
@@ -75,8 +83,14 @@ def architecture(properties: bytes) -> str:
 
 
 @cache
-def _hipcc_version(hipcc: str) -> str:
-    return subprocess.run([hipcc, "--version"], capture_output=True, text=True, check=False).stdout
+def hipcc_version(hipcc: tuple[str, ...]) -> str:
+    """What hipcc says of itself; BackendError where it cannot be run."""
+    return run((*hipcc, "--version"), "hipcc", settings=_settings())
+
+
+def _settings() -> dict[str, str]:
+    """ROCM_PATH for hipcc, which takes all of it for a folder."""
+    return {"ROCM_PATH": rocm[0]} if (rocm := words("ROCM_PATH")) else {}
 
 
 def compile_module(sources: Sources, module: Module, arch: str) -> bytes:
@@ -84,27 +98,13 @@ def compile_module(sources: Sources, module: Module, arch: str) -> bytes:
     text, hipcc = sources.text(module.file), find_hipcc()
     defines = [f"-D{d}" for d in module.defines]
     if hipcc:
-        program = hipcc
-        parts = (text, arch, *FLAGS, *defines, _hipcc_version(program))
+        parts = (text, arch, *hipcc, *FLAGS, *defines, hipcc_version(hipcc))
 
         def build(made: Path) -> None:
             source = made.with_suffix(".hip")
             source.write_text(text, encoding="utf-8")
-            command = [
-                program,
-                "--genco",
-                f"--offload-arch={arch}",
-                *FLAGS,
-                *defines,
-                "-o",
-                str(made),
-                str(source),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise BackendError(
-                    f"{module.label} does not compile with hipcc:\n{done.stderr.strip()[-4000:]}"
-                )
+            target = ("--genco", f"--offload-arch={arch}", *FLAGS, *defines, "-o", str(made), str(source))
+            run((*hipcc, *target), f"{module.label} does not compile with hipcc", made.parent, _settings())
 
     else:
         library = load_library(HIPRTC.libraries)
@@ -115,15 +115,14 @@ def compile_module(sources: Sources, module: Module, arch: str) -> bytes:
             )
         found = library
         major, minor = ctypes.c_int(), ctypes.c_int()
-        found.hiprtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        found.call("hiprtcVersion", ctypes.byref(major), ctypes.byref(minor))
         parts = (text, arch, *FLAGS, *defines, f"hiprtc {major.value}.{minor.value}")
 
         def build(made: Path) -> None:
             options = (f"--offload-arch={arch}", *FLAGS, *defines)
-            code, _ = compile_program(HIPRTC, found, module.label, text, {}, options)
-            made.write_bytes(code)
+            made.write_bytes(compile_program(HIPRTC, found, module.label, text, {}, options)[0])
 
-    return cached(f"hip-{key(parts)}.hsaco", build).read_bytes()
+    return code(f"hip-{key(parts)}.hsaco", build)
 
 
 class HipBackend(GpuBackend):
@@ -135,7 +134,7 @@ class HipBackend(GpuBackend):
     def _select(self) -> None:
         self.call("hipSetDevice", ctypes.c_int(0))
         properties = ctypes.create_string_buffer(8192)
-        name = next((n for n in _PROPERTIES if hasattr(self.library, n)), _PROPERTIES[-1])
+        name = next((n for n in _PROPERTIES if self.library.has(n)), _PROPERTIES[-1])
         self.call(name, properties, ctypes.c_int(0))
         self.arch = architecture(properties.raw)
         self.device = f"{properties.value.decode(errors='replace') or 'AMD GPU'} ({self.arch})"

@@ -93,7 +93,12 @@ class Backend(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except BackendError as e:
+            if error is None:
+                raise
+            error.add_note(e.render())  # what went wrong first is what the user should see
 
     def kernel(self, name: str, fmt: str | None = None) -> Kernel:
         """The kernel of that name, for a block format (a name of formats.blocks) where it is built per format."""

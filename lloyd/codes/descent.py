@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from ...formats.fwht import draw_signs
 from ..constants import GROUP, MOST_ENERGY, SHAKE_SEED
+from ..loops import compiled
 from ..simd.vec import LANES, count_gt, first_outside, fma, load, root, splat, store, where_eq, where_gt
 
 BLOCKS = GROUP // LANES
@@ -49,7 +49,7 @@ class Columns(NamedTuple):
     signs: NDArray[np.float32]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def heat(errors, pull, share, out):
     """out f32 [1, 16] = share · √((y-q)ᵀ H (y-q) / 256) of errors y-q and pull H·(y-q), both [256, 16].
 
@@ -73,7 +73,7 @@ def heat(errors, pull, share, out):
     store(out, 0, splat(share) * root(where_gt(energy, nothing, energy, nothing)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sweep_row(row, pull, book, columns, first, sweeps, shift, spare):
     """Sweeps number first to first + sweeps over one row, whose `row` and pull f32 [16, 16] are kept up to date.
 
@@ -122,7 +122,7 @@ def sweep_row(row, pull, book, columns, first, sweeps, shift, spare):
             break
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def descend(codes, pull, levels, matrix, signs, first, sweeps, shifts):
     """Sweeps number first to first + sweeps over each lane's row, given levels [K, 16], ascending.
 

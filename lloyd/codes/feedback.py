@@ -8,14 +8,14 @@ numba.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from ..constants import GROUP
+from ..loops import compiled
 from ..simd.lanes import PANEL, assign, product
 from ..simd.vec import fma, load, splat, store, where_eq
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def feedback(y, factor, levels, mids, codes, work, errors):
     """Round y [256, 16] to levels [K, 16], each column's error moving the targets of the later ones.
 
@@ -32,7 +32,7 @@ def feedback(y, factor, levels, mids, codes, work, errors):
                 store(work, i, fma(splat(-factor[i, j]), error, load(work, i)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def residual(y, levels, codes, errors):
     """errors [256, 16] = y - levels[codes]."""
     for i in range(GROUP):

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from ...formats.fwht import SIGNS2
 from ..constants import GROUP, WEIGHT_RANGE, WHITE_RATIO
+from ..loops import compiled
 
 _XOR = np.arange(GROUP)[:, None] ^ np.arange(GROUP)[None, :]
 _SIGNS = np.outer(SIGNS2, SIGNS2).astype(np.float64)
@@ -47,7 +47,7 @@ def nearly_equal(weights: NDArray[np.float32]) -> bool:
     return bool(weights.max() < WHITE_RATIO * weights.min())
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def transform(x):
     """The unnormalised Walsh-Hadamard transform of f64 [256], in place."""
     stride = 1
@@ -59,7 +59,7 @@ def transform(x):
         stride *= 2
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def cholesky_upper(a):
     """Overwrite the upper triangle of symmetric f64 a [n, n] with U, a = Uᵀ U; False where a pivot is not positive."""
     n = a.shape[0]

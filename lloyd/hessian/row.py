@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from ..constants import EXTRA_DAMPING, GROUP
+from ..loops import compiled
 from ..simd.lanes import PANEL, gather, product, scatter_at
 from ..simd.vec import LANES
 from .group import UNUSABLE, GroupHessian, bounded, from_bounded, nearly_equal
@@ -128,7 +128,7 @@ def _from_factor(upper: NDArray[np.float64], notes: tuple[str, ...]) -> RowHessi
     return RowHessian(factors=tuple(groups), answers=tuple(answers), notes=notes)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def answer_rows(rows, column, errors, answer):
     """rows[:, column:] -= errors · answerᵀ in place; rows f32 [R, K], errors [R, 256], answer [K - column, 256]."""
     e = np.empty((GROUP, LANES), np.float32)

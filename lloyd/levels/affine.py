@@ -6,7 +6,6 @@ Plain squared error; rounding under a Hessian starts from here. Depends on lanes
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from ..constants import (
     BOTH_ENDS,
@@ -17,11 +16,12 @@ from ..constants import (
     ROUNDER,
     SMALLEST_SCALE,
 )
+from ..loops import compiled
 from ..simd.lanes import assign, gather, midpoints, scatter
 from ..simd.vec import LANES, fma, load, splat, store, where_gt
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def grid_code(value, zero, inverse, top):
     """The whole number in 0..top nearest to (value - zero) · inverse."""
     magic = splat(ROUNDER)
@@ -31,7 +31,7 @@ def grid_code(value, zero, inverse, top):
     return (q + magic) - magic
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def grid_error(y, zero, scale, inverse, top):
     """Σ (y - zero - scale·q)² codes to nearest."""
     error = splat(np.float32(0))
@@ -43,7 +43,7 @@ def grid_error(y, zero, scale, inverse, top):
     return error
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def refine(y, zero, scale, top, out):
     """One least-squares step: out[0], out[1] = the zero and scale that fit best the codes nearest under given ones."""
     none = splat(np.float32(0))
@@ -68,7 +68,7 @@ def refine(y, zero, scale, top, out):
     store(out, 1, where_gt(usable, none, new_scale, scale))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def attempt(y, low, width, step, a, b, top, best):
     """Try the grid without the shares a and b of the range; best [3, 16] holds the least error so far, its a and b."""
     one = splat(np.float32(1))
@@ -80,7 +80,7 @@ def attempt(y, low, width, step, a, b, top, best):
     store(best, 2, where_gt(least, error, b, load(best, 2)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def search(y, low, width, step, top, best):
     """Leave in best [3, 16] the error and the cut-off shares of the best grid: both ends together, then one by one."""
     best[0] = np.inf
@@ -99,7 +99,7 @@ def search(y, low, width, step, top, best):
         attempt(y, low, width, step, a, b + by, top, best)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def best_grid(y, count, steps, best, out):
     """(zero, scale) of `count` even levels for lanes y [256, 16] into out [2, 16], after `steps` least-squares steps.
 
@@ -126,7 +126,7 @@ def best_grid(y, count, steps, best, out):
         refine(y, load(out, 0), load(out, 1), top, out)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def nearest_grid(y, grid, live, levels, mids, codes):
     """Codes [256, 16] of the nearest of the levels zero + scale · k, given (zero, scale) in grid [2, 16].
 
@@ -164,7 +164,7 @@ def nearest_grid(y, grid, live, levels, mids, codes):
         store(codes, i, q + up - down)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def affine_rows(rows, column, count, steps, params, codes_out):
     """(zero, scale) f32 [R, 2] of `count` even levels for the group at `column` of each row of rows f32 [R, K_in], and
     the nearest codes u8 [R, 256] where codes_out has any rows.

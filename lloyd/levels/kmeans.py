@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from ..constants import BOUND_SLACK, GROUP, LLOYD_STEPS, PAIR_SWEEPS, QUANTILE_POWER
+from ..loops import compiled
 from ..simd.lanes import gather, sort_lanes
 from ..simd.vec import (
     LANES,
@@ -53,7 +53,7 @@ class Search(NamedTuple):
     highest: NDArray[np.int64]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def prefix_sums(block, half, sums, means):
     """sums f64 [257, 8] of eight lanes of a block about their means f64 [1, 8]; centring keeps differences exact."""
     total = splat_wide(0.0)
@@ -67,7 +67,7 @@ def prefix_sums(block, half, sums, means):
         store(sums, i + 1, total)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def squares(block, half, means, energy):
     """energy f64 [257, 8]: running sums of the squares of eight lanes of a block about their means."""
     mean = load(means, 0)
@@ -78,7 +78,7 @@ def squares(block, half, means, energy):
         store(energy, i + 1, total)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def lloyd_bounds(values, sums, mean, bounds, iterations):
     """Lloyd iterations on sorted values f32 [256], from the intervals in bounds i64 [K+1] until nothing moves."""
     count = bounds.shape[0] - 1
@@ -104,7 +104,7 @@ def lloyd_bounds(values, sums, mean, bounds, iterations):
             return
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def split_pairs(sums, inverse, falling, bounds, sweeps):
     """Improve bounds i64 [K+1]: each boundary moves to the best place between its neighbours, until nothing moves.
 
@@ -140,7 +140,7 @@ def split_pairs(sums, inverse, falling, bounds, sweeps):
             return
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def scan(search, previous, end, low, high, gains, starts):
     """Where the last interval of prefix `end` best starts, among low..high, and how much all intervals then explain.
 
@@ -161,13 +161,13 @@ def scan(search, previous, end, low, high, gains, starts):
     return int(least(at)), int(greatest(at))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def within(search, gains, end):
     """Whether in some lane the distortion of prefix `end` does not exceed the bound."""
     return any_le(load(search.energy, end) - load(gains, end), load(search.bound, 0))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def layer(search, previous, reach, first, gains, starts):
     """One more interval: gains and starts of every prefix from `first` on that can still win; returns the longest such.
 
@@ -199,7 +199,7 @@ def layer(search, previous, reach, first, gains, starts):
     return last
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def last_start(search):
     """The least start of a last interval whose own distortion does not exceed the bound in all rows."""
     sums, inverse, energy, bound = search.sums, search.inverse, search.energy, search.bound
@@ -211,7 +211,7 @@ def last_start(search):
     return GROUP - 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def exact_bounds(search, gains, starts, bounds):
     """Optimal intervals of eight rows' sorted values into bounds i64 [8, K+1].
 
@@ -240,7 +240,7 @@ def exact_bounds(search, gains, starts, bounds):
         bounds[r, 0] = 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def gaussian_bounds(count):
     """Where Lloyd iterations start: i64 [K+1], about the intervals that are best for a Gaussian.
 
@@ -256,7 +256,7 @@ def gaussian_bounds(count):
     return bounds
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def centroids(values, sums, mean, inverse, bounds, levels):
     """Ascending levels f32 [K]: means of the intervals bounds i64 [K+1]; an empty one repeats its lower neighbour."""
     for k in range(levels.shape[0]):
@@ -269,7 +269,7 @@ def centroids(values, sums, mean, inverse, bounds, levels):
             levels[k] = max(levels[k], levels[k - 1])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def kmeans_rows(rows, column, exact, levels):
     """Ascending levels f32 [R, K] of the group at `column` of each row of rows f32 [R, K_in].
 

@@ -8,16 +8,16 @@ rounding, vec and numba.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from ..constants import GROUP, PIVOT_FLOOR, POSED_FLOOR, RIDGE
+from ..loops import compiled
 from ..simd.lanes import PANEL, product
 from ..simd.vec import LANES, fma, load, root, splat, store, where_eq, where_gt
 
 HALF = GROUP // 2
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def indicator(codes, k, signs, out):
     """out [256, 16] = signs where codes is k, else 0."""
     wanted = splat(np.float32(k))
@@ -26,14 +26,14 @@ def indicator(codes, k, signs, out):
         store(out, i, where_eq(load(codes, i), wanted, splat(signs[i]), zero))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def signed(block, signs, out):
     """out = block with row i multiplied by signs[i]."""
     for i in range(GROUP):
         store(out, i, load(block, i) * splat(signs[i]))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def multiply(matrix, block, out):
     """out [256, 16] = -matrix · block."""
     out[:] = 0.0
@@ -41,7 +41,7 @@ def multiply(matrix, block, out):
         product(out, i, matrix, i, block, GROUP)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def weighted_dot(weights, a, b):
     """Σ_i weights[i] · a[i] · b[i] in each lane, four partial sums in a fixed order."""
     s0 = splat(np.float32(0))
@@ -56,7 +56,7 @@ def weighted_dot(weights, a, b):
     return (s0 + s1) + (s2 + s3)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def normal_equations(ys, basis, weights, gram, rhs):
     """gram [K, K, 16] (lower part) and rhs [K, 16] of transformed columns [K, 256, 16] and target ys [256, 16]."""
     for k in range(basis.shape[0]):
@@ -65,7 +65,7 @@ def normal_equations(ys, basis, weights, gram, rhs):
             store(gram[k], m, weighted_dot(weights, basis[k], basis[m]))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def members(codes, order, bounds):
     """order u8 [16, 256] lists each lane's columns by code, ascending; bounds i64 [16, K, 3] where each code's list
     begins, leaves the first half of the columns, and ends."""
@@ -86,7 +86,7 @@ def members(codes, order, bounds):
             bounds[r, k, 2] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def row_sums(matrix, order, bounds, sums):
     """sums f32 [16, K, 256]: for each lane and code, the sum of the matrix's rows on its list, in the list's order.
 
@@ -117,7 +117,7 @@ def row_sums(matrix, order, bounds, sums):
                     store(out, at + 3, s3)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def dense_equations(pulled, codes, matrix, sums, gram, rhs):
     """gram (lower part) and rhs from a dense H: pulled [256, 16] holds H·y, sums f32 [16, K, 256] is scratch, K a
     multiple of 4.
@@ -153,7 +153,7 @@ def dense_equations(pulled, codes, matrix, sums, gram, rhs):
                 gram[k + 3, m, r] = s3
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def solve(gram, rhs, levels):
     """Solve gram c = rhs in every lane for levels [K, 16], tied to the old ones by a small ridge; overwrites both.
 
@@ -197,7 +197,7 @@ def solve(gram, rhs, levels):
         store(levels, k, where_gt(good, zero, load(rhs, k), load(levels, k)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def solve_grid(gram, rhs, levels):
     """Zero and scale of an evenly spaced grid from gram [2, 2, 16] and rhs [2, 16] of the columns (1, code).
 

@@ -6,16 +6,16 @@ All functions are compiled and work in place. Depends on vec and numba.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from ..constants import GROUP
+from ..loops import compiled
 from .vec import LANES, fma, load, splat, store, where_gt
 
 PANEL = 8
 """Rows of a matrix that `product` takes at a time: their sums stay in registers."""
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def lined_up(matrix):
     """A copy of an f32 matrix whose rows are whole vectors and begin at cache lines, so that no vector lies in two."""
     flat = np.empty(matrix.size + LANES, np.float32)
@@ -25,7 +25,7 @@ def lined_up(matrix):
     return copy
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def gather(rows, first, column, block):
     """Copy rows[first:first+16, column:column+256] (f32) into block; lanes beyond the last row become 0."""
     count = min(LANES, rows.shape[0] - first)
@@ -37,7 +37,7 @@ def gather(rows, first, column, block):
             block[i, r] = 0.0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def scatter(block, rows, first):
     """Copy block into rows [R, 256] of any type, leaving out lanes beyond the last row."""
     for r in range(min(LANES, rows.shape[0] - first)):
@@ -45,7 +45,7 @@ def scatter(block, rows, first):
             rows[first + r, i] = rows.dtype.type(block[i, r])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def scatter_at(block, rows, first, column):
     """Copy block into rows[first:first+16, column:column+256] (f32), leaving out lanes beyond the last row."""
     for r in range(min(LANES, rows.shape[0] - first)):
@@ -53,7 +53,7 @@ def scatter_at(block, rows, first, column):
             rows[first + r, column + i] = block[i, r]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def product(out, at, factors, row, errors, count):
     """out[at + n] -= Σ_b factors[row + n, b] · errors[b] for b < count, ascending, and n in 0..7, in 16 lanes.
 
@@ -87,7 +87,7 @@ def product(out, at, factors, row, errors, count):
     store(out, at + 7, s7)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def hadamard(block):
     """The unnormalised Walsh-Hadamard transform of every lane, two stages at a time, in place."""
     stride = 1
@@ -109,7 +109,7 @@ def hadamard(block):
         stride *= 4
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sort_lanes(block):
     """Sort every lane ascending, in place, by a network of compare-and-swap steps.
 
@@ -130,7 +130,7 @@ def sort_lanes(block):
         merged *= 2
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def midpoints(levels, mids):
     """mids [K-1, 16] halfway between neighbouring levels [K, 16]."""
     half = splat(np.float32(0.5))
@@ -138,7 +138,7 @@ def midpoints(levels, mids):
         store(mids, k, half * (load(levels, k) + load(levels, k + 1)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def assign(target, levels, mids, codes, i):
     """The level nearest to `target` (16 lanes); its index goes to codes[i]."""
     value = load(levels, 0)
@@ -151,7 +151,7 @@ def assign(target, levels, mids, codes, i):
     return value
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sort_levels(levels, codes):
     """Make every lane's levels [K, 16] ascending, and let codes [256, 16] follow."""
     count = levels.shape[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,5 +92,8 @@ def open_encoder(device: str) -> Iterator[Encoder]:
         ) from None
     try:
         yield encoder
-    finally:
-        encoder.close()
+    except BaseException:
+        with suppress(BackendError):  # the error that came first is the one to show
+            encoder.close()
+        raise
+    encoder.close()

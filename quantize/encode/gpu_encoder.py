@@ -50,9 +50,11 @@ class _Stream:
         for task, out in zip(tasks, outs, strict=True):
             self._encoder.encode(task.weights, task.form, task.fit, task.hessian, task.gain, out)
 
-    def close(self) -> None:
-        self.thread.submit(self.backend.close)
+    def close(self) -> BaseException | None:
+        """Give back what the stream holds; the error where that fails."""
+        done = self.thread.submit(self.backend.close)
         self.thread.shutdown()
+        return done.exception()
 
 
 class GpuEncoder:
@@ -69,7 +71,7 @@ class GpuEncoder:
             for _ in range(streams):
                 self._all.append(_Stream(open_it))
         except BaseException:
-            self.close()
+            self._give_back()
             raise
         self.device = self._all[0].backend.device
         self._free: LifoQueue[_Stream] = LifoQueue()
@@ -99,9 +101,12 @@ class GpuEncoder:
             self._stages.put(stage)
 
     def close(self) -> None:
-        """Wait for what is under way and give the device back."""
-        for stream in self._all:
-            stream.close()
+        """Wait for what is under way and give the device back; then raise the first error of that."""
+        if errors := self._give_back():
+            raise errors[0]
+
+    def _give_back(self) -> list[BaseException]:
+        return [error for stream in self._all if (error := stream.close()) is not None]
 
 
 def _staged(tasks: Sequence[MatrixTask], stage: U8) -> tuple[list[MatrixTask], list[U8]]:

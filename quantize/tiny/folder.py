@@ -7,13 +7,14 @@ config.json start at once.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...formats.cache import places, private
+from ...formats.errors import CheckpointError
 from .tokenizer import SPECIAL
 
 VERSION = 4
@@ -70,11 +71,15 @@ class TinySpec:
 
 def ensure_tiny() -> Path:
     """The folder of the tiny checkpoint in the user's cache, made (in about ten seconds) when it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mq-quant"
+    cache = next((place for place in places() if private(place)), None)
+    if cache is None:
+        raise CheckpointError(
+            "the tiny checkpoint has no place: no cache folder can be written",
+            hint="point XDG_CACHE_HOME at a folder that you can write",
+        )
     key = hashlib.sha256(repr((VERSION, TinySpec())).encode()).hexdigest()[:12]
     folder = cache / f"tiny-{key}"
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".tiny-", dir=cache))
         try:
             from .checkpoint import write_tiny

@@ -17,20 +17,37 @@ int hipGetDevicePropertiesR0600(char *properties, int device) {
   strcpy(properties + 1160, "gfx1151");
   return device;
 }
-int hipMalloc(void **address, size_t size) { return size > (1ull << 40) || !(*address = malloc(size)) ? 2 : 0; }
-int hipFree(void *address) { return free(address), 0; }
+// What is held: buffers, page-locked memory, events, modules, streams. FAKE_HIP_KEEPS names a call that fails.
+static int held;
+int fake_held(void) { return held; }
+static int give_back(const char *call) {
+  const char *keeps = getenv("FAKE_HIP_KEEPS");
+  if (keeps && !strcmp(keeps, call)) return 719;
+  return held--, 0;
+}
+int hipMalloc(void **address, size_t size) {
+  if (size > (1ull << 40) || !(*address = malloc(size))) return 2;
+  return held++, 0;
+}
+int hipFree(void *address) { return free(address), give_back("hipFree"); }
 int hipMemcpyHtoD(void *to, const void *from, size_t n) { return memcpy(to, from, n), 0; }
 int hipMemcpyDtoH(void *to, const void *from, size_t n) { return memcpy(to, from, n), 0; }
 int hipMemcpyDtoD(void *to, const void *from, size_t n) { return memcpy(to, from, n), 0; }
 // The one stream is 64; copies and launches beside the default stream name it.
-int hipStreamCreateWithFlags(void **stream, unsigned flags) { return *stream = (void *)64, flags == 1 ? 0 : 1; }
-int hipStreamSynchronize(void *stream) { return stream == (void *)64 ? 0 : 1; }
+int hipStreamCreateWithFlags(void **stream, unsigned flags) { return held++, *stream = (void *)64, flags == 1 ? 0 : 1; }
+int hipStreamDestroy(void *stream) { return stream == (void *)64 ? give_back("hipStreamDestroy") : 1; }
+int hipStreamSynchronize(void *stream) { return !stream || stream == (void *)64 ? 0 : 1; }
 int hipMemcpyHtoDAsync(void *to, const void *from, size_t n, void *s) { return memcpy(to, from, n), s == (void *)64 ? 0 : 1; }
 int hipMemcpyDtoHAsync(void *to, const void *from, size_t n, void *s) { return memcpy(to, from, n), s == (void *)64 ? 0 : 1; }
 int hipMemcpyDtoDAsync(void *to, const void *from, size_t n, void *s) { return memcpy(to, from, n), s == (void *)64 ? 0 : 1; }
-int hipHostMalloc(void **address, size_t size, unsigned flags) { return (*address = malloc(size)) && flags == 1 ? 0 : 2; }
-int hipHostFree(void *address) { return free(address), 0; }
-int hipModuleLoadData(void **module, const char *image) { return *module = (void *)image, strncmp(image, "code", 4) ? 200 : 0; }
+int hipHostMalloc(void **address, size_t size, unsigned flags) {
+  return held++, (*address = malloc(size)) && flags == 1 ? 0 : 2;
+}
+int hipHostFree(void *address) { return free(address), give_back("hipHostFree"); }
+int hipModuleLoadData(void **module, const char *image) {
+  return held++, *module = (void *)image, strncmp(image, "code", 4) ? 200 : 0;
+}
+int hipModuleUnload(void *module) { return module ? give_back("hipModuleUnload") : 1; }
 int hipModuleGetFunction(void **function, void *module, const char *name) {
   *function = "add";
   return module && strcmp(name, "add") ? 500 : 0;
@@ -46,7 +63,8 @@ int hipModuleLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz,
   return 0;
 }
 int hipDeviceSynchronize(void) { return 0; }
-int hipEventCreateWithFlags(void **event, unsigned flags) { return *event = malloc(8), (int)flags; }
+int hipEventCreateWithFlags(void **event, unsigned flags) { return held++, *event = malloc(8), (int)flags; }
+int hipEventDestroy(void *event) { return free(event), give_back("hipEventDestroy"); }
 int hipEventRecord(void *event, void *stream) { return event && (!stream || stream == (void *)64) ? 0 : 1; }
 int hipEventSynchronize(void *event) { return event ? 0 : 1; }
 int hipEventElapsedTime(float *milliseconds, void *a, void *b) { return *milliseconds = 2.0f, a && b ? 0 : 1; }
