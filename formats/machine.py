@@ -64,7 +64,7 @@ def home() -> Path | None:
 def cores() -> int:
     """How many cores this process may use: those it may run on, but no more than its control groups allow."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, math.ceil(quota())))
+    return max(1, math.ceil(min(allowed, quota())))
 
 
 def quota(root: Path = Path("/")) -> float:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from ...formats.errors import HubError
+from ...formats import cache
+from ...formats.errors import BackendError, HubError
+from ...formats.machine import cores
 
-COMPILERS = ("c++", "g++", "clang++")
-HIP_COMPILER = "hipcc"
 HUB_SECONDS = 5.0
 ENOUGH_MEMORY = 4 << 30
 ENOUGH_DISK = 100 * 10**9
@@ -74,36 +74,63 @@ def _device() -> Finding:
     )
 
 
-def _first_line(command: str) -> str:
-    try:
-        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError) as e:
-        return f"does not run: {e}"
-    return (done.stdout or done.stderr).strip().partition("\n")[0]
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
 
 
 def _compiler() -> Finding:
-    found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    if found:
-        return Finding(
-            "c++ compiler", "ok", _first_line(found), "verify compiles its kernels for the CPU with it"
-        )
-    if zig := _package("ziglang"):
-        return Finding(
-            "c++ compiler", "ok", f"ziglang {zig}", "verify compiles its kernels for the CPU with it"
-        )
-    return Finding(
-        "c++ compiler", "missing", "none", "verify needs g++ or clang++, or `pip install mq-quant[zig]`"
-    )
+    """The compiler that the CPU back end takes, found and run as it finds and runs it."""
+    from ...kernels.runtime.cpu import compiler_version, find_compiler
+
+    what = "c++ compiler"
+    try:
+        command = find_compiler()
+        found = f"{_first_line(compiler_version(command))} ({shlex.join(command)})"
+    except BackendError as e:
+        return Finding(what, "missing", _first_line(e.problem), e.hint or "verify needs g++ or clang++")
+    return Finding(what, "ok", found, "verify compiles its kernels for the CPU with it")
 
 
 def _hip() -> Finding:
-    found = shutil.which(HIP_COMPILER)
-    if found is None:
-        return Finding(
-            "hipcc", "limited", "not installed", "kernels run on an AMD GPU only with ROCm installed"
-        )
-    return Finding("hipcc", "ok", _first_line(found), "compiles the kernels for an AMD GPU")
+    """The hipcc that the hip back end takes."""
+    from ...kernels.runtime.hip import find_hipcc, hipcc_version
+
+    meaning = "kernels run on an AMD GPU only with ROCm installed"
+    try:
+        command = find_hipcc()
+        if not command:
+            return Finding("hipcc", "limited", "not installed", meaning)
+        found = f"{_first_line(hipcc_version(command))} ({shlex.join(command)})"
+    except BackendError as e:
+        return Finding("hipcc", "limited", _first_line(e.problem), meaning)
+    return Finding("hipcc", "ok", found, "compiles the kernels for an AMD GPU")
+
+
+def _nvrtc() -> Finding:
+    """The nvrtc that the cuda back end takes."""
+    from ...kernels.runtime.cuda import nvrtc, nvrtc_version
+
+    meaning = "kernels run on an NVIDIA GPU only with it: `pip install mq-quant[cuda]`"
+    library = nvrtc()
+    if library is None:
+        return Finding("nvrtc", "limited", "not installed", meaning)
+    try:
+        found = f"{nvrtc_version()} ({library.name})"
+    except BackendError as e:
+        return Finding("nvrtc", "limited", _first_line(e.problem), meaning)
+    return Finding("nvrtc", "ok", found, "compiles the kernels for an NVIDIA GPU")
+
+
+def _cache() -> Finding:
+    """Where compiled code is kept from one run to the next."""
+    first = next(cache.places(), None)
+    place = next((place for place in cache.places() if cache.private(place)), None)
+    if place is None:
+        return Finding("cache", "limited", "no folder can be written", "code is compiled anew in each run")
+    if place == first:
+        return Finding("cache", "ok", str(place), "compiled code and the tiny checkpoint are kept here")
+    meaning = f"{first} cannot be written, or is open to others; XDG_CACHE_HOME names another place"
+    return Finding("cache", "limited", str(place), meaning)
 
 
 def _disk() -> Finding:
@@ -121,7 +148,7 @@ def _memory() -> Finding:
     enough = total >= ENOUGH_MEMORY
     meaning = "enough for a full-size build" if enough else "a full-size build needs 4 GiB"
     return Finding(
-        "memory", "ok" if enough else "limited", f"{total / 2**30:.1f} GiB, {os.cpu_count()} cores", meaning
+        "memory", "ok" if enough else "limited", f"{total / 2**30:.1f} GiB, {cores()} cores", meaning
     )
 
 
@@ -143,7 +170,7 @@ def _hub() -> Finding:
 
 
 PROBES: tuple[Callable[[], Finding], ...] = (
-    _python, _torch, _numba, _device, _compiler, _hip, _disk, _memory, _hub,
+    _python, _torch, _numba, _device, _compiler, _hip, _nvrtc, _cache, _disk, _memory, _hub,
 )  # fmt: skip
 
 

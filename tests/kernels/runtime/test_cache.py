@@ -7,8 +7,13 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+from mq_quant.formats import cache as disk
 from mq_quant.formats.errors import BackendError
-from mq_quant.kernels.runtime.cache import cached, folder, key
+from mq_quant.kernels.runtime.cache import KIND, cached, code, key
+
+
+def folder():
+    return disk.folder(KIND)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +48,7 @@ def test_builders_at_the_same_time_all_get_a_whole_file():
 
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: cached("b.so", build), range(4)))
-    assert {p.read_bytes() for p in paths} == {b"x" * 100_000}
+    assert {p.read_bytes()[:-32] for p in paths} == {b"x" * 100_000}
     assert [p.name for p in folder().iterdir()] == ["b.so"]
 
 
@@ -57,14 +62,41 @@ def test_a_failed_build_leaves_nothing():
     assert list(folder().iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(BackendError, match="point XDG_CACHE_HOME at a writable folder"):
-        cached("d.so", lambda path: path.write_bytes(b"") and None)
+@pytest.mark.parametrize("kept", [0, 3, -40, -1])
+def test_a_torn_file_is_built_again(kept):
+    def build(path: Path) -> None:
+        path.write_bytes(b"x" * 1000)
+
+    path = cached("d.so", build)
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(whole[:kept])
+    assert cached("d.so", build).read_bytes() == whole
+    assert code("d.so", build) == b"x" * 1000
 
 
-def test_without_xdg_the_cache_lies_in_the_home_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME")
+def test_a_folder_that_cannot_be_written_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert folder() == tmp_path / ".cache" / "mq-quant" / "kernels"
+    path = cached("e.so", lambda path: path.write_bytes(b"code") and None)
+    assert path == tmp_path / ".cache" / "mq-quant" / "kernels" / "e.so"
+
+
+def test_a_disk_that_is_full_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def build(path: Path) -> None:
+        if path.is_relative_to(tmp_path / "cache"):
+            raise OSError(28, "No space left on device")
+        path.write_bytes(b"code")
+
+    assert code("f.so", build) == b"code"
+    assert list(folder().iterdir()) == []
+
+
+def test_where_nothing_can_be_written_the_places_are_named(monkeypatch):
+    monkeypatch.setattr(disk, "private", lambda _: False)
+    with pytest.raises(
+        BackendError, match=r"no folder can be written\n  point XDG_CACHE_HOME at a folder.*/cache/"
+    ):
+        cached("g.so", lambda path: path.write_bytes(b"") and None)

@@ -261,3 +261,48 @@ def test_a_compiler_that_cannot_be_run_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BackendError, match="no-such-compiler cannot be run"):
         CpuBackend(threads=1)
+
+
+def test_the_compiler_may_lie_in_any_folder_and_have_flags(monkeypatch, tmp_path):
+    folder = tmp_path / "my tools"
+    folder.mkdir()
+    tool, log = folder / "cc", tmp_path / "log"
+    tool.write_text(f'#!/bin/sh\necho "$TMPDIR $@" >>{log}\nexec c++ "$@"\n')
+    tool.chmod(0o755)
+    (tmp_path / "probes.hip").write_text(PROBES)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "cleaned away"))
+    monkeypatch.setenv("CXX", f"'{tool}' -O1")
+    assert find_compiler() == (str(tool), "-O1")
+    with CpuBackend(Sources(tmp_path), threads=1) as cpu:
+        cpu.launch(cpu.kernel("shuffles"), (1,), (64,), (cpu.alloc((3, 64), np.int32),))
+    lines = [line for line in log.read_text().splitlines() if "--version" not in line]
+    assert len(lines) == 2
+    assert all(
+        line.startswith(f"{tmp_path}/cache/mq-quant/kernels/.build-") and " -O1 " in line for line in lines
+    )
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler -O1")
+    with pytest.raises(BackendError, match="/no/such/compiler cannot be run: No such file"):
+        CpuBackend()
+
+
+def test_a_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):
+    """As on a file system from which no code may run: what was built is whole, and the loader refuses it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tool = tmp_path / "cc"
+    tool.write_text(
+        '#!/bin/sh\nwhile [ $# != 0 ] && [ "$1" != -o ]; do shift; done\ntest $# = 0 || echo no >"$2"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("CXX", str(tool))
+    with pytest.raises(BackendError, match=r"cpu-\w+\.so: compiled kernels cannot be loaded"):
+        CpuBackend()
+
+
+def test_blocks_run_on_as_many_threads_as_the_machine_allows(monkeypatch):
+    monkeypatch.setattr("mq_quant.kernels.runtime.cpu.cores", lambda: 3)
+    with CpuBackend() as cpu:
+        assert cpu.threads == 3

@@ -48,7 +48,7 @@ def hipcc(monkeypatch, tmp_path):
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-    hip._hipcc_version.cache_clear()
+    hip.hipcc_version.cache_clear()
     return log
 
 
@@ -105,10 +105,42 @@ def test_without_a_compiler_both_that_would_do_are_named(monkeypatch, tmp_path):
 def test_hipcc_is_found_under_rocm_path(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("ROCM_PATH", str(tmp_path))
-    assert hip.find_hipcc() is None
+    assert hip.find_hipcc() == ()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "hipcc").write_text("")
-    assert hip.find_hipcc() == str(tmp_path / "bin" / "hipcc")
+    assert hip.find_hipcc() == (str(tmp_path / "bin" / "hipcc"),)
+
+
+def test_rocm_path_may_hold_spaces_and_flags(monkeypatch, tmp_path):
+    folder = tmp_path / "my rocm"
+    (folder / "bin").mkdir(parents=True)
+    tool, log = folder / "bin" / "hipcc", tmp_path / "log"
+    tool.write_text(
+        f'#!/bin/sh\necho "$ROCM_PATH: $@" >>{log}\nwhile [ $# != 0 ] && [ "$1" != -o ]; do shift; done\n'
+        'test $# = 0 || printf code >"$2"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", "/bin")
+    for value, flags in ((str(folder), ()), (f"'{folder}' -O1", ("-O1",))):
+        monkeypatch.setenv("ROCM_PATH", value)
+        assert hip.find_hipcc() == (str(tool), *flags)
+        hip.hipcc_version.cache_clear()
+        assert hip.compile_module(Sources(), VECTOR, "gfx1151") == b"code"
+        first, second = log.read_text().splitlines()
+        assert first == " ".join((f"{folder}:", *flags, "--version"))
+        assert second.startswith(" ".join((f"{folder}:", *flags, "--genco --offload-arch=gfx1151")))
+        log.unlink()
+
+
+def test_a_hipcc_that_cannot_be_run_is_named(monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "hipcc").write_text("not a program")
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.setenv("ROCM_PATH", str(tmp_path))
+    hip.hipcc_version.cache_clear()
+    with pytest.raises(BackendError, match="bin/hipcc cannot be run: Permission denied"):
+        hip.compile_module(Sources(), VECTOR, "gfx1151")
 
 
 def test_hipcc_runs_once_for_a_source_and_architecture(hipcc):
@@ -159,3 +191,67 @@ def test_memory_is_pooled_and_errors_are_in_the_drivers_words(runtime):
             BackendError, match=r"hipMalloc failed on Fake Radeon \(gfx1151\): out of memory \(2\)"
         ):
             gpu.alloc((1 << 41,), np.uint8)
+
+
+def use(gpu):
+    """Take one of everything that a back end gives back."""
+    h, x = gpu.upload(np.zeros(300, np.float32)), gpu.upload(np.ones(300, np.float32))
+    first = gpu.mark()
+    ops.add(gpu, h, x)
+    gpu.seconds_between(first, gpu.mark())
+    gpu.pinned(64)
+    gpu.alloc((1 << 22,), np.uint8)
+    return gpu.library.function("fake_held")
+
+
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_closing_gives_everything_back(runtime, hipcc, own_stream):
+    gpu = backend_with(runtime)(own_stream=own_stream)
+    held = use(gpu)
+    before = held()
+    assert before >= 6 + own_stream
+    gpu.close()
+    assert held() == before - (6 + own_stream)
+    gpu.close()
+    assert held() == before - (6 + own_stream)
+
+
+@pytest.mark.parametrize(
+    "call", ["hipFree", "hipHostFree", "hipEventDestroy", "hipModuleUnload", "hipStreamDestroy"]
+)
+def test_what_fails_in_closing_is_told_and_the_rest_is_given_back(runtime, hipcc, monkeypatch, call):
+    gpu = backend_with(runtime)(own_stream=True)
+    held = use(gpu)
+    before, kept = held(), {"hipFree": 2, "hipEventDestroy": 2}.get(call, 1)
+    monkeypatch.setenv("FAKE_HIP_KEEPS", call)
+    with pytest.raises(BackendError, match=rf"{call} failed on Fake Radeon \(gfx1151\): some error \(719\)"):
+        gpu.close()
+    assert held() == before - 7 + kept
+
+
+def test_an_error_of_closing_does_not_hide_the_one_before_it(runtime, hipcc, monkeypatch):
+    with pytest.raises(ValueError, match="first") as caught, backend_with(runtime)() as gpu:
+        gpu.pinned(64)
+        monkeypatch.setenv("FAKE_HIP_KEEPS", "hipHostFree")
+        raise ValueError("first")
+    assert "hipHostFree failed" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("int other(void) { return 0; }", "has no function hipInit"),
+        ("int hipInit(unsigned f) { return 0; }", "has no function hipGetDeviceCount"),
+        ("int hipInit(unsigned f) { return 0; } int hipGetDeviceCount(int *n) { return *n = 1, 0; }",
+         "has no function hipSetDevice"),
+    ],
+)  # fmt: skip
+def test_a_library_that_lacks_a_function_is_named_with_it(tmp_path, source, says):
+    library = tmp_path / "libamdhip64.so"
+    (tmp_path / "k.c").write_text(source)
+    subprocess.run(["cc", "-shared", "-fPIC", str(tmp_path / "k.c"), "-o", str(library)], check=True)
+    kind = backend_with(str(library))
+    assert kind.available() == ("GetDeviceCount" in source)
+    with pytest.raises(BackendError) as caught:
+        kind()
+    assert f"{library} {says}" in str(caught.value)

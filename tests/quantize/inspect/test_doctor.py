@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from mq_quant.kernels.runtime import cuda
 from mq_quant.quantize.cli.inspect import _render_doctor
 from mq_quant.quantize.inspect import doctor
 from mq_quant.quantize.inspect.doctor import Examination, Finding
@@ -27,17 +29,22 @@ def found(name: str) -> Finding:
 def test_every_finding_has_a_state_and_a_meaning() -> None:
     result = doctor.examine()
     assert [f.what for f in result.findings] == [
-        "python", "torch", "numba", "device", "c++ compiler", "hipcc", "disk", "memory", "hub",
+        "python", "torch", "numba", "device", "c++ compiler", "hipcc", "nvrtc", "cache", "disk", "memory", "hub",
     ]  # fmt: skip
     assert all(f.found and f.meaning for f in result.findings)
     assert result.healthy == all(f.state != "missing" for f in result.findings)
 
 
 def test_a_machine_without_a_compiler_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setattr(doctor, "_package", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert found("c++ compiler").state == "missing"
     assert not doctor.examine().healthy
+
+
+def test_offline_mode_is_said() -> None:
+    assert found("hub").found == "offline mode"
 
 
 @pytest.mark.parametrize("status", [200, 404, 503])
@@ -105,3 +112,60 @@ def test_the_current_folder_may_be_gone(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert found("disk").what == "disk"
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder, whose name has a space in it, with programs that say their version if they are given the flag -O1."""
+    folder = tmp_path / "my tools"
+    (folder / "bin").mkdir(parents=True)
+    for path in (folder / "cc", folder / "bin" / "hipcc"):
+        path.write_text(f'#!/bin/sh\n[ "$*" = "-O1 --version" ] && echo "{path.name} 7.7.7"\n')
+        path.chmod(0o755)
+    return folder
+
+
+def test_the_compiler_is_that_of_the_cpu_back_end_with_its_flags(
+    monkeypatch: pytest.MonkeyPatch, tools: Path
+) -> None:
+    monkeypatch.setenv("CXX", f"'{tools}/cc' -O1")
+    assert found("c++ compiler").found == f"cc 7.7.7 ('{tools}/cc' -O1)"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("/no/such/cc -O1", "/no/such/cc cannot be run"), ("'unfinished", "CXX cannot be split into words")],
+)
+def test_a_compiler_that_cannot_be_run_is_missing(
+    monkeypatch: pytest.MonkeyPatch, value: str, said: str
+) -> None:
+    monkeypatch.setenv("CXX", value)
+    result = found("c++ compiler")
+    assert result.state == "missing" and said in result.found
+
+
+def test_hipcc_is_that_of_the_hip_back_end(monkeypatch: pytest.MonkeyPatch, tools: Path) -> None:
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.setenv("ROCM_PATH", f"'{tools}' -O1")
+    assert found("hipcc").found == f"hipcc 7.7.7 ('{tools}/bin/hipcc' -O1)"
+    monkeypatch.setenv("ROCM_PATH", str(tools / "bin"))
+    assert (found("hipcc").state, found("hipcc").found) == ("limited", "not installed")
+
+
+def test_nvrtc_is_that_of_the_cuda_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "nvrtc", lambda: None)
+    assert found("nvrtc").state == "limited"
+
+
+def test_the_cache_is_where_it_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert (found("cache").state, found("cache").found) == ("ok", str(tmp_path / "mq-quant"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = found("cache")
+    assert result.state == "limited" and "/dev/null/mq-quant cannot be written" in result.meaning
+
+
+def test_the_cores_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "cores", lambda: 3)
+    assert found("memory").found.endswith("3 cores")
