@@ -1,104 +1,102 @@
-"""The commands that make files: build, plan and tiers. Thin: they read options, call the pipeline and print."""
+"""The commands that make files or say what making them takes: build, plan and tiers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...formats.text import printable
-from .console import emit, gigabytes, note, resumable, table
+from . import options as opt
+from .console import coverage, emit, gigabytes, listed, note, resumable, table
 
 if TYPE_CHECKING:
     from ..calibrate.tokens import TokenRequest
+    from ..pipeline.build import BuildResult
     from ..pipeline.statistics import Statistics
     from ..spec.estimates import PlanSummary, TierTable
-    from ..spec.recipe import Fit
 
-SHOWN = 8
-FITS = ("reference", "exact", "hessian")
-
-Tier = Annotated[str | None, typer.Option(help="A tier's name; `mq-quant tiers` lists them.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe of your own (YAML).")]
-SourceName = Annotated[
-    str | None,
-    typer.Option(help="A folder, a hub repository (owner/name), or `tiny`. Default: the recipe's."),
-]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: one per core.")]
-ShardCache = Annotated[
-    int, typer.Option(min=1, help="Shards of a hub source that may be on the disk at once.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+_CALIBRATE = "For --calibrate-inline: "
 
 
 def build(
-    tier: Tier = None,
-    recipe: RecipeFile = None,
-    source: SourceName = None,
+    tier: opt.Tier = None,
+    recipe: opt.RecipeFile = None,
+    source: opt.SourceName = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Default: <model>.<tier> in the current folder.")
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write. Default: MODEL.TIER in this folder."),
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="Importance matrix (GGUF or .dat) instead of the recipe's.")
+        Path | None,
+        typer.Option(help="An importance matrix (llama.cpp's GGUF or .dat) instead of the recipe's."),
     ] = None,
     no_imatrix: Annotated[
-        bool, typer.Option("--no-imatrix", help="Plain build: no importance, no AWQ; the file says so.")
+        bool,
+        typer.Option("--no-imatrix", help="Build without importances and AWQ scales. The file says so."),
     ] = False,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of `mq-quant calibrate` instead of the recipe's imatrix; --imatrix then backs thin moments."
+            help="A folder that `mq-quant calibrate` made, instead of an imatrix. With --imatrix too, that one serves "
+            "the experts that saw few tokens."
         ),
     ] = None,
     calibrate_inline: Annotated[
         bool,
         typer.Option(
             "--calibrate-inline",
-            help="Gather each layer's moments from --text or --tokens just before it is encoded, and keep none.",
+            help="Calibrate each layer on --text or --tokens just before it is encoded, and keep no folder.",
         ),
     ] = False,
     text: Annotated[
-        Path | None, typer.Option(help="For --calibrate-inline: a UTF-8 text, cut into sequences.")
+        Path | None, typer.Option(help=f"{_CALIBRATE}a UTF-8 text file, which is cut into sequences.")
     ] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="For --calibrate-inline: a .npy of token ids [sequences, length].")
+        Path | None, typer.Option(help=f"{_CALIBRATE}a .npy file of token ids [sequences, length].")
     ] = None,
-    sequences: Annotated[
-        int | None, typer.Option(min=1, help="Use this many sequences. Default: all there are.")
-    ] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence of a --text.")] = 512,
+    sequences: opt.Sequences = None,
+    length: opt.Length = 512,
     fit: Annotated[
-        str | None, typer.Option(help="reference, exact or hessian, instead of the recipe's.")
+        opt.Fit | None,
+        typer.Option(
+            help="How codes and levels are chosen, instead of the recipe's way: as the engine's own quantiser does "
+            "(reference), for the least squared error (exact), or for the least error of the outputs (hessian)."
+        ),
     ] = None,
     no_gain: Annotated[
-        bool, typer.Option("--no-gain", help="Leave the levels as fitted, without the unbiased gain.")
+        bool,
+        typer.Option("--no-gain", help="Leave the levels as fitted, without the factor against shrinking."),
     ] = False,
     awq_alpha: Annotated[
-        float | None, typer.Option(min=0, max=2, help="Pin the AWQ exponent instead of searching it.")
+        float | None,
+        typer.Option(min=0, max=2, help="The exponent of the AWQ scales, instead of a search for the best."),
     ] = None,
     device: Annotated[
-        str,
+        opt.BuildDevice,
         typer.Option(
-            help="cpu, cuda (which is ROCm's name too) or hip. The file is the same, but for the last bits of moments "
-            "that --calibrate-inline gathers; `reference` stays on the CPU."
+            help="Where weights are encoded; `cuda` means an AMD GPU too. The bytes are the same everywhere, but for "
+            "the moments of --calibrate-inline. The fit `reference` stays on the CPU."
         ),
     ] = "cpu",
-    jobs: Jobs = None,
+    jobs: opt.Jobs = None,
     shard_cache: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Shards of a hub source that may be on the disk at once. Default: 2, or 4 with --calibrate-inline.",
+            help="Shards of a hub source that may lie on the disk at once. Default: 2, with --calibrate-inline 4.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished build.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no result.")] = False,
-    as_json: Json = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard the unfinished build of this output and begin anew.")
+    ] = False,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
 ) -> None:
-    """Build a tier. An interrupted build continues when the same command is run again.
+    """Build the file of a tier. The same command continues a build that was interrupted.
 
     \b
     Examples:
@@ -120,7 +118,7 @@ def build(
     statistics = _statistics(imatrix, no_imatrix, calibration, given, "cpu" if device == "cpu" else "cuda")
     if no_imatrix and (fit == "hessian" or awq_alpha):
         raise typer.BadParameter("--no-imatrix leaves nothing for --fit hessian or --awq-alpha to work with")
-    changes = RecipeChanges(_fit(fit), False if no_gain else None, awq_alpha)
+    changes = RecipeChanges(fit, False if no_gain else None, awq_alpha)
     chosen = choose_recipe(tier, recipe, source)
     title = output.name if output else output_name(chosen)
     with (
@@ -135,13 +133,13 @@ def build(
             force=force,
             restart=restart,
             shard_cache=shard_cache,
-            on_note=lambda sentence: note(f"note: {printable(sentence)}"),
+            on_note=lambda sentence: note(f"note: {sentence}"),
             on_start=bar.start,
             on_done=lambda unit: bar.advance(unit.weights, unit.key),
         )
-        result = build_file(chosen, statistics, options, changes).as_json()
+        result = build_file(chosen, statistics, options, changes)
     if as_json or not quiet:
-        emit(result, as_json, _render_build)
+        emit(result, as_json, _render_build, finished=True)
 
 
 def _statistics(
@@ -184,45 +182,31 @@ def _inline(
     return TokenRequest(text, tokens, sequences, length)
 
 
-def _fit(name: str | None) -> Fit | None:
-    if name is None or name in FITS:
-        return cast("Fit | None", name)
-    raise typer.BadParameter(f"{name!r} is not one of {', '.join(FITS)}", param_hint="--fit")
-
-
-def _render_build(result: Mapping[str, Any]) -> str:
+def _render_build(result: BuildResult) -> str:
     return "\n".join(
         (
-            f"{result['path']}: {gigabytes(result['total_bytes'])} in {result['tensor_count']} tensors",
-            f"quantization hash  {result['quantization_hash']}",
-            f"time               {result['seconds']:.1f} s, {result['weights_per_second'] / 1e6:.1f} M weights/s",
-            f"peak memory        {gigabytes(result['peak_rss_bytes'])}",
-            f"expert coverage    {_percent(result['coverage'])}",
-            f"fallbacks          {_some(result['fallbacks'])}",
+            f"{printable(str(result.path))}: {gigabytes(result.total_bytes)} in {result.tensor_count} tensors",
+            f"quantization hash  {result.quantization_hash}",
+            f"time               {result.seconds:.1f} s, {result.weights_per_second / 1e6:.1f} M weights/s",
+            f"peak memory        {gigabytes(result.peak_rss_bytes)}",
+            f"expert coverage    {coverage(result.coverage)}",
+            f"fallbacks          {len(result.fallbacks) or 'none'}",
+            *(f"  {line}" for line in listed(result.fallbacks, "inspect --provenance shows them")),
         )
     )
 
 
-def _percent(share: float | None) -> str:
-    return "no importances" if share is None else f"{share:.1%} of the experts"
-
-
-def _some(notes: Sequence[str]) -> str:
-    if not notes:
-        return "none"
-    more = [f"and {len(notes) - SHOWN} more (inspect --provenance shows them)"] if len(notes) > SHOWN else []
-    return "\n".join([str(len(notes)), *(f"  {note}" for note in notes[:SHOWN]), *more])
-
-
 def plan(
-    tier: Tier = None,
-    recipe: RecipeFile = None,
-    source: SourceName = None,
-    jobs: Jobs = None,
-    shard_cache: ShardCache = 2,
-    as_json: Json = False,
+    tier: opt.Tier = None,
+    recipe: opt.RecipeFile = None,
+    source: opt.SourceName = None,
+    jobs: opt.Jobs = None,
+    shard_cache: Annotated[
+        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
+    ] = 2,
+    as_json: opt.Json = False,
 ) -> None:
-    """Show every size of a build before it starts; needs nothing but the recipe or a config.json.
+    """Show what a build will take before it starts: the file's size, memory and disk. No weight is read.
 
     \b
     Examples:
@@ -236,27 +220,33 @@ def plan(
 
 def _render_plan(result: PlanSummary) -> str:
     rows = [(name, row.tensors, row.weights, gigabytes(row.bytes)) for name, row in result.by_format.items()]
-    head = f"{result.model}.{result.tier}: {gigabytes(result.total_bytes)} in {result.tensor_count} tensors"
-    memory = f"memory for the build: about {gigabytes(result.peak_memory_bytes)}"
     if result.disk_bytes is None:
-        disk = "disk for the build: the file, and the shards of --shard-cache"
+        disk = "the file, and as many shards as --shard-cache allows"
     else:
-        disk = f"disk for the build: {gigabytes(result.disk_bytes)}, the streamed shards included"
+        disk = f"{gigabytes(result.disk_bytes)}, the shards that are fetched included"
     sizes, inline = result.calibration, result.calibrate_inline
-    calibration = (
-        f"to calibrate on {sizes.tokens} tokens: memory about {gigabytes(sizes.memory_bytes)}, "
-        f"disk {gigabytes(sizes.folder_bytes + sizes.unfinished_bytes)}\n"
-        f"to calibrate on them inside the build: memory about {gigabytes(inline.memory_bytes)}, "
-        f"{gigabytes(inline.disk_bytes)} of disk beside the file"
+    folder = gigabytes(sizes.folder_bytes + sizes.unfinished_bytes)
+    return "\n".join(
+        (
+            f"{result.model}.{result.tier}: {gigabytes(result.total_bytes)} in {result.tensor_count} tensors",
+            table(("format", "tensors", "weights", "size"), rows),
+            f"memory for the build: about {gigabytes(result.peak_memory_bytes)}",
+            f"disk for the build: {disk}",
+            f"to calibrate on {sizes.tokens} tokens: memory about {gigabytes(sizes.memory_bytes)}, disk {folder}",
+            f"to calibrate on them inside the build: memory about {gigabytes(inline.memory_bytes)}, "
+            f"{gigabytes(inline.disk_bytes)} of disk beside the file",
+        )
     )
-    return "\n".join([head, table(("format", "tensors", "weights", "size"), rows), memory, disk, calibration])
 
 
 def tiers(
-    source: Annotated[str | None, typer.Option(help="Sizes for this folder or repository instead.")] = None,
-    as_json: Json = False,
+    source: Annotated[
+        str | None,
+        typer.Option(help="Sizes for this folder or hub repository instead of the released model."),
+    ] = None,
+    as_json: opt.Json = False,
 ) -> None:
-    """List the tiers with their sizes and the memory they fit.
+    """List the tiers: how large each file is, and how much memory a machine needs to run it.
 
     \b
     Examples:

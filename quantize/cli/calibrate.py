@@ -1,60 +1,76 @@
-"""The command that gathers second moments: calibrate. Thin: it reads options, calls the pipeline and prints."""
+"""The command that gathers the moments of what experts see: calibrate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .build import Jobs, Json, _percent, _some
-from .console import emit, gigabytes, note, resumable
+from ...formats.text import printable
+from . import options as opt
+from .console import coverage, emit, gigabytes, listed, note, resumable
 
 if TYPE_CHECKING:
+    from ..calibrate.run import CalibrationResult
     from ..spec.estimates import CalibrationSizes
-
-DEVICES = ("cpu", "cuda")
-PROPAGATE = ("source", "quantised")
 
 
 def calibrate(
-    source: Annotated[str, typer.Option(help="A folder, a hub repository (owner/name), or `tiny`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The calibration folder to write.")],
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 text, cut into sequences.")] = None,
-    tokens: Annotated[Path | None, typer.Option(help="A .npy of token ids [sequences, length].")] = None,
-    sequences: Annotated[
-        int | None, typer.Option(min=1, help="Use this many sequences. Default: all there are.")
-    ] = None,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence of a --text.")] = 512,
-    down: Annotated[
+    source: Annotated[
         str,
-        typer.Option(help="How down's moments are kept: full (f32), compact (f16) or pooled (one a layer)."),
+        typer.Option(help="The checkpoint: a folder, a hub repository (owner/name), or `tiny`."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The calibration folder to write.")],
+    text: opt.Text = None,
+    tokens: opt.Tokens = None,
+    sequences: opt.Sequences = None,
+    length: opt.Length = 512,
+    down: Annotated[
+        opt.DownForm,
+        typer.Option(
+            help="How the moments of the down projections are kept: of each expert in f32 (full) or as f16 "
+            "correlations (compact), or one for a whole layer (pooled)."
+        ),
     ] = "compact",
     propagate: Annotated[
-        str,
-        typer.Option(help="What the next layer sees: the source's outputs, or those of the quantised layer."),
+        opt.Propagate,
+        typer.Option(
+            help="What the next layer is given: the outputs of the checkpoint's layer, or of that layer quantised."
+        ),
     ] = "source",
     tier: Annotated[
-        str | None, typer.Option(help="The tier to quantise with, for --propagate quantised.")
+        str | None, typer.Option(help="For --propagate quantised: the tier to quantise with.")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="Or a recipe of your own (YAML).")] = None,
-    jobs: Jobs = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda (which is ROCm's name too).")] = "cpu",
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub repository.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="For --propagate quantised: a recipe of your own (YAML).")
+    ] = None,
+    jobs: opt.Jobs = None,
+    device: Annotated[
+        opt.TorchDevice, typer.Option(help="Where the model runs; `cuda` means an AMD GPU too.")
+    ] = "cpu",
+    revision: Annotated[
+        str | None, typer.Option(help="The branch, tag or commit of a hub repository. Default: main.")
+    ] = None,
     shard_cache: Annotated[
-        int, typer.Option(min=1, help="Shards of a hub source that may be on the disk at once.")
+        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
     ] = 4,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the sizes only.")
+        bool, typer.Option("--dry-run", help="Check everything, print what it will take, and stop.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished calibration.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished calibration.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no result.")] = False,
-    as_json: Json = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Discard the unfinished calibration of this folder and begin anew."),
+    ] = False,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
 ) -> None:
-    """Run the FP8 model on text and gather E[x xᵀ] of what its experts see. The same command continues after a stop.
+    """Run the FP8 model on text and keep the second moments of what its experts see, for better builds.
+
+    The same command continues a calibration that was interrupted.
 
     \b
     Examples:
@@ -64,7 +80,6 @@ def calibrate(
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
     """
     from ...formats.machine import cores
-    from ...formats.statistics.moment_file import DOWN_FORMS, DownForm
     from ..calibrate.run import CalibrationOptions
     from ..calibrate.run import calibrate as run
     from ..calibrate.tokens import TokenRequest, load_tokens
@@ -72,9 +87,6 @@ def calibrate(
     from ..spec.places import choose_recipe, open_place
     from .progress_bar import Progress
 
-    _one_of("--down", down, DOWN_FORMS)
-    _one_of("--device", device, DEVICES)
-    _one_of("--propagate", propagate, PROPAGATE)
     if propagate == "source" and (tier or recipe):
         raise typer.BadParameter("--tier and --recipe go with --propagate quantised")
     chosen = choose_recipe(tier, recipe, source) if propagate == "quantised" else None
@@ -84,8 +96,7 @@ def calibrate(
     with closing(opened), resumable("the same command continues after the last finished layer"):
         opened.validate()
         ids = load_tokens(opened, TokenRequest(text, tokens, sequences, length))
-        form = cast(DownForm, down)
-        sizes = calibration_sizes(opened.config, ids.size, form)
+        sizes = calibration_sizes(opened.config, ids.size, down)
         if dry_run:
             emit(sizes, as_json, _render_sizes)
             return
@@ -93,7 +104,7 @@ def calibrate(
             note(_render_sizes(sizes))
         with Progress(f"calibrate {output.name}", quiet or as_json) as bar:
             options = CalibrationOptions(
-                down=form,
+                down=down,
                 propagate=chosen,
                 device=device,
                 jobs=jobs or cores(),
@@ -102,14 +113,9 @@ def calibrate(
                 on_start=bar.start,
                 on_read=lambda weights, layer: bar.advance(weights, f"layer {layer}"),
             )
-            result = run(opened, ids, output, options).as_json()
+            result = run(opened, ids, output, options)
     if as_json or not quiet:
-        emit(result, as_json, _render)
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
+        emit(result, as_json, _render, finished=True)
 
 
 def _render_sizes(sizes: CalibrationSizes) -> str:
@@ -119,15 +125,16 @@ def _render_sizes(sizes: CalibrationSizes) -> str:
     )
 
 
-def _render(result: Mapping[str, Any]) -> str:
+def _render(result: CalibrationResult) -> str:
     return "\n".join(
         (
-            f"{result['path']}: {gigabytes(result['folder_bytes'])}",
-            f"gathered     {result['layers']} layers, {result['tokens']} tokens",
-            f"time         {result['seconds']:.1f} s",
-            f"peak memory  {gigabytes(result['peak_rss_bytes'])}",
-            f"coverage     {_percent(result['coverage'])}",
-            f"notes        {_some(result['notes'])}",
+            f"{printable(str(result.path))}: {gigabytes(result.folder_bytes)}",
+            f"gathered     {result.layers} layers, {result.tokens} tokens",
+            f"time         {result.seconds:.1f} s",
+            f"peak memory  {gigabytes(result.peak_rss_bytes)}",
+            f"coverage     {coverage(result.coverage)}",
+            f"notes        {len(result.notes) or 'none'}",
+            *(f"  {line}" for line in listed(result.notes, "--json shows them")),
         )
     )
 

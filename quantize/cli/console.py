@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
@@ -32,7 +32,7 @@ class Result(Protocol):
         ...
 
 
-R = TypeVar("R", bound="Result | Mapping[str, Any]")
+R = TypeVar("R", bound=Result)
 
 
 def emit(result: R, as_json: bool, render: Callable[[R], str], *, finished: bool = False) -> None:
@@ -41,7 +41,7 @@ def emit(result: R, as_json: bool, render: Callable[[R], str], *, finished: bool
     A command that is `finished` has done its work or reached its verdict: it goes on though nobody reads the result.
     Any other ends, without a word, as soon as its reader has left. Raises MachineError where stdout cannot be written.
     """
-    text = json_text(_document(result)) if as_json else printable(render(result), keep="\n")
+    text = json_text(result.as_json()) if as_json else printable(render(result), keep="\n")
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -54,10 +54,6 @@ def emit(result: R, as_json: bool, render: Callable[[R], str], *, finished: bool
         if not finished:
             raise MachineError(problem) from None
         note(problem)
-
-
-def _document(result: Result | Mapping[str, Any]) -> dict[str, Any]:
-    return dict(result) if isinstance(result, Mapping) else result.as_json()
 
 
 def json_text(document: dict[str, Any]) -> str:

@@ -12,12 +12,13 @@ import typer
 
 from ...formats.text import printable, shown
 from . import options as opt
-from .console import SHOWN, emit, gigabytes, table
+from .console import SHOWN, emit, gigabytes, listed, table
 
 if TYPE_CHECKING:
     from ...formats.hfq.provenance import Provenance
     from ..inspect.diff import Diff
     from ..inspect.doctor import Examination
+    from ..inspect.reproduce import Reproduction
     from ..inspect.show import DecodedTensor, FileSummary, TensorRow
 
 WIDTH = 100
@@ -166,20 +167,20 @@ def reproduce(
     file: opt.File,
     source: Annotated[
         str | None,
-        typer.Option(help="The checkpoint, where the file names no repository that this program knows."),
+        typer.Option(help="The checkpoint. Needed where the file names no repository that this program knows."),
     ] = None,
     imatrix: Annotated[
         Path | None,
-        typer.Option(help="The imatrix, where the file names no repository that this program knows."),
+        typer.Option(help="The imatrix. Needed where the file names no repository that this program knows."),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="The calibration folder, where the file was made with one.")
     ] = None,
     jobs: opt.Jobs = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Encode again what a file was made from, and compare. Writes nothing; exit code 1 where bytes differ.
+    """Encode again what a file says it was made from, and compare. Nothing is written. Exit code 1 where bytes differ.
 
     \b
     Examples:
@@ -198,21 +199,29 @@ def reproduce(
             jobs or cores(),
             on_start=bar.start,
             on_done=lambda unit: bar.advance(unit.weights, unit.key),
-        ).as_json()
-    emit(result, as_json, _render_reproduced)
-    if not result["identical"]:
+        )
+    emit(result, as_json, _render_reproduced, finished=True)
+    if not result.identical:
         raise typer.Exit(1)
 
 
-def _render_reproduced(result: Mapping[str, Any]) -> str:
-    if result["identical"]:
-        return f"{result['path']}: all {result['tensor_count']} tensors come out the same"
-    names = result["different_tensors"]
-    lines = [f"{result['path']}: {len(names)} of {result['tensor_count']} tensors differ", *names[:SHOWN]]
-    if len(names) > SHOWN:
-        lines.append(f"and {len(names) - SHOWN} more (--json lists them)")
-    lines.append(f"made by {result['made_by']}, this is {result['this_program']}")
-    return "\n".join(lines)
+def _render_reproduced(result: Reproduction) -> str:
+    path = printable(str(result.path))
+    if result.identical:
+        return f"{path}: all {result.tensor_count} tensors come out the same"
+    names = result.different_tensors
+    return "\n".join(
+        (
+            f"{path}: {len(names)} of {result.tensor_count} tensors differ",
+            *listed(names, "--json lists them"),
+            f"made by version {_made_by(result.made_by)}, this is version {_made_by(result.this_program)}",
+        )
+    )
+
+
+def _made_by(program: Mapping[str, Any]) -> str:
+    commit = program.get("commit")
+    return f"{_value(program.get('version'))}{f' of commit {_value(commit)}' if commit else ''}"
 
 
 def doctor(as_json: opt.Json = False) -> None:

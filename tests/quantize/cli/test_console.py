@@ -1,10 +1,14 @@
-"""How a command ends that Ctrl-C reaches, and how sizes and tables read."""
+"""What commands print, how it is kept safe for terminals and readers of JSON, and how a command ends by Ctrl-C."""
 
 from __future__ import annotations
 
+import json
+import math
+from typing import Any
+
 import pytest
 import typer
-from mq_quant.quantize.cli.console import INTERRUPTED, gigabytes, resumable, table
+from mq_quant.quantize.cli.console import INTERRUPTED, emit, gigabytes, resumable, table
 
 
 def interrupted_lock() -> None:
@@ -49,3 +53,41 @@ def test_sizes_read_well(count: int, text: str) -> None:
 
 def test_tables_align_numbers_to_the_right() -> None:
     assert table(("name", "n"), [("a", 5), ("long", 123)]) == "name    n\na       5\nlong  123"
+
+
+class Said:
+    """A result whose JSON is given."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+
+    def as_json(self) -> dict[str, Any]:
+        return self.document
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["\x1b[2J", "\x9b31m", "\r", "a\nb", "\u202e", "\x7f", "\U000e0001", "\udcff", "größer", 1.5, None],
+)
+def test_json_is_strict_and_holds_no_control_character(
+    value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emit(Said({"value": value, "x": [value]}), True, str)
+    line = capsys.readouterr().out.removesuffix("\n")
+    assert line.isprintable()
+    assert json.loads(line) == {"value": value, "x": [value]}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_lacks_are_null(value: float, capsys: pytest.CaptureFixture[str]) -> None:
+    emit(Said({"a": {"b": [value, 1.0]}}), True, str)
+    assert json.loads(capsys.readouterr().out) == {"a": {"b": [None, 1.0]}}
+
+
+def test_text_for_people_holds_no_control_character_but_line_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    emit(Said({}), False, lambda _: "one\n\x1b[31mtwo\r")
+    assert capsys.readouterr().out == "one\n\\x1b[31mtwo\\r\n"
+
+
+def test_a_cell_of_a_table_stays_on_its_line() -> None:
+    assert table(("a", "b"), [("x\ny", 1)]).splitlines() == ["a     b", "x\\ny  1"]

@@ -1,0 +1,97 @@
+"""Whatever a command raises becomes one error with an exit code; nothing foreign is shown as a traceback."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import typer
+from mq_quant.formats.errors import HfqError, HfqKind
+from mq_quant.quantize.cli import app as app_module
+from mq_quant.quantize.cli.guard import as_error, guarded
+
+
+class PanicException(BaseException):
+    """As extensions written in Rust raise it: no `Exception`."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch calls it."""
+
+
+FOREIGN: list[tuple[BaseException, str]] = [
+    (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum recursion depth exceeded"),
+    (ValueError("could not broadcast\nsecond line"), "ValueError: could not broadcast"),
+    (KeyError("name"), "KeyError: 'name'"),
+    (AttributeError("/lib/libx.so: undefined symbol: hipMalloc"), "undefined symbol: hipMalloc"),
+    (PanicException("index out of bounds"), "PanicException: index out of bounds"),
+    (AssertionError(), "AssertionError"),
+    (OSError(errno.ENOSPC, "No space left on device", "out.mq2"), "out.mq2: No space left on device"),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), "Broken pipe"),
+    (OSError("no number"), "no number"),
+    (MemoryError(), "out of memory"),
+    (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+    (ValueError("\x1b[2J"), r"ValueError: \x1b[2J"),
+]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Gives the command `tiers` an exception to raise."""
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+    def set_up(error: BaseException) -> None:
+        def command() -> None:
+            raise error
+
+        app.registered_commands.clear()
+        app.command("tiers")(guarded(command))
+        app.callback()(lambda: None)
+        monkeypatch.setattr(app_module, "app", app)
+
+    return set_up
+
+
+@pytest.mark.parametrize(("error", "said"), FOREIGN, ids=lambda value: type(value).__name__)
+def test_a_foreign_exception_is_one_error_of_exit_code_1(
+    error: BaseException,
+    said: str,
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing(error)
+    with pytest.raises(SystemExit) as ended:
+        app_module.main(["tiers"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (1, "")
+    assert err.startswith("error: ") and said in err and "Traceback" not in err
+
+
+def test_debug_shows_where_it_came_from(failing: Callable[[BaseException], None]) -> None:
+    cause = RecursionError("deep")
+    failing(cause)
+    with pytest.raises(Exception, match="RecursionError: deep") as raised:
+        app_module.main(["tiers", "--debug"])
+    assert raised.value.__cause__ is cause
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (typer.Exit(3), 3), (SystemExit(4), 4)]
+)
+def test_what_ends_a_command_on_purpose_stays_so(
+    error: BaseException,
+    code: int,
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing(error)
+    with pytest.raises(SystemExit) as ended:
+        app_module.main(["tiers"])
+    assert (ended.value.code, capsys.readouterr().err) == (code, "")
+
+
+def test_our_own_errors_pass_as_they_are() -> None:
+    error: Any = HfqError("is broken", kind=HfqKind.VERSION, file="x")
+    assert as_error(error) is error

@@ -1,0 +1,52 @@
+"""The choices that options offer are those that the pipeline knows; a contradiction is refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from mq_quant.formats.statistics.moment_file import DOWN_FORMS
+from mq_quant.kernels.runtime.host import BACKENDS
+from mq_quant.quantize.cli import options
+from mq_quant.quantize.cli.app import main
+from mq_quant.quantize.encode.encoders import DEVICES
+from mq_quant.quantize.spec.recipe import Fit
+
+
+def test_choices_are_those_of_the_pipeline() -> None:
+    assert get_args(options.Fit) == get_args(Fit)
+    assert get_args(options.BuildDevice) == DEVICES
+    assert get_args(options.DownForm) == DOWN_FORMS
+    assert set(get_args(options.Backend)) == {"auto", *BACKENDS}
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("verify x --chat", "--prompt"),
+        ("verify x --prompt a --token-file b", "--token-file"),
+        ("verify x --dump-hidden nowhere/at/all", "no such folder"),
+        ("verify x --backend abacus", "'abacus' is not one of 'auto'"),
+        ("build --tier mq2 --text a", "--calibrate-inline"),
+        ("build --tier mq2 --sequences 2", "--calibrate-inline"),
+        ("build --tier mq2 --calibrate-inline", "either --text or --tokens"),
+        ("build --tier mq2 --no-imatrix --imatrix a", "give one of the two"),
+        ("build --tier mq2 --fit best", "'best' is not one of 'reference'"),
+        ("build --tier mq2 --awq-alpha 3", "--awq-alpha"),
+        ("calibrate --source a -o b --text c --tokens d", "either --text or --tokens"),
+        ("calibrate --source a -o b --text c --down half", "'half' is not one of 'full'"),
+        ("calibrate --source a -o b --text c --tier mq2", "--propagate quantised"),
+        ("inspect x --groups 0", "--groups"),
+    ],
+)
+def test_options_that_do_not_fit_are_bad_input(
+    line: str, named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert named in err
+    assert list(tmp_path.iterdir()) == []
