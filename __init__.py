@@ -18,25 +18,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .formats.errors import MqError as MqError
+    from .formats.hfq import open_hfq as open_hfq
     from .quantize.api import build_file as build_file
     from .quantize.api import calibrate as calibrate
-    from .quantize.api import diff_files as diff_files
     from .quantize.api import load_recipe as load_recipe
-    from .quantize.api import open_hfq as open_hfq
     from .quantize.api import open_source as open_source
     from .quantize.api import plan_file as plan_file
     from .quantize.api import reproduce_file as reproduce_file
     from .quantize.api import tiers as tiers
     from .quantize.api import verify_file as verify_file
+    from .quantize.inspect.diff import diff_files as diff_files
 
     __version__: str
 
 _API = (
-    "build_file", "calibrate", "diff_files", "load_recipe", "open_source", "plan_file", "reproduce_file",
+    "build_file", "calibrate", "load_recipe", "open_source", "plan_file", "reproduce_file",
     "tiers", "verify_file",
 )  # fmt: skip
 _PLACES = {
     **dict.fromkeys(_API, ".quantize.api"),
+    "diff_files": ".quantize.inspect.diff",
     "open_hfq": ".formats.hfq",
     "MqError": ".formats.errors",
 }

@@ -1,6 +1,7 @@
 """What `import mq_quant` offers, as plain functions over the pipeline.
 
-The command line does the same with more options. Every function raises subclasses of MqError.
+The command line does the same with more options. Every function raises subclasses of MqError, and imports what it needs
+when it is called, so that `tiers` and `plan_file` wait for no torch.
 """
 
 from __future__ import annotations
@@ -8,35 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-from ..formats.checkpoint.source import Source
-from ..formats.hfq import open_hfq
-from ..formats.machine import cores
-from ..formats.statistics.moment_file import DownForm
-from ..kernels.runtime.host import open_backend
-from ..verify.run import Verification, verify
-from .calibrate.run import CalibrationOptions, CalibrationResult
-from .calibrate.run import calibrate as run_calibration
-from .calibrate.tokens import check_tokens
-from .encode.encoders import open_encoder
-from .inspect.diff import diff_files
-from .inspect.reproduce import Inputs, Reproduction, reproduce
-from .inspect.verify_inputs import VerifyOptions, inputs_of
-from .pipeline import build
-from .pipeline.build import BuildResult, RunOptions
-from .pipeline.statistics import Statistics, statistics_at
-from .pipeline.work_units import WorkUnit
-from .spec.estimates import offline_plan
-from .spec.places import choose_recipe, model_files, open_place
-from .spec.plan import Plan
-from .spec.recipe import DEFAULT_MODEL, Recipe
-from .spec.recipe import tiers as tier_names
-
-__all__ = ["diff_files", "open_hfq"]
+    from ..formats.checkpoint.source import Source
+    from ..formats.statistics.moment_file import DownForm
+    from ..verify.run import Verification
+    from .calibrate.run import CalibrationResult
+    from .inspect.reproduce import Reproduction
+    from .pipeline.build import BuildResult
+    from .pipeline.statistics import Statistics
+    from .pipeline.work_units import WorkUnit
+    from .spec.plan import Plan
+    from .spec.recipe import Recipe
 
 Device = Literal["cpu", "cuda", "hip"]
 BackendName = Literal["auto", "hip", "cuda", "cpu"]
@@ -47,15 +35,19 @@ def load_recipe(tier_or_path: str | Path, *, source: str | Path | None = None) -
 
     `source` is a folder, a hub repository (owner/name) or "tiny"; by default the recipe's own. Raises RecipeError.
     """
+    from .spec.places import choose_recipe
+
     place = None if source is None else str(source)
     if isinstance(tier_or_path, Path) or tier_or_path.endswith((".yaml", ".yml")):
         return choose_recipe(None, Path(tier_or_path), place)
     return choose_recipe(tier_or_path, None, place)
 
 
-def tiers(model: str = DEFAULT_MODEL) -> list[str]:
+def tiers(model: str = "minimax-m2.7") -> list[str]:
     """The names of the tiers that are bundled for a model."""
-    return tier_names(model)
+    from .spec.recipe import tiers as names
+
+    return names(model)
 
 
 def plan_file(recipe: Recipe) -> Plan:
@@ -63,6 +55,9 @@ def plan_file(recipe: Recipe) -> Plan:
 
     Raises ConfigError where the config is missing or is no MiniMax-M2's, RecipeError where the recipe does not fit it.
     """
+    from .spec.estimates import offline_plan
+    from .spec.places import model_files
+
     return offline_plan(recipe, model_files(recipe.model))
 
 
@@ -84,15 +79,21 @@ def build_file(
     of work stands in the file. Raises OutputError before any work where the output exists (without `force`) or does
     not fit, ResumeError where an unfinished build there is of other arguments (without `restart`).
     """
+    from ..formats.machine import cores
+    from .encode.encoders import open_encoder
+    from .pipeline import build
+    from .pipeline.statistics import statistics_at
+    from .spec.hooks import nothing
+
     given = statistics_at(Path(statistics)) if isinstance(statistics, str | Path) else statistics
     with open_encoder(device) as encoder:
-        options = RunOptions(
+        options = build.RunOptions(
             output=None if output is None else Path(output),
             jobs=jobs or cores(),
             encoder=encoder,
             force=force,
             restart=restart,
-            **({} if on_done is None else {"on_done": on_done}),
+            on_done=on_done or nothing,
         )
         return build.build_file(recipe, given, options)
 
@@ -111,11 +112,15 @@ def calibrate(
     `down` says how experts' moments are kept: "compact" (f16), "full" (f32) or "pooled" (one a layer). Raises
     TokenError for ids that are not the source's, OutputError where the folder cannot be used.
     """
+    from ..formats.machine import cores
+    from .calibrate import run
+    from .calibrate.tokens import check_tokens
+
     with closing(open_source(source)) as opened:
         opened.validate()
         ids = check_tokens(tokens, opened.config, "tokens")
-        options = CalibrationOptions(down=down, device=device, jobs=jobs or cores())
-        return run_calibration(opened, ids, Path(folder), options)
+        options = run.CalibrationOptions(down=down, device=device, jobs=jobs or cores())
+        return run.calibrate(opened, ids, Path(folder), options)
 
 
 def open_source(place: str | Path, *, revision: str | None = None) -> Source:
@@ -124,6 +129,8 @@ def open_source(place: str | Path, *, revision: str | None = None) -> Source:
     Weights come as f32 by name: `source.weight(name)`. `source.validate()` checks all of it on metadata alone. Shards
     of a repository are streamed to the current folder, at most two at a time. Raises CheckpointError or HubError.
     """
+    from .spec.places import open_place
+
     return open_place(str(place), revision, 2, Path())
 
 
@@ -140,6 +147,11 @@ def verify_file(
     `tokens` held-out tokens go through the forward pass; `sample` looks at a fixed sample of the tensors.
     `Verification.raise_if_failed()` raises CheckError where a stage missed its bar.
     """
+    from ..formats.hfq import open_hfq
+    from ..kernels.runtime.host import open_backend
+    from ..verify.run import verify
+    from .inspect.verify_inputs import VerifyOptions, inputs_of
+
     options = VerifyOptions(source=None if source is None else str(source), tokens=tokens, sample=sample)
     with (
         open_hfq(path) as file,
@@ -161,6 +173,9 @@ def reproduce_file(
     `source` and `statistics` (a file is an imatrix, a folder a calibration) are needed where the file does not say
     where they are. Raises the errors of inputs that differ or are missing.
     """
+    from ..formats.machine import cores
+    from .inspect.reproduce import Inputs, reproduce
+
     given = None if statistics is None else Path(statistics)
     folder = given is not None and given.is_dir()
     inputs = Inputs(

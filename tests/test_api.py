@@ -22,6 +22,16 @@ def test_importing_loads_nothing() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_names_of_tiers_and_plans_wait_for_no_torch() -> None:
+    script = (
+        "import sys, mq_quant as mq; "
+        "print(mq.plan_file(mq.load_recipe(mq.tiers()[0])).total_bytes > 0, "
+        "sorted({'torch', 'numba', 'typer', 'scipy', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"
+
+
 def test_every_name_is_there_and_documented() -> None:
     assert set(dir(mq)) == set(mq.__all__)
     for name in mq.__all__:
