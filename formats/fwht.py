@@ -2,7 +2,7 @@
 
 H256 is the Walsh-Hadamard matrix in Sylvester order; S1 and S2 are fixed ±1 diagonals. The rotation R is orthonormal
 and every R_ij² is 1/256. Arithmetic is f32 (f64 of moments), butterflies of stride 1, 2, … 128, so results are the same
-bits everywhere. Depends on numpy, numba and errors.
+bits everywhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The engine's own quantiser, bit for bit: the baseline that every better fit is measured against.
 
 Lloyd formats take at most eight plain Lloyd iterations from quantiles and no reassignment afterwards; affine formats
-span the minimum and maximum; Q8F16 quantises with the unrounded scale and truncates it. Depends on lanes and numba.
+span the minimum and maximum; Q8F16 quantises with the unrounded scale and truncates it.
 """
 
 from __future__ import annotations

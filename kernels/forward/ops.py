@@ -1,7 +1,7 @@
 """The kernels as functions of buffers, which choose grid and output shape: a forward pass reads like the model.
 
 T is the number of tokens of a call (1 when decoding). Activations are f32 [T, n]. Wrong shapes raise BackendError
-before anything runs. `out`, where a function takes it, is written instead of a new buffer. Depends on host and formats.
+before anything runs. `out`, where a function takes it, is written instead of a new buffer.
 """
 
 from __future__ import annotations

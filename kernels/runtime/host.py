@@ -8,7 +8,7 @@
 
 Launches are checked against the kernel's signature before anything runs: the number of arguments, each buffer's dtype
 and back end, each scalar's range, grid and block. Launches run in order; `download` waits for them. The typed wrappers
-of ops.py choose grids and shapes. Depends on numpy, errors and sources.
+of ops.py choose grids and shapes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 A row keeps its pull H·(y-q), and the bounds of the targets that leave each column alone, sixteen columns a value, so
 that a column which stays costs next to nothing and one that moves adds one row of H. Warm sweeps shift every target by
 a share of the row's own error, up or down as a fixed table says: some columns then leave the minimum that plain sweeps
-end in, and the sweeps without it that follow find a lower one (annealing, with the same noise in every row). Depends on
-formats (the signs), lanes, vec and numba.
+end in, and the sweeps without it that follow find a lower one (annealing, with the same noise in every row).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Choosing codes under a group's Hessian by error feedback, on lanes.
 
 The 256 columns are walked in panels of 8: what the columns before a panel move in it comes as one matrix product, the
-rest column by column. Levels are given; refit.py moves them, descent.py improves the codes. Depends on lanes, vec and
-numba.
+rest column by column. Levels are given; refit.py moves them, descent.py improves the codes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Evenly spaced levels for a group (MQ4, MQ6): a search over both ends of the range, then least squares; the codes.
 
-Plain squared error; rounding under a Hessian starts from here. Depends on lanes, vec and numba.
+Plain squared error; rounding under a Hessian starts from here.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ inequality, so the best last boundary moves monotonically with the end of the pr
 programme is a divide and conquer. Eight rows run in step: each looks at the union of their boundary ranges, which
 differ little after the rotation, and no row's result depends on its neighbours. A few Lloyd iterations on the sorted
 values give a bound first; prefixes whose own distortion exceeds it in all rows are never continued. Ties go to the
-lower boundary. All sums are f64. Depends on lanes, vec and numba.
+lower boundary. All sums are f64.
 
 Source: Wu, "Optimal quantization by matrix searching", J. Algorithms 12 (1991), for the monotone boundaries.
 """

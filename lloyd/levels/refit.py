@@ -1,8 +1,7 @@
 """Moving levels under a group's Hessian, codes fixed: the normal equations AᵀHA c = AᵀHy, on lanes.
 
 A [256, K] holds one indicator column per level, or the columns (1, code) for an evenly spaced grid. With H = R
-diag(h) Rᵀ only transforms of A's columns are needed; with a dense H, its products with them. Depends on lanes,
-rounding, vec and numba.
+diag(h) Rᵀ only transforms of A's columns are needed; with a dense H, its products with them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Primitives on lanes: a block f32 [256, 16] holds one group of 16 rows, row index last; codes are f32 whole numbers.
 
-All functions are compiled and work in place. Depends on vec and numba.
+All functions are compiled and work in place.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 A block f32 [n, 16] or f64 [n, 8] is read and written a row at a time with `load` and `store`; arithmetic between such
 values is lane by lane, `fma` with a single rounding. The compiler lowers each value to whatever vectors the machine
-has, and since nothing ever crosses lanes or is reordered, every machine computes the same bits. Depends on numba and
-llvmlite.
+has, and since nothing ever crosses lanes or is reordered, every machine computes the same bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What rounding had to fall back on, from single experts' notes to sentences in a layer's report.
 
 Sentences name experts in ascending order, so they depend on the job alone: not on threads, nor on which units an
-earlier run encoded. Depends on formats.minimax.
+earlier run encoded.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every built file is judged against it. All tokens pass through one layer before 
 are read, and one expert is held at a time, so the 229B model runs in the memory of its activations. Weights come from
 anything with `weight(name)`: the FP8 checkpoint, or a decoded HFQ file (`decoded.py`). The arithmetic is done in the
 dtype of `hidden` (f32 unless asked otherwise), on its device. An Observer sees every matrix's inputs, which is how
-importances and second moments are gathered. Depends on torch, numpy and formats.minimax.
+importances and second moments are gathered.
 """
 
 from __future__ import annotations
