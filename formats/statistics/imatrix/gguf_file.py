@@ -10,19 +10,20 @@ from ...errors import ImatrixError
 from ...text import shown
 from ...unchanged import UnchangedFile
 from .entry import Entries, Imatrix, ImatrixEntry, Loader, add_entry, mean_entry
-from .gguf_header import F32, GgufHeader, GgufTensor, read_gguf_header
+from .gguf_header import F32, TYPE, GgufHeader, GgufTensor, read_gguf_header
 
+KIND = "imatrix"
 SUM, COUNTS = ".in_sum2", ".counts"
 
 
 def read_gguf(file: UnchangedFile) -> Imatrix:
     """The imatrix in a GGUF file; ImatrixError where the file is broken or is no imatrix."""
     try:
-        header = file.read(lambda f: read_gguf_header(f, file.size))
+        header = file.read(lambda f: read_gguf_header(f, file.size, KIND))
     except ValueError as e:
         raise ImatrixError(f"is a broken GGUF file: {e}", file=file.path, hint="fetch it again") from None
-    kind = header.keys.get("general.type")
-    if kind != "imatrix":
+    kind = header.keys.get(TYPE)
+    if kind != KIND:
         raise ImatrixError(f"is a GGUF file of type {shown(kind)}, not an imatrix", file=file.path)
     loaders: dict[str, Loader] = {}
     for name in header.tensors:

@@ -20,6 +20,8 @@ ELEMENT_LIMIT = 1 << 18
 NAME_LIMIT = 1 << 12
 TEXT_LIMIT = 1 << 16
 DIMS_LIMIT = 4
+HEADER_LIMIT = 64 << 20
+TYPE = "general.type"
 ALIGNMENT, ALIGNMENT_LIMIT = "general.alignment", 1 << 16
 KEPT = ("general.", "imatrix.")
 """Keys that begin so are handed out with their values; all others are only walked over."""
@@ -55,8 +57,12 @@ class GgufHeader:
     tensors: Mapping[str, GgufTensor]
 
 
-def read_gguf_header(file: BinaryIO, size: int) -> GgufHeader:
-    """The header of an open GGUF file of `size` bytes; ValueError, UnicodeDecodeError included, for a broken one."""
+def read_gguf_header(file: BinaryIO, size: int, kind: str) -> GgufHeader:
+    """The header of an open GGUF file of `size` bytes; ValueError, UnicodeDecodeError included, for a broken one.
+
+    Where the file says that it is of another type than `kind`, such as a model, it is read no further: then there are
+    no tensors.
+    """
     walk = _Walk(file, size)
     if walk.take(4) != MAGIC:
         raise ValueError("it does not begin with GGUF")
@@ -70,6 +76,8 @@ def read_gguf_header(file: BinaryIO, size: int) -> GgufHeader:
         if name in keys:
             raise ValueError(f"Duplicate key {name}")
         keys[name] = walk.value(walk.number("I"), name.startswith(KEPT))
+        if name == TYPE and keys[name] != kind:
+            return GgufHeader(keys, {})
     found: dict[str, GgufTensor] = {}
     for _ in range(tensor_count):
         name, tensor = walk.tensor()
@@ -102,6 +110,8 @@ class _Walk:
         data = self.file.read(count)
         if len(data) != count:
             raise ValueError("the file ends inside its header")
+        if self.file.tell() > HEADER_LIMIT:
+            raise ValueError(f"its header is larger than {HEADER_LIMIT} bytes")
         return data
 
     def number(self, fmt: str) -> Any:

@@ -6,12 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from mq_quant.formats.statistics.imatrix.gguf_header import ELEMENT_LIMIT, GgufHeader, read_gguf_header
+from mq_quant.formats.statistics.imatrix.gguf_header import (
+    ELEMENT_LIMIT,
+    HEADER_LIMIT,
+    GgufHeader,
+    read_gguf_header,
+)
 
 
 def header(path: Path) -> GgufHeader:
     with path.open("rb") as f:
-        return read_gguf_header(f, path.stat().st_size)
+        return read_gguf_header(f, path.stat().st_size, "imatrix")
 
 
 @pytest.fixture
@@ -60,4 +65,23 @@ def test_array_elements_add_up(tmp_path: Path) -> None:
     keys = [one.replace(b"%c", name, 1) for name in (b"a", b"b", b"c")]
     (tmp_path / "x").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 3) + b"".join(keys))
     with pytest.raises(ValueError, match="arrays hold more than"):
+        header(tmp_path / "x")
+
+
+def test_a_model_is_told_by_its_type_whatever_else_is_in_its_header(tmp_path: Path) -> None:
+    """A vocabulary has more entries than an imatrix may have; it is not walked through."""
+    text = struct.pack("<Q", 12) + b"general.type" + struct.pack("<IQ", 8, 5) + b"model"
+    (tmp_path / "x").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 9, 9) + text + b"and what follows")
+    found = header(tmp_path / "x")
+    assert found.keys == {"general.type": "model"} and not found.tensors
+
+
+def test_a_header_of_many_megabytes_is_not_held(tmp_path: Path) -> None:
+    """Each name is short enough, and so is their number."""
+    with (tmp_path / "x").open("wb") as f:
+        f.write(b"GGUF" + struct.pack("<IQQ", 3, 1, 2))
+        f.write(struct.pack("<Q", 1) + b"a" + struct.pack("<IQ", 8, HEADER_LIMIT))
+        f.seek(HEADER_LIMIT, 1)
+        f.write(struct.pack("<Q", 1) + b"b" + struct.pack("<IB", 0, 0))
+    with pytest.raises(ValueError, match="header is larger than"):
         header(tmp_path / "x")
