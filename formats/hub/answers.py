@@ -41,7 +41,7 @@ _REFUSALS: dict[str, tuple[str, str | None, str | None]] = {
     "EntryNotFound": ("there is no such file in this revision", None, None),
 }
 """By the hub's code: the problem, and what to do without and with a token."""
-_HINTS = dict.fromkeys((404, 410), "check the name and the revision")
+_HINTS: dict[int, str] = dict.fromkeys((404, 410), "check the name and the revision")
 _TOO_MANY = "too many requests from this address or account: wait some minutes, or set HF_TOKEN"
 _PROXY_LOGIN = (
     "put user name and password into the proxy's address (HTTPS_PROXY=http://user:password@host:port)"
