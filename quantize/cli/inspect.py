@@ -167,7 +167,9 @@ def reproduce(
     file: opt.File,
     source: Annotated[
         str | None,
-        typer.Option(help="The checkpoint. Needed where the file names no repository that this program knows."),
+        typer.Option(
+            help="The checkpoint. Needed where the file names no repository that this program knows."
+        ),
     ] = None,
     imatrix: Annotated[
         Path | None,
