@@ -41,7 +41,10 @@ _PLACES = {
     "open_hfq": ".formats.hfq",
     "MqError": ".formats.errors",
 }
-__all__ = [*_PLACES, "__version__"]
+__all__ = [
+    "MqError", "__version__", "build_file", "calibrate", "diff_files", "load_recipe", "open_hfq", "open_source",
+    "plan_file", "reproduce_file", "tiers", "verify_file",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
