@@ -1,9 +1,8 @@
 """From rotated rows to the bytes of one block format, by one of three fits.
 
 `reference` is the engine's own quantiser; `exact` takes the best levels in plain squared error and rounds to nearest;
-`hessian` rounds and refits under each group's Hessian, then makes the levels unbiased. Everything here is
-single-threaded and releases the interpreter lock, so callers run matrices in parallel and get the same bytes. Depends
-on formats and the other modules of this room.
+`hessian` rounds and refits under each group's Hessian, then moves the levels toward unbiased ones. Every call runs on
+one thread without the interpreter's lock, so callers encode matrices in parallel and get the same bytes.
 """
 
 from __future__ import annotations
@@ -71,8 +70,9 @@ def encode_rotated(
 ) -> U8:
     """Payload u8 [bytes] of rotated rows f32 [R, K], K a multiple of 256, group by group along each row.
 
-    `hessian` serves the `hessian` fit only, which without one rounds as `exact` does; `gain` is how far its last step
-    goes from least squares, 0, to unbiased levels, 1 (see partial_gains).
+    Only the fit `hessian` uses `hessian`, and without one it rounds as `exact` does. `gain` is how far its last step goes
+    from least squares, 0, to unbiased levels, 1 (see partial_gains). Raises TypeError for formats that are not encoded
+    so.
     """
     if not isinstance(fmt, LloydFormat | AffineFormat):
         raise TypeError(f"{fmt.name} is not a rotated format")
@@ -90,7 +90,8 @@ def encode_rotated(
             if hessian.answers:
                 decoded = np.take_along_axis(_expand(fmt, stored), codes.astype(np.int64), axis=1)
                 compensate(rows, g, rows[:, column : column + GROUP] - decoded, hessian.answers)
-            # The gain comes last and is not answered by later groups: it is a wanted departure from least squares.
+            # The gain moves levels away from least squares on purpose. It follows `compensate`, or later groups would
+            # correct it.
             if gain:
                 stored = _stored(fmt, stored * partial_gains(gains, gain)[:, None])
             out[:, g] = _pack(fmt, stored, codes)

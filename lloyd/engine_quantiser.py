@@ -1,7 +1,7 @@
 """The engine's own quantiser, bit for bit: the baseline that every better fit is measured against.
 
-Lloyd formats take at most eight plain Lloyd iterations from quantiles and no reassignment afterwards; affine formats
-span the minimum and maximum; Q8F16 quantises with the unrounded scale and truncates it.
+Lloyd formats take at most eight plain Lloyd iterations from quantiles, after which no code is assigned anew; affine
+formats span the range from minimum to maximum; Q8F16 quantises with the scale in f32 and stores it truncated to f16.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def affine(
 
 
 def _divisor(scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scales f32, 1 in place of 0 and of subnormals, whose reciprocal may overflow."""
+    """Scales f32 with 1 in place of 0 and of subnormals, whose reciprocals may overflow."""
     return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
 
 

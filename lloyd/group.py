@@ -1,8 +1,8 @@
-"""Whole-matrix drivers over lanes: one group column of all rows, from rotated weights to codes and levels under H.
+"""One group of all rows of a matrix, sixteen rows at a time: from rotated weights to codes and levels under H.
 
-The order of work: initial levels are given; error feedback, refit under H, then rounds of coordinate descent and
-refit; the caller rounds the levels to their stored precision, and `settle_rows` assigns the codes once more with
-exactly those. numba takes named tuples apart when it compiles, so that they cost nothing.
+The caller gives initial levels. `fit_rows` rounds with error feedback, refits the levels under H, and repeats rounds of
+descent and refit. The caller rounds the levels to the precision in which the file stores them, and `settle_rows` assigns
+the codes once more with exactly those. numba takes the named tuples apart when it compiles, so they cost nothing.
 """
 
 from __future__ import annotations
@@ -195,9 +195,10 @@ def gather_levels(stored, first, levels):
 
 @compiled
 def settle_rows(rows, column, problem, stored, codes_io, gains):
-    """Assign codes once more, given the stored levels f32 [R, K]; gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ).
+    """Assign codes u8 [R, 256] once more, given the stored levels f32 [R, K].
 
-    A gain beyond 2, or not positive, means that the group carries no signal worth keeping: it becomes 1.
+    gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ). Where that is beyond 2, or not positive, the levels carry too
+    little of the row to be scaled, and the gain is 1.
     """
     weights = problem.weights
     s = scratch_for(stored.shape[1], problem.grid)

@@ -1,9 +1,10 @@
 """Coordinate descent on (y-q)ᵀ H (y-q), row by row: each column takes the level that is best given all others.
 
-A row keeps its pull H·(y-q), and the bounds of the targets that leave each column alone, sixteen columns a value, so
-that a column which stays costs next to nothing and one that moves adds one row of H. Warm sweeps shift every target by
-a share of the row's own error, up or down as a fixed table says: some columns then leave the minimum that plain sweeps
-end in, and the sweeps without it that follow find a lower one (annealing, with the same noise in every row).
+Of each row the loop keeps the pull H·(y-q), and for each column the bounds of the targets at which it stays; sixteen
+columns are compared at once. So a column that stays costs next to nothing, and one that moves adds a row of H to the
+pull. Warm sweeps shift every target by a share of the row's own error, up or down as a fixed table says. Some columns
+then leave the minimum in which plain sweeps end, and the plain sweeps that follow find a lower one. This is annealing,
+with the same noise in every row.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..simd.vec import LANES, count_gt, first_outside, fma, load, root, splat, s
 
 BLOCKS = GROUP // LANES
 CODE, LOW, HIGH = BLOCKS, 2 * BLOCKS, 3 * BLOCKS
-"""Where parts of a row begin, after its levels."""
+"""Where a row's codes and bounds begin, behind its levels."""
 
 
 def shake_signs(sweeps: int) -> NDArray[np.float32]:
@@ -52,7 +53,7 @@ class Columns(NamedTuple):
 def heat(errors, pull, share, out):
     """out f32 [1, 16] = share · √((y-q)ᵀ H (y-q) / 256) of errors y-q and pull H·(y-q), both [256, 16].
 
-    Eight columns at a time are summed in order, the thirty-two sums as a tree.
+    Each run of eight columns is summed in order, then the 32 sums as a tree.
     """
     parts = np.empty((GROUP // 8, LANES), np.float32)
     nothing = splat(np.float32(0))
@@ -67,7 +68,7 @@ def heat(errors, pull, share, out):
             store(parts, part, load(parts, part) + load(parts, part + width))
         width //= 2
     energy = load(parts, 0) * splat(np.float32(1) / np.float32(GROUP))
-    # Neither what rounding has driven below zero nor what has overflown is a temperature.
+    # Rounding may drive an energy below zero, and a large one overflows: neither shifts anything.
     energy = where_gt(splat(MOST_ENERGY), energy, energy, nothing)
     store(out, 0, splat(share) * root(where_gt(energy, nothing, energy, nothing)))
 

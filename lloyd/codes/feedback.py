@@ -1,7 +1,8 @@
 """Choosing codes under a group's Hessian by error feedback, on lanes.
 
-The 256 columns are walked in panels of 8: what the columns before a panel move in it comes as one matrix product, the
-rest column by column. Levels are given; refit.py moves them, descent.py improves the codes.
+The 256 columns are taken in panels of 8. The errors of all columns before a panel move its targets in one matrix
+product; inside the panel they do so column by column. Levels are given: levels/refit.py moves them, and descent.py
+improves the codes afterwards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Levels of one group: k-means for codebooks, the search for grids, and refits under a Hessian.
+"""Levels of one group: exact k-means for codebooks, a search for grids, and refits of both under a Hessian.
 
-All levels are rounded to their stored precision before codes are chosen.
+Levels are f32 here; `lloyd.encode` rounds them to the precision in which the file stores them. Nothing of this shelf is
+used by other rooms but the initial quantiles of k-means, which the encoder's kernels begin with too.
 """

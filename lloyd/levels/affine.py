@@ -1,6 +1,6 @@
-"""Evenly spaced levels for a group (MQ4, MQ6): a search over both ends of the range, then least squares; the codes.
+"""Evenly spaced levels of a group (MQ4, MQ6): a search over both ends of the range, then least squares; their codes.
 
-Plain squared error; rounding under a Hessian starts from here.
+The error is the plain squared one; the fit under a Hessian begins with these levels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def grid_code(value, zero, inverse, top):
 
 @compiled
 def grid_error(y, zero, scale, inverse, top):
-    """Σ (y - zero - scale·q)² codes to nearest."""
+    """Σ (y - zero - scale·q)² over the group [256, 16], with the nearest codes q."""
     error = splat(np.float32(0))
     minus = splat(np.float32(0)) - scale
     for i in range(GROUP):
@@ -45,7 +45,7 @@ def grid_error(y, zero, scale, inverse, top):
 
 @compiled
 def refine(y, zero, scale, top, out):
-    """One least-squares step: out[0], out[1] = the zero and scale that fit best the codes nearest under given ones."""
+    """One least-squares step: out [2, 16] becomes the zero and scale that fit best the codes nearest under the given ones."""
     none = splat(np.float32(0))
     one = splat(np.float32(1))
     inverse = one / scale
@@ -70,7 +70,7 @@ def refine(y, zero, scale, top, out):
 
 @compiled
 def attempt(y, low, width, step, a, b, top, best):
-    """Try the grid without the shares a and b of the range; best [3, 16] holds the least error so far, its a and b."""
+    """Try the grid that leaves out the shares a and b at the ends; best [3, 16] is the least error so far, its a and b."""
     one = splat(np.float32(1))
     scale = step * (one - a - b)
     error = grid_error(y, fma(a, width, low), scale, one / scale, top)
@@ -130,10 +130,9 @@ def best_grid(y, count, steps, best, out):
 def nearest_grid(y, grid, live, levels, mids, codes):
     """Codes [256, 16] of the nearest of the levels zero + scale · k, given (zero, scale) in grid [2, 16].
 
-    A tie takes the lower code. levels [K, 16] and mids [K-1, 16] are scratch; lanes from `live` on do not matter.
-
-    A guess by division is at most one code off while the levels' rounding is small beside the scale; other rows
-    compare with every midpoint.
+    Of two that are as near the lower code wins. levels [K, 16] and mids [K-1, 16] are scratch; lanes from `live` on hold
+    no row. A guess by division is at most one code off where the rounding of levels is small beside the scale; where it
+    is not, values are compared with every midpoint.
     """
     none = splat(np.float32(0))
     one = splat(np.float32(1))

@@ -1,11 +1,11 @@
 """Exact one-dimensional k-means of a group of 256, in plain (unweighted) squared error.
 
-Sorted values make clusters intervals, and an interval's cost follows from prefix sums. The cost obeys the quadrangle
-inequality, so the best last boundary moves monotonically with the end of the prefix, and each layer of the dynamic
-programme is a divide and conquer. Eight rows run in step: each looks at the union of their boundary ranges, which
-differ little after the rotation, and no row's result depends on its neighbours. A few Lloyd iterations on the sorted
-values give a bound first; prefixes whose own distortion exceeds it in all rows are never continued. Ties go to the
-lower boundary. All sums are f64.
+Where values are sorted, clusters are intervals, and the cost of an interval follows from prefix sums. The cost obeys the
+quadrangle inequality: the best last boundary never moves back when the prefix grows. So each layer of the dynamic
+programme divides and conquers. Eight rows run in step: each searches the union of their ranges of boundaries, which
+differ little after the rotation, so that no row's result depends on its neighbours. A few Lloyd iterations on the sorted
+values give a bound first, and prefixes whose own distortion exceeds it in all eight rows are left out. Of equal costs
+the lower boundary wins. All sums are f64.
 
 Source: Wu, "Optimal quantization by matrix searching", J. Algorithms 12 (1991), for the monotone boundaries.
 """
@@ -55,7 +55,10 @@ class Search(NamedTuple):
 
 @compiled
 def prefix_sums(block, half, sums, means):
-    """sums f64 [257, 8] of eight lanes of a block about their means f64 [1, 8]; centring keeps differences exact."""
+    """sums f64 [257, 8]: running sums of eight lanes of a block about their means f64 [1, 8].
+
+    About the mean the sums stay small, so that differences of two of them lose few digits.
+    """
     total = splat_wide(0.0)
     for i in range(GROUP):
         total = total + load_wide(block, i, half)
@@ -169,9 +172,9 @@ def within(search, gains, end):
 
 @compiled
 def layer(search, previous, reach, first, gains, starts):
-    """One more interval: gains and starts of every prefix from `first` on that can still win; returns the longest such.
+    """One more interval: gains and starts of every prefix from `first` on that may still be part of the best partition.
 
-    `reach` is the longest prefix worth continuing; lowest and highest of `search` are scratch.
+    `reach` is the longest prefix that the layer before left worth continuing; the same for this layer is returned.
     """
     lowest, highest = search.lowest, search.highest
     last = GROUP - 1
@@ -273,8 +276,8 @@ def centroids(values, sums, mean, inverse, bounds, levels):
 def kmeans_rows(rows, column, exact, levels):
     """Ascending levels f32 [R, K] of the group at `column` of each row of rows f32 [R, K_in].
 
-    `exact` runs the dynamic programme; otherwise the search stops at a partition of which no
-    single boundary can be improved, which is nearly as good and cheaper.
+    `exact` runs the dynamic programme. Without it the search ends at a partition of which no single boundary can be
+    improved: nearly as good, and cheaper.
     """
     count = levels.shape[1]
     block = np.empty((GROUP, LANES), np.float32)

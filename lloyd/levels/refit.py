@@ -1,7 +1,7 @@
 """Moving levels under a group's Hessian, codes fixed: the normal equations AᵀHA c = AᵀHy, on lanes.
 
-A [256, K] holds one indicator column per level, or the columns (1, code) for an evenly spaced grid. With H = R
-diag(h) Rᵀ only transforms of A's columns are needed; with a dense H, its products with them.
+A [256, K] holds one indicator column for each level, or the columns (1, code) for an evenly spaced grid. With H = R
+diag(h) Rᵀ the equations need the transforms of A's columns; with a dense H they need its products with them.
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ def normal_equations(ys, basis, weights, gram, rhs):
 
 @compiled
 def members(codes, order, bounds):
-    """order u8 [16, 256] lists each lane's columns by code, ascending; bounds i64 [16, K, 3] where each code's list
-    begins, leaves the first half of the columns, and ends."""
+    """List each lane's columns by code, ascending, in order u8 [16, 256].
+
+    bounds i64 [16, K, 3] receives where each code's list begins, where it leaves the first half of the columns, and
+    where it ends.
+    """
     for r in range(LANES):
         bounds[r] = 0
         for i in range(GROUP):
@@ -89,7 +92,7 @@ def members(codes, order, bounds):
 def row_sums(matrix, order, bounds, sums):
     """sums f32 [16, K, 256]: for each lane and code, the sum of the matrix's rows on its list, in the list's order.
 
-    Sixty-four columns of half the rows are walked at a time, for all lanes: they stay in the innermost cache.
+    The loop takes 64 columns of half the rows at a time, for all lanes: so much of the matrix fits the innermost cache.
     """
     width, count = GROUP // LANES, bounds.shape[1]
     lines = matrix.reshape(GROUP * width, LANES)
@@ -118,10 +121,9 @@ def row_sums(matrix, order, bounds, sums):
 
 @compiled
 def dense_equations(pulled, codes, matrix, sums, gram, rhs):
-    """gram (lower part) and rhs from a dense H: pulled [256, 16] holds H·y, sums f32 [16, K, 256] is scratch, K a
-    multiple of 4.
+    """gram [K, K, 16] (lower part) and rhs [K, 16] from a dense H, K a multiple of 4.
 
-    Every sum runs over columns in ascending order, whatever is done at a time.
+    pulled [256, 16] holds H·y; sums f32 [16, K, 256] is scratch. Every sum runs over columns in ascending order.
     """
     count = sums.shape[1]
     order = np.empty((LANES, GROUP), np.uint8)
@@ -154,9 +156,10 @@ def dense_equations(pulled, codes, matrix, sums, gram, rhs):
 
 @compiled
 def solve(gram, rhs, levels):
-    """Solve gram c = rhs in every lane for levels [K, 16], tied to the old ones by a small ridge; overwrites both.
+    """Solve gram c = rhs in every lane for levels [K, 16], tied to the old ones by a small ridge; gram and rhs are
+    overwritten.
 
-    Where rounding has driven a pivot to zero or below, that lane's levels stay as they were.
+    A lane in which rounding has driven a pivot to zero or below keeps its levels.
     """
     count = levels.shape[0]
     one = splat(np.float32(1))
@@ -198,9 +201,9 @@ def solve(gram, rhs, levels):
 
 @compiled
 def solve_grid(gram, rhs, levels):
-    """Zero and scale of an evenly spaced grid from gram [2, 2, 16] and rhs [2, 16] of the columns (1, code).
+    """Fit levels [K, 16] of an evenly spaced grid from gram [2, 2, 16] and rhs [2, 16] of the columns (1, code).
 
-    Rewrites levels [count, 16] in lanes where the system is well posed and the scale comes out positive.
+    A lane whose system is nearly singular, or whose scale would not be positive, keeps its levels.
     """
     g00 = load(gram[0], 0)
     g10 = load(gram[1], 0)

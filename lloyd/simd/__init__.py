@@ -1,5 +1,5 @@
-"""Vectors and lanes: the ground on which the compiled loops stand.
+"""Vectors and lanes, of which the compiled loops are made.
 
-A lane is one of sixteen rows; no sum ever crosses lanes, so results do not depend on the width of the machine's
-vectors.
+A lane is one of sixteen rows. No sum crosses lanes, so results do not depend on the width of the machine's vectors.
+Nothing of this shelf is used by other rooms.
 """

@@ -17,7 +17,7 @@ PANEL = 8
 
 @compiled
 def lined_up(matrix):
-    """A copy of an f32 matrix whose rows are whole vectors and begin at cache lines, so that no vector lies in two."""
+    """A copy of an f32 matrix whose rows begin at cache lines, so that none of their vectors lies in two of them."""
     flat = np.empty(matrix.size + LANES, np.float32)
     skip = -(flat.ctypes.data // flat.itemsize) % LANES
     copy = flat[skip : skip + matrix.size].reshape(matrix.shape)
@@ -57,7 +57,7 @@ def scatter_at(block, rows, first, column):
 def product(out, at, factors, row, errors, count):
     """out[at + n] -= Σ_b factors[row + n, b] · errors[b] for b < count, ascending, and n in 0..7, in 16 lanes.
 
-    Eight sums at a time stay in registers, and each loaded row of errors serves all of them.
+    The eight sums stay in registers, and each row of errors is loaded once for all of them.
     """
     s0 = load(out, at)
     s1 = load(out, at + 1)
@@ -140,7 +140,7 @@ def midpoints(levels, mids):
 
 @compiled
 def assign(target, levels, mids, codes, i):
-    """The level nearest to `target` (16 lanes); its index goes to codes[i]."""
+    """The level nearest to `target` (16 lanes), of two the lower one; its index goes to codes[i]."""
     value = load(levels, 0)
     code = splat(np.float32(0))
     for k in range(mids.shape[0]):

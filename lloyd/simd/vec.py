@@ -1,8 +1,8 @@
 """Sixteen f32 lanes, or eight f64 lanes, as one value inside compiled functions.
 
-A block f32 [n, 16] or f64 [n, 8] is read and written a row at a time with `load` and `store`; arithmetic between such
-values is lane by lane, `fma` with a single rounding. The compiler lowers each value to whatever vectors the machine
-has, and since nothing ever crosses lanes or is reordered, every machine computes the same bits.
+A block f32 [n, 16] or f64 [n, 8] is read and written a row at a time with `load` and `store`. Arithmetic between two
+values is lane by lane; `fma` rounds once. The compiler makes of each value the vectors that the machine has. No sum
+crosses lanes and none is reordered, so every machine computes the same bits.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def load_wide(typing: Any, block: Any, row: Any, half: Any) -> Any:
 
 @intrinsic
 def load_run(typing: Any, run: Any, start: Any) -> Any:
-    """run[start:start+8] of an f64 [n] array as a value; what lies beyond the array must not be asked for."""
+    """run[start:start+8] of an f64 [n] array as a value; start + 8 may not exceed n, which is not checked."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         index = context.cast(builder, args[1], signature.args[1], types.intp)
