@@ -70,9 +70,9 @@ def encode_rotated(
 ) -> U8:
     """Payload u8 [bytes] of rotated rows f32 [R, K], K a multiple of 256, group by group along each row.
 
-    Only the fit `hessian` uses `hessian`, and without one it rounds as `exact` does. `gain` is how far its last step goes
-    from least squares, 0, to unbiased levels, 1 (see partial_gains). Raises TypeError for formats that are not encoded
-    so.
+    Only the fit `hessian` uses `hessian`, and without one it rounds as `exact` does. `gain` is how far its last step
+    goes from least squares, 0, to unbiased levels, 1 (see partial_gains). Raises TypeError where `fmt` is
+    not one of ENCODED.
     """
     if not isinstance(fmt, LloydFormat | AffineFormat):
         raise TypeError(f"{fmt.name} is not a rotated format")

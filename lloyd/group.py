@@ -1,8 +1,9 @@
 """One group of all rows of a matrix, sixteen rows at a time: from rotated weights to codes and levels under H.
 
 The caller gives initial levels. `fit_rows` rounds with error feedback, refits the levels under H, and repeats rounds of
-descent and refit. The caller rounds the levels to the precision in which the file stores them, and `settle_rows` assigns
-the codes once more with exactly those. numba takes the named tuples apart when it compiles, so they cost nothing.
+descent and refit. The caller rounds the levels to the precision in which the file stores them, and `settle_rows`
+assigns the codes once more with exactly those. numba takes the named tuples apart when it compiles, so they cost
+nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// Evenly spaced levels that are best in plain squared error, as lloyd/affine.py finds them, with the same bits: a search over
-// both ends of the range, then least squares.
+// Evenly spaced levels that are best in plain squared error, with the bits of lloyd/levels/affine.py: a search over both ends
+// of the range, then least squares.
 #include "encode_levels.h"
 
 constexpr float TOP = (float)(LEVELS - 1);
@@ -36,7 +36,7 @@ DEVICE void attempt(Best& best, const float* y, const Range& range, float a, flo
   if (best.error > error) best = {error, a, b};
 }
 
-// First shares of both ends, then moves of one end at a time, in and out.
+// First shares are cut off at both ends, then one end at a time moves in and out.
 DEVICE Best search(const float* y, const Range& range, const float* both_ends, int both, const float* one_end, int one) {
   Best best = {__int_as_float(0x7f800000), 0.0f, 0.0f};
   attempt(best, y, range, 0.0f, 0.0f);
@@ -55,8 +55,8 @@ DEVICE Best search(const float* y, const Range& range, const float* both_ends, i
 // params f32 [count, groups, 2] of rows f32 [count, 256·groups]; `both_ends` and `one_end` are the shares of the search, as
 // many as the numbers behind them say. Lane t has row t of a tile. Grid (tiles, groups from `first` on).
 KERNEL(WAVE) affine_levels(float* __restrict__ params, const float* __restrict__ rows, const float* __restrict__ both_ends,
-                         int both, const float* __restrict__ one_end, int one, int steps, int count, int groups,
-                         int first) {
+                           int both, const float* __restrict__ one_end, int one, int steps, int count, int groups,
+                           int first) {
   LDS(float, block, GROUP* PITCH);
   const int group = first + blockIdx.y, tile = blockIdx.x * TILE, t = lane();
   const int64_t width = (int64_t)groups * GROUP;

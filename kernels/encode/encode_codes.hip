@@ -1,5 +1,5 @@
 // The last steps of encoding a row: levels in the precision of the format, nearest codes, the gain, and the bytes. A wave has
-// one group of one row; shapes as in encode_fit.hip.
+// one group of one row. Shapes are those of encode_fit.hip.
 #include "encode_levels.h"
 
 constexpr int BYTES = Block::BYTES;
@@ -28,8 +28,8 @@ DEVICE float stored_level(float level) {
   return half_to_float((uint16_t)half_bits(level));
 }
 
-// params f32 [count, groups, PARAMS] in the format's precision. A grid that was fitted under a Hessian is read off its first
-// and last level. Threads are rows, grid (rows / threads, groups from `first` on).
+// Rounds params f32 [count, groups, PARAMS] to the format's precision. For a grid that was fitted under a Hessian, zero and
+// scale are those of its first and last level. A thread has a row, grid (rows / threads, groups from `first` on).
 KERNEL(BLOCK_THREADS) round_levels(float* __restrict__ params, int fitted, int count, int groups, int first) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= count) return;
@@ -45,7 +45,7 @@ KERNEL(BLOCK_THREADS) round_levels(float* __restrict__ params, int fitted, int c
 
 // Codes of the nearest level. Grid (rows, groups from `first` on).
 KERNEL(WAVE) nearest(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
-                   int groups, int first) {
+                     int groups, int first) {
   const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
   float v[PER_LANE];
   int code[PER_LANE];
@@ -65,7 +65,7 @@ DEVICE void residual(float (&e)[PER_LANE], const float (&y)[PER_LANE], const uin
 
 // errors f32 [rows, 256·groups]: rows minus what the decoder gives. Grid (rows, groups from `first` on).
 KERNEL(WAVE) residual_rows(float* __restrict__ errors, const float* __restrict__ rows, const float* __restrict__ params,
-                         const uint8_t* __restrict__ codes, int groups, int first) {
+                           const uint8_t* __restrict__ codes, int groups, int first) {
   const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
   float y[PER_LANE], e[PER_LANE];
   load_group(y, rows + at * GROUP);
@@ -74,11 +74,11 @@ KERNEL(WAVE) residual_rows(float* __restrict__ errors, const float* __restrict__
 }
 
 // Multiplies the levels by what lloyd.encode.partial_gains makes of (yᵀH y) / (yᵀH ŷ), or of 1 where that is beyond 2 or not
-// positive; `noise` is 1 minus the gain there. `dense` says that pulled holds H·y; otherwise H is diagonal, `weights` in the
-// basis before the rotation, and pulled is not read. Grid (rows, groups).
+// positive; `noise` is 1 minus the gain that partial_gains is given. For a `dense` H, pulled holds H·y. Otherwise H is of
+// `weights`, in the basis before the rotation, and pulled is not read. Grid (rows, groups).
 KERNEL(WAVE) apply_gain(float* __restrict__ params, const float* __restrict__ rows, const uint8_t* __restrict__ codes,
-                      const float* __restrict__ weights, const float* __restrict__ pulled,
-                      const float* __restrict__ signs, int dense, float noise, int groups, int first) {
+                        const float* __restrict__ weights, const float* __restrict__ pulled,
+                        const float* __restrict__ signs, int dense, float noise, int groups, int first) {
   LDS(float, left, GROUP);
   LDS(float, right, 2 * GROUP);
   const int group = first + blockIdx.y, t = lane();
@@ -106,7 +106,7 @@ KERNEL(WAVE) apply_gain(float* __restrict__ params, const float* __restrict__ ro
   store_group(right, y);
   store_group(right + GROUP, e);
   __syncthreads();
-  // Eight lanes follow four chains of either sum, in the order of lloyd.refit.weighted_dot.
+  // Of each of the two sums, four lanes take every fourth element: the order of lloyd.levels.refit.weighted_dot.
   const float *one = left + t % 4, *two = right + (t / 4 % 2) * GROUP + t % 4;
   float sum = 0.0f;
 #pragma unroll 8

@@ -1,5 +1,5 @@
-// Rounding under a group's Hessian, as lloyd/rounding.py, descent.py and refit.py do it, with the same bits: error feedback,
-// coordinate descent, and the levels that fit best the codes of a row.
+// Rounding under a group's Hessian, with the bits of lloyd/codes/feedback.py, lloyd/codes/descent.py and lloyd/levels/refit.py:
+// error feedback, coordinate descent, and the levels that fit the codes of a row best.
 //
 // rows f32 [count, 256·groups], codes u8 of the same shape, params f32 [count, groups, PARAMS]; per group `matrix` and
 // `feedback` f32 [256, 256], `weights` f32 [256]. Grids are (tiles or blocks of rows, groups from `first` on).
@@ -7,7 +7,7 @@
 
 // Rounds every column in turn, and moves the targets of the later ones by its error.
 KERNEL(WAVE) feedback(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
-                    const float* __restrict__ factors, int count, int groups, int first) {
+                      const float* __restrict__ factors, int count, int groups, int first) {
   LDS(float, work, GROUP* PITCH);
   LDS(Quad, panel, 2 * GROUP);
   const int group = first + blockIdx.y, tile = blockIdx.x * TILE, t = lane();
@@ -51,15 +51,17 @@ KERNEL(WAVE) feedback(uint8_t* __restrict__ codes, const float* __restrict__ row
   }
 }
 
-// Sweeps of coordinate descent, each column taking the level that is best given all others, targets shifted by `share` of the
-// row's error under H as signs f32 [sweeps, 256] say. `matrix` is H, `inverse` f32 [256] holds 1 / H_cc; turned f32 [count,
-// 256·groups] holds H·(rows - levels) for a `dense` H, else it is not read and H is of `weights` and rotation. A wave per row,
-// whose lane t keeps columns 8t .. 8t+7: it goes from one column that moves to the next.
-KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows, const float* __restrict__ params,
-                    const float* __restrict__ matrix, const float* __restrict__ inverse,
-                    const float* __restrict__ weights, const float* __restrict__ turned,
-                    const float* __restrict__ rotation, const float* __restrict__ signs, int dense, int sweeps,
-                    float share, int count, int groups, int first) {
+// Sweeps of coordinate descent: each column takes the level that is best given all others. Targets are shifted by `share` of
+// the row's error under H, up or down as signs f32 [sweeps, 256] say. `matrix` is H, `inverse` f32 [256] holds 1 / H_cc. For
+// a `dense` H, turned f32 [count, 256·groups] holds H·(rows - levels); otherwise it is not read, and H is that of `weights`.
+// A wave has a row, and its lane t columns 8t .. 8t+7. All lanes look for the next column that moves, so that columns that
+// stay cost nothing.
+KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows,
+                                const float* __restrict__ params, const float* __restrict__ matrix,
+                                const float* __restrict__ inverse, const float* __restrict__ weights,
+                                const float* __restrict__ turned, const float* __restrict__ rotation,
+                                const float* __restrict__ signs, int dense, int sweeps, float share, int count, int groups,
+                                int first) {
   const int group = first + blockIdx.y, r = blockIdx.x * DESCENT_WAVES + wave(), t = lane();
   const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
   const float* h = matrix + (int64_t)group * SQUARE;
@@ -141,21 +143,21 @@ KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __rest
   if (r < count) store_codes(codes + at + PER_LANE * t, code);
 }
 
-// Where a wave keeps vectors of 256: they are COLUMN floats apart, so that eight of them begin in different banks.
+// Floats from one vector of 256 to the next in LDS: not a multiple of 32, so that eight vectors begin in different banks.
 constexpr int COLUMN = GROUP + 4;
 constexpr int WAVES = GRID ? GRID_WAVES : WAVE / LEVELS;
 constexpr int ROW_WAVES = WAVE * WAVES;
 constexpr int DENSE_COLUMNS = GRID ? 4 : LEVELS + 1;
 
-// Sums of products of columns, as lloyd.refit.weighted_dot takes them: four chains of every fourth element, lane c of a
-// quartet following chain c.
+// The end of a sum of products in the order of lloyd.levels.refit.weighted_dot: lane c of a quartet of lanes has summed
+// elements c, c + 4, c + 8 … of the columns, and every lane gets the sum of the four.
 DEVICE float join_chains(float chain) {
   chain = chain + __shfl_xor(chain, 1);
   return chain + __shfl_xor(chain, 2);
 }
 
-// Levels that solve gram · c = rhs, tied to the old ones by a ridge; lane k < LEVELS has row k of the lower gram, its right
-// side and its level, and gets the new level. Where a pivot is not positive, the old one.
+// Levels that solve gram · c = rhs, tied to the old levels by a ridge. Lane k < LEVELS has row k of the lower gram, its right
+// side and its old level, and gets the new level; where a pivot is not positive, all lanes get the old ones.
 DEVICE float solve(float (&a)[LEVELS], float rhs, float old) {
   const int k = lane();
   float trace = 0.0f;
@@ -192,7 +194,8 @@ DEVICE float solve(float (&a)[LEVELS], float rhs, float old) {
   return good ? z : old;
 }
 
-// Solves, sorts the levels and lets the codes follow. gram and rhs lie in `system`, row k at k · (LEVELS + 1), rhs last.
+// Solves for new levels, sorts them, and renumbers the codes. `system` holds gram and rhs: row k begins at k · (LEVELS + 1),
+// and rhs is its last element.
 DEVICE void refit_book(float* params, uint8_t* codes, const float* system, int* rank, bool live) {
   const int k = min(lane(), LEVELS - 1);
   float a[LEVELS];
@@ -227,7 +230,7 @@ DEVICE void refit_grid(float* params, float g00, float g10, float g11, float b0,
   }
 }
 
-// The k-th level's equation takes k + 2 sums, four of which make a run; run number `run` belongs to level k, from sum s on.
+// The equation of level k takes k + 2 sums, in runs of four sums. Finds the level k of run number `run`, and its first sum s.
 DEVICE void find_run(int run, int& k, int& s) {
   k = 0;
   for (int runs = 1; run >= runs && k < PARAMS - 1; runs = (k + 5) / 4) {
@@ -245,8 +248,8 @@ DEVICE constexpr int count_runs() {
 
 // New levels under a diagonal importance: the equations from transformed columns. A wave per row.
 KERNEL(REFIT_THREADS) refit(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ rows,
-                  const float* __restrict__ weights, const float* __restrict__ signs, int count, int groups,
-                  int first) {
+                            const float* __restrict__ weights, const float* __restrict__ signs, int count, int groups,
+                            int first) {
   LDS(float, shared, WAVES*(PARAMS + 1) * COLUMN);
   LDS(float, systems, WAVES* PARAMS*(PARAMS + 1));
   LDS(int, ranks, WAVES* PARAMS);
@@ -315,8 +318,8 @@ KERNEL(REFIT_THREADS) refit(float* __restrict__ params, uint8_t* __restrict__ co
 // New levels under a dense H: pulled f32 [count, 256·groups] holds H·y. For a grid `turned` holds -H·codes, and totals f32
 // [groups] the sums over H; for a codebook rows of H are summed by code. A wave per row.
 KERNEL(REFIT_THREADS) refit_dense(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ pulled,
-                        const float* __restrict__ turned, const float* __restrict__ matrix,
-                        const float* __restrict__ totals, int count, int groups, int first) {
+                                  const float* __restrict__ turned, const float* __restrict__ matrix,
+                                  const float* __restrict__ totals, int count, int groups, int first) {
   LDS(float, shared, WAVES* DENSE_COLUMNS* COLUMN);
   LDS(float, systems, WAVES* PARAMS*(PARAMS + 1));
   LDS(int, ranks, WAVES* PARAMS);
@@ -344,7 +347,7 @@ KERNEL(REFIT_THREADS) refit_dense(float* __restrict__ params, uint8_t* __restric
     for (int j = 0; j < PER_LANE; j++) v[j] = 1.0f;
     store_group(columns + 3 * COLUMN, v);
     __syncthreads();
-    // The quartets of lanes: H·y with ones, with the codes; -H·codes with the codes, with ones.
+    // The four quartets of lanes sum H·y · 1, H·y · codes, -H·codes · codes, and -H·codes · 1.
     const int pair = t / 4 % 4, chain = t % 4;
     const float* a = (pair < 2 ? ys : columns) + chain;
     const float* b = columns + (pair == 1 || pair == 2 ? 1 : 3) * COLUMN + chain;

@@ -1,6 +1,6 @@
-// Levels of a codebook: one-dimensional k-means of each group of a row, as lloyd/kmeans.py does it, with the same bits. A
-// wave has a row; where the search is exact, the eight rows of a block look at the union of their boundary ranges, as the
-// eight lanes of the CPU do. All sums are f64 and sequential.
+// Levels of a codebook: one-dimensional k-means of each group of a row, with the bits of lloyd/levels/kmeans.py. A wave has a
+// row. Where the search is exact, the eight rows of a block search the union of their ranges of boundaries, as the eight
+// lanes of the CPU do. All sums are f64, and taken in order.
 #include "encode_levels.h"
 
 constexpr int ROWS = KMEANS_ROWS;
@@ -107,7 +107,7 @@ DEVICE void lloyd_bounds(const Row& row, double mean, int iterations) {
   }
 }
 
-// The best of a wave: the largest value, and of equal ones the lowest place. Lanes that differ in bits of `mask` compare.
+// Compares two lanes that differ in bits `mask` of their numbers: both get the larger value, of equal values the lower place.
 DEVICE void best_of(double& value, int& at, int mask) {
   const double other = shuffle_xor(value, mask);
   const int place = __shfl_xor(at, mask);
@@ -177,8 +177,9 @@ DEVICE void centroids(float* levels, const Row& row, double mean) {
 // params f32 [count, groups, LEVELS] of rows f32 [count, 256·groups], for the groups listed in `chosen`; quantiles i32
 // [LEVELS + 1] is where Lloyd iterations start. The search ends at a partition of which no single boundary can be improved.
 // Grid (rows / 8, groups chosen).
-KERNEL(KMEANS_THREADS) kmeans_pairs(float* __restrict__ params, const float* __restrict__ rows, const int32_t* __restrict__ chosen,
-                         const int32_t* __restrict__ quantiles, int count, int groups) {
+KERNEL(KMEANS_THREADS) kmeans_pairs(float* __restrict__ params, const float* __restrict__ rows,
+                                    const int32_t* __restrict__ chosen, const int32_t* __restrict__ quantiles, int count,
+                                    int groups) {
   LDS(float, values, ROWS* GROUP);
   LDS(double, sums, ROWS* SPAN);
   LDS(double, inverse, ENDS);
@@ -192,17 +193,8 @@ KERNEL(KMEANS_THREADS) kmeans_pairs(float* __restrict__ params, const float* __r
   if (r < count && lane() == 0) centroids(params + at * LEVELS, row, mean);
 }
 
-// What the rows of a block share in the exact search. Ends are those of prefixes; starts are where their last interval
-// begins.
-struct Shared {
-  uint8_t* starts;                   // [ROWS][256], of this layer
-  uint8_t* within;                   // [ROWS][256]: whether the prefix may yet win
-  uint8_t *least, *most;             // [256], over the rows
-  int* cut;
-};
-
-// Where the last interval of prefix `end` best starts, among low … high, and what all intervals then explain; the lanes that
-// differ in bits of `share` - 1 divide the places among them.
+// Where the last interval of prefix `end` starts best, among low … high (in `at`), and what all intervals then explain. `share`
+// lanes divide the places among them, and each returns the best of its own.
 DEVICE double scan(const double* sums, const double* previous, const double* inverse, int end, int low, int high,
                    int share, int& at) {
   const double total = sums[end];
@@ -222,8 +214,8 @@ DEVICE double scan(const double* sums, const double* previous, const double* inv
 // As kmeans_pairs, by dynamic programming from there. `energies` f64 [blocks, 8, 2, 257] and `paths` u8 [blocks, LEVELS, 8,
 // 256] are scratch.
 KERNEL(KMEANS_THREADS) kmeans_exact(float* __restrict__ params, double* __restrict__ energies, uint8_t* __restrict__ paths,
-                         const float* __restrict__ rows, const int32_t* __restrict__ chosen,
-                         const int32_t* __restrict__ quantiles, int count, int groups) {
+                                    const float* __restrict__ rows, const int32_t* __restrict__ chosen,
+                                    const int32_t* __restrict__ quantiles, int count, int groups) {
   LDS(double, all_sums, ROWS* SPAN);
   LDS(double, all_previous, ROWS* SPAN);
   LDS(double, inverse, ENDS);
@@ -305,7 +297,7 @@ KERNEL(KMEANS_THREADS) kmeans_exact(float* __restrict__ params, double* __restri
       least[LAST] = (uint8_t)low;
       most[LAST] = (uint8_t)high;
     }
-    // What the ends explain is kept aside until the layer is done, since the layer reads the one before.
+    // Results go to `kept` until the layer is done, since it still reads those of the layer before.
 #pragma unroll 1
     for (int level = 0; level < GROUP_BITS; level++) {
       const int stride = GROUP / 2 >> level, ends = 1 << level, share = ends < WAVE ? WAVE / ends : 1;

@@ -14,8 +14,8 @@ DEVICE float level_of(const float* params, int code) {
   return GRID ? params[0] + params[1] * (float)code : params[code];
 }
 
-// The levels of one row, ready for many calls of `assign`, which gives the level nearest to a target; between two it is the
-// lower one, and the last one whose midpoint lies below the target.
+// The levels of one row, ready for many calls of `assign`, which gives the level nearest to a target: the level behind the last
+// midpoint that lies below the target, so that of two which are as near the lower one is taken.
 template <bool Grid>
 struct Levels;
 
@@ -60,7 +60,7 @@ DEVICE bool beyond(const Levels<true>& l, float target, int k) {
   return target > 0.5f * (level(l, k) + level(l, k + 1));
 }
 
-// A guess, from which a walk along the midpoints, which never fall, leads to the code: seldom a step.
+// A division gives a guess, from which steps along the midpoints lead to the code. Most often no step is needed.
 DEVICE float assign(const Levels<true>& l, float target, int& code) {
   const float q = (target - l.zero) * l.inverse;
   int k = q > 0.0f ? (q < (float)(LEVELS - 1) ? (int)(q + 0.5f) : LEVELS - 1) : 0;

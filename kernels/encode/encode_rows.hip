@@ -1,11 +1,11 @@
-// The encoder's kernels that know no format: weights into the rotated basis, products with a dense Hessian, and the
-// Hessians of diagonal importances, all with the bits of formats/fwht.py and lloyd/.
+// The encoder's kernels that no block format matters to: weights into the rotated basis, products with a dense Hessian, and the
+// Hessians of diagonal importances. They have the bits of formats/fwht.py and lloyd/.
 #include "encode_tile.h"
 
 // out = rotate(weights · scale) of f32 [rows, 256·groups]; scale f32 [256·groups], signs as formats/fwht.py has them. A wave
 // per group, grid (groups, rows).
 KERNEL(WAVE) rotate_rows(float* __restrict__ out, const float* __restrict__ weights, const float* __restrict__ scale,
-                       const float* __restrict__ signs) {
+                         const float* __restrict__ signs) {
   const int64_t at = ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * GROUP;
   float v[PER_LANE], factor[PER_LANE];
   load_group(v, weights + at);
@@ -22,10 +22,10 @@ KERNEL(WAVE) rotate_rows(float* __restrict__ out, const float* __restrict__ weig
   store_group(out + at, v);
 }
 
-// out = sign · matrix · y for y f32 [count, 256·groups], `matrix` f32 [groups, 256, 256] transposed; sign is -1 as the CPU
-// forms it, or +1, its opposite. Grid (tiles, 8, groups from `first` on).
+// out = sign · matrix · y for y f32 [count, 256·groups], with `matrix` f32 [groups, 256, 256] transposed. The CPU computes
+// -matrix · y, so sign is -1 for its bits, or +1 for their opposite. Grid (tiles, panels, groups from `first` on).
 KERNEL(WAVE) multiply_rows(float* __restrict__ out, const float* __restrict__ y, const float* __restrict__ matrix,
-                         float sign, int count, int groups, int first) {
+                           float sign, int count, int groups, int first) {
   LDS(float, block, GROUP* PITCH);
   LDS(Quad, panel, 2 * GROUP);
   const int group = first + blockIdx.z, tile = blockIdx.x * TILE, t = lane();
@@ -57,10 +57,10 @@ KERNEL(BLOCK_THREADS) widen_codes(float* __restrict__ out, const uint8_t* __rest
   if (i < n) out[i] = (float)codes[i];
 }
 
-// The columns of rows f32 [count, 256·groups] after `group` answer its errors, of the same shape: rows -= errors · answerᵀ,
-// with `answer` transposed, f32 [256, columns after the group]. Grid (tiles, blocks that share the columns).
+// The columns of rows f32 [count, 256·groups] after `group` answer its errors: rows -= errors · answerᵀ. `errors` has the shape
+// of rows, and `answer` comes transposed, f32 [256, columns after the group]. Grid (tiles, blocks that share the columns).
 KERNEL(WAVE) answer_errors(float* __restrict__ rows, const float* __restrict__ errors, const float* __restrict__ answer,
-                         int count, int groups, int group) {
+                           int count, int groups, int group) {
   LDS(float, block, GROUP* PITCH);
   LDS(Quad, panel, 2 * GROUP);
   const int tile = blockIdx.x * TILE, t = lane(), after = (groups - group - 1) * GROUP;
@@ -101,8 +101,8 @@ DEVICE void transform(double* x) {
 // the feedback only what lies below the diagonal), weights and 1 / diagonal f32 [groups, 256]; failed i32 [groups] is 1
 // where the factorisation broke down. `upper` f64 [groups, 256, 256] is scratch. Grid (groups).
 KERNEL(GROUP) diagonal_hessian(float* __restrict__ matrix, float* __restrict__ feedback, float* __restrict__ weights,
-                             float* __restrict__ inverse, int32_t* __restrict__ failed, double* __restrict__ upper,
-                             const double* __restrict__ given, const float* __restrict__ signs) {
+                               float* __restrict__ inverse, int32_t* __restrict__ failed, double* __restrict__ upper,
+                               const double* __restrict__ given, const float* __restrict__ signs) {
   LDS(double, spectrum, GROUP);
   LDS(double, strip, STRIP* GROUP);
   LDS(double, factors, STRIP* GROUP);
@@ -131,7 +131,7 @@ KERNEL(GROUP) diagonal_hessian(float* __restrict__ matrix, float* __restrict__ f
     for (int r = 0; r < STRIP; r++) {
       sums[r] = spectrum[(at + r) ^ k] * (double)(sign[at + r] * sign[k]) / (double)GROUP;
     }
-    // Waves whose columns all lie below the diagonal have nothing to sum.
+    // A wave whose columns all lie below the diagonal has nothing to sum.
     const int rows = at < (k | (WAVE - 1)) ? at : 0;
 #pragma unroll 8
     for (int j = 0; j < rows; j++) {

@@ -4,13 +4,13 @@
 #include "device.h"
 #include "encode_constants.h"    // made by geometry.py
 
-constexpr int PITCH = TILE + 1;      // floats from one column of a tile to the next; odd, so that rows and columns both
-                                     // spread over the banks
+// Floats from one column of a tile to the next: odd, so that both rows and columns spread over the banks.
+constexpr int PITCH = TILE + 1;
 constexpr int SQUARE = GROUP * GROUP;
 
 DEVICE Quad load_quad(const float* p) { return *reinterpret_cast<const Quad*>(p); }
 
-// Element 8·lane + j of a run of 256, from or to the j-th register.
+// Registers from or to a run of 256: register j of a lane is element 8·lane + j.
 DEVICE void load_group(float (&v)[PER_LANE], const float* group) { load_eight(group, lane(), v); }
 
 DEVICE void store_group(float* group, const float (&v)[PER_LANE]) {
@@ -61,7 +61,8 @@ DEVICE void hadamard(T (&v)[PER_LANE]) {
   }
 }
 
-// Columns first … first + 7 of rows from … 255 of a matrix whose rows are `pitch` apart: panel[2i], panel[2i + 1] are row i.
+// Columns first … first + 7 of rows `from` … 255 of a matrix whose rows are `pitch` floats apart; panel[2i] and panel[2i + 1]
+// are row i.
 DEVICE void stage_panel(Quad* panel, const float* matrix, int64_t pitch, int first, int from) {
   for (int q = 2 * from + lane(); q < 2 * GROUP; q += WAVE) {
     panel[q] = load_quad(matrix + (q >> 1) * pitch + first + 4 * (q & 1));

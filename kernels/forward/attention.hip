@@ -1,5 +1,6 @@
-// Attention over a key-value cache. The softmax runs online over chunks of keys, so that no score is kept and any context
-// length fits. All f32; a cache is [capacity, kv_heads · head_dim], row p written by the token at position p.
+// Attention over a key-value cache. The softmax is updated chunk by chunk of the keys, so that scores need no memory and a
+// context may have any length. All values are f32; a cache is [capacity, kv_heads · head_dim], and row p is that of the token
+// at position p.
 #include "device.h"
 #include "forward_constants.h"    // made by geometry.py
 
@@ -8,7 +9,7 @@ constexpr int COLUMNS = MAX_HEAD_DIM / THREADS;    // columns of the output that
 
 // Writes k, v f32 [tokens, n] into row positions[t] of the caches. Grid (n / 256, tokens).
 KERNEL(BLOCK_THREADS) kv_append(float* __restrict__ k_cache, float* __restrict__ v_cache, const float* __restrict__ k,
-                      const float* __restrict__ v, const int32_t* __restrict__ positions, int n) {
+                                const float* __restrict__ v, const int32_t* __restrict__ positions, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) {
     const int64_t from = (int64_t)blockIdx.y * n + i, to = (int64_t)positions[blockIdx.y] * n + i;
@@ -21,8 +22,8 @@ KERNEL(BLOCK_THREADS) kv_append(float* __restrict__ k_cache, float* __restrict__
 // key-value head h / (heads / kv_heads); head_dim is a multiple of 4. Grid (heads, tokens). A thread scores one key of a
 // chunk, then sums columns.
 KERNEL(ATTENTION_THREADS) attention(float* __restrict__ out, const float* __restrict__ q, const float* __restrict__ k_cache,
-                      const float* __restrict__ v_cache, const int32_t* __restrict__ positions, int kv_heads,
-                      int head_dim, float scale) {
+                                    const float* __restrict__ v_cache, const int32_t* __restrict__ positions, int kv_heads,
+                                    int head_dim, float scale) {
   LDS(float, query, MAX_HEAD_DIM);
   LDS(float, weight, THREADS);
   LDS(float, scratch, THREADS / WAVE);
@@ -53,7 +54,7 @@ KERNEL(ATTENTION_THREADS) attention(float* __restrict__ out, const float* __rest
     const float shrink = expf(most - now);
     const float p = expf(score - now);
     total = total * shrink + block_sum(p, scratch);
-    weight[tid] = p;    // block_sum's barriers lie between the last chunk's reads and this
+    weight[tid] = p;    // the barriers of block_sum lie between this and the reads of the chunk before
     __syncthreads();
     const int count = min(THREADS, keys - first);
 #pragma unroll

@@ -1,17 +1,18 @@
-// Products of a team's rows with x on units that count the bits that two tiles have in common, for vendors whose header has
-// one (MQ_BITS). A level is a sum over the sets of a code's bits, w = Σ d[f] · Π of the bits in f, so that a row's product
-// needs sums of x over the columns in which all bits of f are set. x becomes whole numbers, in two's complement and a unit
-// that follows the group's largest element, and a tile's column holds one bit of each: what rows and columns have in common is
-// counted exactly, straight from the packed codes. Four lanes share a row, eight teams of them a tile of 16 rows; lane s has
-// the 32 columns of its words number s and s + 4. Sums over columns are whole numbers, those over groups f32.
+// Products of a team's rows with x on units that count the bits which two tiles have in common, for GPUs whose header defines
+// MQ_BITS. Each set f of a code's bits has a share d[f], and a level is w = Σ d[f] over the sets whose bits are all 1. So a
+// row's product needs, for each set, the sum of x over the columns in which all bits of the set are 1. x becomes whole
+// numbers in two's complement, in a unit that follows the group's largest element. A tile's column holds one bit of each of
+// these numbers, and the unit counts exactly how many bits rows and columns share, straight from the packed codes. Four lanes
+// share a row, and eight such teams a tile of 16 rows; lane s has the 32 columns of words s and s + 4. Sums over columns are
+// whole numbers, sums over groups f32.
 #pragma once
 #include "dot.h"
 #include "forward_constants.h"    // made by geometry.py
 
 #ifdef MQ_BITS
-// Formats for BitDot. `bits` gives, of the lane's word i, the columns in which each set's bits are set, in the order in which
-// `load_x` takes them; `shares` the d of each set and that of none. LDS holds all rows of products of at most WHOLE matrices,
-// whose loop takes UNROLLED groups a turn.
+// Formats for BitDot. `bits` gives, for word i of the lane, the columns in which all bits of a set are 1, in the order in which
+// `load_x` takes columns; `shares` gives the d of each set, and returns that of the empty set. LDS holds all rows of products
+// of at most WHOLE matrices, and then a turn of the loop takes UNROLLED groups.
 template <class Block>
 struct CountedGroup {
   static constexpr int BYTES = Block::BYTES, HEAD = Block::HEAD, WORDS = Block::BITS, SETS = Block::LEVELS - 1;
@@ -37,7 +38,7 @@ struct CountedGroup {
 
 struct MQ2_Bits : CountedGroup<blocks::MQ2_Lloyd> {
   static constexpr int WHOLE = WHOLE_MQ2_Lloyd, UNROLLED = 1;
-  // Even bits from the first word, odd ones from the second.
+  // Even bits come from the first word of a pair, odd bits from the second.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
     const Quad* quads = reinterpret_cast<const Quad*>(x + i / 4 * 32) + i % 4;
     const Quad first = quads[0], second = quads[4];
@@ -66,7 +67,8 @@ struct MQ2_Bits : CountedGroup<blocks::MQ2_Lloyd> {
 
 struct MQ3_Bits : CountedGroup<blocks::MQ3_Lloyd> {
   static constexpr int WHOLE = WHOLE_MQ3_Lloyd, UNROLLED = 3;
-  // The lowest bit of code i is bit 3i of its words, and so bit 3i % 32 of one of them: each bit has one code.
+  // The lowest bit of code i is bit 3i of the three words together, and so bit 3i % 32 of one of them: each place of a word
+  // belongs to one code.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
     const float* eight[4];    // column 11 · (8q + j) % 32 lies in eight 11 · j / 8 - q
 #pragma unroll
@@ -74,7 +76,7 @@ struct MQ3_Bits : CountedGroup<blocks::MQ3_Lloyd> {
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) v[j] = eight[11 * j / 8 % 4][11 * j % 8];
   }
-  // Bit 3i + k % 32 of the three words, one of which has it of a code's bit k, for all codes.
+  // Bit k of all codes: for code i, bit (3i + k) % 32 of that one of the three words which has it.
   DEVICE uint32_t third(const uint32_t (&w)[3], int k) {
     constexpr uint32_t MASK[3] = {0x49249249, 0x92492492, 0x24924924};
     const uint32_t v = choose(MASK[(k + 2) % 3], w[2], choose(MASK[k], w[0], w[1]));
@@ -115,7 +117,7 @@ struct BitDot {
 
   static DEVICE_MEMBER void load_x(const float* x, int i, float (&v)[PER_LANE]) { Format::load_x(x, i, v); }
 
-  // Bit p of eight bytes, of four each in `low` and `high`, becomes byte p of both.
+  // Eight bytes, four in `low` and four in `high`, are transposed as 8 × 8 bits: bit p of all of them becomes byte p.
   static DEVICE_MEMBER void transpose(uint32_t& low, uint32_t& high) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -130,12 +132,12 @@ struct BitDot {
     high = upper;
   }
 
-  // The column, of all tiles', of bit 2 · pair: six bits that follow one another come to the same lanes.
+  // The column, counted through all tiles, of bit 2 · pair. Six bits that follow one another come to the same lanes.
   static DEVICE_MEMBER constexpr int place(int pair) { return pair % 3 * 8 + pair / 3 * 2; }
 
   // A lane's eight elements of a group into LDS.
   static DEVICE_MEMBER void stage(float* staged, const float (&x)[PER_LANE]) {
-    int most = 0;    // f32 without their signs are in the order of their bits
+    int most = 0;    // without their signs, f32 have the order of their bits as whole numbers
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) {
       const int size = (int)__float_as_uint(fabsf(x[j]));
@@ -143,7 +145,7 @@ struct BitDot {
     }
     most = wave_most(most);
     const bool finite = most < 0x7f800000;
-    const bool tiny = most < 64 << 23;    // lifted by 2^64 first
+    const bool tiny = most < 64 << 23;    // then all are multiplied by 2^64 first
     const float lift = tiny ? 18446744073709551616.0f : 1.0f;
     const int bits = (int)__float_as_uint(__int_as_float(most) * lift) >> 23, exponent = bits > 63 ? bits : 63;
     const float inverse = __int_as_float((254 + TOP - exponent) << 23);

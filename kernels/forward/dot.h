@@ -1,6 +1,6 @@
-// Products of a team's rows with x in f32, lane by lane. Long slices of x are read from LDS, where they lie without bank
-// conflicts; short ones come from memory in order anyway. Sums run over a lane's elements in order, then over lanes: the
-// same order on every back end.
+// Products of a team's rows with x in f32, lane by lane. Long slices of x are read from LDS, where they lie so that no two
+// lanes meet in a bank; short slices lie in memory in the order of the lanes. Sums run over a lane's elements in order, then
+// over lanes: the same order on every back end.
 #pragma once
 #include "formats.h"
 
@@ -8,8 +8,8 @@ DEVICE float sum_of(const float (&x)[PER_LANE]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
-// Sums each row's value over a team of TEAM lanes; lane s of it receives that of row s / (TEAM / ROWS). Halves swap the rows
-// that they do not keep, so that most shuffles serve two rows.
+// Sums each row's value over a team of TEAM lanes; lane s of the team receives the sum of row s / (TEAM / ROWS). At each step
+// one half of the team keeps one half of the rows and gives the other rows away, so that a shuffle serves two rows.
 template <int TEAM, int ROWS>
 DEVICE float team_total(float (&sum)[ROWS]) {
   const int slice = lane() % TEAM;
@@ -32,7 +32,7 @@ template <class Format>
 struct LaneDot {
   static constexpr int SLICE = Format::SLICE, ROWS = Format::ROWS, TEAM = GROUP / SLICE;
   static constexpr bool STAGED = SLICE > PER_LANE;
-  static constexpr int RUN = 36;    // floats that 32 of x take; behind them lie the sums of each eight, which also spread the banks
+  static constexpr int RUN = 36;    // floats that 32 elements of x take, with the four sums of eight, which also shift the banks
   static constexpr int STAGE = STAGED ? GROUP / 32 * RUN : 0;    // floats of LDS that a group of x takes
   float sum[ROWS] = {};
 

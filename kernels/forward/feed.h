@@ -1,7 +1,7 @@
-// How the weights of a matrix-vector product come to its lanes. A team makes ROWS rows of one or two matrices and walks along
-// them, STEP groups at a time; its row r belongs to matrix r / PER. The teams of a wave take rows in turns: what they read at
-// once lies in neighbouring rows, whose banks of LDS differ more than those of every other row. Loads may begin before the
-// kernel awaits the one before it.
+// How the weights of a matrix-vector product come to its lanes. A team of lanes multiplies ROWS rows of one or two matrices,
+// STEP groups at a time; its row r belongs to matrix r / PER. The teams of a wave take rows in turns, so that at one time
+// they read neighbouring rows, which meet less often in a bank of LDS than every other row. Loads may begin before the kernel
+// awaits the one before it.
 #pragma once
 #include "formats.h"
 #include "forward_constants.h"
@@ -27,7 +27,7 @@ struct Rows {
   }
 };
 
-// Through registers: the weights of the next step are under way while one is multiplied.
+// Through registers: while the weights of one step are multiplied, those of the next are under way.
 template <class Format, int MATRICES>
 struct Direct {
   using Raw = typename Format::Raw;
@@ -63,10 +63,9 @@ struct Direct {
 typedef int Arrival;
 DEVICE void prepare(Arrival*) {}
 #else
-// Through LDS, which holds all rows of the block. One thread lets them be copied as they lie in memory, in one piece a matrix:
-// memory is fastest where nobody comes back for the rest of a line or a page, and a kernel that still multiplies on the same
-// multiprocessor is least disturbed. It is made when the copies have been asked for. For pieces that begin and end at
-// multiples of 16 bytes.
+// Through LDS, which holds all rows of the block. One thread asks for them, in one piece for each matrix, as they lie in
+// memory: memory is fastest when a line or page is read at once, and a kernel that still runs on the same multiprocessor is
+// disturbed least. A feed is made after the copies have been asked for. Pieces begin and end at multiples of 16 bytes.
 template <class Format, int MATRICES>
 struct Whole {
   using Raw = typename Format::Raw;
@@ -98,9 +97,9 @@ struct Whole {
   }
 };
 
-// Through a ring of stages in LDS, one ring a wave, which copies of 16 bytes a lane fill in the background: for rows that LDS
-// does not hold. A stage is STEP groups of each of the wave's rows; teams copy their own. For rows that begin at multiples of
-// 16 bytes and are whole stages.
+// Through a ring of stages in LDS, one ring for each wave, for rows that LDS cannot hold at once. A stage is STEP groups of
+// each row of the wave; each team copies its own rows in the background, 16 bytes a lane. Rows begin at multiples of 16 bytes
+// and are whole stages.
 template <class Format, int MATRICES>
 struct Ring {
   using Raw = typename Format::Raw;
@@ -122,7 +121,7 @@ struct Ring {
     for (int i = 0; i < DEPTH - 1; i++) request();
   }
 
-  // Begins to copy the next stage; past the last one an empty batch keeps the count.
+  // Begins to copy the next stage. Past the last stage it closes an empty batch, since `next` counts batches.
   DEVICE_MEMBER void request() {
     if (left > 0) {
 #pragma unroll

@@ -1,11 +1,13 @@
 // The kernels that read a quantised matrix, built once per format (FORMAT is a struct of formats.h): whole-tensor decode,
 // embedding rows, matrix-vector products, and the two expert products, which find their matrices through the routed ids.
-// Matrices are row-major payloads whose rows are whole groups of 256. A team of lanes walks along ROWS rows at a time, in
-// steps; how it multiplies is a struct of dot.h or bits.h, how the weights come one of feed.h.
+// Matrices are row-major payloads whose rows are whole groups of 256. A team of lanes multiplies ROWS rows, a step of groups
+// at a time. A struct of dot.h or bits.h says how it multiplies, a struct of feed.h how the weights come.
 #include "dot.h"
 #include "bits.h"
 #include "feed.h"
-#ifdef MQ_RESIDENT    // registers are kept to what this many threads of a multiprocessor leave, and change places in two steps
+// Registers are limited so that RESIDENT_THREADS threads fit a multiprocessor; two steps are unrolled so that two register sets
+// alternate without copies.
+#ifdef MQ_RESIDENT
 #undef KERNEL
 #define KERNEL(threads) extern "C" __global__ void MQ_RESIDENT(threads, RESIDENT_THREADS / threads)
 constexpr int LANE_STEPS = 2;
@@ -13,9 +15,9 @@ constexpr int LANE_STEPS = 2;
 constexpr int LANE_STEPS = 1;
 #endif
 
-// How rows lie in lanes for a product, and what multiplies them. Where a vendor copies experts' rows into LDS they come whole
-// if they are those of at most WHOLE matrices, else by a ring; with WHOLE 0 they come directly. UNROLLED counts the steps of
-// a feed in one turn of the loop, and UNROLLED_WHOLE those of rows that come whole.
+// How the rows of a product lie in lanes, and what multiplies them. Where a vendor's GPU copies experts' rows into LDS,
+// products of at most WHOLE matrices have all their rows there, and others use a ring; with WHOLE 0 rows come directly. A
+// turn of the loop takes UNROLLED steps, or UNROLLED_WHOLE where all rows are in LDS.
 template <class Format, class = void>
 struct Product {
   using Weights = Format;
@@ -40,7 +42,7 @@ constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
 
 DEVICE int slice() { return threadIdx.x % TEAM; }
 
-// Puts groups [first, first + CHUNK) of x into LDS, as far as there are any. Whole waves have whole groups.
+// Puts groups first … first + CHUNK - 1 of x into LDS, as far as there are so many. A wave puts whole groups.
 DEVICE void stage_x(float* staged, const float* x, int first, int groups) {
   if constexpr (Dot::STAGE > 0) {
     const int eights = min(CHUNK, groups - first) * (GROUP / PER_LANE);
@@ -86,13 +88,13 @@ DEVICE void store(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& 
   if (slice() % (TEAM / ROWS) == 0 && row < share.rows) (kept < share.PER ? out[0] : out[MATRICES - 1])[row] = total;
 }
 
-// out[m] f32 [rows] = matrix m · x, of the share that the feed was made for. Every thread of the block calls it.
+// out[m] f32 [rows] = matrix m · x, for the rows of `share`, for which the feed was made. Every thread of the block calls it.
 template <int MATRICES, class Feed>
 DEVICE void multiply(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& share, Feed& feed, const float* x,
                      float* staged) {
   Dot dot;
   for (int first = 0; first < share.groups; first += CHUNK) {
-    if (Dot::STAGE > 0 && first > 0) __syncthreads();    // the groups before are read
+    if (Dot::STAGE > 0 && first > 0) __syncthreads();    // no lane reads the groups before any more
     stage_x(staged, x, first, share.groups);
     if constexpr (Dot::STAGE > 0) __syncthreads();
     walk<How::UNROLLED>(dot, feed, staged, x + first * GROUP, min(CHUNK, share.groups - first));
@@ -105,7 +107,7 @@ DEVICE int64_t expert_offset(const int64_t* offsets, int expert, int experts) {
   return expert >= 0 && expert < experts ? fetch_new(offsets + expert) : -1;
 }
 
-// Formats of single values may end within a lane's slice; the others have no element there.
+// A payload of single values may end within a lane's slice; payloads of blocks may not.
 template <class F>
 DEVICE void decode_tail(float* out, const uint8_t* payload, int64_t start, int64_t n) {
   if constexpr (F::VALUE > 0) {
@@ -133,8 +135,8 @@ KERNEL(MATRIX_THREADS) decode(float* __restrict__ out, const uint8_t* __restrict
 
 // out f32 [tokens, cols]: row ids[t] of a table [rows, cols]; NaN where the id is out of range. One lane per slice, grid
 // (blocks of a row, tokens).
-KERNEL(MATRIX_THREADS) embed(float* __restrict__ out, const uint8_t* __restrict__ table, const int32_t* __restrict__ ids, int rows,
-                  int groups) {
+KERNEL(MATRIX_THREADS) embed(float* __restrict__ out, const uint8_t* __restrict__ table, const int32_t* __restrict__ ids,
+                             int rows, int groups) {
   await_previous();
   const int id = ids[blockIdx.y], group = (blockIdx.x * blockDim.x + threadIdx.x) / SPAN;
   if (group >= groups) return;    // no barrier follows
@@ -147,8 +149,8 @@ KERNEL(MATRIX_THREADS) embed(float* __restrict__ out, const uint8_t* __restrict_
 }
 
 // out f32 [tokens, rows] = matrix [rows, cols] · x f32 [tokens, cols]. Grid (blocks of rows, tokens).
-KERNEL(MATRIX_THREADS) matvec(float* __restrict__ out, const uint8_t* __restrict__ matrix, const float* __restrict__ x, int rows,
-                   int groups) {
+KERNEL(MATRIX_THREADS) matvec(float* __restrict__ out, const uint8_t* __restrict__ matrix, const float* __restrict__ x,
+                              int rows, int groups) {
   LDS(float, staged, STAGES);
   const Rows<Weights, 1> share = share_of<1>({matrix}, rows, groups);
   Direct<Weights, 1> feed(share);
@@ -156,7 +158,7 @@ KERNEL(MATRIX_THREADS) matvec(float* __restrict__ out, const uint8_t* __restrict
   multiply<1>({out + (int64_t)blockIdx.y * rows}, share, feed, x + (int64_t)blockIdx.y * groups * GROUP, staged);
 }
 
-// What `multiply` does, with weights that are on their way before the kernel awaits the one before it.
+// As `multiply`, but the weights are on their way before the kernel awaits the one before it.
 template <int MATRICES>
 DEVICE void await_and_multiply(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& share, const float* x,
                                float* staged, int copied, Arrival* arrival) {
@@ -197,10 +199,11 @@ DEVICE void not_loaded(float* out, int rows) {
 // lie at gate_at[e] and up_at[e] bytes in the two buffers (which may be one), or at -1. Grid (blocks of rows, slots, tokens);
 // a team makes ROWS / 2 rows of each matrix from one read of x. `copied`: the waves of a block whose rows come through the
 // dynamic LDS, all of them or none.
-KERNEL(EXPERT_THREADS) expert_gate_up(float* __restrict__ gate, float* __restrict__ up, const uint8_t* __restrict__ gate_matrices,
-                           const int64_t* __restrict__ gate_at, const uint8_t* __restrict__ up_matrices,
-                           const int64_t* __restrict__ up_at, const int32_t* __restrict__ ids,
-                           const float* __restrict__ x, int experts, int rows, int groups, int copied) {
+KERNEL(EXPERT_THREADS) expert_gate_up(float* __restrict__ gate, float* __restrict__ up,
+                                      const uint8_t* __restrict__ gate_matrices, const int64_t* __restrict__ gate_at,
+                                      const uint8_t* __restrict__ up_matrices, const int64_t* __restrict__ up_at,
+                                      const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows,
+                                      int groups, int copied) {
   LDS(float, staged, STAGES);
   LDS(Arrival, arrival, 1);
   if constexpr (How::WHOLE >= 2) prepare(arrival);
@@ -219,9 +222,9 @@ KERNEL(EXPERT_THREADS) expert_gate_up(float* __restrict__ gate, float* __restric
 
 // out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid (blocks of rows, slots,
 // tokens); `copied` as above.
-KERNEL(EXPERT_THREADS) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices, const int64_t* __restrict__ at,
-                        const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows, int groups,
-                        int copied) {
+KERNEL(EXPERT_THREADS) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices,
+                                   const int64_t* __restrict__ at, const int32_t* __restrict__ ids,
+                                   const float* __restrict__ x, int experts, int rows, int groups, int copied) {
   LDS(float, staged, STAGES);
   LDS(Arrival, arrival, 1);
   if constexpr (How::WHOLE >= 1) prepare(arrival);

@@ -1,7 +1,7 @@
-"""The kernels as functions of buffers, which choose grid and output shape: a forward pass reads like the model.
+"""The kernels of the forward pass as functions of buffers. They choose grids and output shapes.
 
 T is the number of tokens of a call (1 when decoding). Activations are f32 [T, n]. Wrong shapes raise BackendError
-before anything runs. `out`, where a function takes it, is written instead of a new buffer.
+before anything runs. A function that is given `out` writes that buffer, and a new one otherwise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Experts:
     rows: int
     cols: int
     aligned: bool
-    """Whether every matrix begins and ends at multiples of 16 bytes, as copies into LDS need it."""
+    """Whether every matrix begins and ends at a multiple of 16 bytes, which copies into LDS need."""
 
 
 def matrix(backend: Backend, payload: NDArray[np.uint8], fmt: str, rows: int, cols: int) -> Matrix:
@@ -288,7 +288,7 @@ def _launch(
 def _launch_experts(
     backend: Backend, name: str, w: Sequence[Experts], grid: tuple[int, int], args: Sequence[Argument]
 ) -> None:
-    """Launch a product of one or two matrices of each expert, all of one shape, through LDS if that can be."""
+    """Launch a product of one or two matrices of each expert, all of one shape, through LDS where that can be done."""
     first, kernel = w[0], backend.kernel(name, w[0].format)
     copied, lds = _copied(backend, kernel, w)
     waves = copied or kernel.threads // WAVE
@@ -298,7 +298,7 @@ def _launch_experts(
 
 
 def _copied(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int]:
-    """(waves of a block whose rows are copied into LDS, bytes of it that they take); none where it cannot be done."""
+    """(waves of a block whose rows are copied into LDS, bytes of LDS that they take); (0, 0) where that is not possible."""
     fmt, groups = w[0].format, w[0].cols // GROUP
     waves, whole = COPYING_WAVES.get((kernel.name, fmt), 0), len(w) <= WHOLE.get(fmt, 0)
     held = groups if whole else RING_DEPTH * RING_STEP
@@ -309,7 +309,7 @@ def _copied(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int
 
 
 def _rows(backend: Backend, fmt: str, waves: int) -> int:
-    """Rows that so many waves multiply: some for every GROUP / slice lanes."""
+    """Rows that so many waves multiply: ROWS for each team of GROUP / SLICE lanes."""
     slice_, rows = SLICES[fmt]
     return waves * WAVE * backend.slices.get(fmt, slice_) // GROUP * rows
 

@@ -4,7 +4,7 @@
 
 // out = x · weight / sqrt(mean(x²) + eps), over rows of n. One block per row.
 KERNEL(BLOCK_THREADS) rmsnorm(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weight, int n,
-                    float eps) {
+                              float eps) {
   LDS(float, scratch, BLOCK_THREADS / WAVE);
   const float* row = x + (int64_t)blockIdx.x * n;
   float squares = 0.0f;
@@ -16,7 +16,7 @@ KERNEL(BLOCK_THREADS) rmsnorm(float* __restrict__ out, const float* __restrict__
 // Rotate-half RoPE in place on the first 2·half of each head's head_dim: pairs (i, i + half). x f32 [tokens, heads,
 // head_dim]; cos, sin f32 [positions, half], read at row positions[t]. Grid (heads, tokens).
 KERNEL(WAVE) rope(float* __restrict__ x, const float* __restrict__ cos, const float* __restrict__ sin,
-                const int32_t* __restrict__ positions, int head_dim, int half) {
+                  const int32_t* __restrict__ positions, int head_dim, int half) {
   float* head = x + ((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * head_dim;
   const int64_t at = (int64_t)positions[blockIdx.y] * half;
   for (int i = threadIdx.x; i < half; i += WAVE) {
@@ -56,7 +56,7 @@ DEVICE void rotate(float (&v)[PER_LANE], const float* signs) {
 // out = rotate(x / scale), or x / scale where `rotated` is 0. x f32 [tokens, 256·groups], scale f32 [256·groups],
 // signs f32 [2, 256]. Grid (groups, tokens).
 KERNEL(WAVE) scale_rotate(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ scale,
-                        const float* __restrict__ signs, int rotated) {
+                          const float* __restrict__ signs, int rotated) {
   const int column = blockIdx.x * GROUP + PER_LANE * lane();
   const int64_t at = (int64_t)blockIdx.y * gridDim.x * GROUP + column;
   float v[PER_LANE];
@@ -69,7 +69,7 @@ KERNEL(WAVE) scale_rotate(float* __restrict__ out, const float* __restrict__ x, 
 
 // out = rotate(silu(gate) ∘ up), or unrotated where `rotated` is 0; all f32 [runs, 256]. One block per run.
 KERNEL(WAVE) silu_mul_rotate(float* __restrict__ out, const float* __restrict__ gate, const float* __restrict__ up,
-                           const float* __restrict__ signs, int rotated) {
+                             const float* __restrict__ signs, int rotated) {
   const int64_t at = (int64_t)blockIdx.x * GROUP + PER_LANE * lane();
   float v[PER_LANE];
 #pragma unroll
@@ -89,8 +89,8 @@ KERNEL(BLOCK_THREADS) add(float* __restrict__ h, const float* __restrict__ x, in
 }
 
 // h f32 [tokens, n] += Σ weights[t, slot] · x[t, slot], in slot order. Grid (n / 256, tokens).
-KERNEL(BLOCK_THREADS) combine(float* __restrict__ h, const float* __restrict__ x, const float* __restrict__ weights, int slots,
-                    int n) {
+KERNEL(BLOCK_THREADS) combine(float* __restrict__ h, const float* __restrict__ x, const float* __restrict__ weights,
+                              int slots, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const int64_t first = (int64_t)blockIdx.y * slots;
   if (i < n) {
@@ -102,10 +102,10 @@ KERNEL(BLOCK_THREADS) combine(float* __restrict__ h, const float* __restrict__ x
 
 // Routing: s = sigmoid(logits); the `slots` experts of largest s + bias, ties to the lower index, in that order; their
 // weights s / Σ s. logits f32 [tokens, experts]; ids i32 and weights f32 [tokens, slots]. One wave per token. Where fewer
-// than `slots` scores are numbers, id -1 and weight NaN. Each round takes the largest score after the one taken last in the
-// order (score descending, index ascending), so that no score has to be held or marked.
+// than `slots` scores are numbers, the other slots get id -1 and weight NaN. Each round takes the next score in the order
+// (score descending, index ascending) behind the one it took before, so that no score has to be kept or marked.
 KERNEL(WAVE) router_top_k(int32_t* __restrict__ ids, float* __restrict__ weights, const float* __restrict__ logits,
-                        const float* __restrict__ bias, int experts, int slots) {
+                          const float* __restrict__ bias, int experts, int slots) {
   const float* row = logits + (int64_t)blockIdx.x * experts;
   const int64_t first = (int64_t)blockIdx.x * slots;
   const float infinite = __int_as_float(0x7f800000);

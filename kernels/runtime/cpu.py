@@ -73,7 +73,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _processor() -> str:
-    """What -march=native stands for here, so that a shared cache does not serve another machine's code."""
+    """The processor for which -march=native compiles: a cache on a shared disk must not serve another machine's code."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -84,7 +84,7 @@ def _processor() -> str:
 
 
 def entry_points(kernels: Sequence[Kernel]) -> str:
-    """C++ that gives each kernel an entry `mq_entry_<name>(Block*, void** arguments)`, its signature asserted."""
+    """C++ that asserts each kernel's signature and gives it an entry `mq_entry_<name>(Block*, void** arguments)`."""
     out = ["#include <type_traits>"]
     for k in kernels:
         types = [p.ctype for p in k.parameters]
@@ -101,9 +101,9 @@ def entry_points(kernels: Sequence[Kernel]) -> str:
 class CpuBackend(Backend):
     """Runs kernels on the CPU with `threads` OS threads (default: all cores).
 
-    `order` is the order in which the threads of a block are resumed and blocks are started: results that differ between
-    "ascending" and "descending" betray a race. Fresh buffers and LDS hold other bytes in each order (NaN in the first),
-    so that a value that was never written betrays itself too.
+    `order` is the order in which blocks begin and the threads of a block are resumed. Results that differ between
+    "ascending" and "descending" show that a kernel has a race. New buffers and LDS hold other bytes in each order (NaN
+    in the first), so results that depend on a value that was never written differ too.
     """
 
     name = "cpu"

@@ -130,7 +130,7 @@ class CudaBackend(GpuBackend):
     name = "cuda"
     driver = DRIVER
     counted: ClassVar[Mapping[str, int]] = {name: slice_ for name, (slice_, _) in COUNTED.items()}
-    """`slices` of a device whose tensor cores count bits."""
+    """`slices` of devices whose tensor cores count bits, sm_80 and later."""
 
     def _select(self) -> None:
         device, context = ctypes.c_int(), ctypes.c_void_p()
@@ -162,7 +162,10 @@ class CudaBackend(GpuBackend):
         values: Sequence[Any],
         lds: int,
     ) -> None:
-        """Kernels that await the one before them begin while it runs, unless it may write what they read before."""
+        """Launch a kernel; one that awaits the kernel before it begins while that runs, if it may.
+
+        It may not if the kernel before it writes buffers of a type that it reads before it awaits (`early`).
+        """
         written, self._written = self._written, kernel.written
         if not self._overlaps or kernel.early is None or kernel.early & written:
             super()._dispatch(kernel, grid, block, values, lds)
@@ -173,7 +176,7 @@ class CudaBackend(GpuBackend):
         self.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments(values), none)
 
     def lds_for_copies(self, kernel: Kernel) -> int:
-        """What the kernel's own arrays leave of a block's most, on devices that copy into LDS at a thread's word."""
+        """Bytes of LDS that a block may have beside the kernel's own arrays; 0 on devices that copy no rows into LDS."""
         if not self._overlaps:
             return 0
         if kernel not in self._lds:

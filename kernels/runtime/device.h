@@ -1,9 +1,9 @@
-// What every kernel may use beside the HIP surface: wave and block reductions in a fixed order, and loads of weights that
-// are only 2-byte aligned. No multiply is contracted with an add unless fmaf is written, so that a kernel gives the same
-// bits on every back end wherever expf and division do, but for counted bits (bits.h). Waves have 32 lanes; blocks are whole
-// waves.
+// What all kernels use beside HIP itself: sums over waves and blocks in a fixed order, and loads of weights that are aligned
+// to 2 bytes only. A product and a sum are rounded separately unless fmaf is written, so a kernel gives the same bits on every
+// back end, as far as expf and division do; products that count bits (bits.h) are the exception. Waves have 32 lanes, and
+// blocks are whole waves.
 #pragma once
-#ifndef __HIPCC_RTC__    // hiprtc has its own
+#ifndef __HIPCC_RTC__    // hiprtc needs no header
 #include <hip/hip_runtime.h>
 #endif
 
@@ -21,7 +21,7 @@ DEVICE int wave() { return threadIdx.x / WAVE; }
 
 DEVICE float not_a_number() { return __int_as_float(0x7fc00000); }
 
-// Lanes of a wave see what others of it have written to LDS before.
+// Behind this call, each lane of a wave sees what the others wrote to LDS before it.
 #ifndef MQ_SYNC_WAVE
 DEVICE void sync_wave() {
   __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "wavefront");
@@ -29,7 +29,7 @@ DEVICE void sync_wave() {
 }
 #endif
 
-// The first lane that has `found` set, or WAVE, to every lane.
+// Every lane gets the number of the first lane whose `found` is true, or WAVE.
 #ifndef MQ_FIRST_LANE
 DEVICE int first_lane(bool found) {
   const uint32_t lanes = __builtin_amdgcn_ballot_w32(found);
@@ -47,7 +47,7 @@ DEVICE float wave_max(float v) {
   return v;
 }
 
-// The sum over a block, to every thread; `scratch` holds one float per wave and may be in use until the call.
+// Every thread gets the sum over its block. `scratch` holds one float per wave, and may be in use until the call.
 DEVICE float block_sum(float v, float* scratch) {
   v = wave_sum(v);
   __syncthreads();
@@ -71,7 +71,7 @@ DEVICE float block_max(float v, float* scratch) {
 DEVICE uint32_t load_u16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
 DEVICE uint32_t load_u32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
 DEVICE float load_f32(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
-// Without hip_fp16.h, which hiprtc does not always find; the shims have their own.
+// hip_fp16.h would have it, but hiprtc does not always find that; the other vendors' headers have their own.
 #ifndef MQ_HALF_TO_FLOAT
 DEVICE float half_to_float(uint16_t bits) { return (float)__builtin_bit_cast(_Float16, bits); }
 #endif
@@ -82,14 +82,15 @@ DEVICE float load_f16(const uint8_t* p) { return half_to_float(load_u16(p)); }
 DEVICE uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
 #endif
 
-// A kernel that awaits the one before it may be launched while that one runs, but not before all older ones are done. Until
-// then it writes nothing and reads only what is older (CudaBackend sees to it), through fetch_new where a launch made it.
+// From sm_90 on, kernel N + 1 may start while kernel N runs; the kernels before N are done. Before `await_previous`, kernel
+// N + 1 writes nothing, and reads no buffer of a type that N writes (CudaBackend._dispatch checks that). Buffers that kernel
+// N - 1 wrote are read with `fetch_new`, past the cache.
 #ifndef MQ_AWAIT
 DEVICE void await_previous() {}
 #endif
 template <class T>
 DEVICE T fetch_new(const T* p) {
-  return *const_cast<const volatile T*>(p);    // not from a cache that a running kernel may have filled before
+  return *const_cast<const volatile T*>(p);    // volatile: not from the cache, which a running kernel may have filled before
 }
 
 struct alignas(16) Quad {
@@ -111,7 +112,7 @@ struct alignas(8) Pair {
   uint32_t v[2];
 };
 
-// Loads of weights. Where a compiler would move them to their first use, and so wait there, the shims keep them in place.
+// Loads of weights. A compiler that moves them to their first use would wait there; the vendors' headers keep them in place.
 #ifndef MQ_FETCH
 DEVICE uint16_t fetch_u16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
 DEVICE uint32_t fetch_u32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
@@ -147,8 +148,9 @@ DEVICE void read_words(const uint8_t* p, uint32_t (&words)[N]) {
   for (int i = 0; i < N; i++) words[i] = run.v[i];
 }
 
-// Eight f16 levels in registers. pick4 looks up the four whose numbers (below 8) are the lowest nibbles of `codes`; higher
-// nibbles are ignored. AMD's way: levels are held as their low and their high bytes, and one instruction picks four bytes.
+// Eight f16 levels in registers. pick4 looks up the four levels whose numbers, below 8, are the lowest four nibbles of `codes`;
+// higher nibbles are ignored. On AMD GPUs the low bytes of the levels are held apart from their high bytes, because one
+// instruction picks four bytes.
 #ifndef MQ_BOOK
 struct Book {
   uint32_t low[2], high[2];

@@ -1,7 +1,7 @@
 // The block formats as lanes read them: a group of 256 is cut into slices of SLICE elements, one a lane, and a lane works
 // on ROWS rows at a time. One struct per format, named as in mq_quant.formats.blocks with '-' written '_'. BYTES counts a
 // group of 256 (eight blocks for Q8F16), VALUE the bytes of a value in formats of single values.
-//   load     what a lane needs of a group for slice s, and nothing computed, so that many loads can be under way
+//   load     the raw bytes that a lane needs for slice s of a group; it computes nothing, so that many loads can be under way
 //   weights  the decoded elements, with the bits of blocks.py
 //   dot      their product with x, added to `sum`; affine formats take scale and zero out of it (x_sum is the sum of x)
 //   Counted  the struct for units that count bits (bits.h), where the format has one
@@ -18,7 +18,8 @@ DEVICE float dot_weights(const typename Format::Raw& raw, const float (&x)[Forma
   return sum;
 }
 
-// 2^BITS + q for the code that begins at bit `shift`: its bits in the mantissa of 2^BITS, exact, with no conversion.
+// 2^BITS + q as a float, for the code q that begins at bit `shift`: q is put into the mantissa of 2^BITS, which is exact and
+// needs no conversion.
 template <int BITS>
 DEVICE float lifted(uint32_t codes, int shift) {
   const int up = 23 - BITS - shift;
@@ -26,7 +27,7 @@ DEVICE float lifted(uint32_t codes, int shift) {
   return __int_as_float(and_or(placed, ((1u << BITS) - 1) << (23 - BITS), (127u + BITS) << 23));
 }
 
-// Bits 24k .. 24k+23 of a little-endian stream of words; what lies above them is left there.
+// Bits 24k .. 24k+23 of a little-endian stream of words, in the lowest 24 bits; the bits above them are undefined.
 DEVICE uint32_t bits24(const uint32_t* words, int k) {
   const int word = 24 * k / 32, shift = 24 * k % 32;
   return shift <= 8 ? words[word] >> shift : words[word] >> shift | words[word + 1] << (32 - shift);
@@ -175,7 +176,8 @@ struct MQ2_Lloyd : Packed<blocks::MQ2_Lloyd> {
 
 struct MQ3_Lloyd : Packed<blocks::MQ3_Lloyd> {
   using Counted = MQ3_Bits;
-  // Eight codes of three bits, each in a nibble: the halves are moved apart, then their halves, then theirs.
+  // Eight codes of three bits, each moved into a nibble: first the upper four codes move up, then two of each four, then one
+  // of each two.
   DEVICE uint32_t nibbles(uint32_t codes) {
     codes = (codes & 0xfff) + 16 * (codes & 0xfff000);
     codes += 3 * (codes & 0x0fc00fc0);

@@ -1,7 +1,7 @@
-"""What the hip and cuda back ends share: the two driver interfaces are one but for names, and so are their compilers'.
+"""What the hip and cuda back ends share: their drivers and run-time compilers differ in the names of functions only.
 
-A `Driver` names a vendor's functions; `GpuBackend` runs kernels through it on device 0, in order, on the default
-stream, or on one of its own beside other back ends. A back end is used from the thread that opened it.
+A `Driver` names a vendor's functions. `GpuBackend` calls them: it runs kernels in order on device 0, on the default
+stream or, beside other back ends, on a stream of its own. A back end is used from the thread that opened it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from .host import Backend, arguments
 from .sources import Kernel, Module, Sources
 
 _POOLED = 1 << 20
+"""Bytes of a buffer up to which its memory is kept for later buffers."""
 _SMALLEST = 512
-_NON_BLOCKING = 1
-_PORTABLE = 1
+"""Bytes of the smallest piece of memory that is taken."""
+_NON_BLOCKING = 1  # …StreamNonBlocking: the stream does not wait for the default stream
+_PORTABLE = 1  # …HostAllocPortable: page-locked for all contexts
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def compile_program(
 
 
 class _Allocation:
-    """Owner of one piece of device memory; its finalizer gives the memory back."""
+    """Owner of one piece of device memory, whose finalizer gives the memory back."""
 
 
 class GpuBackend(Backend):
@@ -248,7 +250,7 @@ class GpuBackend(Backend):
         return owner, address
 
     def _release(self, address: int) -> None:
-        """Small pieces go back to a pool, which later launches of the one stream may use without waiting."""
+        """Free a piece of memory; keep a small one for the next buffer, without a wait, since the stream runs in order."""
         size = self._held.get(address)
         if size is None:
             return
@@ -296,7 +298,7 @@ class GpuBackend(Backend):
         self._transfer(self.driver.copy_out, self.driver.stream_copy_out, *where)
 
     def _transfer(self, plain: str, on_stream: str, *where: Any) -> None:
-        """One copy, done when it returns; on a stream of its own it waits for nothing of other streams."""
+        """One copy, which is done when this returns. On a stream of its own it does not wait for other streams."""
         if self._stream.value is None:
             self.call(plain, *where)
         else:

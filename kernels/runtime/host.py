@@ -7,8 +7,8 @@
         gpu.download(y)
 
 Launches are checked against the kernel's signature before anything runs: the number of arguments, each buffer's dtype
-and back end, each scalar's range, grid and block. Launches run in order; `download` waits for them. The typed wrappers
-of ops.py choose grids and shapes.
+and back end, each scalar's range, grid and block. Launches run in order; `download` waits for them. The functions of
+forward/ops.py choose grids and shapes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Backend(ABC):
     device: str
     """The device in words, for reports."""
     slices: Mapping[str, int] = MappingProxyType({})
-    """Elements of a group that one lane multiplies, in formats where the back end does not keep to formats.h."""
+    """By format, elements of a group that one lane multiplies, where that is not SLICE of block_table.py."""
 
     @classmethod
     def available(cls) -> bool:
@@ -143,7 +143,7 @@ class Backend(ABC):
         return out
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
-        """Memory of the machine, u8 [nbytes], from and to which copies are fast; it goes with the back end."""
+        """Memory of the machine, u8 [nbytes], from and to which copies are fast; `close` gives it back."""
         return np.empty(nbytes, np.uint8)
 
     def copy(self, target: Buffer, source: Buffer) -> None:
@@ -225,7 +225,7 @@ class Backend(ABC):
 
     @abstractmethod
     def seconds_between(self, first: Any, last: Any) -> float:
-        """Device time between two marks, once the last is reached."""
+        """Seconds of device time between two marks; waits for the last one."""
 
     @abstractmethod
     def _copy(self, target: int, source: int, nbytes: int) -> None: ...
@@ -274,8 +274,8 @@ BACKENDS = {"hip": ".hip:HipBackend", "cuda": ".cuda:CudaBackend", "cpu": ".cpu:
 def open_backend(name: str = "auto", **options: Any) -> Backend:
     """Open a back end: "hip" (AMD GPU), "cuda" (NVIDIA GPU), "cpu", or "auto", the first that has a device.
 
-    `options` go to the back end's class: `sources` everywhere; `threads` and `order` for the CPU. BackendError says
-    what is missing.
+    `options` go to the back end's class: `sources` to any; `threads` and `order` to the CPU's, `own_stream` to those of
+    GPUs. Raises BackendError that says what is missing.
     """
     if name == "auto":
         for candidate in ("hip", "cuda"):

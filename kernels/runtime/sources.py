@@ -1,8 +1,8 @@
 """The kernels as text: their modules, sources with our includes put in place, and every kernel's signature.
 
-The source is the one truth about a kernel's arguments: signatures are read from its KERNEL lines, launches are checked
-against them, and the CPU build asserts that the compiler reads them the same way. Some headers are no files: they are
-made from tables of Python, so that kernels and host share every number.
+A kernel's arguments are stated in its source alone: signatures are read from KERNEL lines, launches are checked against
+them, and the CPU build asserts that the compiler reads them the same way. Some headers are no files: they are made from
+tables in Python, so that kernels and host share every number.
 """
 
 from __future__ import annotations
@@ -86,8 +86,11 @@ class Module:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One kernel of one module; `threads` is the block size it is written for, `early` the types of the buffers that it
-    reads before it awaits the kernel before it, None where it does not. Compared by identity: a quick key.
+    """One kernel of one module. `threads` is the largest block that it may run in.
+
+    `early` holds the types of the buffers that it reads before it awaits the kernel before it, if it does.
+
+    Kernels are compared by identity, which makes them quick keys.
     """
 
     module: Module

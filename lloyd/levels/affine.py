@@ -45,7 +45,7 @@ def grid_error(y, zero, scale, inverse, top):
 
 @compiled
 def refine(y, zero, scale, top, out):
-    """One least-squares step: out [2, 16] becomes the zero and scale that fit best the codes nearest under the given ones."""
+    """One least-squares step: out [2, 16] receives the zero and scale that fit best the codes of the given ones."""
     none = splat(np.float32(0))
     one = splat(np.float32(1))
     inverse = one / scale
@@ -70,7 +70,7 @@ def refine(y, zero, scale, top, out):
 
 @compiled
 def attempt(y, low, width, step, a, b, top, best):
-    """Try the grid that leaves out the shares a and b at the ends; best [3, 16] is the least error so far, its a and b."""
+    """Try the grid without the shares a and b of the range; best [3, 16] is the least error so far, its a and b."""
     one = splat(np.float32(1))
     scale = step * (one - a - b)
     error = grid_error(y, fma(a, width, low), scale, one / scale, top)
@@ -130,9 +130,9 @@ def best_grid(y, count, steps, best, out):
 def nearest_grid(y, grid, live, levels, mids, codes):
     """Codes [256, 16] of the nearest of the levels zero + scale · k, given (zero, scale) in grid [2, 16].
 
-    Of two that are as near the lower code wins. levels [K, 16] and mids [K-1, 16] are scratch; lanes from `live` on hold
-    no row. A guess by division is at most one code off where the rounding of levels is small beside the scale; where it
-    is not, values are compared with every midpoint.
+    Of two that are as near the lower code wins. levels [K, 16] and mids [K-1, 16] are scratch; lanes from `live` on
+    hold no row. A guess by division is at most one code off where the rounding of levels is small beside the scale;
+    where it is not, values are compared with every midpoint.
     """
     none = splat(np.float32(0))
     one = splat(np.float32(1))

@@ -1,11 +1,11 @@
 """Exact one-dimensional k-means of a group of 256, in plain (unweighted) squared error.
 
-Where values are sorted, clusters are intervals, and the cost of an interval follows from prefix sums. The cost obeys the
-quadrangle inequality: the best last boundary never moves back when the prefix grows. So each layer of the dynamic
+Where values are sorted, clusters are intervals, and the cost of an interval follows from prefix sums. The cost obeys
+the quadrangle inequality: the best last boundary never moves back when the prefix grows. So each layer of the dynamic
 programme divides and conquers. Eight rows run in step: each searches the union of their ranges of boundaries, which
-differ little after the rotation, so that no row's result depends on its neighbours. A few Lloyd iterations on the sorted
-values give a bound first, and prefixes whose own distortion exceeds it in all eight rows are left out. Of equal costs
-the lower boundary wins. All sums are f64.
+differ little after the rotation, so that no row's result depends on its neighbours. A few Lloyd iterations on the
+sorted values give a bound first, and prefixes whose own distortion exceeds it in all eight rows are left out. Of equal
+costs the lower boundary wins. All sums are f64.
 
 Source: Wu, "Optimal quantization by matrix searching", J. Algorithms 12 (1991), for the monotone boundaries.
 """
