@@ -298,7 +298,7 @@ def _launch_experts(
 
 
 def _copied(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int]:
-    """(waves of a block whose rows are copied into LDS, bytes of LDS that they take); (0, 0) where that is not possible."""
+    """(waves of a block whose rows are copied into LDS, bytes of LDS that they take); (0, 0) where that cannot be."""
     fmt, groups = w[0].format, w[0].cols // GROUP
     waves, whole = COPYING_WAVES.get((kernel.name, fmt), 0), len(w) <= WHOLE.get(fmt, 0)
     held = groups if whole else RING_DEPTH * RING_STEP

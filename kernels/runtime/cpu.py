@@ -73,7 +73,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _processor() -> str:
-    """The processor for which -march=native compiles: a cache on a shared disk must not serve another machine's code."""
+    """The processor for which -march=native compiles: a shared cache must not serve another machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -176,7 +176,7 @@ class CudaBackend(GpuBackend):
         self.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments(values), none)
 
     def lds_for_copies(self, kernel: Kernel) -> int:
-        """Bytes of LDS that a block may have beside the kernel's own arrays; 0 on devices that copy no rows into LDS."""
+        """Bytes of LDS that a block may have beside the kernel's own arrays; 0 on devices that copy no rows."""
         if not self._overlaps:
             return 0
         if kernel not in self._lds:

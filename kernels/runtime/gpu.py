@@ -250,7 +250,7 @@ class GpuBackend(Backend):
         return owner, address
 
     def _release(self, address: int) -> None:
-        """Free a piece of memory; keep a small one for the next buffer, without a wait, since the stream runs in order."""
+        """Free a piece of memory; keep a small one for the next buffer, which need not wait in one stream."""
         size = self._held.get(address)
         if size is None:
             return
