@@ -196,7 +196,6 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     quantization = c.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
         raise ConfigError("config key 'quantization_config' is not an object")
-    rows, cols = _block_shape(quantization.get("weight_block_size", [128, 128]))
     cfg = ModelConfig(
         **{key: c[key] for key in _DIMENSIONS},
         head_dim=c["head_dim"],
@@ -204,7 +203,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         rope_theta=float(c["rope_theta"]),
         rms_norm_eps=float(c["rms_norm_eps"]),
         max_position_embeddings=c["max_position_embeddings"],
-        block_shape=(rows, cols),
+        block_shape=_block_shape(quantization.get("weight_block_size", [128, 128]), c),
     )
     if cfg.rotary_dim > cfg.head_dim or cfg.rotary_dim % 2:
         raise ConfigError(f"rotary_dim {cfg.rotary_dim} does not fit head_dim {cfg.head_dim}")
@@ -215,10 +214,15 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     return cfg
 
 
-def _block_shape(value: Any) -> tuple[int, int]:
-    """Rows and columns of the weights that share an FP8 scale; null stands for whole matrices."""
+def _block_shape(value: Any, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the weights that share an FP8 scale; null stands for whole matrices.
+
+    A whole matrix is a block that no side of an FP8 matrix exceeds.
+    """
     if value is None:
-        return _LARGEST, _LARGEST
+        heads = config["num_attention_heads"] * config["head_dim"]
+        side = max(heads, config["hidden_size"], config["intermediate_size"])
+        return side, side
     if not (isinstance(value, list) and len(value) == 2):
         raise ConfigError(
             f"quantization_config.weight_block_size is {shown(value)}, not two positive integers"

@@ -37,8 +37,7 @@ class Checkpoint:
             )
         self._files: dict[str, UnchangedFile] = {}
         self.raw_config, self.config = load_config(self._file(CONFIG, ConfigError))
-        indexed = (self.path / INDEX).is_file() or not (self.path / SINGLE).is_file()
-        weight_map = load_index(self._file(INDEX)) if indexed else dict[str, str]()
+        weight_map = self._weight_map()
         self.shards: tuple[str, ...] = tuple(sorted(set(weight_map.values()))) or (SINGLE,)
         self._refuse_missing()
         self.tensors: Mapping[str, TensorInfo] = by_name(map(self._header, self.shards), self.path)
@@ -108,6 +107,21 @@ class Checkpoint:
             hint = "is this the folder of a checkpoint?"
             self._files[name] = UnchangedFile(self.path / name, error, hint)
         return self._files[name]
+
+    def _weight_map(self) -> dict[str, str]:
+        """{tensor name: shard} of the index, empty where there is none and a single file holds all."""
+        if (self.path / INDEX).is_file():
+            return load_index(self._file(INDEX))
+        if (self.path / SINGLE).is_file():
+            return {}
+        others = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        if others:
+            raise CheckpointError(
+                f"holds its weights in another form: {some(others, 3)}",
+                file=self.path,
+                hint=f"mq-quant reads {SINGLE}, or shards and {INDEX}",
+            )
+        return load_index(self._file(INDEX))
 
     def _refuse_missing(self) -> None:
         missing = [s for s in self.shards if not (self.path / s).is_file()]

@@ -77,6 +77,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     ),
     "other model": (write("config.json", '{"model_type": "llama"}'), ConfigError, "llama"),
     "no index": (drop(INDEX), CheckpointError, "index.json: cannot be read"),
+    "weights of another form": (
+        lambda folder: (folder / INDEX).rename(folder / "pytorch_model.bin") and None,
+        CheckpointError,
+        "holds its weights in another form: pytorch_model.bin",
+    ),
     "index without map": (write(INDEX, "{}"), CheckpointError, "weight_map"),
     "index is no JSON": (write(INDEX, b"\xff\xfe{}"), CheckpointError, "index.json"),
     "missing shard": (drop(SHARD), CheckpointError, f"1 of 2 shards are missing: {SHARD}"),
