@@ -1,7 +1,7 @@
 """Second moments of one layer's activations, gathered while the reference forward runs it.
 
-All sums are f64, in the order in which rows come. Rows with a value whose square f32 cannot hold are left out, and said
-so.
+All sums are f64, in the order in which rows come. Rows with a value whose square f32 cannot hold are left out, and a
+note says so.
 """
 
 from __future__ import annotations

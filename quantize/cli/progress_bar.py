@@ -6,12 +6,14 @@ import sys
 from types import TracebackType
 from typing import Any
 
+from ...formats.text import printable
+
 
 class Progress:
     """A bar that is drawn once `start` is called; `start` and `advance` are hooks of the work that it watches."""
 
     def __init__(self, title: str, quiet: bool) -> None:
-        self._title, self._quiet = title, quiet
+        self._title, self._quiet = printable(title), quiet
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -30,7 +32,7 @@ class Progress:
         self._bar = tqdm(
             total=total,
             initial=done,
-            desc=self._title.encode("utf-8", "backslashreplace").decode(),
+            desc=self._title,
             unit="w",
             unit_scale=True,
             smoothing=0.05,

@@ -1,6 +1,6 @@
 """What rounding had to fall back on, from single experts' notes to sentences in a layer's report.
 
-Sentences name experts in ascending order, so they depend on the job alone: not on threads, nor on which units an
+Sentences name experts in ascending order, so they depend on the spec alone: not on threads, nor on the units that an
 earlier run encoded.
 """
 
