@@ -141,9 +141,13 @@ class CalibrationFolder:
         record: Mapping[str, Any] | None = None,
         imatrix: ImatrixLayer | None = None,
     ) -> CalibratedLayer:
-        """The importances in a layer's file; the notes are those of `record`."""
-        path = self.path / layer_file(layer)
-        return read_layer(open_layer_file(path, config, down), config, layer, record or {}, imatrix)
+        """The importances in a layer's file; the notes are those of `record`, and so is the hash, where it is given.
+
+        Raises CalibrationError where the file has changed.
+        """
+        path, record = self.path / layer_file(layer), record or {}
+        file = open_layer_file(path, config, down, record.get("sha256"))
+        return read_layer(file, config, layer, record, imatrix)
 
     def finish_layer(self, layer: int, hidden: NDArray[np.float32] | None, record: dict[str, Any]) -> None:
         """Make the residual stream behind a written layer durable (None after the last), then the journal's line."""

@@ -30,8 +30,10 @@ DOWN: DownForm = "full"
 
 
 class GatheredImportance:
-    """The importances of a model, gathered while it is built. Layers are begun in ascending order, on one thread;
-    between `begin_layer` calls `layer` may be called from any.
+    """The importances of a model, gathered while it is built.
+
+    Layers are begun in ascending order, all on one thread. Between two calls of `begin_layer`, `layer` may be called on
+    any thread.
     """
 
     def __init__(self, source: Source, tokens: Tokens, device: str = "cpu") -> None:

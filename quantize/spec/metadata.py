@@ -1,8 +1,7 @@
 """The metadata of a file: what the engine's loader reads, and our own provenance under one key.
 
-The metadata stands before the payloads but holds values that are known only after them (hashes, exponents). It is
-therefore laid out with room for these: `template` fixes its length, `complete` fills it in without changing it.
-Pure values in, pure values out; depends on formats, recipe and plan.
+The metadata stands before the payloads, but holds values that are known only after them (hashes, exponents). It is
+therefore laid out with room for these: `template` fixes its length, `complete` fills it in and keeps that length.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ SCHEMA = 1
 PRODUCER = "mq-quant"
 CHECKSUM = "xxh64"
 LAYER_ROOM = 2048
-"""Bytes kept free per layer for what the encoder reports about it, besides one such share for the file."""
+"""Bytes kept free for what the encoder reports of each layer; one more such share is kept for the file."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""What a manifest says of the device: sums of one GPU are not continued on another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_model
+import torch
+from mq_quant.formats.checkpoint.local import open_checkpoint
+from mq_quant.formats.errors import ResumeError
+from mq_quant.quantize.calibrate import layer_pass
+from mq_quant.quantize.calibrate.layer_pass import device_record
+from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
+
+TOKENS = np.random.default_rng(0).integers(0, 300, (1, 16)).astype(np.int32)
+
+
+class StopError(Exception):
+    """An interruption."""
+
+
+def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_record(torch.device("cpu")) == {"device": "cpu"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Radeon 8060S")
+    assert device_record(torch.device("cuda")) == {"device": "cuda", "gpu": "Radeon 8060S"}
+
+
+def test_a_calibration_is_not_continued_on_another_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(small_model.save(tmp_path / "small", small_model.tensors()))
+
+    def stop(weights: int, layer: int) -> None:
+        if layer == 1:
+            raise StopError
+
+    def run(gpu: str, **hooks: Any) -> int:
+        monkeypatch.setattr(layer_pass, "device_record", lambda device: {"device": "cuda", "gpu": gpu})
+        return calibrate(source, TOKENS, tmp_path / "calib", CalibrationOptions(**hooks)).resumed_layers
+
+    with pytest.raises(StopError):
+        run("H100", on_read=stop)
+    with pytest.raises(ResumeError, match="gpu is 'H100' there and 'H200' here"):
+        run("H200")
+    assert run("H100") == 1
