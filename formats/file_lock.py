@@ -41,11 +41,12 @@ class FileLock:
         self.path, self._busy = path, busy
         self._owner = path.with_name(path.name + OWNER)
         self._owned = False
-        for _ in range(_TRIES):
+        for left in reversed(range(_TRIES)):
             self.fd = open_own(path)
             try:
                 self._take()
-                if is_at(self.fd, path):
+                # Some network shares give a name and its open file different inode numbers: there the last try counts.
+                if is_at(self.fd, path) or (not left and os.fstat(self.fd).st_nlink):
                     return
             except BaseException:
                 self.close()

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...formats.errors import OutputError
 from ...formats.hfq import layout
 from ...formats.machine import peak_rss
 from ..calibrate.folder import discard_folder
@@ -127,7 +128,7 @@ class Build:
             if self.spec.gathered is not None:
                 self.spec.gathered.close()
             if self._file.is_over:
-                with suppress(OSError):
+                with suppress(OutputError):  # what stays there does no harm, and the file may be finished
                     discard_folder(self._moments)
         finally:
             self._file.close()

@@ -60,13 +60,20 @@ def _parse(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
+def _is_whole(record: Record, first: bool) -> bool:
+    """Whether a record is one of ours: the signature in the first line, a unit in the others."""
+    if first:
+        return isinstance(record.get("job"), dict)
+    return isinstance(record.get("unit"), str) and isinstance(record.get("xxh64"), str)
+
+
 def whole_lines(lines: Iterable[bytes]) -> tuple[list[Record], int]:
     """The records of the whole lines at the start of a journal, and the bytes that they take."""
     records: list[Record] = []
     size = 0
     for line in lines:
         record = _parse(line)
-        if record is None:
+        if record is None or not _is_whole(record, not records):
             break
         records.append(record)
         size += len(line)
@@ -125,7 +132,7 @@ class Journal:
             f.seek(0)
             records, size = whole_lines(f)
         mine = json.loads(json.dumps(dict(signature)))
-        there = records[0].get("job", {}) if records else {}
+        there = records[0]["job"] if records else {}
         # With no unit noted nothing is lost.
         if anew or len(records) < 2:
             records, size = [], 0
@@ -136,7 +143,7 @@ class Journal:
             os.lseek(fd, 0, os.SEEK_END)
         if not records:
             self._append({"job": mine})
-        self.done = {str(record["unit"]): record for record in records[1:]}
+        self.done = {record["unit"]: record for record in records[1:]}
         return not records
 
     def _refuse(self, different: list[str]) -> None:

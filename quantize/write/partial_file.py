@@ -136,6 +136,7 @@ class PartialFile:
         self.final, self.path = destination.path, beside(destination.path, PARTIAL)
         self._laid, self._fd = laid, -1
         self._begun = self._committed = False
+        self._is_told_apart = True
         destination.check(laid.total_bytes)
         self.journal = Journal(beside(destination.path, JOURNAL))
         try:
@@ -157,6 +158,8 @@ class PartialFile:
         with disk_errors(self.path):
             _reserve(self._fd, total_bytes)
             os.ftruncate(self._fd, total_bytes)
+        # Some network shares give a name and its open file different inode numbers, so nothing follows from them there.
+        self._is_told_apart = is_at(self._fd, self.path)
 
     def __enter__(self) -> PartialFile:
         return self
@@ -221,7 +224,7 @@ class PartialFile:
         with disk_errors(self.path):
             write_all(self._fd, memoryview(header), 0)
         self.sync()
-        if not is_at(self._fd, self.path):
+        if self._is_replaced():
             raise OutputError(
                 "was removed or replaced by somebody else while it was written",
                 file=self.path,
@@ -235,11 +238,13 @@ class PartialFile:
                 file=self.final,
                 hint=f"its bytes are in {self.path.name}; the same command tries again and encodes nothing anew",
             ) from None
-        if not is_at(self._fd, self.final):
-            raise OutputError("was replaced by somebody else in the moment it was finished", file=self.final)
         sync_folder(self.final.parent)
         self._committed = True
         return self.final
+
+    def _is_replaced(self) -> bool:
+        """Whether another file, or none, stands under the temporary name by now."""
+        return self._is_told_apart and not is_at(self._fd, self.path)
 
     @property
     def is_over(self) -> bool:
@@ -250,7 +255,7 @@ class PartialFile:
         """Let go of the file. Where nothing is left to continue, what stands beside the output is removed."""
         try:
             if self._fd >= 0:
-                if self.is_over and is_at(self._fd, self.path):
+                if self.is_over and not self._committed and not self._is_replaced():
                     with suppress(OSError):
                         self.path.unlink()
                 os.close(self._fd)

@@ -15,6 +15,7 @@ from mq_quant.quantize.write.journal import (
     SHOWN,
     VALUE,
     Journal,
+    _line,
     differences,
     read_journal,
 )
@@ -93,6 +94,18 @@ def test_a_flipped_bit_ends_what_is_trusted(tmp_path: Path) -> None:
     (tmp_path / "j").write_bytes(b"".join(lines))
     records, _ = read_journal(tmp_path / "j")
     assert [r.get("unit") for r in records] == [None, "unit 0"]
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"unit": 5, "xxh64": "0"}, {"unit": "a"}, {"job": {}}, {"unit": "a", "xxh64": None}]
+)
+def test_a_line_of_another_kind_ends_what_is_trusted(record: dict[str, object], tmp_path: Path) -> None:
+    write(tmp_path / "j", 2)
+    with (tmp_path / "j").open("ab") as f:
+        f.write(_line(record))
+    assert len(read_journal(tmp_path / "j")[0]) == 3
+    (tmp_path / "j").write_bytes(_line({"unit": "a", "xxh64": "0"}) + _line({"job": []}))
+    assert read_journal(tmp_path / "j") == ([], 0)
 
 
 def test_another_signature_is_refused_and_the_file_left_alone(tmp_path: Path) -> None:

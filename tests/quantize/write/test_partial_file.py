@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from mq_quant.formats import file_lock
 from mq_quant.formats.errors import InUseError, OutputError, ResumeError
 from mq_quant.formats.hfq import QuantizationHash, TensorMeta
+from mq_quant.quantize.write import partial_file
 from mq_quant.quantize.write.partial_file import (
     CALIBRATION,
     JOURNAL,
@@ -219,6 +222,53 @@ def test_only_the_file_that_was_written_gets_the_name(tmp_path: Path) -> None:
         shutil.move(partial, tmp_path / "elsewhere")
         with pytest.raises(OutputError, match="removed or replaced"):
             file.commit(b"header")
+
+
+def test_a_share_with_changing_inode_numbers_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial_file, "is_at", lambda fd, path: False)
+    monkeypatch.setattr(file_lock, "is_at", lambda fd, path: False)
+    with opened(tmp_path / "x") as file:
+        pass
+    assert names(tmp_path) == []
+    with opened(tmp_path / "x") as file:
+        put(file, A, b"AAAA")
+        put(file, B, b"BBBB")
+        file.commit(b"header")
+    assert names(tmp_path) == ["x"] and (tmp_path / "x").read_bytes() == b"headerAAAABBBB"
+
+
+def test_a_name_that_cannot_be_given_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(self: Path, target: Path) -> Path:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with monkeypatch.context() as patch, opened(tmp_path / "x") as file:
+        put(file, A, b"AAAA")
+        put(file, B, b"BBBB")
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(
+            OutputError, match=r"x: the finished file cannot be given this name(?s:.*)partial"
+        ):
+            file.commit(b"header")
+    with opened(tmp_path / "x") as file:
+        assert file.take_over([A, B], 1) == {"a", "b"}
+        file.commit(b"header")
+    assert (tmp_path / "x").read_bytes() == b"headerAAAABBBB"
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_reserving_space_is_a_service_that_may_be_missing(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fallocate(*_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    opened(tmp_path / "x").close()
+    monkeypatch.delattr(os, "posix_fallocate")
+    with opened(tmp_path / "x"):
+        assert beside(tmp_path / "x", PARTIAL).stat().st_size == 14
 
 
 def test_space_that_the_partial_file_holds_already_counts_as_free(
