@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -100,6 +101,17 @@ def sync(fd: int) -> None:
     except OSError as e:
         if e.errno not in NOT_OFFERED:
             raise
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Bytes that are free on a folder's disk, None where the file system does not tell."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError as e:
+        if e.errno not in NOT_OFFERED:
+            raise
+        return None
+    return usage.free if usage.total else None
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, MqError, WeightError
+from ..text import printable
 from ..unchanged import UnchangedFile
 from .documents import check_index, config_notes, load_config, load_index
 from .holes import hollow
@@ -52,7 +53,7 @@ class Checkpoint:
 
     @property
     def origin(self) -> dict[str, str]:
-        return {"folder": self.path.resolve().name}
+        return {"folder": printable(self.path.resolve().name)}  # it goes into JSON, which holds text only
 
     def validate(self) -> None:
         """As `Source.validate`; a tensor that lies in a hole of its shard is refused too."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from ...awq.from_moments import CalibratedLayer, read_layer
 from ...formats.errors import CalibrationError, OutputError, ResumeError
 from ...formats.file_lock import OWNER
 from ...formats.minimax import ModelConfig
-from ...formats.own_file import disk_errors
+from ...formats.own_file import disk_errors, free_bytes
 from ...formats.statistics.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
 from ...formats.statistics.moment_file import Arrays, DownForm, encode_layer, layer_file, open_layer_file
 from ...formats.statistics.moment_folder import IMATRIX, MANIFEST, SCHEMA
@@ -83,9 +82,10 @@ class CalibrationFolder:
 
     def check_space(self, needed: int) -> None:
         """Refuse a disk that cannot hold `needed` bytes, those that an earlier run wrote among them; OutputError."""
-        held = sum(f.stat().st_size for f in self.path.iterdir())
-        free = shutil.disk_usage(self.path).free
-        if free + held < needed:
+        with disk_errors(self.path):
+            free = free_bytes(self.path)
+            held = sum(f.stat().st_size for f in self.path.iterdir())
+        if free is not None and free + held < needed:
             raise OutputError(
                 f"needs {needed / 1e9:.1f} GB and its disk has {(free + held) / 1e9:.1f} GB free",
                 file=self.path,

@@ -7,7 +7,6 @@ are written at their offsets, and the open file gets its final name when it is c
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +21,7 @@ from ...formats.file_lock import OWNER
 from ...formats.own_file import (
     NOT_OFFERED,
     disk_errors,
+    free_bytes,
     is_at,
     open_own,
     sync,
@@ -75,11 +75,10 @@ class Destination:
             raise OutputError(
                 "exists already", file=path, hint="give --force to replace it, or another --output"
             )
-        free = shutil.disk_usage(folder).free + _held(beside(path, PARTIAL))
-        needed = total_bytes + self.extra_bytes
-        if free < needed:
+        free, needed = free_bytes(folder), total_bytes + self.extra_bytes
+        if free is not None and (room := free + _held(beside(path, PARTIAL))) < needed:
             raise OutputError(
-                f"needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free",
+                f"needs {needed / 1e9:.1f} GB and its disk has {room / 1e9:.1f} GB free",
                 file=path,
                 hint="free some space, or give an --output on another disk",
             )

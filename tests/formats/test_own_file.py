@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mq_quant.formats.errors import OutputError
-from mq_quant.formats.own_file import disk_errors, is_at, open_own, sync, sync_folder, write_all
+from mq_quant.formats.own_file import disk_errors, free_bytes, is_at, open_own, sync, sync_folder, write_all
 
 
 def test_a_plain_file_is_made_and_opened_again(tmp_path: Path) -> None:
@@ -112,3 +113,16 @@ def test_syncing_is_a_service_that_may_be_missing(
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "error")))
     with pytest.raises(OSError, match="error"):
         sync(0)
+
+
+def test_a_file_system_may_not_tell_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    assert (free_bytes(tmp_path) or 0) > 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=0, free=0))
+    assert free_bytes(tmp_path) is None
+
+    def refused(_: Path) -> None:
+        raise OSError(errno.ENOSYS, "not offered")
+
+    monkeypatch.setattr(shutil, "disk_usage", refused)
+    assert free_bytes(tmp_path) is None
