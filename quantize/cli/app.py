@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from . import build as cli_build
 from . import calibrate as cli_calibrate
 from . import inspect as cli_inspect
 from . import verify as cli_verify
 from .console import INTERRUPTED, note
-from .guard import as_error, guarded
+from .guard import as_error, guarded, usage_of
 from .streams import prepare
 
 DEBUG = "--debug"
+BAD_INPUT = 2
 
 app = typer.Typer(
     name="mq-quant",
@@ -31,9 +33,13 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (cli_build, cli_calibrate, cli_inspect, cli_verify):
-    for name, command in module.COMMANDS.items():
-        app.command(name)(guarded(command))
+_COMMANDS = {**cli_build.COMMANDS, **cli_calibrate.COMMANDS, **cli_inspect.COMMANDS, **cli_verify.COMMANDS}
+_ORDER = (
+    "tiers", "plan", "build", "calibrate", "verify", "inspect", "diff", "reproduce", "compare-hidden", "doctor",
+)  # fmt: skip
+"""As the help lists them: in the order in which a newcomer meets them."""
+for name in _ORDER:
+    app.command(name)(guarded(_COMMANDS[name]))
 
 
 def _show_version(wanted: bool) -> None:
@@ -62,12 +68,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = DEBUG in args
     try:
-        app(args=[arg for arg in args if arg != DEBUG], prog_name="mq-quant")
-    except KeyboardInterrupt:
+        command = get_command(app)
+        code = command.main(
+            [arg for arg in args if arg != DEBUG], prog_name="mq-quant", standalone_mode=False
+        )
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except BaseException as e:
+        if (usage := usage_of(e)) is not None:
+            note(usage)
+            sys.exit(BAD_INPUT)
         error = as_error(e)
         if error is None or debug:
             raise
         note(f"error: {error}")
         sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -96,7 +96,9 @@ def build(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Build the file of a tier. The same command continues a build that was interrupted.
+    """Build the file of a tier.
+
+    The same command continues a build that was interrupted.
 
     \b
     Examples:
@@ -206,7 +208,9 @@ def plan(
     ] = 2,
     as_json: opt.Json = False,
 ) -> None:
-    """Show what a build will take before it starts: the file's size, memory and disk. No weight is read.
+    """Show what a build will take.
+
+    The size of the file, memory and disk follow from the recipe and a config.json: no weight is read.
 
     \b
     Examples:
@@ -246,7 +250,9 @@ def tiers(
     ] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """List the tiers: how large each file is, and how much memory a machine needs to run it.
+    """List the tiers with their sizes.
+
+    Beside each stands the memory that a machine needs to run its file.
 
     \b
     Examples:

@@ -68,8 +68,9 @@ def calibrate(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Run the FP8 model on text and keep the second moments of what its experts see, for better builds.
+    """Gather statistics for better builds.
 
+    The FP8 model runs on a text, layer by layer, and the second moments of what its experts see are kept in a folder.
     The same command continues a calibration that was interrupted.
 
     \b

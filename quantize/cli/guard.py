@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable
 
 import typer
 
 from ...formats.errors import MqError
 
+SAID = 300
+"""Characters that are shown of what a foreign exception says."""
 REPORT = "this is a fault of mq-quant or of a library it uses: --debug shows where, please report it"
 _NOT_ERRORS = (typer.Exit, typer.Abort, typer.BadParameter, KeyboardInterrupt, SystemExit, GeneratorExit)
 
@@ -36,12 +39,29 @@ def as_error(exception: BaseException) -> MqError | None:
         return None
     if isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError":
         return MachineError("out of memory", hint="try fewer --jobs")
+    said = _first_line(exception)
     if isinstance(exception, OSError):
         names = [str(name) for name in (exception.filename, exception.filename2) if name is not None]
-        problem = exception.strerror or str(exception) or type(exception).__name__
+        problem = exception.strerror or said or type(exception).__name__
         return MachineError(problem, file=" -> ".join(names) or None, hint="--debug shows where")
-    said = str(exception).strip().partition("\n")[0][:300]
     return FaultError(f"{type(exception).__name__}{': ' if said else ''}{said}", hint=REPORT)
+
+
+def _first_line(exception: BaseException) -> str:
+    """What an exception says, short and without passwords and tokens: libraries put addresses into their messages."""
+    from ...formats.hub.endpoint import redacted
+
+    return redacted(str(exception).strip().partition("\n")[0])[:SAID]
+
+
+def usage_of(exception: BaseException) -> str | None:
+    """What typer has to say of options and arguments that it does not take; None for other exceptions."""
+    show = getattr(exception, "show", None)
+    if isinstance(exception, MqError) or not callable(show):
+        return None
+    text = io.StringIO()
+    show(file=text)
+    return text.getvalue().rstrip().replace("Value error, ", "")
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

@@ -41,7 +41,9 @@ def inspect(
     ] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show a file's header, metadata and tensors, or one tensor decoded.
+    """Show what is in a file.
+
+    Its header, metadata and tensors, one tensor decoded, or what the file was made from.
 
     \b
     Examples:
@@ -122,7 +124,9 @@ def diff(
     b: Annotated[Path, typer.Argument(metavar="B", help="The file to compare with it.", show_default=False)],
     as_json: opt.Json = False,
 ) -> None:
-    """Compare two files: metadata, formats, and each tensor's bytes and values. Exit code 1 where they differ.
+    """Compare two files.
+
+    Metadata, formats, and each tensor's bytes and values are compared. The exit code is 1 where they differ.
 
     \b
     Examples:
@@ -182,7 +186,9 @@ def reproduce(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Encode again what a file says it was made from, and compare. Nothing is written. Exit code 1 where bytes differ.
+    """Make a file again and compare.
+
+    What the file says it was made from is encoded again. Nothing is written. The exit code is 1 where bytes differ.
 
     \b
     Examples:
@@ -227,7 +233,9 @@ def _made_by(program: Mapping[str, Any]) -> str:
 
 
 def doctor(as_json: opt.Json = False) -> None:
-    """Say what this machine has, and what that means for mq-quant. Exit code 1 where something is missing.
+    """Look at this machine.
+
+    Each line says what was found and what that means for mq-quant. The exit code is 1 where something is missing.
 
     \b
     Examples:

@@ -70,8 +70,9 @@ def verify(
     ] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Judge a file: its structure, how it decodes, how near its weights and its outputs are to the checkpoint's.
+    """Judge a file.
 
+    Its structure is checked, it is decoded, and its weights and outputs are compared with those of the checkpoint.
     Without a checkpoint only structure, decoding and a continuation are judged. The bars are those of the file's tier.
     The exit code is 1 where one of them is missed.
 
@@ -183,7 +184,9 @@ def compare_hidden(
     ] = 0.99,
     as_json: opt.Json = False,
 ) -> None:
-    """Compare two dumps of hidden states of the same tokens, layer by layer. Exit code 1 where one is under the bar.
+    """Compare two dumps of hidden states.
+
+    Both must be of the same tokens. The exit code is 1 where a layer is under the bar.
 
     \b
     Examples:

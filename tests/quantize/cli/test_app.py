@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mq_quant.quantize.cli import build as cli_build
+from mq_quant.quantize.cli import calibrate as cli_calibrate
+from mq_quant.quantize.cli import inspect as cli_inspect
+from mq_quant.quantize.cli import verify as cli_verify
 from mq_quant.quantize.cli.app import app, main
 from mq_quant.quantize.tiny.folder import ensure_tiny
 
@@ -152,6 +156,17 @@ def test_debug_shows_the_traceback(mq: Run) -> None:
 
     with pytest.raises(HfqError):
         mq("inspect", "none", "--debug")
+
+
+def test_every_command_of_every_module_is_there() -> None:
+    modules = (cli_build, cli_calibrate, cli_inspect, cli_verify)
+    names = [name for module in modules for name in module.COMMANDS]
+    assert sorted(names) == sorted(str(command.name) for command in app.registered_commands)
+
+
+def test_the_summary_of_a_command_is_a_whole_sentence(mq: Run) -> None:
+    lines = mq("--help")[1].partition("Commands:")[2].split("\n")
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines if line.strip())
 
 
 def test_every_command_has_help_with_examples(mq: Run) -> None:
