@@ -134,14 +134,19 @@ def parse_object(raw: bytes, depth: int = DEPTH_LIMIT) -> dict[str, Any]:
 
 def dump_object(value: Mapping[str, Any]) -> bytes:
     """Serialise an object compactly, keys in the given order; JsonError for what strict JSON cannot hold."""
-    try:
-        raw = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
-    except (TypeError, ValueError, RecursionError) as e:
-        raise JsonError(f"cannot be written as JSON: {e}") from None
+    raw = compact(value)
     if object_end(raw) != len(raw):
         raise JsonError("is not one object")
     parse_object(raw)
     return raw
+
+
+def compact(value: Mapping[str, Any]) -> bytes:
+    """The bytes of `dump_object`, not held against its limits, for those who only want to know how many there are."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as e:
+        raise JsonError(f"cannot be written as JSON: {e}") from None
 
 
 def _nests_deeper(value: Any, limit: int) -> bool:

@@ -9,18 +9,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...formats.hfq.totals import FormatTotals
 from ...formats.machine import cores
 from ...formats.minimax import ModelConfig, inventory, parse_config
-from ...formats.statistics.moment_file import DownForm, layer_tensors
 from .metadata import template, totals_of
 from .places import ModelFiles, choose_recipe, local_folder, model_files
 from .plan import ROW_WEIGHTS, Plan, make_plan, plan_tensors
 from .recipe import Recipe, load_tier
 from .recipe import tiers as tier_names
 from .tally import FileSizes, file_sizes
+
+if TYPE_CHECKING:
+    from ...formats.statistics.moment_file import DownForm
 
 MACHINES_GB = (16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 256)
 CONTEXT = 32768
@@ -200,6 +202,8 @@ def build_memory(sizes: FileSizes, jobs: int) -> int:
 
 def calibration_sizes(config: ModelConfig, tokens: int, down: DownForm) -> CalibrationSizes:
     """What a calibration on so many tokens takes, with down's moments kept in this form."""
+    from ...formats.statistics.moment_file import layer_tensors
+
     h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
     stream = 4 * tokens * h
     attention = 2 * stream + 4 * tokens * (3 * config.q_dim + 2 * config.kv_dim)

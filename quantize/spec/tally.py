@@ -23,7 +23,7 @@ from ...formats.minimax import (
     layer_inventory,
     layer_prefix,
 )
-from ...formats.strictjson import dump_object
+from ...formats.strictjson import compact
 from .metadata import Totals, template
 from .patterns import matcher
 from .places import ModelFiles
@@ -73,7 +73,7 @@ def file_sizes(recipe: Recipe, files: ModelFiles, config: ModelConfig) -> FileSi
     check_layers(recipe, zip((kind.first for kind in found), formats, strict=True))
     totals, sums = _totals(config, found, formats)
     metadata = template(files.config, files.side, config, totals, {"recipe": recipe.resolved()})
-    metadata_bytes = len(dump_object(metadata))
+    metadata_bytes = len(compact(metadata))
     index = _COUNT_BYTES + sum(kind.index_bytes for kind in found)
     index += sum(_line(awq_scale_name(layer), 1) for layer in range(config.num_hidden_layers))
     data_offset = -(-(METADATA_OFFSET + metadata_bytes + index) // ALIGNMENT) * ALIGNMENT
@@ -147,11 +147,13 @@ def _totals(
     config: ModelConfig, found: Sequence[Kind], formats: Sequence[Format]
 ) -> tuple[Totals, dict[str, FormatTotals]]:
     """All tensors together, AWQ scales included, and format by format in the order of the file."""
-    sums: dict[str, FormatTotals] = {}
+    sums: dict[str, list[int]] = {}
+    """{format name: [tensors, weights, bytes]}"""
 
     def add(fmt: Format, count: int, weights: int) -> None:
-        each = fmt.nbytes(weights)
-        sums[fmt.name] = sums.get(fmt.name, FormatTotals()).plus(count, count * weights, count * each)
+        row = sums.setdefault(fmt.name, [0, 0, 0])
+        for i, each in enumerate((1, weights, fmt.nbytes(weights))):
+            row[i] += count * each
 
     weights = experts = quantised = 0
     scales_counted = False
@@ -164,6 +166,7 @@ def _totals(
         weights += kind.count * size
         experts += kind.count * size if kind.first.role == "expert" else 0
         quantised += kind.count * size if fmt.group > 1 else 0
-    tensors = sum(row.tensors for row in sums.values())
-    payload = sum(row.bytes for row in sums.values())
-    return Totals(tensors, payload, weights, experts, quantised), sums
+    totals = {name: FormatTotals(*row) for name, row in sums.items()}
+    tensors = sum(row.tensors for row in totals.values())
+    payload = sum(row.bytes for row in totals.values())
+    return Totals(tensors, payload, weights, experts, quantised), totals
