@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,20 @@ def test_tokens_of_prompt_file_and_source(build: Build, checkpoint: Checkpoint, 
         assert asked.tokens[0].tolist() == chat[0, 1:-2].tolist()
         assert inputs_of(file, VerifyOptions(tokens=8)).tokens is None, "nothing to compare with"
         assert inputs_of(file, VerifyOptions(source=folder, tokens=0)).tokens is None
+
+
+def test_tokens_that_nobody_chose_are_told(build: Build, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Held-out tokens are fewer than asked for, or there are none and fixed ones take their place."""
+    folder = tmp_path / "source"
+    shutil.copytree(checkpoint.path, folder)
+    with open_hfq(build()) as file:
+        assert inputs_of(file, VerifyOptions(source=str(folder), tokens=64)).notes == ()
+        (few,) = inputs_of(file, VerifyOptions(source=str(folder), tokens=512)).notes
+        assert "only 64 of the 512 tokens" in few
+        (folder / "eval_tokens.npy").unlink()
+        fixed, few = inputs_of(file, VerifyOptions(source=str(folder), tokens=512)).notes
+        assert "has no eval_tokens.npy" in fixed and "of the 512 tokens" in few
+        assert inputs_of(file, VerifyOptions(source=str(folder), prompt="bab")).notes == ()
 
 
 @pytest.mark.parametrize(

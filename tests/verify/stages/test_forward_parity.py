@@ -19,6 +19,7 @@ from mq_quant.verify.model import kernel_forward as kernel_model
 from mq_quant.verify.model.hfq_weights import DecodedFile
 from mq_quant.verify.model.kernel_forward import KernelModel
 from mq_quant.verify.model.reference import layer_by_layer, logits
+from mq_quant.verify.stages import forward_parity
 from mq_quant.verify.stages import generation as generate
 from mq_quant.verify.stages.forward_parity import check_forward
 from mq_quant.verify.stages.generation import check_generation, coherence
@@ -56,6 +57,27 @@ def test_kernels_agree_with_torch_on_the_decoded_file(
         bars = Bars(cosine_mean=0.99999, cosine_min=0.9999, kld_mean=1e-4)
         stage = check_forward(file, DecodedFile(file), checkpoint.config, backend, tokens, bars)
         assert stage.ok, stage.complaints
+
+
+def test_a_judgement_by_few_positions_says_so(
+    build: Build,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    tokens: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the standard error of the mean KLD, as numpy has it."""
+    with open_hfq(build("MQ2-Lloyd", "MQ3-Lloyd")) as file:
+        stage = check_forward(file, checkpoint, checkpoint.config, backend, tokens, Bars())
+        kld = np.array(stage.as_json()["kld"])
+        error = kld.std(ddof=1) / np.sqrt(kld.size)
+        assert len(stage.notes) == 1
+        assert (
+            f"judged by {tokens.size} positions only" in stage.notes[0]
+            and f"± {error:.2g};" in stage.notes[0]
+        )
+        monkeypatch.setattr(forward_parity, "FIRM", tokens.size)
+        assert check_forward(file, checkpoint, checkpoint.config, backend, tokens, Bars()).notes == ()
 
 
 def test_bars_that_do_not_hold_are_named(
