@@ -5,7 +5,7 @@
 FOLDER holds calib_tokens.npy, eval_tokens.npy and imatrix.gguf beside the checkpoint. For each number of sequences the
 source is calibrated anew, every tier built with it, alone and with the imatrix behind it, and judged on held-out
 tokens; the fits that need no calibration are the lines to beat. Writes a table (JSON and Markdown) and a plot.
-Depends on the installed mq_quant, on quality.py and, for the plot, matplotlib.
+The plot needs matplotlib.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@
 Down matrices of M2.7 (3072 × 1536), scaled, rotated, their Hessians made and their groups encoded: from weights and to
 payloads in the machine's memory; as many threads as a build has ask the device, one a core. The slice is what a build
 does with 16 experts that lie in memory as FP8, on all cores. Wall-clock medians, the CPU's of its thread's own clock.
-Depends on the installed mq_quant.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python benchmarks/encoder.py --stages   # where the time of the Hessian fit goes
 
 Times are of the thread's own CPU clock, so that a busy machine does not count; medians of several runs. The slice
-holds 16 experts of M2.7's width, encoded by the same code as a build. Depends on the installed mq_quant.
+holds 16 experts of M2.7's width, encoded by the same code as a build.
 """
 
 from __future__ import annotations

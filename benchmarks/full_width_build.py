@@ -3,7 +3,7 @@
     python benchmarks/full_width_build.py --experts 16 --jobs 2
 
 Writes a random checkpoint with an imatrix to a temporary folder (about 2.7 GB for 16 experts), builds it with the
-installed `mq-quant`, and prints the rate and the peak memory of that process. Depends on the installed mq_quant.
+installed `mq-quant`, and prints the rate and the peak memory of that process.
 """
 
 from __future__ import annotations

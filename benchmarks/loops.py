@@ -6,8 +6,7 @@
 SmolLM2-135M as in quality_real.py: its MLPs are encoded by each fit, and 32 prompts of 32 held-out tokens are continued
 by 128, greedily and at temperature 0.8 with one seed. "In a loop" counts continuations that end in a block of at most
 32 ids said three times; "distinct" is the share of different 4-grams; the perplexity is the source model's, of the
-sampled text. A small model repeats itself even unquantised, so every row stands beside the source's. Depends on
-quality_real and the installed mq_quant.
+sampled text. A small model repeats itself even unquantised, so every row stands beside the source's.
 """
 
 from __future__ import annotations

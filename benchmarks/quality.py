@@ -5,7 +5,8 @@
 
 FOLDER holds imatrix.gguf and eval_tokens.npy beside the checkpoint, or --imatrix and --tokens name them. Builds each
 file with the pipeline, decodes it, runs it through the reference forward, and writes a table (JSON and Markdown) and a
-plot of KLD against bytes. Depends on the installed mq_quant and, for the plot, matplotlib.
+plot of KLD against bytes.
+The plot needs matplotlib.
 """
 
 from __future__ import annotations

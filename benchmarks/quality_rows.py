@@ -1,7 +1,8 @@
 """The rows that the quality benches measure, as a table and as a plot of KLD against bytes, one line per fit.
 
 A row names what was built, under the key that the bench gives, and holds its `fit` and `bytes`, the output-weighted SNR
-by projection as `snr`, and the fields of verify.metrics' summary. Depends on matplotlib, for the plot.
+by projection as `snr`, and the fields of verify.metrics' summary.
+The plot needs matplotlib.
 """
 
 from __future__ import annotations

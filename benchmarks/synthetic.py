@@ -8,8 +8,7 @@ group is scaled by s = d^(α/2), rotated, encoded, decoded and compared in the s
 over all groups of all rows is printed. The targets do not say which heavy tail or which mean they are of; with these
 two the `reference` column, AWQ with α = ½, agrees with theirs best. `plain` is the reference fit without AWQ, as at
 down. The Hessian fit is without gain, at α = 0 and at the best exponent of the encoder's grid. A cell is met where it
-reaches its target after rounding to the target's digit. Exits with 1 where one is not. Depends on the installed
-mq_quant.
+reaches its target after rounding to the target's digit. Exits with 1 where one is not.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ Gate and up share their layer's second moment, each expert's down matrix has its
 thread's own CPU clock, and `products` is what later groups do about the errors of earlier ones; feedback and descent
 inside a group are products too, of 256 columns, and not counted. The slice is 16 experts in wall-clock time, moments
 and weights in memory, factors of down included. The extrapolation is 62 layers of 16 such slices and one factor of gate
-and up; reading weights and moments, searching the AWQ exponent and writing are left out. Depends on the installed
-mq_quant.
+and up; reading weights and moments, searching the AWQ exponent and writing are left out.
 """
 
 from __future__ import annotations

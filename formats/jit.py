@@ -65,8 +65,8 @@ def _files(sources: tuple[Path, ...]) -> Iterator[Path]:
 def folder() -> Path | None:
     """Where machine code is kept; None where nothing can be written."""
     given = variable("NUMBA_CACHE_DIR")
-    if given:
-        place = Path(given).absolute() / disk.NAME
+    if given and Path(given).is_absolute():
+        place = Path(given) / disk.NAME
         if disk.private(place) and disk.private(place / KIND):
             return place / KIND
     return disk.folder(KIND)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,12 @@ def test_a_user_without_a_home_has_none(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.undo()
     monkeypatch.setenv("HOME", "somewhere")
     assert home() is None
+
+
+def test_the_page_of_the_machine_has_the_table() -> None:
+    page = (ROOT / "docs" / "machine.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
+    assert dict(rows) == VARIABLES
 
 
 def test_no_other_module_reads_the_environment() -> None:
