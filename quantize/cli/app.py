@@ -19,7 +19,7 @@ from . import inspect as cli_inspect
 from . import verify as cli_verify
 from .console import INTERRUPTED, note
 from .guard import as_error, guarded, usage_of
-from .streams import prepare
+from .streams import READER_GONE, prepare, silence
 
 DEBUG = "--debug"
 BAD_INPUT = 2
@@ -74,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
+    except SystemExit as e:
+        if not isinstance(e.__context__, BrokenPipeError):
+            raise
+        silence(sys.stdout)  # the reader of a help page has left: the pages are typer's, and so is this exit
+        sys.exit(READER_GONE)
     except BaseException as e:
         if (usage := usage_of(e)) is not None:
             note(usage)

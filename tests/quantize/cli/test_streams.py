@@ -62,7 +62,17 @@ def test_a_build_whose_reader_has_left_is_a_build(small: Path, tmp_path: Path) -
     assert (tmp_path / "out").is_file()
 
 
-@pytest.mark.parametrize("command", [("tiers",), ("inspect", GOLDEN), ("inspect", GOLDEN, "--json")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("--help",),
+        ("build", "-h"),
+        ("--version",),
+        ("tiers",),
+        ("inspect", GOLDEN),
+        ("inspect", GOLDEN, "--json"),
+    ],
+)
 def test_what_only_shows_ends_silently_when_its_reader_leaves(command: tuple[object, ...]) -> None:
     writing = unread()
     done = mq(*command, stdout=writing)
