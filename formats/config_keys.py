@@ -73,7 +73,7 @@ TABLE = (
     Rule(
         "tie_word_embeddings",
         off,
-        "a model that ties its embeddings has no lm_head, and the engine needs one",
+        "the engine needs an lm_head.weight, and mq-quant makes none for a model that ties its embeddings",
     ),
     Rule(".*tied?_.* share_.*embed.*", off, "the engine has separate embeddings and lm_head"),
     Rule(

@@ -47,8 +47,6 @@ _ROPE_KEYS = frozenset(
         *("original_max_position_embeddings", "max_position_embeddings"),
     )
 )
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-_MTP = re.compile(r"(model\.)?(mtp|nextn)\w*\.")
 _EXPERT = re.compile(r"model\.layers\.(\d{1,9})\.block_sparse_moe\.experts\.(\d{1,9})\.(w[123])\.weight")
 
 
@@ -264,16 +262,6 @@ def awq_scale_name(layer: int) -> str:
 def scale_inv_name(weight: str) -> str:
     """The name of the block scales that belong to the FP8 tensor `weight`."""
     return f"{weight}_scale_inv"
-
-
-def is_mtp(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor belongs to a multi-token-prediction module, which files for the engine leave out.
-
-    Such modules are named mtp or model.mtp, or they follow the last layer as further ones.
-    """
-    layer = _LAYER.match(name)
-    beyond = layer is not None and int(layer[1]) >= config.num_hidden_layers
-    return beyond or _MTP.match(name) is not None
 
 
 def may_be_zero(name: str) -> bool:

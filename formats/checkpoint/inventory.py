@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
 from ..fp8 import scale_shape
-from ..minimax import ModelConfig, TensorSpec, inventory, is_mtp
+from ..minimax import ModelConfig, TensorSpec, inventory
 from ..text import shortened
+from .mtp import UNCOUNTED_HINT, FurtherLayers, further_layers
 from .safetensors_file import TensorInfo, some
 from .weights import FLOATS, FP8, SCALE_SUFFIXES, SCALES, scale_of
 
@@ -28,6 +30,10 @@ _UNUSED = re.compile(
 _FUSED = re.compile(r".*\.mlp\.experts\.(gate_up_proj|down_proj)")
 
 _INCOMPLETE = "the shards and config.json are not of one model, or the checkpoint is incomplete"
+_NO_HEAD = (
+    "the checkpoint is incomplete; if the model ties its embeddings (tie_word_embeddings), store a copy of "
+    "model.embed_tokens.weight as lm_head.weight"
+)
 _KINDS = f"mq-quant reads FP8 matrices of type {FP8} with a scale for each block, and weights in {', '.join(FLOATS)}"
 _PAIRS = "each FP8 matrix needs its own scales, named like it with the ending _scale_inv or _scale"
 
@@ -45,8 +51,13 @@ class Problem:
 class LeftOut:
     """Tensors of a checkpoint that no file for the engine holds."""
 
-    mtp: tuple[str, ...]
+    further: FurtherLayers
     unused: tuple[str, ...]
+
+    @property
+    def mtp(self) -> tuple[str, ...]:
+        """Those of multi-token-prediction modules."""
+        return self.further.mtp
 
     @property
     def names(self) -> frozenset[str]:
@@ -66,15 +77,20 @@ class LeftOut:
         )
 
 
-def left_out(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> LeftOut:
-    """Which tensors of a checkpoint are not used."""
-    mtp = tuple(name for name in tensors if is_mtp(name, config))
-    return LeftOut(mtp, tuple(n for n in tensors if _UNUSED.fullmatch(n) and not is_mtp(n, config)))
+def left_out(tensors: Mapping[str, TensorInfo], config: ModelConfig, raw: Mapping[str, Any]) -> LeftOut:
+    """Which tensors of a checkpoint are not used; `raw` is config.json."""
+    unused = tuple(name for name in tensors if _UNUSED.fullmatch(name))
+    return LeftOut(further_layers(set(tensors).difference(unused), config, raw), unused)
 
 
-def check_inventory(tensors: Mapping[str, TensorInfo], config: ModelConfig, file: str | Path) -> None:
-    """Hold all tensors against what the config calls for; CheckpointError names the first that do not fit."""
-    problems = list(islice(_problems(tensors, config), SHOWN + 1))
+def check_inventory(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig, apart: LeftOut, file: str | Path
+) -> None:
+    """Hold all tensors but those `apart` against what the config calls for.
+
+    CheckpointError names the first that do not fit.
+    """
+    problems = list(islice(_problems(tensors, config, apart), SHOWN + 1))
     if not problems:
         return
     hint = problems[0].hint
@@ -85,7 +101,7 @@ def check_inventory(tensors: Mapping[str, TensorInfo], config: ModelConfig, file
     raise CheckpointError("the tensors do not fit the config:" + "".join(lines) + more, file=file, hint=hint)
 
 
-def _problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Iterator[Problem]:
+def _problems(tensors: Mapping[str, TensorInfo], config: ModelConfig, apart: LeftOut) -> Iterator[Problem]:
     """Every problem, lazily, so that only as many are looked for as are shown."""
     fused = next((name for name in tensors if _FUSED.fullmatch(name)), None)
     if fused is not None:
@@ -96,12 +112,14 @@ def _problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Iterato
             "save the model in the layout of the released checkpoint (experts.0.w1.weight and so on)",
         )
         return
-    known: set[str] = set()
+    if apart.further.uncounted:
+        yield Problem(apart.further.uncounted[0], apart.further.problem, UNCOUNTED_HINT)
+    known = {*apart.names, *apart.further.uncounted}
     for spec in inventory(config):
         known.add(spec.name)
         info = tensors.get(spec.name)
         if info is None:
-            yield Problem(spec.name, "is missing", _INCOMPLETE)
+            yield Problem(spec.name, "is missing", _NO_HEAD if spec.role == "lm_head" else _INCOMPLETE)
             continue
         allowed = (FP8, *FLOATS) if spec.stored == "fp8" else FLOATS
         if info.dtype not in allowed:
@@ -120,7 +138,7 @@ def _problems(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> Iterato
                 known.add(scale.name)
             yield from _scale_problems(spec, scale, config)
     for name in tensors:
-        if name not in known and not is_mtp(name, config) and not _UNUSED.fullmatch(name):
+        if name not in known:
             yield _stranger(name, tensors)
 
 

@@ -44,7 +44,7 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = by_name(map(self._header, self.shards), self.path)
         if weight_map:
             check_index(weight_map, self.tensors, self._file(INDEX))
-        self._left_out = left_out(self.tensors, self.config)
+        self._left_out = left_out(self.tensors, self.config, self.raw_config)
         self.skipped_mtp = self._left_out.mtp
         stray = SINGLE not in self.shards and (self.path / SINGLE).is_file()
         strays = (f"{self.path / SINGLE} is not read: {INDEX} names other shards",) if stray else ()
@@ -57,7 +57,7 @@ class Checkpoint:
 
     def validate(self) -> None:
         """As `Source.validate`; a tensor that lies in a hole of its shard is refused too."""
-        check_inventory(self.tensors, self.config, self.path)
+        check_inventory(self.tensors, self.config, self._left_out, self.path)
         for shard in self.shards:
             self._refuse_holes(shard)
 

@@ -54,11 +54,15 @@ class HubCheckpoint:
         self.tensors: Mapping[str, TensorInfo] = by_name(self._headers.values(), self.path)
         if weight_map:
             check_index(weight_map, self.tensors, self._small[INDEX])
-        apart = left_out(self.tensors, self.config)
-        self.skipped_mtp = apart.mtp
+        self._left_out = left_out(self.tensors, self.config, self.raw_config)
+        self.skipped_mtp = self._left_out.mtp
         stray = SINGLE in repository.files and SINGLE not in self.shards
         strays = (f"{self.path}/{SINGLE} is not read: {INDEX} names other shards",) if stray else ()
-        self.notes = (*config_notes(self.raw_config, f"{self.path}/{CONFIG}"), *strays, *apart.notes())
+        self.notes = (
+            *config_notes(self.raw_config, f"{self.path}/{CONFIG}"),
+            *strays,
+            *self._left_out.notes(),
+        )
         self._reader = TensorReader(self.tensors, self.config, self._read, self.path)
         self._slots = shard_cache
         self._uses: dict[str, int] = {}
@@ -77,7 +81,7 @@ class HubCheckpoint:
 
     def validate(self) -> None:
         """Check the whole inventory against the config; no shard is fetched. Raises CheckpointError."""
-        check_inventory(self.tensors, self.config, self.path)
+        check_inventory(self.tensors, self.config, self._left_out, self.path)
 
     def side_file(self, name: str) -> Path | None:
         """The path of one of SIDE_FILES, fetched to huggingface_hub's cache, or None where there is none."""

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
 from ..errors import HubError
-from .answers import Asked, check_body, check_coding, check_status, content_length
+from .answers import Asked, check_coding, check_status, content_length
+from .body import drain, watched
 from .endpoint import Endpoint, origin, shown
 from .patience import AgainError, Patience
 from .transport import faults, session
@@ -26,14 +27,11 @@ T = TypeVar("T")
 REDIRECTS = (301, 302, 303, 307, 308)
 LONGEST_CHAIN = 8
 CONNECT_SECONDS = 8.0
-SHORT_BODY = 64 << 10
 _IN_URLS = "%/:=&?~#+!$,;'@()*[]"
 LOOK = 0.25
 """Seconds between two looks whether a transfer is to end, while nothing comes."""
 SILENCE = 5.0
 """Seconds after which a request without any answer is spoken of."""
-SLOW_SECONDS, SLOW_BYTES = 30.0, 64 << 10
-"""A body of which fewer bytes than SLOW_BYTES came in SLOW_SECONDS counts as a dropped connection."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,13 @@ def ask(line: Line, what: str, url: str, read: float, span: str | None = None) -
                 asked = Asked(what, shown(url), trusted, trusted and line.endpoint.has_secret)
                 check_status(asked, response.status_code, headers)
                 packed = check_coding(asked, headers)
-                chunks = _chunks(response, asked, headers, packed)
-                yield Answer(asked, response.status_code, headers, tuple(commits), packed, chunks)
+                chunks = watched(response, asked, headers, packed, line.patience)
+                try:
+                    yield Answer(asked, response.status_code, headers, tuple(commits), packed, chunks)
+                finally:
+                    chunks.close()
                 return
-            _drain(response, headers)
+            drain(response, headers)
             url = _target(url, headers.get("location"), what)
     raise HubError(f"{LONGEST_CHAIN} redirects follow each other; the last leads to {shown(url)}", file=what)
 
@@ -169,26 +170,3 @@ def _headers(line: Line, client: Any, request: Any, host: str, limit: float) -> 
     with suppress(Empty, AttributeError):  # it came in this very moment
         box.get_nowait().close()
     raise AgainError(f"no answer came in {limit:.0f} s", host=host)
-
-
-def _drain(response: Any, headers: Mapping[str, str]) -> None:
-    """Read the short body of a redirect, so that the connection can be used again."""
-    length = content_length(headers)
-    if length is not None and length <= SHORT_BODY:
-        for _ in response.iter_raw():
-            pass
-
-
-def _chunks(response: Any, asked: Asked, headers: Mapping[str, str], packed: bool) -> Iterator[bytes]:
-    """The body, unpacked. AgainError where it is a web page, or comes so slowly that the connection counts as dead."""
-    began, came, head = time.monotonic(), 0, True
-    for chunk in response.iter_bytes() if packed else response.iter_raw():
-        if head and chunk:
-            check_body(asked, headers, chunk[:512])
-            head = False
-        came += len(chunk)
-        yield chunk
-        if (now := time.monotonic()) - began > SLOW_SECONDS:
-            if came < SLOW_BYTES:
-                raise AgainError(f"only {came} bytes came in {now - began:.0f} s", host=asked.host)
-            began, came = now, 0

@@ -6,8 +6,9 @@ what they need when they run, so that `--help` is instant.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -38,8 +39,23 @@ _ORDER = (
     "tiers", "plan", "build", "calibrate", "verify", "inspect", "diff", "reproduce", "compare-hidden", "doctor",
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""
+
+
+def _with_warnings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with what modules warn of shown while it runs."""
+
+    @functools.wraps(command)
+    def run(*args: object, **options: object) -> None:
+        from .warnings_shown import warnings_shown
+
+        with warnings_shown():
+            command(*args, **options)
+
+    return run
+
+
 for name in _ORDER:
-    app.command(name)(guarded(_COMMANDS[name]))
+    app.command(name)(guarded(_with_warnings(_COMMANDS[name])))
 
 
 def _show_version(wanted: bool) -> None:

@@ -76,9 +76,19 @@ def _finite(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """Print a message on stderr. A stderr that nobody reads does not end a command."""
+    """Print a message on stderr, above a progress bar that is drawn there. May be called on any thread.
+
+    A stderr that nobody reads does not end a command.
+    """
+    text = printable(text, keep="\n")
     with suppress(OSError):
-        print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+        if "tqdm" not in sys.modules:  # it takes time to import, and without it no bar is drawn
+            print(text, file=sys.stderr, flush=True)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
 @contextmanager

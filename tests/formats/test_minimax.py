@@ -14,7 +14,6 @@ from mq_quant.formats.minimax import (
     expert_name,
     expert_of,
     inventory,
-    is_mtp,
     normalize_config,
     parse_config,
     scale_inv_name,
@@ -183,12 +182,3 @@ def test_names() -> None:
     for other in ("lm_head.weight", awq_scale_name(2), expert_name(2, 11, "w4"), expert_name(2, 10**9, "w1")):
         assert expert_of(other) is None
     assert awq_scale_name(2) == "model.layers.2.block_sparse_moe.awq_scale_gate_up.weight"
-
-
-def test_mtp_begins_after_the_last_layer() -> None:
-    config = parse_config(CONFIG)
-    assert not is_mtp("model.layers.1.input_layernorm.weight", config)
-    assert is_mtp("model.layers.2.input_layernorm.weight", config)
-    assert is_mtp("model.layers.10.x", config)
-    assert is_mtp("mtp.0.head.weight", config)
-    assert not is_mtp("model.norm.weight", config)

@@ -109,13 +109,37 @@ UNUSED = {
 
 
 def test_mtp_tensors_are_skipped_and_counted(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE | MTP))
+    config = CONFIG | {"num_mtp_modules": 1}
+    checkpoint = open_checkpoint(small_model.save(tmp_path, WHOLE | MTP, config=config))
     checkpoint.validate()
     assert set(checkpoint.skipped_mtp) == set(MTP)
     (said,) = checkpoint.notes
     assert "4 tensors" in said
     assert "multi-token-prediction" in said
     assert "mtp.head.weight" in said or "model.layers.2" in said
+
+
+@pytest.mark.parametrize("key", ["num_mtp_modules", "num_nextn_predict_layers"])
+def test_a_config_of_fewer_layers_is_told_from_mtp_modules(key: str, tmp_path: Path) -> None:
+    """Also where the released config's count of modules, of which no tensor was published, would cover the layers."""
+    config = CONFIG | {"num_hidden_layers": 1, key: 3}
+    with pytest.raises(CheckpointError, match=r"layers\.1\..*num_hidden_layers in config.json is 1") as e:
+        open_checkpoint(small_model.save(tmp_path, WHOLE, config=config)).validate()
+    assert "whole decoder layer" in str(e.value) and "correct num_hidden_layers" in str(e.value)
+
+
+def test_a_further_layer_that_nobody_counts_names_the_key(tmp_path: Path) -> None:
+    name = "model.layers.2.self_attn.q_proj.weight"
+    with pytest.raises(CheckpointError, match="num_mtp_modules") as e:
+        open_checkpoint(small_model.save(tmp_path, WHOLE | {name: torch.ones(2)})).validate()
+    assert name in str(e.value) and "and more" not in str(e.value)
+
+
+def test_a_checkpoint_without_lm_head_names_the_key_of_tied_embeddings(tmp_path: Path) -> None:
+    tensors = {name: t for name, t in WHOLE.items() if name != "lm_head.weight"}
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: is missing") as e:
+        open_checkpoint(small_model.save(tmp_path, tensors)).validate()
+    assert "tie_word_embeddings" in str(e.value)
 
 
 def test_tables_and_scales_of_activations_are_left_out_with_a_note(tmp_path: Path) -> None:

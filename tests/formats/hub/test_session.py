@@ -303,8 +303,8 @@ def test_headers_that_are_no_http(server: HubServer, fetch: Fetch) -> None:
 def test_a_connection_that_is_slow_beyond_use(
     server: HubServer, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mq_quant.formats.hub.session.SLOW_SECONDS", 0.0)
-    monkeypatch.setattr("mq_quant.formats.hub.session.SLOW_BYTES", 1 << 40)
+    monkeypatch.setattr("mq_quant.formats.hub.body.SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("mq_quant.formats.hub.body.SLOW_BYTES", 1 << 40)
     with pytest.raises(HubError, match="bytes came in"):
         fetch()
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import sys
+import threading
+
 import pytest
+from mq_quant.quantize.cli.console import note
 from mq_quant.quantize.cli.progress_bar import Progress
 
 
@@ -20,3 +25,24 @@ def test_a_bar_that_never_started_says_nothing(capsys: pytest.CaptureFixture[str
     with Progress("x", False) as bar:
         bar.advance(5, "unit")
     assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_notes_stand_on_lines_of_their_own_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part that begins a line anew is either the bar, the bar wiped out, or a note with the end of its line."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress("building", False) as bar:
+        bar.start(10, 0)
+        threads = [threading.Thread(target=note, args=(f"waiting {i}",)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        bar.advance(5, "unit")
+        for thread in threads:
+            thread.join()
+    said = [part for part in terminal.getvalue().split("\r") if "waiting" in part]
+    assert sorted(said) == [f"waiting {i}\n" for i in range(4)]
