@@ -86,6 +86,12 @@ class _Loader(yaml.SafeLoader):
         self._depth = 0
         self._sizes: dict[int, int] = {}
 
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
+        """Begin a [list] or a {mapping}; the scanner reads ahead, and each open bracket makes its next step slower."""
+        if self.flow_level >= MAX_DEPTH:
+            raise _too_deep(self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose one node, counting it and all that it holds before anything is constructed."""
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
@@ -99,7 +105,7 @@ class _Loader(yaml.SafeLoader):
         self._count(1, mark)
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise _TooMuch(None, None, f"its values nest deeper than {MAX_DEPTH} levels", mark)
+            raise _too_deep(mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         self._sizes[id(node)] = self._values - before
@@ -152,6 +158,10 @@ def _told(error: Exception) -> str:
     problem = getattr(error, "problem", None) or str(error) or type(error).__name__
     mark = getattr(error, "problem_mark", None)
     return printable(" ".join(str(problem).split()))[:200] + (f" in line {mark.line + 1}" if mark else "")
+
+
+def _too_deep(mark: yaml.Mark) -> _TooMuch:
+    return _TooMuch(None, None, f"its values nest deeper than {MAX_DEPTH} levels", mark)
 
 
 def _refusal(problem: str, mark: yaml.Mark) -> yaml.constructor.ConstructorError:

@@ -18,7 +18,6 @@ from mq_quant.formats.minimax import (
     parse_config,
     scale_inv_name,
 )
-from small_model import CONFIG
 
 M2_7 = {
     "model_type": "minimax_m2",

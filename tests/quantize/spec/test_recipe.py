@@ -75,6 +75,7 @@ TOO_MUCH = {
     "eighty thousand keys": "".join(f"k{i:05d}: 1\n" for i in range(80_000)),
     "ten thousand keys": "".join(f"k{i:05d}: 1\n" for i in range(10_000)),
     "deep lists": "a: " + "[" * 99 + "]" * 99,
+    "brackets that nobody closes": "[{" * 100_000,
     "deep mappings": "".join(" " * i + "a:\n" for i in range(99)),
     "aliases that multiply": aliased(9),
     "merges that multiply": "a0: &a0 {x: 1, y: 2}\n"
