@@ -35,6 +35,16 @@ class RowWeights(Weights, Protocol):
     def rows(self, name: str, low: int, high: int) -> NDArray[np.float32]: ...
 
 
+@runtime_checkable
+class TensorWeights(Protocol):
+    """A layer whose tensors exist in torch already, in the dtype and on the device of what passes through it.
+
+    They may have gradients.
+    """
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Routing:
     """Which experts each token takes: ids i64 [n, k], best first, and their weights [n, k], which sum to 1."""
@@ -61,8 +71,10 @@ ROWS = 1 << 13
 """Rows of a vocabulary's matrix that are read at a time."""
 
 
-def load(weights: Weights, name: str, like: Tensor) -> Tensor:
+def load(weights: Weights | TensorWeights, name: str, like: Tensor) -> Tensor:
     """One tensor of the provider in the dtype and on the device of `like`."""
+    if isinstance(weights, TensorWeights):
+        return weights.tensor(name)
     array = np.ascontiguousarray(weights.weight(name))
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(like)
 
@@ -106,7 +118,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(
-    weights: Weights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = _SILENT
+    weights: Weights | TensorWeights,
+    cfg: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    observer: Observer = _SILENT,
 ) -> Tensor:
     """The attention block's addition to the residual stream, [n_seq, len, H], causal within each sequence."""
     p, (n_seq, length, _) = layer_prefix(layer), hidden.shape
@@ -142,7 +158,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def route(weights: Weights, cfg: ModelConfig, layer: int, inputs: Tensor) -> Routing:
+def route(weights: Weights | TensorWeights, cfg: ModelConfig, layer: int, inputs: Tensor) -> Routing:
     """The router's choice for normed inputs [n, H]: top k of sigmoid + bias, ties to the lower index."""
     moe = f"{layer_prefix(layer)}block_sparse_moe."
     scores = F.linear(inputs, load(weights, f"{moe}gate.weight", inputs)).sigmoid()

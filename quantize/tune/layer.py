@@ -1,0 +1,298 @@
+"""One layer's tuning: what is continuous in it is trained so that its output comes near that of the source's layer.
+
+Inputs are what the file's own layers before it put out, targets what the source's layers put out, so each layer also
+answers the errors of those before it. A share of the sequences is held out. A layer whose error on them does not fall,
+measured on payloads as they would be stored, keeps the form that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...formats.blocks import AffineFormat, FloatFormat, LloydFormat, Q8Format
+from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_inventory
+from ..encode.overflow import encode_tensor
+from .deterministic import deterministic
+from .rounding import with_heads, within_f16, within_scales
+from .student import Matrices, StoredTensor, Student
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+CPU = torch.device("cpu")
+BETAS = (0.9, 0.999)
+EPSILON = 1e-12
+FLOOR = 0.1
+"""A norm or scale moves by shares of itself, and at least by such shares of this part of its vector's mean."""
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """How a layer is trained; all of it decides the bytes.
+
+    Steps are relative: one step of Adam moves a level or a norm by at most about `step` of its size, and a weight of
+    attention and router by `matrix_step` of its matrix's RMS. They fall to zero along a cosine. `batch` counts tokens,
+    in whole sequences; `held` is the share of the sequences that are held out.
+    """
+
+    epochs: int = 6
+    step: float = 1e-3
+    matrix_step: float = 5e-4
+    batch: int = 4096
+    held: float = 0.06
+    seed: int = 5
+
+    def record(self) -> dict[str, Any]:
+        """What a file says of it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LayerTuning:
+    """What came of one layer.
+
+    `payloads` u8 [bytes] by name are those that changed, of the size that they had. `before` and `after` are squared
+    errors on held-out tokens, as shares of the energy that the source's layer adds there; None where nothing was
+    trained, and then `note` says why. `leaving` f32 [sequences, length, hidden] is the file's own stream behind the
+    layer as it is stored from now on.
+    """
+
+    layer: int
+    payloads: Mapping[str, U8]
+    before: float | None
+    after: float | None
+    note: str | None
+    leaving: F32
+
+    @property
+    def kept(self) -> bool:
+        """Whether the trained form is the one to store."""
+        return bool(self.payloads)
+
+    def record(self) -> dict[str, Any]:
+        """What a file says of it."""
+        losses = {"before": _short(self.before), "after": _short(self.after), "kept": self.kept}
+        return {**losses, **({"note": self.note} if self.note else {})}
+
+
+def _short(loss: float | None) -> float | None:
+    return None if loss is None or not np.isfinite(loss) else float(f"{loss:.6g}")
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """A layer of a file, and what it is trained on.
+
+    `stored` names every tensor of the layer, its AWQ scale too if it has one. `source` gives f32 weights of the
+    matrices in Q8, from which these are trained before they are rounded; one that it does not name stays as it is.
+    `entering` f32 [sequences, length, hidden] is the file's own stream before the layer, and `target` the source's
+    stream behind it; both may lie in mapped files.
+    """
+
+    config: ModelConfig
+    layer: int
+    stored: Mapping[str, StoredTensor]
+    source: Mapping[str, F32]
+    entering: F32
+    target: F32
+
+
+def tune_layer(
+    task: LayerTask,
+    settings: TuneSettings = TuneSettings(),
+    device: torch.device = CPU,
+    leaving: F32 | None = None,
+) -> LayerTuning:
+    """Train one layer of a file against the source's.
+
+    `leaving`, of the shape of the streams, takes the file's stream behind the layer; without it an array is made.
+
+    The bytes are the same whenever the same is done with the same torch on the same kind of device; on a CPU, with the
+    same number of threads. Raises WeightError where a trained matrix cannot be stored.
+    """
+    with deterministic():
+        training = _Training(task, settings, device)
+        student = Student.read(task.config, task.layer, task.stored, device)
+        held, trained = training.divided()
+        payloads: dict[str, U8] = {}
+        before = after = note = None
+        energy = training.energy(held) if len(held) else 0.0
+        if not len(held):
+            note = f"layer {task.layer} was not tuned: {len(task.entering)} sequences leave none to judge by"
+        elif not 0 < energy < np.inf:
+            note = f"layer {task.layer} was not tuned: what the source's layer adds is nothing, or no numbers"
+        else:
+            before = training.error(student, held) / energy
+            candidate = training.train(student, trained, energy)
+            if candidate is None:
+                note = f"layer {task.layer} was not tuned: training led to values that are no numbers"
+            else:
+                tuned = student.reread(candidate)
+                after = training.error(tuned, held) / energy
+                if after < before:
+                    student, payloads = tuned, training.payloads(candidate)
+        out = training.run(student, np.empty_like(task.entering) if leaving is None else leaving)
+    return LayerTuning(task.layer, payloads, before, after, note, out)
+
+
+@dataclass
+class _Part:
+    """One tensor that is trained: base + unit · moved, where `moved` begins at zero."""
+
+    base: Tensor
+    unit: Tensor
+    step: float
+    moved: Tensor
+
+    @classmethod
+    def of(cls, base: Tensor, unit: Tensor, step: float) -> _Part:
+        return cls(base, unit, step, torch.zeros_like(base).requires_grad_())
+
+    @property
+    def value(self) -> Tensor:
+        return self.base + self.unit * self.moved
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One layer's training."""
+
+    task: LayerTask
+    settings: TuneSettings
+    device: torch.device
+
+    def payloads(self, candidate: Mapping[str, StoredTensor]) -> dict[str, U8]:
+        """The payloads that are not those that the layer has."""
+        stored = self.task.stored
+        return {
+            name: t.payload
+            for name, t in candidate.items()
+            if not np.array_equal(t.payload, stored[name].payload)
+        }
+
+    def divided(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The sequences that are held out, in order, and those that are trained on; none where there is but one."""
+        count = len(self.task.entering)
+        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed)).numpy()
+        held = 0 if count < 2 else min(max(1, round(self.settings.held * count)), count - 1)
+        return np.sort(drawn[:held]), np.sort(drawn[held:])
+
+    def _batches(self, chosen: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        size = max(1, self.settings.batch // self.task.entering.shape[1])
+        for first in range(0, len(chosen), size):
+            yield chosen[first : first + size]
+
+    def _of(self, stream: F32, chosen: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.asarray(stream[chosen], np.float32)).to(self.device)
+
+    def energy(self, chosen: NDArray[np.int64]) -> float:
+        """The mean square, in f64, of what the source's layer adds to these sequences of the file's stream."""
+        total = 0.0
+        for some in self._batches(chosen):
+            added = self._of(self.task.target, some) - self._of(self.task.entering, some)
+            total += float(added.double().square().sum())
+        return total / self._size(chosen)
+
+    def _size(self, chosen: NDArray[np.int64]) -> int:
+        return len(chosen) * int(np.prod(self.task.entering.shape[1:]))
+
+    @torch.no_grad()
+    def error(self, student: Student, chosen: NDArray[np.int64]) -> float:
+        """The mean squared error of the layer's output on these sequences, in f64."""
+        total = 0.0
+        for some in self._batches(chosen):
+            missed = student.forward(self._of(self.task.entering, some)) - self._of(self.task.target, some)
+            total += float(missed.double().square().sum())
+        return total / self._size(chosen)
+
+    @torch.no_grad()
+    def run(self, student: Student, leaving: F32) -> F32:
+        """The stream behind the layer, written into `leaving`."""
+        for some in self._batches(np.arange(len(self.task.entering))):
+            leaving[some] = student.forward(self._of(self.task.entering, some)).cpu().numpy()
+        return leaving
+
+    def train(
+        self, student: Student, chosen: NDArray[np.int64], energy: float
+    ) -> dict[str, StoredTensor] | None:
+        """The tensors that training on these sequences changes, as they would be stored; None where it diverges."""
+        dense, heads = self._parts(student)
+        parts = [*dense.values(), *heads.values()]
+        adam = torch.optim.Adam(
+            [{"params": [part.moved], "lr": part.step} for part in parts], betas=BETAS, eps=EPSILON
+        )
+        order = torch.Generator().manual_seed(self.settings.seed)
+        steps = self.settings.epochs * sum(1 for _ in self._batches(chosen))
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
+        for _ in range(self.settings.epochs):
+            shuffled = chosen[torch.randperm(len(chosen), generator=order).numpy()]
+            for some in self._batches(shuffled):
+                moved = student.changed(*({k: p.value for k, p in of.items()} for of in (dense, heads)))
+                missed = moved.forward(self._of(self.task.entering, some)) - self._of(self.task.target, some)
+                adam.zero_grad()
+                (missed.square().mean() / energy).backward()  # type: ignore[no-untyped-call]
+                adam.step()
+                cosine.step()
+        with torch.no_grad():
+            if not all(part.moved.isfinite().all() for part in parts):
+                return None
+            return {
+                **{name: self._dense(name, part.value) for name, part in dense.items()},
+                **{name: t for p, part in heads.items() for name, t in self._experts(p, part.value)},
+            }
+
+    def _parts(self, student: Student) -> tuple[dict[str, _Part], dict[str, _Part]]:
+        """What is trained: dense tensors by name and heads by projection."""
+        task, step, matrix_step = self.task, self.settings.step, self.settings.matrix_step
+        dense: dict[str, _Part] = {}
+        for spec in layer_inventory(task.config, task.layer):
+            fmt = task.stored[spec.name].format
+            if spec.role == "norm" and isinstance(fmt, FloatFormat):
+                dense[spec.name] = _vector(student.tensor(spec.name), step)
+            elif spec.role in ("attn", "router") and isinstance(fmt, Q8Format) and spec.name in task.source:
+                base = torch.tensor(task.source[spec.name], device=self.device)
+                dense[spec.name] = _Part.of(base, base.square().mean().sqrt(), matrix_step)
+        scale = awq_scale_name(task.layer)
+        if scale in task.stored:
+            dense[scale] = _vector(student.tensor(scale), step)
+        heads = {p: _Part.of(m.heads, _head_units(m), step) for p, m in student.experts.items()}
+        return dense, heads
+
+    def _dense(self, name: str, value: Tensor) -> StoredTensor:
+        """A trained tensor outside the experts as it would be stored."""
+        before, values = self.task.stored[name], value.cpu().numpy()
+        if isinstance(before.format, FloatFormat):
+            values = within_scales(values) if name == awq_scale_name(self.task.layer) else within_f16(values)
+        return StoredTensor(
+            before.format, before.shape, encode_tensor(name, values, before.format, "hessian")
+        )
+
+    def _experts(self, projection: str, value: Tensor) -> Iterator[tuple[str, StoredTensor]]:
+        """Every expert's matrix of one projection with its trained heads, as it would be stored."""
+        for e, heads in enumerate(value):
+            name = expert_name(self.task.layer, e, projection)
+            before = self.task.stored[name]
+            assert isinstance(before.format, LloydFormat | AffineFormat)
+            payload = with_heads(before.format, before.payload, heads.cpu().numpy())
+            yield name, StoredTensor(before.format, before.shape, payload)
+
+
+def _vector(base: Tensor, step: float) -> _Part:
+    size = base.abs()
+    return _Part.of(base, torch.maximum(size, FLOOR * size.mean()), step)
+
+
+def _head_units(matrices: Matrices) -> Tensor:
+    """What a step of 1 moves: levels and a grid's zero by the RMS of the levels, a grid's scale by itself."""
+    heads = matrices.heads
+    if not matrices.even:
+        return heads.square().mean(-1, keepdim=True).sqrt()
+    scale = heads[..., :1].abs()
+    spread = ((matrices.format.levels**2 - 1) / 12) ** 0.5
+    return torch.cat([scale, spread * scale], -1)
