@@ -29,12 +29,14 @@ class Importance:
     """What is known of the inputs of one matrix: diagonal E[x²] f64 [K], and moment E[x xᵀ] f64 [K, K] where it was
     gathered.
 
-    `count` is the number of tokens behind it. Nothing here is damped, scaled or rotated yet.
+    `count` is the number of tokens behind it, `damping` the share of the mean energy that every channel of the moment
+    gets before it is factored. Nothing here is damped, scaled or rotated yet.
     """
 
     diagonal: F64
     moment: F64 | None = None
     count: float = 0.0
+    damping: float = DAMPING
 
     def channel_weights(
         self, scale: NDArray[np.float32] | None = None, damping: float = DAMPING, temper: float = TEMPER
@@ -46,17 +48,18 @@ class Importance:
             d = d / np.square(scale.astype(np.float64))
         return np.asarray(d, np.float64)
 
-    def rotated_moment(self, scale: NDArray[np.float32] | None = None, damping: float = DAMPING) -> F64:
+    def rotated_moment(self, scale: NDArray[np.float32] | None = None, damping: float | None = None) -> F64:
         """The damped second moment f64 [K, K] of R·(x/s), where R rotates each group of 256 and s f32 [K] is the scale.
 
         Where no moment was gathered it is that of `channel_weights`. A moment is not tempered: that loses more in its
         small eigenvalues than it gains.
         """
+        share = self.damping if damping is None else damping
         if self.moment is None:
-            full = np.diag(self.channel_weights(damping=damping))
+            full = np.diag(self.channel_weights(damping=share))
         else:
-            full = (1 - damping) * self.moment
-            full[np.diag_indices_from(full)] += damping * self.diagonal.mean()
+            full = (1 - share) * self.moment
+            full[np.diag_indices_from(full)] += share * self.diagonal.mean()
         if scale is not None:
             inverse = 1.0 / scale.astype(np.float64)
             full *= inverse[:, None]
@@ -78,8 +81,21 @@ class LayerImportance(Protocol):
         """Sentences on what could not be used and was replaced."""
         ...
 
+    @property
+    def shared(self) -> Importance | None:
+        """The importance of the inputs that w1 and w3 of all experts see, where a moment of them was gathered."""
+        ...
+
     def of(self, expert: int, projection: str) -> Importance:
-        """The importance of one matrix. Where w1 and w3 have a moment, it is one for all experts of the layer."""
+        """The importance of one matrix."""
+        ...
+
+    def inputs(self, expert: int) -> NDArray[np.float32] | None:
+        """The rows f32 [n, hidden] that one expert sees, where they were kept: `from_rows` knows more of them."""
+        ...
+
+    def from_rows(self, expert: int, projection: str, rows: NDArray[np.float32]) -> Importance:
+        """The importance of one matrix whose inputs are these rows f32 [n, K]."""
         ...
 
     def gate_up_energy(self) -> F64:

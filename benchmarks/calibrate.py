@@ -24,7 +24,7 @@ from mq_quant.formats.fp8 import dequantize, scale_shape
 from mq_quant.formats.minimax import ModelConfig, inventory
 from mq_quant.formats.statistics.moment_file import DOWN_FORMS
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
-from mq_quant.quantize.spec.estimates import calibration_sizes
+from mq_quant.quantize.spec.calibration_sizes import calibration_sizes
 from mq_quant.verify.model.reference import embed, layer_forward
 from numpy.typing import NDArray
 

@@ -6,7 +6,7 @@ A calibration leaves one such safetensors file for each layer. What its numbers 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
@@ -120,11 +120,28 @@ class LayerFile:
         start = info.start + index * size
         return self._read(replace(info, shape=info.shape[1:], start=start, stop=start + size))
 
+    def rows(self, name: str, indices: NDArray[np.integer]) -> NDArray[Any]:
+        """Rows [n, ...] of a tensor, nothing else of it being read."""
+        info = self.infos[name]
+        size = (info.stop - info.start) // info.shape[0]
+
+        def take(f: BufferedReader) -> bytes:
+            out = bytearray(size * len(indices))
+            for n, index in enumerate(indices.tolist()):
+                f.seek(info.start + index * size)
+                out[n * size : (n + 1) * size] = f.read(size)
+            return bytes(out)
+
+        return self._taken(replace(info, shape=(len(indices), *info.shape[1:])), take)
+
     def _read(self, info: TensorInfo) -> NDArray[Any]:
         def take(f: BufferedReader) -> bytes:
             f.seek(info.start)
             return f.read(info.stop - info.start)
 
+        return self._taken(info, take)
+
+    def _taken(self, info: TensorInfo, take: Callable[[BufferedReader], bytes]) -> NDArray[Any]:
         try:
             data = self._file.read(take)
         except CalibrationError as e:
@@ -137,9 +154,15 @@ def open_layer_file(path: Path, config: ModelConfig, down: DownForm, sha256: str
 
     Raises CalibrationError where they differ, and later, at a read, where the file has changed meanwhile.
     """
+    return open_tensors(path, layer_tensors(config, down), sha256)
+
+
+def open_tensors(
+    path: Path, expected: Mapping[str, tuple[str, tuple[int, ...]]], sha256: str | None = None
+) -> LayerFile:
+    """A safetensors file of exactly the tensors {name: (dtype, shape)}; raises as `open_layer_file` does."""
     file = UnchangedFile(path, CalibrationError)
     infos = {info.name: info for info in file.read(lambda f: _header(f, path))}
-    expected = layer_tensors(config, down)
     found = {name: (info.dtype, info.shape) for name, info in infos.items()}
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):

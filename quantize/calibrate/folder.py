@@ -26,6 +26,7 @@ from ...formats.own_file import disk_errors, free_bytes
 from ...formats.statistics.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
 from ...formats.statistics.moment_file import Arrays, DownForm, encode_layer, layer_file, open_layer_file
 from ...formats.statistics.moment_folder import IMATRIX, MANIFEST, SCHEMA
+from ...formats.statistics.row_file import ExpertRows, open_rows, row_file
 from ...formats.unchanged import UnchangedFile
 from ..write.atomic import write_atomic
 from ..write.journal import CALIBRATION, Journal, Signature
@@ -34,7 +35,7 @@ JOURNAL = "journal"
 ATTN_NAMES = {"attn_q": "in", "attn_k": "in", "attn_v": "in", "attn_output": "out"}
 _OURS = re.compile(
     rf"{re.escape(MANIFEST)}|{JOURNAL}({re.escape(OWNER)}(\.\d+)?)?|{re.escape(IMATRIX)}"
-    r"|layer-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
+    r"|(layer|rows)-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
 )
 _RESTART = "give --restart to discard it and begin anew"
 
@@ -108,18 +109,18 @@ class CalibrationFolder:
         return self.journal.done[f"layer.{layer}"]
 
     def intact(self, layer: int) -> bool:
-        """Whether a layer is finished, and its file is there as it was written."""
-        record, file = self.journal.done.get(f"layer.{layer}"), self.path / layer_file(layer)
-        return (
-            record is not None
-            and file.is_file()
-            and UnchangedFile(file, CalibrationError).sha256() == record["sha256"]
-        )
+        """Whether a layer is finished, and its files are there as they were written."""
+        record = self.journal.done.get(f"layer.{layer}")
+        if record is None:
+            return False
+        files = {layer_file(layer): record["sha256"], row_file(layer): record.get("rows")}
+        return all(_holds(self.path / name, sha256) for name, sha256 in files.items() if sha256)
 
     def drop(self, layer: int) -> None:
-        """Remove a finished layer's moments; its record stays."""
+        """Remove a finished layer's moments and rows; its record stays."""
         with disk_errors(self.path):
-            (self.path / layer_file(layer)).unlink(missing_ok=True)
+            for name in (layer_file(layer), row_file(layer)):
+                (self.path / name).unlink(missing_ok=True)
 
     def hidden(self, layer: int, shape: Sequence[int]) -> NDArray[np.float32]:
         """The residual stream f32 that enters a layer, as saved; ResumeError where it is damaged."""
@@ -132,6 +133,14 @@ class CalibrationFolder:
     def write_layer(self, layer: int, arrays: Arrays) -> dict[str, Any]:
         """Make one layer's file durable; returns its {bytes, sha256} for `finish_layer`."""
         return asdict(write_atomic(self.path / layer_file(layer), encode_layer(arrays)))
+
+    def write_rows(self, layer: int, arrays: Arrays) -> str:
+        """Make what the experts of a layer saw durable; returns the sha256 of the file, for `finish_layer`."""
+        return write_atomic(self.path / row_file(layer), encode_layer(arrays)).sha256
+
+    def rows(self, layer: int, config: ModelConfig, tokens: int) -> ExpertRows:
+        """What the experts of a layer saw, where it was kept."""
+        return open_rows(self.path / row_file(layer), config, tokens)
 
     def layer(
         self,
@@ -173,6 +182,11 @@ class CalibrationFolder:
         )
         write_atomic(self.path / MANIFEST, [memoryview(text)])
         self.journal.remove()
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    """Whether a file is there with these contents."""
+    return path.is_file() and UnchangedFile(path, CalibrationError).sha256() == sha256
 
 
 def manifest_text(manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bytes:

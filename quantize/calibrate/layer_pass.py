@@ -84,13 +84,15 @@ def gather_layer(
     down: DownForm,
     propagation: Propagation | None = None,
     after: Callable[[], None] = lambda: None,
+    keep_rows: bool = False,
 ) -> Tensor:
     """Run a layer, write its moments and the residual stream behind it, which is returned; then journal both.
 
-    `after` is called when no weight of the layer is needed any more.
+    With `keep_rows` a file of what the experts saw is written too. `after` is called when no weight of the layer is
+    needed any more.
     """
     last = layer + 1 == config.num_hidden_layers
-    moments = LayerMoments(config, layer, down)
+    moments = LayerMoments(config, layer, down, keep_rows)
     with torch.inference_mode():
         behind = layer_forward(weights, config, layer, hidden, moments)
         arrays = moments.finish()
@@ -100,6 +102,8 @@ def gather_layer(
             "unseen": moments.unseen,
             "notes": moments.notes,
         }
+        if keep_rows:
+            record["rows"] = out.write_rows(layer, moments.rows)
         if propagation and not last:
             behind = propagation.forward(out.layer(layer, config, down), hidden)
         after()

@@ -20,19 +20,24 @@ from ...formats.statistics.moment_file import (
     pack_correlation,
     pack_moment,
 )
+from ...formats.statistics.row_file import NOBODY
 from ...verify.model.reference import Observer, Routing
-from ..spec.estimates import CHUNK
+from ..spec.calibration_sizes import CHUNK
 
 ATTENTION = {"q_proj": (0, "attn.in"), "o_proj": (1, "attn.out")}
 """Row of attn.counts and tensor of each input; k_proj and v_proj see what q_proj sees."""
 
 
 class LayerMoments(Observer):
-    """Gathers the tensors of one layer's file; `arrays` when the layer has run, `notes` on what was left out."""
+    """Gathers the tensors of one layer's file; `arrays` when the layer has run, `notes` on what was left out.
 
-    def __init__(self, config: ModelConfig, layer: int, down: DownForm) -> None:
-        self.layer, self.down = layer, down
+    With `keep_rows` the inputs of the experts are kept too, as the tensors of a file of rows.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, down: DownForm, keep_rows: bool = False) -> None:
+        self.layer, self.down, self.keep_rows = layer, down, keep_rows
         self.notes: list[str] = []
+        self.rows: Arrays = {}
         self._names = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
         tensors = layer_tensors(config, down)
         self.arrays: Arrays = {
@@ -50,6 +55,9 @@ class LayerMoments(Observer):
 
     def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
         rows = self._finite(inputs, "the input of the experts")
+        if self.keep_rows:
+            experts = routing.ids if len(rows) == len(inputs) else _without(inputs, routing.ids)
+            self.rows = {"inputs": inputs.float().cpu().numpy(), "experts": experts.cpu().numpy()}
         if not len(rows):
             raise CalibrationError(
                 f"layer {self.layer}: no token reaches the experts with finite activations",
@@ -90,8 +98,7 @@ class LayerMoments(Observer):
 
     def _finite(self, rows: Tensor, what: str | None) -> Tensor:
         """The rows whose energy is finite in f32; the others are counted in a note."""
-        energy = [chunk.float().square().sum(1) for chunk in torch.split(rows, CHUNK)]
-        good = torch.cat(energy).isfinite()
+        good = _usable(rows)
         bad = len(rows) - int(good.sum())
         if not bad:
             return rows
@@ -100,6 +107,17 @@ class LayerMoments(Observer):
                 f"layer {self.layer}: {what}: {bad} of {len(rows)} rows are not finite and were left out"
             )
         return rows[good]
+
+
+def _usable(rows: Tensor) -> Tensor:
+    """Whether the energy of each row of [n, K] is finite in f32, bool [n]."""
+    energy = [chunk.float().square().sum(1) for chunk in torch.split(rows, CHUNK)]
+    return torch.cat(energy).isfinite()
+
+
+def _without(inputs: Tensor, ids: Tensor) -> Tensor:
+    """Experts i64 [n, k] of each token, NOBODY where its inputs [n, H] are not finite."""
+    return ids.masked_fill(~_usable(inputs)[:, None], NOBODY)
 
 
 def second_moment(rows: Tensor) -> F64:

@@ -1,8 +1,8 @@
-"""A calibration that a build gathers for itself: each layer's moments just before the layer is encoded, then dropped.
+"""A calibration that a build gathers for itself: what a layer's experts see, just before the layer is encoded.
 
-The importances are those of `calibrate --down full`, and so are the bytes of what is built with them. Between layers
-only the residual stream and the journal are kept, beside the output; a layer whose moments are gone and needed again
-is gathered anew from the first layer.
+Besides the moments that all experts of the layer share, the rows are kept that they saw, so that each expert is rounded
+under moments of its own. Both are dropped with the layer: between layers only the residual stream and the journal are
+kept, beside the output. A layer whose moments are gone and needed again is gathered anew from the first layer.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...awq.from_imatrix import ImatrixModel
-from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
+from ...awq.from_moments import calibration_record, coverage_of
+from ...awq.own_moments import OwnMoments, with_rows
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import DownForm
-from ..spec.estimates import inline_sizes
+from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text
-from .layer_pass import enter, gather_layer, manifest_of, open_device
+from .layer_pass import device_record, enter, gather_layer, manifest_of, open_device
 from .tokens import Tokens
 
-DOWN: DownForm = "full"
+DOWN: DownForm = "pooled"
+"""Only the layer's moment at down is kept: an expert's own follows from its rows when it is encoded."""
 
 
 class GatheredImportance:
@@ -36,9 +39,13 @@ class GatheredImportance:
     any thread.
     """
 
-    def __init__(self, source: Source, tokens: Tokens, device: str = "cpu") -> None:
-        """Raises BackendError where there is no such device. `bind` completes it."""
+    def __init__(self, source: Source, tokens: Tokens, device: str = "cpu", text: str | None = None) -> None:
+        """Raises BackendError where there is no such device. `bind` completes it.
+
+        `text` is the sha256 of the text that travels with the package, where the tokens are of that.
+        """
         self.config: ModelConfig = source.config
+        self._text = text
         self._source, self._tokens = source, tokens
         self._device = open_device(device)
         self._manifest = manifest_of(self.config, {}, tokens, DOWN, self._device)
@@ -63,11 +70,17 @@ class GatheredImportance:
         """What of it decides the built bytes, besides the source."""
         deciding = ("tokens", "down", "device", "gpu")
         kept = {key: value for key, value in self._manifest.items() if key in deciding}
-        return {"inline": True, "torch": self._manifest["program"]["torch"], **kept}
+        return {"rows": True, "torch": self._manifest["program"]["torch"], **kept}
 
     def record(self) -> dict[str, Any]:
         """What a file says of it, as far as it is known before the layers are through."""
-        return calibration_record("", self._manifest["tokens"], DOWN, 0.0)
+        return self._record("", 0.0)
+
+    def _record(self, sha256: str, coverage: float) -> dict[str, Any]:
+        """Tokens, text and device are what it takes to gather the same again."""
+        said = calibration_record(sha256, self._manifest["tokens"], DOWN, coverage)
+        made_on = {"torch": torch.__version__, **device_record(self._device)}
+        return {**said, "rows": True, "text": self._text, **made_on}
 
     def open(self, path: Path) -> None:
         """Begin, or continue what an unfinished build left in this folder; ResumeError where it is another's.
@@ -104,17 +117,18 @@ class GatheredImportance:
             self._restart()
         self._gather_up_to(layer)
 
-    def layer(self, layer: int) -> CalibratedLayer:
+    def layer(self, layer: int) -> OwnMoments:
         """The importances of the layer that was begun last."""
         behind = self._imatrix.layer(layer) if self._imatrix else None
-        return self._folder.layer(layer, self.config, DOWN, self._folder.record(layer), behind)
+        gathered = self._folder.layer(layer, self.config, DOWN, self._folder.record(layer), behind)
+        return with_rows(gathered, self._folder.rows(layer, self.config, self._tokens.size))
 
     def finish(self) -> dict[str, Any]:
         """What a file made with it says of it, as it would of the folder of `calibrate`; all layers must be through."""
         self._gather_up_to(self.config.num_hidden_layers - 1)
         sha256 = hashlib.sha256(manifest_text(self._manifest, self._records)).hexdigest()
         self.coverage = coverage_of(self.config, self._records)
-        return calibration_record(sha256, self._manifest["tokens"], DOWN, self.coverage)
+        return self._record(sha256, self.coverage)
 
     @property
     def _folder(self) -> CalibrationFolder:
@@ -132,7 +146,8 @@ class GatheredImportance:
             hidden, self._entering = self._entering, None
             if hidden is None:
                 hidden = enter(self._source, self.config, self._folder, self._tokens, n)
-            gather_layer(self._source, self.config, n, hidden.to(self._device), self._folder, DOWN)
+            entering = hidden.to(self._device)
+            gather_layer(self._source, self.config, n, entering, self._folder, DOWN, keep_rows=True)
             if n < layer:
                 self._folder.drop(n)
 

@@ -21,7 +21,7 @@ from ...formats.checkpoint.source import Source
 from ...formats.machine import peak_rss
 from ...formats.minimax import TensorSpec, layer_inventory
 from ...formats.statistics.moment_file import DownForm
-from ..spec.estimates import CalibrationSizes, calibration_sizes
+from ..spec.calibration_sizes import CalibrationSizes, calibration_sizes
 from ..spec.hooks import nothing
 from ..spec.provenance import code, flatten
 from ..spec.recipe import Recipe

@@ -14,6 +14,7 @@ import io
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,14 +35,15 @@ Ids = NDArray[np.uint32]
 
 
 def text_tokens(
-    path: Path, tokenizer: TextTokenizer, window: int = WINDOW, overlap: int = OVERLAP
+    source: Path | str, tokenizer: TextTokenizer, window: int = WINDOW, overlap: int = OVERLAP
 ) -> Generator[Ids]:
     """The token ids u32 of a text, some at a time; no token is put around the text.
 
-    The text is UTF-8, with or without a byte order mark; line ends of Windows and old Macs are read as "\\n". Raises
-    TokenError where it is not, and where it cannot be tokenised.
+    `source` is the text itself, or the path of its file. That is UTF-8, with or without a byte order mark; line ends of
+    Windows and old Macs are read as "\\n". Raises TokenError where it is not, and where it cannot be tokenised.
     """
-    with closing(_Text(path)) as text:
+    path = source if isinstance(source, Path) else None
+    with closing(_Text(source)) as text:
         here = _Window(tokenizer, 0, text.read(window))
         while not text.ended:
             more = text.read(window)
@@ -111,16 +113,18 @@ class _Window:
 
 
 class _Text:
-    """A text file that is read once, from its beginning."""
+    """A text or a text file that is read once, from its beginning."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, source: Path | str) -> None:
+        self.path = source if isinstance(source, Path) else None
         self._offset = 0
         self._exhausted = False
         self._left = ""
         self._decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
         try:
-            self._file = path.open("rb")
+            self._file: BinaryIO = (
+                source.open("rb") if isinstance(source, Path) else io.BytesIO(source.encode())
+            )
         except OSError as e:
             raise self._unreadable(e) from None
 

@@ -15,6 +15,7 @@ from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, TokenError
 from ...formats.minimax import ModelConfig
 from ...formats.tokenizer import TextTokenizer
+from ..spec.calibration_sizes import USUAL_TOKENS
 from .text import text_tokens
 from .token_file import TOKEN_LIMIT, read_token_file
 
@@ -26,20 +27,43 @@ Tokens = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A text or a file of ids, one of the two, and how much of it: all sequences where `sequences` is None."""
+    """A text or a file of ids, and how much of it; without both, the text that travels with the package.
+
+    Where `sequences` is None, all of a text or file given by hand is taken, and of the package's own text as much as
+    USUAL_TOKENS, or what the text has.
+    """
 
     text: Path | None = None
     tokens: Path | None = None
     sequences: int | None = None
     length: int = LENGTH
 
+    @property
+    def bundled(self) -> bool:
+        """Whether the tokens are of the text that travels with the package."""
+        return self.text is None and self.tokens is None
+
 
 def load_tokens(source: Source, request: TokenRequest) -> Tokens:
     """Token ids i32 [sequences, length] as they were asked for; TokenError, CheckpointError."""
     if request.tokens is not None:
         return read_tokens(request.tokens, source.config, request.sequences)
-    assert request.text is not None
-    return tokenize(request.text, source, request.length, request.sequences)
+    if request.text is not None:
+        return tokenize(request.text, source, request.length, request.sequences)
+    return bundled_tokens(source, request.length, request.sequences)
+
+
+def bundled_tokens(source: Source, length: int = LENGTH, sequences: int | None = None) -> Tokens:
+    """The beginning of the calibration text that travels with the package, as `tokenize` cuts it.
+
+    Without `sequences` it is USUAL_TOKENS, or fewer where the text has fewer, in sequences no longer than the model's
+    positions.
+    """
+    from ...texts import calibration_text
+
+    whole = min(length, source.config.max_position_embeddings) if sequences is None else length
+    wanted = USUAL_TOKENS // whole if sequences is None else sequences
+    return _cut(calibration_text(), "the calibration text of mq-quant", source, whole, wanted, sequences)
 
 
 def read_tokens(path: Path, config: ModelConfig, sequences: int | None = None) -> Tokens:
@@ -66,15 +90,31 @@ def tokenize(path: Path, source: Source, length: int = LENGTH, sequences: int | 
     No more of the text is read than is needed for `sequences`. Raises TokenError where the text is shorter than asked,
     or than one sequence, and CheckpointError where the source has no tokenizer.
     """
+    return _cut(path, path, source, length, sequences, sequences or 1)
+
+
+def _cut(
+    text: Path | str,
+    name: str | Path,
+    source: Source,
+    length: int,
+    wanted: int | None,
+    fewest: int | None,
+) -> Tokens:
+    """A text in sequences of `length`: `wanted` of them, or all; TokenError where there are less than `fewest`, or
+    none. `name` is the text in errors.
+    """
     side = source.side_file("tokenizer.json")
     if side is None:
-        raise CheckpointError("has no tokenizer.json, which --text needs", hint="give --tokens instead")
+        raise CheckpointError(
+            "has no tokenizer.json, without which a text cannot be read", hint="give --tokens instead"
+        )
     check_length(length, source.config, "--length")
-    needed = None if sequences is None else sequences * length
+    needed = None if wanted is None else wanted * length
     if needed is not None and needed > TOKEN_LIMIT:
-        raise TokenError(f"{sequences} sequences of {length} are more than {TOKEN_LIMIT} tokens")
+        raise TokenError(f"{wanted} sequences of {length} are more than {TOKEN_LIMIT} tokens")
     parts, count = [np.empty(0, np.uint32)], 0
-    with closing(text_tokens(path, TextTokenizer.open(side))) as found:
+    with closing(text_tokens(text, TextTokenizer.open(side))) as found:
         for ids in found:
             parts.append(ids)
             count += len(ids)
@@ -82,17 +122,17 @@ def tokenize(path: Path, source: Source, length: int = LENGTH, sequences: int | 
                 break
             if count > TOKEN_LIMIT:
                 raise TokenError(
-                    f"has more than {TOKEN_LIMIT} tokens", file=path, hint="ask for less with --sequences"
+                    f"has more than {TOKEN_LIMIT} tokens", file=name, hint="ask for less with --sequences"
                 )
-    if count < (needed or length):
+    if count < length * (fewest or 1):
         raise TokenError(
-            f"is {count} tokens, shorter than {sequences or 1} sequences of {length}",
-            file=path,
+            f"is {count} tokens, shorter than {fewest or 1} sequences of {length}",
+            file=name,
             hint="give more text, or ask for less with --sequences and --length",
         )
-    whole = sequences or count // length
+    whole = min(wanted or count // length, count // length)
     cut = np.concatenate(parts)[: whole * length].reshape(whole, length)
-    return check_tokens(cut, source.config, path)
+    return check_tokens(cut, source.config, name)
 
 
 def check_tokens(tokens: NDArray[Any], config: ModelConfig, path: str | Path) -> Tokens:

@@ -13,12 +13,8 @@ from . import options as opt
 from .console import coverage, emit, gigabytes, listed, note, resumable, table
 
 if TYPE_CHECKING:
-    from ..calibrate.tokens import TokenRequest
     from ..pipeline.build import BuildResult
-    from ..pipeline.statistics import Statistics
     from ..spec.estimates import PlanSummary, TierTable
-
-_CALIBRATE = "For --calibrate-inline: "
 
 
 def build(
@@ -44,19 +40,17 @@ def build(
             "the experts that saw few tokens."
         ),
     ] = None,
-    calibrate_inline: Annotated[
-        bool,
+    effort: Annotated[
+        opt.Effort | None,
         typer.Option(
-            "--calibrate-inline",
-            help="Calibrate each layer on --text or --tokens just before it is encoded, and keep no folder.",
+            help="How much is done for the file: weights are rounded under an imatrix, or under what the model's "
+            "experts see of a text (calibrated); or levels, norms and attention are trained after that too (tuned). "
+            "Default: the recipe's, else the most that this machine does in a night, which `mq-quant plan` tells; "
+            "imatrix where --imatrix is given without it."
         ),
-    ] = False,
-    text: Annotated[
-        Path | None, typer.Option(help=f"{_CALIBRATE}a UTF-8 text file, which is cut into sequences.")
     ] = None,
-    tokens: Annotated[
-        Path | None, typer.Option(help=f"{_CALIBRATE}a .npy file of token ids [sequences, length].")
-    ] = None,
+    text: opt.Text = None,
+    tokens: opt.Tokens = None,
     sequences: opt.Sequences = None,
     length: opt.Length = 512,
     fit: Annotated[
@@ -77,16 +71,17 @@ def build(
     device: Annotated[
         opt.BuildDevice,
         typer.Option(
-            help="Where weights are encoded; `cuda` means an AMD GPU too. The bytes are the same everywhere, but for "
-            "the moments of --calibrate-inline. The fit `reference` stays on the CPU."
+            help="Where the work is done; `cuda` means an AMD GPU too, `auto` a GPU where there is one. Weights are "
+            "rounded to the same bytes everywhere; what a text tells differs in its last bits from device to device. "
+            "The fit `reference` stays on the CPU."
         ),
-    ] = "cpu",
+    ] = "auto",
     jobs: opt.Jobs = None,
     shard_cache: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Shards of a hub source that may lie on the disk at once. Default: 2, with --calibrate-inline 4.",
+            help="Shards of a hub source that may lie on the disk at once. Default: 2, where a text is used 4.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
@@ -105,32 +100,36 @@ def build(
       mq-quant build --tier mq2-lloyd --source tiny
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf -o /data/m27.mq3
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
-      mq-quant build --tier mq2 --source ./MiniMax-M2.7 --imatrix imatrix.gguf --device cuda
-      mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibrate-inline --text corpus.txt --sequences 128
+      mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort calibrated --text corpus.txt --sequences 128
+      mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort imatrix --imatrix imatrix.gguf --device cuda
       mq-quant build --recipe mine.yaml --jobs 8 --json
     """
     from ...formats.machine import cores
-    from ..encode.encoders import open_encoder
+    from ..encode.encoders import best_device, open_encoder, torch_device
     from ..pipeline.build import RunOptions, build_file
     from ..pipeline.build_spec import RecipeChanges, output_name
+    from ..pipeline.effort import Wishes, choose
     from ..spec.places import choose_recipe
     from .progress_bar import Progress
 
-    given = _inline(calibrate_inline, text, tokens, sequences, length)
-    statistics = _statistics(imatrix, no_imatrix, calibration, given, "cpu" if device == "cpu" else "cuda")
     if no_imatrix and (fit == "hessian" or awq_alpha):
         raise typer.BadParameter("--no-imatrix leaves nothing for --fit hessian or --awq-alpha to work with")
+    asked = opt.token_request(text, tokens, sequences, length)
+    wishes = Wishes(effort, fit, imatrix, no_imatrix, calibration, asked)
     changes = RecipeChanges(fit, False if no_gain else None, awq_alpha)
     chosen = choose_recipe(tier, recipe, source)
+    where = best_device() if device == "auto" else device
+    workers = jobs or cores()
+    statistics = choose(chosen, wishes, torch_device(where, asked=device != "auto"), workers)
     title = output.name if output else output_name(chosen)
     with (
         resumable("the same command continues the build, with --restart it begins anew"),
-        open_encoder(device) as encoder,
+        open_encoder(where) as encoder,
         Progress(title, quiet or as_json) as bar,
     ):
         options = RunOptions(
             output=output,
-            jobs=jobs or cores(),
+            jobs=workers,
             encoder=encoder,
             force=force,
             restart=restart,
@@ -142,46 +141,6 @@ def build(
         result = build_file(chosen, statistics, options, changes)
     if as_json or not quiet:
         emit(result, as_json, _render_build, finished=True)
-
-
-def _statistics(
-    imatrix: Path | None, no_imatrix: bool, calibration: Path | None, tokens: TokenRequest | None, device: str
-) -> Statistics | None:
-    """The statistics that the options ask for; options that contradict each other are refused."""
-    from ..pipeline.statistics import ImatrixFile, MomentFolder, NoStatistics, OnTheFly
-
-    if no_imatrix and imatrix:
-        raise typer.BadParameter("--no-imatrix leaves nothing for --imatrix to do: give one of the two")
-    if no_imatrix and (calibration or tokens):
-        raise typer.BadParameter(
-            "a calibration is an importance, --no-imatrix asks for none: give one of the two"
-        )
-    if calibration and tokens:
-        raise typer.BadParameter(
-            "--calibrate-inline gathers what --calibration has already: give one of the two"
-        )
-    if no_imatrix:
-        return NoStatistics()
-    if tokens is not None:
-        return OnTheFly(tokens, device, imatrix)
-    if calibration is not None:
-        return MomentFolder(calibration, imatrix)
-    return ImatrixFile(imatrix) if imatrix is not None else None
-
-
-def _inline(
-    wanted: bool, text: Path | None, tokens: Path | None, sequences: int | None, length: int
-) -> TokenRequest | None:
-    from ..calibrate.tokens import TokenRequest
-
-    given = [name for name, value in (("--text", text), ("--tokens", tokens)) if value is not None]
-    if not wanted and (given or sequences is not None):
-        raise typer.BadParameter(f"{given[0] if given else '--sequences'} goes with --calibrate-inline")
-    if not wanted:
-        return None
-    if len(given) != 1:
-        raise typer.BadParameter("--calibrate-inline needs either --text or --tokens")
-    return TokenRequest(text, tokens, sequences, length)
 
 
 def _render_build(result: BuildResult) -> str:
@@ -228,19 +187,37 @@ def _render_plan(result: PlanSummary) -> str:
         disk = "the file, and as many shards as --shard-cache allows"
     else:
         disk = f"{gigabytes(result.disk_bytes)}, the shards that are fetched included"
-    sizes, inline = result.calibration, result.calibrate_inline
+    sizes = result.calibration
     folder = gigabytes(sizes.folder_bytes + sizes.unfinished_bytes)
+    efforts = [
+        (
+            f"{cost.effort}{' (default)' if cost.default else ''}",
+            cost.tokens or "",
+            _duration(cost.hours),
+            gigabytes(cost.memory_bytes),
+            gigabytes(cost.disk_bytes) if cost.disk_bytes else "",
+            gigabytes(cost.download_bytes) if cost.download_bytes else "",
+        )
+        for cost in result.efforts
+    ]
     return "\n".join(
         (
             f"{result.model}.{result.tier}: {gigabytes(result.total_bytes)} in {result.tensor_count} tensors",
             table(("format", "tensors", "weights", "size"), rows),
-            f"memory for the build: about {gigabytes(result.peak_memory_bytes)}",
             f"disk for the build: {disk}",
-            f"to calibrate on {sizes.tokens} tokens: memory about {gigabytes(sizes.memory_bytes)}, disk {folder}",
-            f"to calibrate on them inside the build: memory about {gigabytes(inline.memory_bytes)}, "
-            f"{gigabytes(inline.disk_bytes)} of disk beside the file",
+            "on this machine, without a GPU, with the disk that is taken beside the file:",
+            table(("effort", "tokens", "about", "memory", "disk", "download"), efforts),
+            f"to calibrate on {sizes.tokens} tokens into a folder: memory about {gigabytes(sizes.memory_bytes)}, "
+            f"disk {folder}",
         )
     )
+
+
+def _duration(hours: float) -> str:
+    """Hours in words: minutes where they are few."""
+    if hours < 1:
+        return f"{max(1, round(hours * 60))} min"
+    return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
 
 
 def tiers(

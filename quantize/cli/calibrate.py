@@ -15,7 +15,7 @@ from .console import coverage, emit, gigabytes, listed, note, resumable
 
 if TYPE_CHECKING:
     from ..calibrate.run import CalibrationResult
-    from ..spec.estimates import CalibrationSizes
+    from ..spec.calibration_sizes import CalibrationSizes
 
 
 def calibrate(
@@ -75,6 +75,7 @@ def calibrate(
 
     \b
     Examples:
+      mq-quant calibrate --source ./MiniMax-M2.7 -o calib
       mq-quant calibrate --source ./MiniMax-M2.7 --text corpus.txt --sequences 128 -o calib
       mq-quant calibrate --source ./MiniMax-M2.7 --tokens ids.npy --device cuda -o calib
       mq-quant calibrate --source tiny --tokens ids.npy --propagate quantised --tier mq2 -o calib
@@ -84,19 +85,18 @@ def calibrate(
     from ..calibrate.run import CalibrationOptions
     from ..calibrate.run import calibrate as run
     from ..calibrate.tokens import TokenRequest, load_tokens
-    from ..spec.estimates import calibration_sizes
+    from ..spec.calibration_sizes import calibration_sizes
     from ..spec.places import choose_recipe, open_place
     from .progress_bar import Progress
 
     if propagate == "source" and (tier or recipe):
         raise typer.BadParameter("--tier and --recipe go with --propagate quantised")
     chosen = choose_recipe(tier, recipe, source) if propagate == "quantised" else None
-    if (text is None) == (tokens is None):
-        raise typer.BadParameter("give either --text or --tokens")
+    asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
     opened = open_place(source, revision, shard_cache, output.parent)
     with closing(opened), resumable("the same command continues after the last finished layer"):
         opened.validate()
-        ids = load_tokens(opened, TokenRequest(text, tokens, sequences, length))
+        ids = load_tokens(opened, asked)
         sizes = calibration_sizes(opened.config, ids.size, down)
         if dry_run:
             emit(sizes, as_json, _render_sizes)

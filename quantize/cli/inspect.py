@@ -182,6 +182,21 @@ def reproduce(
     calibration: Annotated[
         Path | None, typer.Option(help="The calibration folder, where the file was made with one.")
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="The text that the build was calibrated on, where it was not our own."),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="The token ids that the build was calibrated on, a .npy file.")
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="How many sequences of them.")] = None,
+    length: opt.Length = 512,
+    device: Annotated[
+        opt.TorchDevice,
+        typer.Option(
+            help="Where the model runs on these tokens; on another device than the build's bytes differ."
+        ),
+    ] = "cpu",
     jobs: opt.Jobs = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
     as_json: opt.Json = False,
@@ -203,7 +218,7 @@ def reproduce(
     with Progress(f"reproduce {file.name}", quiet or as_json) as bar:
         result = run(
             file,
-            Inputs(source, imatrix, calibration),
+            Inputs(source, imatrix, calibration, opt.token_request(text, tokens, sequences, length), device),
             jobs or cores(),
             on_start=bar.start,
             on_done=lambda unit: bar.advance(unit.weights, unit.key),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from ..calibrate.tokens import TokenRequest
 
 TEXTS = "Texts and tokens"
 """Title of the help's section on what a calibration is gathered from."""
 
 Fit = Literal["reference", "exact", "hessian"]
-BuildDevice = Literal["cpu", "cuda", "hip"]
+BuildDevice = Literal["auto", "cpu", "cuda", "hip"]
+Effort = Literal["imatrix", "calibrated", "tuned"]
 TorchDevice = Literal["cpu", "cuda"]
 Backend = Literal["auto", "hip", "cuda", "cpu"]
 DownForm = Literal["full", "compact", "pooled"]
@@ -28,13 +32,22 @@ SourceName = Annotated[
     ),
 ]
 Text = Annotated[
-    Path | None, typer.Option(help="A UTF-8 text file. It is cut into sequences of --length tokens.")
+    Path | None,
+    typer.Option(
+        help="A UTF-8 text file instead of the text that comes with mq-quant. It is cut into sequences of --length "
+        "tokens."
+    ),
 ]
 Tokens = Annotated[
-    Path | None, typer.Option(help="A .npy file of token ids, an integer array [sequences, length].")
+    Path | None,
+    typer.Option(help="A .npy file of token ids instead of a text, an integer array [sequences, length]."),
 ]
 Sequences = Annotated[
-    int | None, typer.Option(min=1, help="Use this many sequences. Default: all that there are.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Use this many sequences. Default: all of --text or --tokens, 65536 tokens of our own text.",
+    ),
 ]
 Length = Annotated[int, typer.Option(min=1, help="The number of tokens in each sequence of --text.")]
 Jobs = Annotated[
@@ -42,3 +55,15 @@ Jobs = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar and print no result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def token_request(
+    text: Path | None, tokens: Path | None, sequences: int | None, length: int
+) -> TokenRequest | None:
+    """The tokens that these options ask for; None where none of them is given."""
+    from ..calibrate.tokens import LENGTH, TokenRequest
+
+    if text is not None and tokens is not None:
+        raise typer.BadParameter("give either --text or --tokens")
+    asked = TokenRequest(text, tokens, sequences, length)
+    return None if asked == TokenRequest(length=LENGTH) else asked

@@ -18,11 +18,12 @@ from ...awq.scale import REFERENCE_ALPHA, down_fold, gate_up_scale
 from ...formats.blocks import F16_FORMAT, Format
 from ...formats.errors import WeightError
 from ...formats.fwht import GROUP
-from ...formats.hfq.stored import StoredLayer
+from ...formats.hfq.stored import StoredForm, StoredLayer
 from ...formats.minimax import ModelConfig, expert_name
 from ...lloyd.encode import Fit
 from ...lloyd.hessian.row import RowHessian, from_moment, from_weights
 from ..spec.recipe import Recipe
+from .answering import answering_down, product
 from .encoders import CPU, Encoder, MatrixTask
 from .overflow import check_levels
 
@@ -166,23 +167,17 @@ class LayerEncoder:
         else:
             scale = gate_up_scale(self.importance.gate_up_energy(), alpha)
         shared = None
-        if self.importance is not None and self.fit == "hessian":
-            importance = self.importance.of(0, "w1")
-            if importance.moment is not None:
-                shared = hessian_of(importance, scale.astype(np.float32))
+        if self.importance is not None and self.importance.shared is not None and self.fit == "hessian":
+            shared = hessian_of(self.importance.shared, scale.astype(np.float32))
         return _Prepared(alpha, {}, StoredLayer(self.formats, scale), shared)
-
-    def _gate_up_hessian(self, prepared: _Prepared, importance: Importance) -> RowHessian:
-        """The Hessian of one expert's w1 and w3."""
-        return prepared.shared or hessian_of(importance, prepared.stored.form("w1").scale)
 
     def _sample_loss(self, candidate: _Prepared, samples: Mapping[str, F32]) -> float:
         """Share of the output energy that is lost on the sampled rows of gate and up under this exponent, f64."""
         assert self.importance is not None
         lost = kept = 0.0
         for e in self._sampled_experts():
-            importance = self.importance.of(e, "w1")
-            hessian = self._gate_up_hessian(candidate, importance)
+            importance = self.importance.shared or self.importance.of(e, "w1")
+            hessian = candidate.shared or hessian_of(importance, candidate.stored.form("w1").scale)
             for p in ("w1", "w3"):
                 form = candidate.stored.form(p)
                 full = samples[expert_name(self.layer, e, p)]
@@ -222,6 +217,8 @@ class LayerEncoder:
     def encode_expert(self, expert: int, w1: F32, w3: F32, w2: F32) -> EncodedExpert:
         """Encode one expert's matrices f32: w1 and w3 [intermediate, hidden], w2 [hidden, intermediate].
 
+        Where the expert's inputs were kept, w1 and w3 are rounded under their own moment, and w2 is fitted to what they
+        then give it and rounded under the moment of that.
         A pure function of its arguments, for any number of threads. Raises WeightError, which names the matrix, where
         its width is no multiple of 256 or its levels are beyond what the format stores.
         """
@@ -232,22 +229,36 @@ class LayerEncoder:
                 raise WeightError(
                     f"has {w.shape[1]} columns, which is not a multiple of {GROUP}", tensor=names[p]
                 )
-        prepared, fold = self._prepared, None
+        fold = None
+        if self.importance is not None and self.settings.fold_down:
+            fold = self.fold(self.importance.of(expert, "w2"))
+        forms = {p: self._prepared.stored.form(p, fold) for p in weights}
         hessians: dict[str, RowHessian] = {}
-        if self.importance is not None and (self.settings.fold_down or self.fit == "hessian"):
-            of_down = self.importance.of(expert, "w2")
-            fold = self.fold(of_down)
-            if self.fit == "hessian":
-                gate_up = self._gate_up_hessian(prepared, self.importance.of(expert, "w1"))
-                hessians = {"w1": gate_up, "w3": gate_up, "w2": hessian_of(of_down, fold)}
-        tasks = [
-            MatrixTask(w, prepared.stored.form(p, fold), self.fit, hessians.get(p), self._gain)
-            for p, w in weights.items()
-        ]
-        payloads = dict(zip(weights, self.encoder.encode(tasks), strict=True))
+        if self.importance is None or self.fit != "hessian":
+            payloads = self._encode(weights, forms, hessians)
+        elif (inputs := self.importance.inputs(expert)) is None:
+            gate_up = self._prepared.shared or hessian_of(self.importance.of(expert, "w1"), forms["w1"].scale)
+            down = hessian_of(self.importance.of(expert, "w2"), fold)
+            hessians = {"w1": gate_up, "w3": gate_up, "w2": down}
+            payloads = self._encode(weights, forms, hessians)
+        else:
+            gate_up = hessian_of(self.importance.from_rows(expert, "w1", inputs), forms["w1"].scale)
+            hessians = {"w1": gate_up, "w3": gate_up}
+            payloads = self._encode({"w1": w1, "w3": w3}, forms, hessians)
+            rounded = [forms[p].decode(payloads[p], weights[p].shape) for p in ("w1", "w3")]
+            there, here = product(inputs, w1, w3), product(inputs, *rounded)
+            hessians["w2"] = hessian_of(self.importance.from_rows(expert, "w2", here), fold)
+            payloads |= self._encode({"w2": answering_down(w2, there, here)}, forms, hessians)
         for p, payload in payloads.items():
             check_levels(names[p], self.formats[p], payload)
         return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
+
+    def _encode(
+        self, weights: Mapping[str, F32], forms: Mapping[str, StoredForm], hessians: Mapping[str, RowHessian]
+    ) -> dict[str, U8]:
+        """The payloads u8 [bytes] of some matrices of one expert."""
+        tasks = [MatrixTask(w, forms[p], self.fit, hessians.get(p), self._gain) for p, w in weights.items()]
+        return dict(zip(weights, self.encoder.encode(tasks), strict=True))
 
     def report(self) -> dict[str, Any]:
         """What `prepare` chose for this layer, as the file's provenance records it: the fit, the AWQ exponent, the loss

@@ -5,7 +5,9 @@ Nothing is written: each unit is compared with the file as it comes out of the e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,15 @@ from ...formats.errors import (
     HfqKind,
     ImatrixError,
     RecipeError,
+    TokenError,
 )
 from ...formats.hfq import HfqFile, TensorEntry, TensorMeta, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.text import shown
+from ...texts import CALIBRATION_SHA256
+from ..calibrate.tokens import TokenRequest
 from ..pipeline.build_spec import BuildSpec, open_build
-from ..pipeline.statistics import ImatrixFile, MomentFolder, NoStatistics, Statistics
+from ..pipeline.statistics import ImatrixFile, MomentFolder, NoStatistics, OnTheFly, Statistics
 from ..pipeline.work_units import WorkUnit, work_order
 from ..pipeline.worker_pool import Encoded, UnitHook, Workers, run_units
 from ..spec.hooks import nothing
@@ -37,7 +42,8 @@ from .show import provenance
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a person names for a reproduction: a source (as `--source` takes it), an imatrix, a calibration folder.
+    """What a person names for a reproduction: a source (as `--source` takes it), an imatrix, a calibration folder, or
+    the tokens that the build was calibrated on.
 
     A file may come from anybody. Its record may name places, and nothing is read or fetched from a place that is
     neither named here nor one of a bundled model's.
@@ -46,6 +52,8 @@ class Inputs:
     source: str | None = None
     imatrix: Path | None = None
     calibration: Path | None = None
+    tokens: TokenRequest | None = None
+    device: str = "cpu"
 
 
 def recorded_recipe(record: Provenance, file: Path, inputs: Inputs) -> Recipe:
@@ -116,10 +124,32 @@ def check_inputs(record: Provenance, spec: BuildSpec, file: Path) -> None:
         raise ImatrixError(
             "the imatrix is not the one that this was made with", file=file, hint="check --imatrix"
         )
-    if record.calibration and record.calibration.sha256 != spec.signature.get("calibration.sha256"):
+    if spec.gathered is not None:
+        _check_tokens(record, spec, file)
+    elif record.calibration and record.calibration.sha256 != spec.signature.get("calibration.sha256"):
         raise CalibrationError(
             "the calibration is not the one that this was made with", file=file, hint="check --calibration"
         )
+
+
+def _check_tokens(record: Provenance, spec: BuildSpec, file: Path) -> None:
+    """Refuse tokens that are not those that the file was calibrated on."""
+    stated = tokens_record(record)
+    for key in ("sequences", "length", "sha256"):
+        here = spec.signature.get(f"calibration.tokens.{key}")
+        if stated.get(key) != here:
+            raise TokenError(
+                f"the tokens are not those that this was calibrated on: {key} is {shown(stated.get(key))} there and "
+                f"{shown(here)} here",
+                file=file,
+                hint="give the same --text or --tokens, with the same --sequences and --length",
+            )
+
+
+def tokens_record(record: Provenance) -> Mapping[str, Any]:
+    """What a record says of the tokens of its calibration."""
+    stated = record.calibration.document.get("tokens") if record.calibration else None
+    return stated if isinstance(stated, Mapping) else {}
 
 
 @dataclass(frozen=True)
@@ -174,7 +204,8 @@ def reproduce(
             different.update(dict.fromkeys(_different(unit, done, file)))
             on_done(unit)
 
-        run_units(spec, order, compare, Workers(jobs))
+        with gathering(spec) as before:
+            run_units(spec, order, compare, Workers(jobs, before_layer=before))
         return Reproduction(
             path=path,
             tensor_count=len(file.entries),
@@ -185,8 +216,25 @@ def reproduce(
         )
 
 
+@contextmanager
+def gathering(spec: BuildSpec) -> Iterator[Callable[[int], None] | None]:
+    """What has each layer's moments ready, where they are gathered again; the scratch folder is removed at the end."""
+    gathered = spec.gathered
+    if gathered is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="mq-quant-") as scratch:
+        try:
+            gathered.open(Path(scratch) / "calibration")
+            yield gathered.begin_layer
+        finally:
+            gathered.close()
+
+
 def _statistics(record: Provenance, path: Path, inputs: Inputs) -> Statistics | None:
     """The statistics that the file was made with; errors where the ones given are missing or do not belong to it."""
+    if record.calibration is not None and record.calibration.document.get("rows") is True:
+        return OnTheFly(_tokens(record, path, inputs), inputs.device, inputs.imatrix)
     if record.calibration is not None:
         if inputs.calibration is None:
             raise CalibrationError(
@@ -202,6 +250,27 @@ def _statistics(record: Provenance, path: Path, inputs: Inputs) -> Statistics | 
     if record.imatrix is None:
         return NoStatistics()
     return ImatrixFile(inputs.imatrix) if inputs.imatrix is not None else None
+
+
+def _tokens(record: Provenance, path: Path, inputs: Inputs) -> TokenRequest:
+    """The tokens that the file was calibrated on: those given, or the package's own text where the record names it."""
+    if inputs.calibration is not None:
+        raise CalibrationError(
+            "calibrated itself on tokens, without a folder", file=path, hint="leave --calibration out"
+        )
+    if inputs.tokens is not None:
+        return inputs.tokens
+    assert record.calibration is not None
+    stated = tokens_record(record)
+    sequences, length = stated.get("sequences"), stated.get("length")
+    ours = record.calibration.document.get("text") == CALIBRATION_SHA256
+    if not (ours and isinstance(sequences, int) and isinstance(length, int)):
+        raise TokenError(
+            "was calibrated on tokens that mq-quant does not have",
+            file=path,
+            hint="give the same text or tokens as --text or --tokens, with the same --sequences and --length",
+        )
+    return TokenRequest(sequences=sequences, length=length)
 
 
 def _meta(entry: TensorEntry) -> TensorMeta:

@@ -21,7 +21,16 @@ from ..spec.places import open_place, side_files
 from ..spec.plan import Plan, make_plan, plan_tensors
 from ..spec.provenance import code, flatten, program
 from ..spec.recipe import Awq, Fit, Recipe
-from .statistics import NoStatistics, Statistics, begin_gathering, find, imatrix_path, open_imatrix
+from .statistics import (
+    NoStatistics,
+    Statistics,
+    begin_gathering,
+    effort_of,
+    find,
+    imatrix_path,
+    open_imatrix,
+    own_imatrix,
+)
 
 if TYPE_CHECKING:
     from ..calibrate.on_the_fly import GatheredImportance
@@ -55,7 +64,10 @@ class RecipeChanges:
                     hint="leave them out, or leave --no-imatrix out",
                 )
             fit, alpha, fold = "exact" if fit == "hessian" else fit, 0.0, 0.0
-        return recipe.model_copy(update={"fit": fit, "gain": gain, "awq": Awq.checked(alpha, fold)})
+        awq = Awq.checked(alpha, fold)
+        return recipe.model_copy(
+            update={"effort": effort_of(statistics), "fit": fit, "gain": gain, "awq": awq}
+        )
 
 
 UNCHANGED = RecipeChanges()
@@ -126,7 +138,7 @@ def _resolve(
         check(output_name(recipe), sum(t.nbytes for t in tensors), besides)
     path = imatrix_path(recipe, statistics)
     imatrix = open_imatrix(path, config)
-    recipe = _pinned(recipe, source, path if statistics is None else None)
+    recipe = _pinned(recipe, source, path if own_imatrix(statistics) else None)
     side = side_files(source.side_file)
     if side.tokenizer is None:
         raise CheckpointError(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,10 @@ from ...formats.checkpoint.source import Source
 from ...formats.errors import ImatrixError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.imatrix import read_imatrix
+from ...texts import CALIBRATION_SHA256
 from ..calibrate.tokens import TokenRequest, load_tokens
 from ..spec.places import local_folder
-from ..spec.recipe import Recipe
+from ..spec.recipe import Effort, Recipe
 
 if TYPE_CHECKING:
     from ..calibrate.on_the_fly import GatheredImportance
@@ -47,15 +48,34 @@ class MomentFolder:
 
 @dataclass(frozen=True)
 class OnTheFly:
-    """Moments that the build gathers itself, each layer's just before the layer is encoded, on a device of torch's."""
+    """Moments that the build gathers itself, each layer's just before the layer is encoded, on a device of torch's.
 
-    tokens: TokenRequest
+    An imatrix stands behind moments of too few tokens: the one given, else the recipe's own where it has one.
+    """
+
+    tokens: TokenRequest = field(default_factory=TokenRequest)
     device: str = "cpu"
     imatrix: Path | None = None
 
 
 Statistics = NoStatistics | ImatrixFile | MomentFolder | OnTheFly
 """Where none of these is given, the recipe's own imatrix is used."""
+
+
+def effort_of(statistics: Statistics | None) -> Effort | None:
+    """The effort of a build with these statistics; None where it has none."""
+    match statistics:
+        case NoStatistics():
+            return None
+        case MomentFolder() | OnTheFly():
+            return "calibrated"
+        case _:
+            return "imatrix"
+
+
+def own_imatrix(statistics: Statistics | None) -> bool:
+    """Whether the imatrix in use is the recipe's own, if it has one."""
+    return statistics is None or (isinstance(statistics, OnTheFly) and statistics.imatrix is None)
 
 
 def statistics_at(path: Path) -> Statistics:
@@ -84,7 +104,9 @@ def begin_gathering(statistics: Statistics | None, source: Source) -> GatheredIm
         return None
     from ..calibrate.on_the_fly import GatheredImportance
 
-    return GatheredImportance(source, load_tokens(source, statistics.tokens), statistics.device)
+    request = statistics.tokens
+    text = CALIBRATION_SHA256 if request.bundled else None
+    return GatheredImportance(source, load_tokens(source, request), statistics.device, text)
 
 
 def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:
@@ -95,7 +117,9 @@ def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:
     match statistics:
         case ImatrixFile(path):
             return path
-        case MomentFolder(_, path) | OnTheFly(_, _, path):
+        case MomentFolder(_, path):
+            return path
+        case OnTheFly(_, _, path) if path is not None or recipe.model.imatrix is None:
             return path
         case NoStatistics():
             return None

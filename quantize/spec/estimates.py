@@ -14,55 +14,31 @@ from typing import TYPE_CHECKING, Any
 from ...formats.hfq.totals import FormatTotals
 from ...formats.machine import cores
 from ...formats.minimax import ModelConfig, inventory, parse_config
+from .calibration_sizes import (
+    BASE_MEMORY,
+    USUAL_TOKENS,
+    CalibrationSizes,
+    calibration_sizes,
+    moment_bytes,
+)
+from .efforts import EffortCost, default_effort, effort_costs
 from .metadata import template, totals_of
-from .places import ModelFiles, choose_recipe, local_folder, model_files
+from .places import TINY, ModelFiles, choose_recipe, local_folder, model_files
 from .plan import ROW_WEIGHTS, Plan, make_plan, plan_tensors
 from .recipe import Recipe, load_tier
 from .recipe import tiers as tier_names
 from .tally import FileSizes, file_sizes
 
 if TYPE_CHECKING:
-    from ...formats.statistics.moment_file import DownForm
+    pass
 
 MACHINES_GB = (16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 256)
 CONTEXT = 32768
 """Positions of the key/value cache that a machine must have room for beside the file."""
 HEADROOM_GB = 2.0
-BASE_MEMORY = 900 << 20
-"""Bytes that the interpreter and its libraries take."""
 COPIES = 7
 """How often a worker of a build holds the weights it encodes, counted in f32."""
-CHUNK = 4096
-"""Rows of activations turned to f64 at a time by a calibration."""
-USUAL_TOKENS = 128 * 512
 _STORED_BYTES = {"fp8": 1, "bf16": 2, "f32": 4}
-
-
-@dataclass(frozen=True)
-class CalibrationSizes:
-    """Bytes that a calibration on `tokens` tokens takes: of memory at its peak, of one layer's file, of the finished
-    folder, and of the residual stream that lies beside it until then."""
-
-    tokens: int
-    memory_bytes: int
-    layer_bytes: int
-    folder_bytes: int
-    unfinished_bytes: int
-
-    def as_json(self) -> dict[str, int]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class InlineSizes:
-    """Bytes that a build which calibrates itself takes: of memory at its peak, and of disk beside its output."""
-
-    tokens: int
-    memory_bytes: int
-    disk_bytes: int
-
-    def as_json(self) -> dict[str, int]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,7 @@ class PlanSummary:
     peak_memory_bytes: int
     disk_bytes: int | None
     calibration: CalibrationSizes
-    calibrate_inline: InlineSizes
+    efforts: tuple[EffortCost, ...]
     metadata_complete: bool
 
     def as_json(self) -> dict[str, Any]:
@@ -129,10 +105,10 @@ def plan_summary(
     sizes = file_sizes(recipe, files, parse_config(files.config))
     shards = recipe.model.place.shards
     streamed = shard_cache * -(-source_bytes(sizes.config) // shards) if shards else 0
-    known = shards is not None or local_folder(recipe.model.place.address) is not None
+    local = local_folder(recipe.model.place.address) is not None or recipe.model.place.address == TINY
+    known = shards is not None or local
     workers = jobs or cores()
     memory = build_memory(sizes, workers)
-    encoding = memory + moment_bytes(sizes.config, workers)
     return PlanSummary(
         recipe.tier,
         recipe.model.name,
@@ -144,7 +120,13 @@ def plan_summary(
         memory,
         sizes.total_bytes + streamed if known else None,
         calibration_sizes(sizes.config, USUAL_TOKENS, "compact"),
-        inline_sizes(sizes.config, USUAL_TOKENS, encoding),
+        effort_costs(
+            sizes.config,
+            workers,
+            {"imatrix": memory, "calibrated": memory + moment_bytes(sizes.config, workers)},
+            None if local else source_bytes(sizes.config),
+            default_effort(recipe, sizes.config, workers),
+        ),
         files.complete,
     )
 
@@ -198,39 +180,3 @@ def build_memory(sizes: FileSizes, jobs: int) -> int:
     plain = min(sizes.largest, ROW_WEIGHTS)
     importance = 2 * c.num_local_experts * (2 * c.hidden_size + c.intermediate_size) * 8
     return BASE_MEMORY + importance + 4 * COPIES * max(expert, plain) * jobs
-
-
-def calibration_sizes(config: ModelConfig, tokens: int, down: DownForm) -> CalibrationSizes:
-    """What a calibration on so many tokens takes, with down's moments kept in this form."""
-    from ...formats.statistics.moment_file import layer_tensors
-
-    h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
-    stream = 4 * tokens * h
-    attention = 2 * stream + 4 * tokens * (3 * config.q_dim + 2 * config.kv_dim)
-    busiest = min(tokens, 8 * -(-tokens * config.num_experts_per_tok // e))
-    expert = 4 * busiest * (2 * h + 3 * i) + 4 * 6 * h * i
-    moments = 8 * 3 * (h * h + 2 * i * i) + 8 * CHUNK * max(h, i)
-    dtype_bytes = {"F32": 4, "F16": 2, "I64": 8}
-    layer = sum(
-        dtype_bytes[dtype] * math.prod(shape) for dtype, shape in layer_tensors(config, down).values()
-    )
-    table = 8 * config.vocab_size * h
-    running = stream + max(attention, 3 * stream + expert + moments) + layer
-    memory = BASE_MEMORY + max(table + 2 * stream, running)
-    return CalibrationSizes(tokens, memory, layer, layer * config.num_hidden_layers, stream)
-
-
-def moment_bytes(config: ModelConfig, jobs: int) -> int:
-    """Bytes of memory that rounding under full moments takes besides a build's own: of a layer, and of each worker."""
-    return 8 * (4 * config.hidden_size**2 + jobs * 6 * config.intermediate_size**2)
-
-
-def inline_sizes(config: ModelConfig, tokens: int, build_bytes: int = 0) -> InlineSizes:
-    """What a build that calibrates itself takes, where its encoding alone takes `build_bytes` of memory.
-
-    A layer is run and then encoded, never both at once. Full moments of one layer lie on the disk, with the residual
-    streams before and after it.
-    """
-    sizes = calibration_sizes(config, tokens, "full")
-    disk = sizes.layer_bytes + 2 * sizes.unfinished_bytes
-    return InlineSizes(tokens, max(sizes.memory_bytes, build_bytes), disk)

@@ -31,6 +31,9 @@ SHOWN, MESSAGE_LIMIT = 8, 300
 """Complaints that an error lists, and characters of each."""
 MAX_ALPHA = 2
 Fit = Literal["reference", "exact", "hessian"]
+Effort = Literal["imatrix", "calibrated", "tuned"]
+"""How much is done for a file: weights are rounded under an imatrix, or under what the build gathers from a text, or that
+and then everything continuous is tuned against the source's outputs."""
 
 
 def _pattern(text: str) -> str:
@@ -140,6 +143,7 @@ class Recipe(_Strict):
     description: str = Field(max_length=2000)
     model: Model
     rules: tuple[Rule, ...] = Field(min_length=1, max_length=MAX_RULES, strict=False)
+    effort: Effort | None = None
     fit: Fit = "hessian"
     gain: bool = True
     awq: Awq = Awq()

@@ -1,9 +1,10 @@
-"""Builds that gather their own calibration: the bytes of `calibrate --down full` and `build --calibration`, with the
-moments of one layer at a time, whatever interrupts them.
+"""Builds that gather their own calibration: one file for any number of jobs, with what the experts of one layer see at
+a time, whatever interrupts them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import small_model
 import torch
 from build_hooks import StopError, stopped
 from mq_quant.formats.checkpoint.local import open_checkpoint
-from mq_quant.formats.errors import OutputError, ResumeError, TokenError
+from mq_quant.formats.errors import CalibrationError, OutputError, ResumeError, TokenError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.calibrate import layer_pass as gather
 from mq_quant.quantize.calibrate import on_the_fly as inline
@@ -29,7 +30,7 @@ from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import RecipeChanges
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, MomentFolder, OnTheFly, Statistics
 from mq_quant.quantize.pipeline.work_units import WorkUnit
-from mq_quant.quantize.spec.estimates import inline_sizes
+from mq_quant.quantize.spec.calibration_sizes import inline_sizes
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.write.partial_file import CALIBRATION, PARTIAL
 from small_imatrix import save_imatrix
@@ -54,9 +55,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `calibrate --down full`."""
-    out = tmp_path_factory.mktemp("full") / "calib"
-    calibrate(open_checkpoint(source), TOKENS, out, CalibrationOptions("full"))
+    """The folder of `calibrate --down pooled`."""
+    out = tmp_path_factory.mktemp("pooled") / "calib"
+    calibrate(open_checkpoint(source), TOKENS, out, CalibrationOptions("pooled"))
     return out
 
 
@@ -65,17 +66,21 @@ def built(source: Path, out: Path, statistics: Statistics, **given: Any) -> Buil
     return build_file(choose_recipe("mq2", None, str(source)), statistics, options, RecipeChanges(alpha=0.3))
 
 
+def own_tokens(source: Path) -> OnTheFly:
+    return OnTheFly(TokenRequest(tokens=source / "tokens.npy"))
+
+
 @pytest.fixture(scope="module")
-def whole(source: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The file that `build --calibration` makes of that folder."""
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file that a build with one worker makes in one go."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    built(source, out, MomentFolder(folder))
+    built(source, out, own_tokens(source), jobs=1)
     return out.read_bytes()
 
 
 @pytest.fixture
 def run(source: Path, tmp_path: Path) -> Run:
-    own = OnTheFly(TokenRequest(tokens=source / "tokens.npy"))
+    own = own_tokens(source)
 
     def run_on_the_fly(name: str = "out", statistics: Statistics = own, **given: Any) -> BuildResult:
         return built(source, tmp_path / name, statistics, **given)
@@ -89,9 +94,9 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     layers: list[int] = []
     real = inline.gather_layer
 
-    def counted(weights: Any, config: Any, layer: int, *rest: Any) -> Any:
+    def counted(weights: Any, config: Any, layer: int, *rest: Any, **named: Any) -> Any:
         layers.append(layer)
-        return real(weights, config, layer, *rest)
+        return real(weights, config, layer, *rest, **named)
 
     monkeypatch.setattr(inline, "gather_layer", counted)
     return layers
@@ -101,8 +106,8 @@ def names(where: Path) -> list[str]:
     return sorted(path.name for path in where.iterdir())
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
-def test_the_file_is_that_of_a_calibration_folder_to_the_last_byte(
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_the_bytes_do_not_depend_on_the_workers(
     jobs: int, run: Run, whole: bytes, tmp_path: Path, gathered: list[int]
 ) -> None:
     result = run(jobs=jobs)
@@ -112,23 +117,55 @@ def test_the_file_is_that_of_a_calibration_folder_to_the_last_byte(
     assert result.fallbacks == ("layer 0 w2: experts 1 (1) without tokens took the layer's moment",)
 
 
-def test_it_says_what_it_was_made_with_and_the_folder_reproduces_it(
+def test_only_experts_that_saw_tokens_differ_from_a_build_with_the_layers_moments(
+    run: Run, whole: bytes, folder: Path, source: Path, tmp_path: Path
+) -> None:
+    built(source, tmp_path / "folder", MomentFolder(folder))
+    (tmp_path / "whole").write_bytes(whole)
+    with open_hfq(tmp_path / "whole") as own, open_hfq(tmp_path / "folder") as pooled:
+
+        def same(expert: int) -> bool:
+            name = f"model.layers.0.block_sparse_moe.experts.{expert}.w1.weight"
+            return np.array_equal(
+                *(f.read_range(f.entry(name), 0, f.entry(name).nbytes) for f in (own, pooled))
+            )
+
+        assert [same(expert) for expert in range(3)] == [False, False, False]
+
+
+def test_it_says_what_it_was_made_with_and_the_same_tokens_reproduce_it(
     run: Run, source: Path, folder: Path, tmp_path: Path
 ) -> None:
     run()
     with open_hfq(tmp_path / "out") as file:
         record = file.metadata["mq_quant"]["calibration"]
+        assert file.metadata["mq_quant"]["recipe"]["effort"] == "calibrated"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert record["tokens"] == manifest["tokens"] and record["down"] == "full"
-    assert reproduce(tmp_path / "out", Inputs(str(source), calibration=folder), 2).identical
+    assert record["tokens"] == manifest["tokens"] and record["rows"] is True and record["text"] is None
+    assert record["device"] == "cpu" and record["torch"] == torch.__version__
+    assert record["sha256"] == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    tokens = TokenRequest(tokens=source / "tokens.npy")
+    assert reproduce(tmp_path / "out", Inputs(str(source), tokens=tokens), 2).identical
 
 
-def test_an_imatrix_stands_behind_it_too(run: Run, source: Path, folder: Path, tmp_path: Path) -> None:
-    imatrix = source / "imatrix.gguf"
-    backed = OnTheFly(TokenRequest(tokens=source / "tokens.npy"), imatrix=imatrix)
+def test_other_tokens_do_not_reproduce_it(run: Run, source: Path, folder: Path, tmp_path: Path) -> None:
+    run()
+    with pytest.raises(TokenError, match="tokens that mq-quant does not have"):
+        reproduce(tmp_path / "out", Inputs(str(source)))
+    with pytest.raises(CalibrationError, match="without a folder"):
+        reproduce(tmp_path / "out", Inputs(str(source), calibration=folder))
+    fewer = TokenRequest(tokens=source / "tokens.npy", sequences=2)
+    with pytest.raises(TokenError, match="sequences is 3 there and 2 here"):
+        reproduce(tmp_path / "out", Inputs(str(source), tokens=fewer))
+    np.save(tmp_path / "other.npy", TOKENS[::-1])
+    with pytest.raises(TokenError, match="sha256 is"):
+        reproduce(tmp_path / "out", Inputs(str(source), tokens=TokenRequest(tokens=tmp_path / "other.npy")))
+
+
+def test_an_imatrix_stands_behind_it_too(run: Run, source: Path, whole: bytes, tmp_path: Path) -> None:
+    backed = OnTheFly(TokenRequest(tokens=source / "tokens.npy"), imatrix=source / "imatrix.gguf")
     assert any("imatrix behind them" in note for note in run(statistics=backed).fallbacks)
-    built(source, tmp_path / "folder", MomentFolder(folder, imatrix))
-    assert (tmp_path / "out").read_bytes() == (tmp_path / "folder").read_bytes()
+    assert (tmp_path / "out").read_bytes() != whole
 
 
 def test_moments_of_one_layer_lie_on_the_disk_at_a_time(run: Run, source: Path, tmp_path: Path) -> None:
@@ -142,9 +179,9 @@ def test_moments_of_one_layer_lie_on_the_disk_at_a_time(run: Run, source: Path, 
 
     run(jobs=1, on_begin=watching)
     assert seen == [
-        (0, ["hidden-00001.f32", "journal", "layer-00000.safetensors"]),
-        (1, ["hidden-00002.f32", "journal", "layer-00001.safetensors"]),
-        (2, ["journal", "layer-00002.safetensors"]),
+        (0, ["hidden-00001.f32", "journal", "layer-00000.safetensors", "rows-00000.safetensors"]),
+        (1, ["hidden-00002.f32", "journal", "layer-00001.safetensors", "rows-00001.safetensors"]),
+        (2, ["journal", "layer-00002.safetensors", "rows-00002.safetensors"]),
     ]
 
 
@@ -177,7 +214,7 @@ def test_an_interrupted_build_continues_after_the_last_gathered_layer(
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("step", ["write_layer", "finish_layer"])
+@pytest.mark.parametrize("step", ["write_layer", "write_rows", "finish_layer"])
 def test_a_stop_while_a_layer_is_gathered_costs_that_layer(
     step: str,
     layer: int,
@@ -240,7 +277,7 @@ def test_moments_that_are_gone_and_needed_again_are_gathered_anew(
     assert gathered == [0, 1, 2] and (tmp_path / "out").read_bytes() == whole
 
 
-@pytest.mark.parametrize("lost", ["folder", "layer", "hidden"])
+@pytest.mark.parametrize("lost", ["folder", "layer", "rows", "hidden"])
 def test_what_is_lost_beside_the_output_costs_time_only(
     lost: str, run: Run, whole: bytes, tmp_path: Path, gathered: list[int]
 ) -> None:
@@ -250,7 +287,12 @@ def test_what_is_lost_beside_the_output_costs_time_only(
     if lost == "folder":
         shutil.rmtree(beside)
     else:
-        (beside / {"layer": "layer-00001.safetensors", "hidden": "hidden-00002.f32"}[lost]).unlink()
+        gone = {
+            "layer": "layer-00001.safetensors",
+            "rows": "rows-00001.safetensors",
+            "hidden": "hidden-00002.f32",
+        }
+        (beside / gone[lost]).unlink()
     gathered.clear()
     if lost == "hidden":
         with pytest.raises(ResumeError, match="hidden-00002"):
@@ -270,7 +312,7 @@ def test_other_tokens_do_not_continue_an_unfinished_build(
     for given in (other, OnTheFly(TokenRequest(tokens=source / "tokens.npy", sequences=2))):
         with pytest.raises(ResumeError, match=r"calibration\.tokens\.s"):
             run(statistics=given)
-    with pytest.raises(ResumeError, match=r"calibration\.inline is True there and None here"):
+    with pytest.raises(ResumeError, match=r"calibration\.rows is True there and None here"):
         run(statistics=ImatrixFile(source / "imatrix.gguf"))
     assert (tmp_path / f"out{CALIBRATION}" / JOURNAL).exists()
     run(statistics=other, restart=True)
@@ -309,45 +351,12 @@ def test_tokens_of_another_vocabulary_are_refused_before_any_work(
     assert gathered == [] and names(tmp_path) == ["bad.npy"]
 
 
-@pytest.mark.parametrize("other", [["--no-imatrix"], ["--calibration", "calib"]])
-def test_it_contradicts_other_importances(
-    other: list[str], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = ["--calibrate-inline", "--tokens", str(source / "tokens.npy")]
-    with pytest.raises(SystemExit) as stopped_by:
-        main(["build", "--tier", "mq2", "--source", str(source), "-o", str(tmp_path / "out"), *own, *other])
-    assert stopped_by.value.code == 2
-    assert "give one of the two" in " ".join(capsys.readouterr().err.replace("\u2502", "").split())
-
-
 def test_the_command_takes_it(
     source: Path, whole: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     common = ["build", "--tier", "mq2", "--source", str(source), "-o", str(out), "--awq-alpha", "0.3"]
     with pytest.raises(SystemExit) as stopped:
-        main([*common, "--calibrate-inline", "--tokens", str(source / "tokens.npy"), "--json"])
+        main([*common, "--effort", "calibrated", "--tokens", str(source / "tokens.npy"), "--json"])
     assert stopped.value.code == 0 and json.loads(capsys.readouterr().out)["coverage"] == pytest.approx(8 / 9)
     assert out.read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ("--calibrate-inline",),
-        ("--tokens", "a.npy"),
-        ("--text", "a.txt"),
-        ("--sequences", "4"),
-        ("--calibrate-inline", "--tokens", "a.npy", "--text", "b.txt"),
-        ("--calibrate-inline", "--tokens", "a.npy"),
-        ("--calibrate-inline", "--tokens", "a.npy", "--no-imatrix"),
-        ("--calibrate-inline", "--tokens", "a.npy", "--calibration", "calib"),
-    ],
-)
-def test_the_command_refuses_bad_arguments(
-    args: tuple[str, ...], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["build", "--tier", "mq2", "--source", str(source), "-o", str(tmp_path / "out"), *args])
-    assert stopped.value.code == 2 and names(tmp_path) == []
-    assert "Traceback" not in capsys.readouterr().err

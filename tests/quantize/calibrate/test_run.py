@@ -39,7 +39,7 @@ from mq_quant.quantize.calibrate.layer_pass import open_device
 from mq_quant.quantize.calibrate.moments import LayerMoments, mean_squares, second_moment
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.tokens import check_tokens, read_tokens, tokenize
-from mq_quant.quantize.spec.estimates import calibration_sizes
+from mq_quant.quantize.spec.calibration_sizes import calibration_sizes
 from mq_quant.verify.model.reference import Observer, Routing, layer_by_layer, layer_forward
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (3, 20)).astype(np.int32)

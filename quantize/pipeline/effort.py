@@ -1,0 +1,97 @@
+"""How much is done for a file: what a person gave decides, then the recipe, then what the machine can do in one night.
+
+`choose` turns all of that into statistics, on which a build is based.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...formats.errors import RecipeError
+from ...formats.minimax import parse_config
+from ..calibrate.tokens import LENGTH, TokenRequest
+from ..spec.calibration_sizes import usual_tokens
+from ..spec.efforts import default_effort
+from ..spec.places import model_files
+from ..spec.recipe import Effort, Fit, Recipe
+from .statistics import ImatrixFile, MomentFolder, NoStatistics, OnTheFly, Statistics
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a person asks of the statistics of a build; what is None or False was not given."""
+
+    effort: Effort | None = None
+    fit: Fit | None = None
+    imatrix: Path | None = None
+    no_imatrix: bool = False
+    calibration: Path | None = None
+    tokens: TokenRequest | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the build itself is to run the model on tokens."""
+        return self.tokens is not None or self.effort in ("calibrated", "tuned")
+
+
+_CONTRADICTIONS: tuple[tuple[Callable[[Wishes], object], str], ...] = (
+    (lambda w: w.no_imatrix and w.imatrix, "--no-imatrix leaves nothing for --imatrix to do"),
+    (
+        lambda w: w.no_imatrix and (w.calibration or w.gathers),
+        "a calibration is an importance, --no-imatrix asks for none",
+    ),
+    (lambda w: w.no_imatrix and w.effort, "--no-imatrix is a plain build, without any effort"),
+    (lambda w: w.calibration and w.tokens, "--text and --tokens gather what --calibration has already"),
+    (
+        lambda w: w.calibration and w.effort == "tuned",
+        "--effort tuned needs the model's outputs, which a folder of --calibration does not keep",
+    ),
+    (lambda w: w.effort == "imatrix" and w.tokens, "--effort imatrix does not look at --text or --tokens"),
+    (lambda w: w.effort == "imatrix" and w.calibration, "--effort imatrix does not look at --calibration"),
+)
+
+
+def check(wishes: Wishes) -> None:
+    """RecipeError where wishes contradict each other."""
+    for contradicts, sentence in _CONTRADICTIONS:
+        if contradicts(wishes):
+            raise RecipeError(sentence, hint="give one of the two")
+
+
+def chosen_effort(recipe: Recipe, wishes: Wishes, device: str = "cpu", jobs: int = 1) -> Effort:
+    """The effort of a build: the one asked for, the recipe's, what follows from the statistics given, or what so many
+    workers do in one night.
+
+    An imatrix given alone is what a build rounds under, and fits that look at no importance need no more.
+    """
+    given = wishes.effort or recipe.effort
+    if given is not None:
+        return given
+    if wishes.tokens:
+        return "calibrated"
+    if wishes.imatrix or (wishes.fit or recipe.fit) != "hessian":
+        return "imatrix"
+    config = parse_config(model_files(recipe.model).config)
+    return default_effort(recipe, config, jobs, device)
+
+
+def choose(recipe: Recipe, wishes: Wishes, device: str = "cpu", jobs: int = 1) -> Statistics | None:
+    """The statistics of a build on a device of torch's with so many workers; None for the recipe's own imatrix.
+
+    Raises RecipeError where wishes contradict each other, and ConfigError where the model's config is needed and wrong.
+    """
+    check(wishes)
+    if wishes.no_imatrix:
+        return NoStatistics()
+    if wishes.calibration is not None:
+        return MomentFolder(wishes.calibration, wishes.imatrix)
+    if chosen_effort(recipe, wishes, device, jobs) == "imatrix":
+        return None if wishes.imatrix is None else ImatrixFile(wishes.imatrix)
+    return OnTheFly(wishes.tokens or TokenRequest(sequences=_sequences(device)), device, wishes.imatrix)
+
+
+def _sequences(device: str) -> int | None:
+    """How much of the package's own text is taken; None on a CPU, where it is the usual amount."""
+    return None if device == "cpu" else usual_tokens(device) // LENGTH

@@ -1,0 +1,90 @@
+"""What a calibration takes, inside a build or as a folder of its own: memory at its peak, and disk."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from ...formats.minimax import ModelConfig
+
+if TYPE_CHECKING:
+    from ...formats.statistics.moment_file import DownForm
+
+BASE_MEMORY = 900 << 20
+"""Bytes that the interpreter and its libraries take."""
+CHUNK = 4096
+"""Rows of activations turned to f64 at a time by a calibration."""
+USUAL_TOKENS = 128 * 512
+GPU_TOKENS = 1024 * 512
+"""Tokens that a build calibrates on where nothing else is asked, on a CPU and on a GPU."""
+_BYTES = {"F32": 4, "F16": 2, "I64": 8}
+
+
+@dataclass(frozen=True)
+class CalibrationSizes:
+    """Bytes that a calibration on `tokens` tokens takes: of memory at its peak, of one layer's file, of the finished
+    folder, and of the residual stream that lies beside it until then."""
+
+    tokens: int
+    memory_bytes: int
+    layer_bytes: int
+    folder_bytes: int
+    unfinished_bytes: int
+
+    def as_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class InlineSizes:
+    """Bytes that a build which calibrates itself takes: of memory at its peak, and of disk beside its output."""
+
+    tokens: int
+    memory_bytes: int
+    disk_bytes: int
+
+    def as_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def calibration_sizes(config: ModelConfig, tokens: int, down: DownForm) -> CalibrationSizes:
+    """What a calibration on so many tokens takes, with down's moments kept in this form."""
+    from ...formats.statistics.moment_file import layer_tensors
+
+    h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
+    stream = 4 * tokens * h
+    attention = 2 * stream + 4 * tokens * (3 * config.q_dim + 2 * config.kv_dim)
+    busiest = min(tokens, 8 * -(-tokens * config.num_experts_per_tok // e))
+    expert = 4 * busiest * (2 * h + 3 * i) + 4 * 6 * h * i
+    moments = 8 * 3 * (h * h + 2 * i * i) + 8 * CHUNK * max(h, i)
+    layer = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in layer_tensors(config, down).values())
+    table = 8 * config.vocab_size * h
+    running = stream + max(attention, 3 * stream + expert + moments) + layer
+    memory = BASE_MEMORY + max(table + 2 * stream, running)
+    return CalibrationSizes(tokens, memory, layer, layer * config.num_hidden_layers, stream)
+
+
+def usual_tokens(device: str) -> int:
+    """Tokens that a build calibrates on where nothing else is asked."""
+    return USUAL_TOKENS if device == "cpu" else GPU_TOKENS
+
+
+def moment_bytes(config: ModelConfig, jobs: int) -> int:
+    """Bytes of memory that rounding under full moments takes besides a build's own: of a layer, and of each worker."""
+    h, i = config.hidden_size, config.intermediate_size
+    return 8 * (5 * h * h + 3 * i * i + jobs * (8 * h * h + 4 * i * i))
+
+
+def inline_sizes(config: ModelConfig, tokens: int, build_bytes: int = 0) -> InlineSizes:
+    """What a build that calibrates itself takes, where its encoding alone takes `build_bytes` of memory.
+
+    A layer is run and then encoded, never both at once. What the experts of one layer see lies on the disk, with the
+    residual streams before and after it.
+    """
+    from ...formats.statistics.row_file import row_tensors
+
+    sizes = calibration_sizes(config, tokens, "pooled")
+    rows = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in row_tensors(config, tokens).values())
+    disk = sizes.layer_bytes + rows + 2 * sizes.unfinished_bytes
+    return InlineSizes(tokens, max(sizes.memory_bytes, build_bytes), disk)

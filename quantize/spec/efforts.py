@@ -1,0 +1,115 @@
+"""What each effort takes before anything starts: hours, memory, disk and downloads, for a model on this machine.
+
+Hours follow from counts of multiply-adds and from rates that were measured (docs/speed.md), so they are right to about
+a factor of 1.5 on other processors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...formats.minimax import ModelConfig
+from .calibration_sizes import inline_sizes, usual_tokens
+from .recipe import Effort, Recipe
+
+NIGHT = 12.0
+"""Hours: an effort that takes longer is no machine's default."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one core, or one GPU with its cores, does in a second.
+
+    Multiply-adds of products in f32 and of products and factorisations in f64; weights rounded under an imatrix and
+    under moments, whole rows twice.
+    """
+
+    f32: float
+    f64: float
+    by_imatrix: float
+    by_moments: float
+
+
+CPU_CORE = Rates(f32=4.0e10, f64=1.5e10, by_imatrix=16e6, by_moments=1.2e6)
+"""Measured on one core of an AMD EPYC with AVX-512 at M2.7's width: `python benchmarks/whole_row.py`."""
+
+
+@dataclass(frozen=True)
+class EffortCost:
+    """What a build of one effort takes besides its file. `download_bytes` is None where the source lies here."""
+
+    effort: Effort
+    tokens: int
+    hours: float
+    memory_bytes: int
+    disk_bytes: int
+    download_bytes: int | None
+    default: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def expert_weights(config: ModelConfig) -> int:
+    """Weights of all experts of all layers."""
+    per_expert = 3 * config.hidden_size * config.intermediate_size
+    return per_expert * config.num_local_experts * config.num_hidden_layers
+
+
+def gather_products(config: ModelConfig, tokens: int) -> tuple[float, float]:
+    """Multiply-adds in f32 and f64 of running the model on tokens and gathering the moments that layers share."""
+    h, i, k = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    attention = h * (2 * config.q_dim + 2 * config.kv_dim)
+    forward = tokens * (attention + 3 * k * h * i)
+    shared = tokens * (h * h + k * i * i)
+    return float(config.num_hidden_layers * forward), float(config.num_hidden_layers * shared)
+
+
+def own_products(config: ModelConfig, tokens: int) -> tuple[float, float]:
+    """Multiply-adds in f32 and f64 of experts' own moments, their factors, and down's answer."""
+    h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
+    rows = tokens * config.num_experts_per_tok
+    f32 = rows * (h * h + 3 * i * i + 4 * h * i)
+    sample = min(1024, rows / e)
+    f64 = e * (1.0 * h**3 + 2.0 * i**3 + 2.5 * sample * (h * h + i * i) + i * i * h)
+    return float(config.num_hidden_layers * f32), float(config.num_hidden_layers * f64)
+
+
+def hours(config: ModelConfig, effort: Effort, tokens: int, cores: int, rates: Rates = CPU_CORE) -> float:
+    """Hours of a build on so many cores, reading and writing left out."""
+    weights = expert_weights(config)
+    if effort == "imatrix":
+        return weights / (rates.by_imatrix * cores) / 3600
+    gathered, own = gather_products(config, tokens), own_products(config, tokens)
+    products = (gathered[0] + own[0]) / rates.f32 + (gathered[1] + own[1]) / rates.f64
+    return (products + weights / rates.by_moments) / cores / 3600
+
+
+def default_effort(recipe: Recipe, config: ModelConfig, cores: int, device: str = "cpu") -> Effort:
+    """The recipe's own effort, else the most that this machine does in one night.
+
+    Where the recipe names no imatrix it is `calibrated` at least: there is nothing to do less with.
+    """
+    if recipe.effort is not None:
+        return recipe.effort
+    if recipe.model.imatrix is None or device != "cpu":
+        return "calibrated"
+    night = hours(config, "calibrated", usual_tokens(device), cores) <= NIGHT
+    return "calibrated" if night else "imatrix"
+
+
+def effort_costs(
+    config: ModelConfig, cores: int, memory: Mapping[str, int], download: int | None, default: Effort
+) -> tuple[EffortCost, ...]:
+    """One row per effort on the CPU; `memory` is that of encoding, by effort."""
+    rows = []
+    for effort in ("imatrix", "calibrated"):
+        tokens = 0 if effort == "imatrix" else usual_tokens("cpu")
+        sizes = inline_sizes(config, tokens, memory[effort])
+        disk = sizes.disk_bytes if tokens else 0
+        used = sizes.memory_bytes if tokens else memory[effort]
+        spent = round(hours(config, effort, tokens, cores), 2)
+        rows.append(EffortCost(effort, tokens, spent, used, disk, download, effort == default))
+    return tuple(rows)
