@@ -23,7 +23,9 @@ CHUNK = 4096
 
 def silu(x: F32) -> F32:
     """x · sigmoid(x), f32, without overflow."""
-    return np.asarray(x / (np.float32(1) + np.exp(-np.maximum(x, np.float32(-80)))), np.float32)
+    one = np.float32(1)
+    out: F32 = np.divide(x, one + np.exp(-np.maximum(x, np.float32(-80))), dtype=np.float32)
+    return out
 
 
 def product(inputs: F32, w1: F32, w3: F32) -> F32:

@@ -32,7 +32,7 @@ SHOWN, MESSAGE_LIMIT = 8, 300
 MAX_ALPHA = 2
 Fit = Literal["reference", "exact", "hessian"]
 Effort = Literal["imatrix", "calibrated", "tuned"]
-"""How much is done for a file: weights are rounded under an imatrix, or under what the build gathers from a text, or that
+"""How much is done for a file: weights are rounded under an imatrix, or under what a build gathers from a text, or that
 and then everything continuous is tuned against the source's outputs."""
 
 

@@ -11,12 +11,13 @@ from mq_quant.kernels.runtime.host import BACKENDS
 from mq_quant.quantize.cli import options
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.encode.encoders import DEVICES
-from mq_quant.quantize.spec.recipe import Fit
+from mq_quant.quantize.spec.recipe import Effort, Fit
 
 
 def test_choices_are_those_of_the_pipeline() -> None:
     assert get_args(options.Fit) == get_args(Fit)
-    assert get_args(options.BuildDevice) == DEVICES
+    assert get_args(options.BuildDevice) == ("auto", *DEVICES)
+    assert get_args(options.Effort) == get_args(Effort)
     assert get_args(options.DownForm) == DOWN_FORMS
     assert set(get_args(options.Backend)) == {"auto", *BACKENDS}
 
@@ -28,9 +29,11 @@ def test_choices_are_those_of_the_pipeline() -> None:
         ("verify x --prompt a --token-file b", "--token-file"),
         ("verify x --dump-hidden nowhere/at/all", "no such folder"),
         ("verify x --backend abacus", "'abacus' is not one of 'auto'"),
-        ("build --tier mq2 --text a", "--calibrate-inline"),
-        ("build --tier mq2 --sequences 2", "--calibrate-inline"),
-        ("build --tier mq2 --calibrate-inline", "either --text or --tokens"),
+        ("build --tier mq2 --effort imatrix --text a", "give one of the two"),
+        ("build --tier mq2 --no-imatrix --sequences 2", "give one of the two"),
+        ("build --tier mq2 --text a --tokens b", "either --text or --tokens"),
+        ("build --tier mq2 --effort most", "'most' is not one of 'imatrix'"),
+        ("build --tier mq2 --calibration a --effort tuned", "give one of the two"),
         ("build --tier mq2 --no-imatrix --imatrix a", "give one of the two"),
         ("build --tier mq2 --fit best", "'best' is not one of 'reference'"),
         ("build --tier mq2 --awq-alpha 3", "--awq-alpha"),

@@ -88,13 +88,15 @@ def test_every_small_file_is_fetched_once(hub: hub_server.HubServer, tmp_path: P
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_a_streamed_build_can_calibrate_itself(
-    shards: int, hub: hub_server.HubServer, run: Run, tmp_path: Path
+    shards: int, hub: hub_server.HubServer, run: Run, small: Path, tmp_path: Path
 ) -> None:
-    """A layer is read twice, by the model and by the encoder, however few of its shards fit on the disk."""
+    """A layer is read twice, by the model and by the encoder, however few of its shards fit on the disk. The imatrix
+    behind few tokens is the recipe's own, unless one is given."""
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, (2, 16)))
-    on_the_fly = OnTheFly(TokenRequest(tokens=tmp_path / "tokens.npy"))
-    local = run("local", statistics=on_the_fly)
-    streamed = stream(tmp_path, on_the_fly, shard_cache=shards)
+    own = OnTheFly(TokenRequest(tokens=tmp_path / "tokens.npy"))
+    local = run("local", statistics=replace(own, imatrix=small / "imatrix.gguf"))
+    streamed = stream(tmp_path, own, shard_cache=shards)
+    assert provenance(tmp_path / "out").document["recipe"]["model"]["imatrix"]["revision"] == MAIN
     assert streamed.quantization_hash == local.quantization_hash
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "local", "out", "tokens.npy"]
 

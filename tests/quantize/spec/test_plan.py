@@ -55,15 +55,20 @@ def test_the_full_size_tiers_have_their_published_sizes(tier: str, gigabytes: fl
 
 
 def test_a_plan_says_what_calibrating_takes() -> None:
-    """Inside a build that is one layer of full moments, 1.25 GB, and the residual streams of 65536 tokens around it."""
+    """Inside a build that is what one layer's experts see of 65536 tokens, and the residual streams around it."""
     few, many = (plan_summary("mq2", None, None, jobs) for jobs in (1, 64))
-    folder, inline = few.calibration, few.calibrate_inline
-    assert folder.tokens == inline.tokens == 65536
+    assert few.calibration.tokens == 65536
+    plain, inline = few.efforts
+    assert (plain.effort, plain.tokens, plain.disk_bytes) == ("imatrix", 0, 0)
+    assert plain.memory_bytes == few.peak_memory_bytes
+    assert (inline.effort, inline.tokens) == ("calibrated", 65536)
     stream = 4 * 65536 * 3072
-    full = 4 * (256 * (1536 * 1537 // 2 + 3072 + 1536) + 3072 * 3073 // 2)
-    assert full + 2 * stream < inline.disk_bytes < 1.02 * (full + 2 * stream)
-    assert folder.memory_bytes < inline.memory_bytes < folder.memory_bytes + full
-    assert many.calibrate_inline.memory_bytes > many.peak_memory_bytes > inline.memory_bytes
+    assert 3 * stream < inline.disk_bytes < 1.03 * 3 * stream
+    assert inline.memory_bytes > plain.memory_bytes and inline.hours > plain.hours
+    assert many.efforts[1].memory_bytes > many.peak_memory_bytes
+    assert [cost.default for cost in few.efforts] == [True, False]
+    assert [cost.default for cost in many.efforts] == [False, True]
+    assert few.efforts[0].download_bytes == pytest.approx(230e9, rel=0.01)
 
 
 def test_tensors_follow_each_other_without_holes_and_each_layer_has_its_sidecar() -> None:
