@@ -24,8 +24,7 @@ CHUNK = 4096
 def silu(x: F32) -> F32:
     """x · sigmoid(x), f32, without overflow."""
     one = np.float32(1)
-    out: F32 = np.divide(x, one + np.exp(-np.maximum(x, np.float32(-80))), dtype=np.float32)
-    return out
+    return (x / (one + np.exp(-np.maximum(x, np.float32(-80))))).astype(np.float32, copy=False)
 
 
 def product(inputs: F32, w1: F32, w3: F32) -> F32:
