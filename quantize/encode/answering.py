@@ -23,8 +23,10 @@ CHUNK = 4096
 
 def silu(x: F32) -> F32:
     """x · sigmoid(x), f32, without overflow."""
-    one = np.float32(1)
-    return (x / (one + np.exp(-np.maximum(x, np.float32(-80))))).astype(np.float32, copy=False)
+    grown = np.exp(-np.maximum(x, np.float32(-80)))
+    out: F32 = np.empty_like(x)
+    np.divide(x, grown + np.float32(1), out=out)
+    return out
 
 
 def product(inputs: F32, w1: F32, w3: F32) -> F32:
