@@ -57,6 +57,8 @@ def open_hidden(path: Path) -> HiddenDump:
     """Read a dump's header and hold it against the file's size; HiddenError for anything else."""
     try:
         size = path.stat().st_size
+        if path.is_fifo():  # opening one may wait for ever
+            raise HiddenError("is not a plain file", file=path)
         with path.open("rb") as f:
             head = f.read(_HEADER.size)
     except OSError as e:

@@ -109,7 +109,7 @@ class TensorReader:
             raise WeightError(f"all of its scales ({scale.name}) are zero", hint=_HOLE)
         if not (codes & 127).any():
             raise WeightError("all of its FP8 codes are zero", hint=_HOLE)
-        if scales.shape == needed and not scales.all():
+        if scales.shape == needed and not (scales > 0).all():
             _refuse_lost_scales(codes, scales, self.config.block_shape, scale.name)
         return codes, scales
 
@@ -131,7 +131,9 @@ def _part(info: TensorInfo, low: int, high: int) -> TensorInfo:
 
 
 def _refuse_lost_scales(codes: U8, scales: F32, block: tuple[int, int], name: str) -> None:
-    """A block whose scale is zero must hold zero codes: no encoder writes others."""
+    """A block whose scale is zero must hold zero codes, and no scale is negative: no encoder writes others."""
+    for row, col in np.argwhere(scales < 0):
+        raise WeightError(f"its scale {name} is negative at [{row}, {col}]", hint=_REFETCH)
     for row, col in np.argwhere(scales == 0):
         tile = codes[row * block[0] : (row + 1) * block[0], col * block[1] : (col + 1) * block[1]]
         if (tile & 127).any():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,9 @@ class HfqFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
+            mode = self.path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe may wait for ever
+                raise HfqError("is not a plain file", kind=HfqKind.UNOPENABLE, file=path)
             self._file: BinaryIO = self.path.open("rb")
         except OSError as e:
             raise HfqError(f"cannot be opened: {e.strerror}", kind=HfqKind.UNOPENABLE, file=path) from None

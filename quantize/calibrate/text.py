@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -122,6 +123,8 @@ class _Text:
         self._left = ""
         self._decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
         try:
+            if isinstance(source, Path) and source.is_char_device() and not source.samefile(os.devnull):
+                raise TokenError("is a device, not a text", file=source)  # most of them have no end
             self._file: BinaryIO = (
                 source.open("rb") if isinstance(source, Path) else io.BytesIO(source.encode())
             )

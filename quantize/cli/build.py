@@ -110,10 +110,13 @@ def build(
     from ..pipeline.build_spec import RecipeChanges, output_name
     from ..pipeline.effort import Wishes, choose
     from ..spec.places import choose_recipe
+    from ..write.inputs import check_no_input
     from .progress_bar import Progress
 
     if no_imatrix and (fit == "hessian" or awq_alpha):
         raise typer.BadParameter("--no-imatrix leaves nothing for --fit hessian or --awq-alpha to work with")
+    if output is not None:
+        check_no_input(output, (recipe,))
     asked = opt.token_request(text, tokens, sequences, length)
     wishes = Wishes(effort, fit, imatrix, no_imatrix, calibration, asked)
     changes = RecipeChanges(fit, False if no_gain else None, awq_alpha)

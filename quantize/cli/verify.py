@@ -88,11 +88,15 @@ def verify(
     from ...verify.report import check_report, render
     from ...verify.run import verify as run
     from ..inspect.verify_inputs import VerifyOptions, inputs_of
+    from ..spec.places import local_folder
+    from ..write.inputs import check_no_input
 
     if chat and prompt is None:
         raise typer.BadParameter("--chat goes with --prompt")
     if prompt is not None and token_file is not None:
         raise typer.BadParameter("give either --prompt or --token-file")
+    for written in filter(None, (report, dump_hidden)):
+        check_no_input(written, (file, imatrix, recipe, token_file, local_folder(source) if source else None))
     if report is not None:
         check_report(report)
     if dump_hidden is not None and not dump_hidden.parent.is_dir():

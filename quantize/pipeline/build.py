@@ -21,11 +21,13 @@ from ..calibrate.folder import discard_folder
 from ..encode.encoders import CPU, Encoder
 from ..spec.hooks import nothing
 from ..spec.metadata import Outcome, complete
+from ..spec.places import local_folder
 from ..spec.recipe import Recipe
+from ..write.inputs import check_no_input
 from ..write.partial_file import CALIBRATION, Destination, PartialFile, beside
 from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_build, output_name
 from .notes import Notes, with_notes
-from .statistics import OnTheFly, Statistics
+from .statistics import OnTheFly, Statistics, input_paths
 from .work_units import WorkUnit, work_order
 from .worker_pool import Encoded, UnitHook, Workers, run_units
 
@@ -202,6 +204,8 @@ def build_file(
     before any work where the inputs show what is wrong.
     """
     options.check(output_name(recipe), 0, 0)
+    inputs = local_folder(recipe.model.place.address), *input_paths(statistics)
+    check_no_input(options.destination(output_name(recipe)).path, inputs)
     shards = options.shard_cache or (4 if isinstance(statistics, OnTheFly) else 2)
     scratch = options.output.parent if options.output else Path()
     opened = open_build(recipe, statistics, changes, check=options.check, shard_cache=shards, scratch=scratch)

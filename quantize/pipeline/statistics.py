@@ -78,6 +78,19 @@ def own_imatrix(statistics: Statistics | None) -> bool:
     return statistics is None or (isinstance(statistics, OnTheFly) and statistics.imatrix is None)
 
 
+def input_paths(statistics: Statistics | None) -> tuple[Path | None, ...]:
+    """The files and folders that were given, None for those that were not."""
+    match statistics:
+        case ImatrixFile(path):
+            return (path,)
+        case MomentFolder(folder, imatrix):
+            return folder, imatrix
+        case OnTheFly(tokens, _, imatrix):
+            return tokens.text, tokens.tokens, imatrix
+        case _:
+            return ()
+
+
 def statistics_at(path: Path) -> Statistics:
     """The statistics in a place: a folder is a calibration, a file an imatrix."""
     return MomentFolder(path) if path.is_dir() else ImatrixFile(path)

@@ -123,6 +123,18 @@ def test_options_that_cannot_be_used_are_exit_code_2_or_1(
     assert text in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("option", ["--report", "--dump-hidden"])
+def test_what_is_judged_is_not_written_over(
+    build: Build, option: str, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, config = build(), checkpoint.path / "config.json"
+    for path in (file, config):
+        before = path.read_bytes()
+        assert run(["verify", str(file), "--source", str(checkpoint.path), option, str(path)]) == 2
+        assert "is an input of this command" in capsys.readouterr().err
+        assert path.read_bytes() == before
+
+
 def test_a_report_that_cannot_be_drawn_is_refused_before_the_work(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

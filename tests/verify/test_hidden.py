@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def test_round_trip_and_bytes(tmp_path: Path) -> None:
     assert dump.shape == VALUES.shape
     for i, layer in enumerate(VALUES):
         np.testing.assert_array_equal(dump.layer(i), layer)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(HiddenError, match="is not a plain file"):
+        open_hidden(tmp_path / "pipe")
 
 
 def test_reads_the_other_magic(tmp_path: Path) -> None:

@@ -127,6 +127,16 @@ def test_a_zero_scale_over_codes_that_are_not_zero_is_refused(tmp_path: Path) ->
             read(W1)
 
 
+def test_a_negative_scale_is_refused(tmp_path: Path) -> None:
+    """One flipped bit makes one of a scale, and of nothing else that a checkpoint holds is it so easily told."""
+    scale = WHOLE[W1_SCALE].clone()
+    scale[1, 1] *= -1
+    checkpoint = open_checkpoint(small_model.save(tmp_path, altered(**{W1_SCALE: scale})))
+    for read in (checkpoint.weight, checkpoint.stored):
+        with pytest.raises(WeightError, match=r"negative at \[1, 1\]"):
+            read(W1)
+
+
 def test_zeros_that_good_checkpoints_hold_are_read(tmp_path: Path) -> None:
     scale, codes = WHOLE[W1_SCALE].clone(), WHOLE[W1].clone()
     scale[0, 1] = 0

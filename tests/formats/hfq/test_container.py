@@ -225,6 +225,14 @@ def test_padding_and_index_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     assert e.value.kind is HfqKind.INDEX_SIZE
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(HfqError, match="is not a plain file") as e:
+            open_hfq(path)
+        assert e.value.kind is HfqKind.UNOPENABLE
+
+
 def test_missing_file_and_tensor(tmp_path: Path) -> None:
     with pytest.raises(HfqError, match="cannot be opened") as e:
         open_hfq(tmp_path / "none.hfq")

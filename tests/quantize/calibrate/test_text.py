@@ -216,6 +216,11 @@ def test_utf_16_is_called_so(plain: TextTokenizer, tmp_path: Path) -> None:
         streamed(tmp_path / "text", plain)
 
 
+def test_a_device_without_an_end_is_no_text(plain: TextTokenizer) -> None:
+    with pytest.raises(TokenError, match="is a device"):
+        streamed(Path("/dev/zero"), plain)
+
+
 def test_an_endless_text_is_read_only_as_far_as_it_is_asked(plain: TextTokenizer, tmp_path: Path) -> None:
     """A pipe whose writer stops only when nobody reads any more."""
     path = tmp_path / "pipe"

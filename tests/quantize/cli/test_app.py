@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -149,6 +150,21 @@ def test_an_output_that_cannot_be_is_refused(mq: Run, small: Path, tmp_path: Pat
     code, _, err = mq(*plain(small), "-o", tmp_path / "x")
     assert code == 2
     assert "--force" in err
+
+
+def test_force_does_not_replace_what_the_file_is_made_from(mq: Run, small: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(small, tmp_path / "source")
+    shard, recipe = next(source.glob("*.safetensors")), tmp_path / "mine.yaml"
+    recipe.write_text("schema: 1\n")
+    for path, arguments in (
+        (shard, plain(source)),
+        (source / "config.json", plain(source)),
+        (recipe, ("build", "--recipe", recipe, "--source", source)),
+    ):
+        before = path.read_bytes()
+        code, _, err = mq(*arguments, "-o", path, "--force")
+        assert code == 2 and "is an input of this command" in err
+        assert path.read_bytes() == before
 
 
 def test_debug_shows_the_traceback(mq: Run) -> None:
