@@ -31,7 +31,10 @@ def silu(x: F32) -> F32:
 
 def product(inputs: F32, w1: F32, w3: F32) -> F32:
     """What w2 sees of inputs f32 [n, hidden]: silu(x·w1ᵀ) · (x·w3ᵀ), f32 [n, intermediate]."""
-    return silu(inputs @ w1.T) * (inputs @ w3.T)
+    gate: F32 = inputs @ w1.T
+    up: F32 = inputs @ w3.T
+    out: F32 = np.multiply(silu(gate), up)
+    return out
 
 
 def answering_down(w2: F32, there: F32, here: F32) -> F32:
