@@ -30,12 +30,13 @@ from ...formats.statistics.row_file import ExpertRows, open_rows, row_file
 from ...formats.unchanged import UnchangedFile
 from ..write.atomic import write_atomic
 from ..write.journal import CALIBRATION, Journal, Signature
+from .own_streams import own_file
 
 JOURNAL = "journal"
 ATTN_NAMES = {"attn_q": "in", "attn_k": "in", "attn_v": "in", "attn_output": "out"}
 _OURS = re.compile(
     rf"{re.escape(MANIFEST)}|{JOURNAL}({re.escape(OWNER)}(\.\d+)?)?|{re.escape(IMATRIX)}"
-    r"|(layer|rows)-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
+    r"|(layer|rows)-\d+\.safetensors|(hidden|own)-\d+\.f32|\..+\.partial"
 )
 _RESTART = "give --restart to discard it and begin anew"
 
@@ -117,9 +118,9 @@ class CalibrationFolder:
         return all(_holds(self.path / name, sha256) for name, sha256 in files.items() if sha256)
 
     def drop(self, layer: int) -> None:
-        """Remove a finished layer's moments and rows; its record stays."""
+        """Remove a finished layer's moments and rows, and the file's own stream before it; its record stays."""
         with disk_errors(self.path):
-            for name in (layer_file(layer), row_file(layer)):
+            for name in (layer_file(layer), row_file(layer), own_file(layer)):
                 (self.path / name).unlink(missing_ok=True)
 
     def hidden(self, layer: int, shape: Sequence[int]) -> NDArray[np.float32]:

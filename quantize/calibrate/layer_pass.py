@@ -85,11 +85,12 @@ def gather_layer(
     propagation: Propagation | None = None,
     after: Callable[[], None] = lambda: None,
     keep_rows: bool = False,
+    keep_last: bool = False,
 ) -> Tensor:
     """Run a layer, write its moments and the residual stream behind it, which is returned; then journal both.
 
-    With `keep_rows` a file of what the experts saw is written too. `after` is called when no weight of the layer is
-    needed any more.
+    With `keep_rows` a file of what the experts saw is written too, with `keep_last` the stream behind the last layer,
+    which no layer needs. `after` is called when no weight of the layer is needed any more.
     """
     last = layer + 1 == config.num_hidden_layers
     moments = LayerMoments(config, layer, down, keep_rows)
@@ -107,5 +108,5 @@ def gather_layer(
         if propagation and not last:
             behind = propagation.forward(out.layer(layer, config, down), hidden)
         after()
-        out.finish_layer(layer, None if last else behind.cpu().numpy(), record)
+        out.finish_layer(layer, None if last and not keep_last else behind.cpu().numpy(), record)
     return behind

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...awq.from_imatrix import ImatrixModel
@@ -26,6 +28,7 @@ from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text
 from .layer_pass import device_record, enter, gather_layer, manifest_of, open_device
+from .own_streams import load_stream, save_stream
 from .tokens import Tokens
 
 DOWN: DownForm = "pooled"
@@ -39,16 +42,26 @@ class GatheredImportance:
     any thread.
     """
 
-    def __init__(self, source: Source, tokens: Tokens, device: str = "cpu", text: str | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        tokens: Tokens,
+        device: str = "cpu",
+        text: str | None = None,
+        keep_outputs: bool = False,
+    ) -> None:
         """Raises BackendError where there is no such device. `bind` completes it.
 
-        `text` is the sha256 of the text that travels with the package, where the tokens are of that.
+        `text` is the sha256 of the text that travels with the package, where the tokens are of that. With
+        `keep_outputs` the stream behind the last layer is kept too, so that every layer has a `target`.
         """
+        self.tokens = tokens
+        self._keep_outputs = keep_outputs
         self.config: ModelConfig = source.config
         self._text = text
-        self._source, self._tokens = source, tokens
-        self._device = open_device(device)
-        self._manifest = manifest_of(self.config, {}, tokens, DOWN, self._device)
+        self._source = source
+        self.device = open_device(device)
+        self._manifest = manifest_of(self.config, {}, tokens, DOWN, self.device)
         self._imatrix: ImatrixModel | None = None
         self._path: Path | None = None
         self._out: CalibrationFolder | None = None
@@ -64,7 +77,7 @@ class GatheredImportance:
     @property
     def disk_bytes(self) -> int:
         """The most disk that the moments of a layer and the residual streams around it take beside the output."""
-        return inline_sizes(self.config, self._tokens.size).disk_bytes
+        return inline_sizes(self.config, self.tokens.size, tuned=self._keep_outputs).disk_bytes
 
     def signature(self) -> dict[str, Any]:
         """What of it decides the built bytes, besides the source."""
@@ -79,7 +92,7 @@ class GatheredImportance:
     def _record(self, sha256: str, coverage: float) -> dict[str, Any]:
         """Tokens, text and device are what it takes to gather the same again."""
         said = calibration_record(sha256, self._manifest["tokens"], DOWN, coverage)
-        made_on = {"torch": torch.__version__, **device_record(self._device)}
+        made_on = {"torch": torch.__version__, **device_record(self.device)}
         return {**said, "rows": True, "text": self._text, **made_on}
 
     def open(self, path: Path) -> None:
@@ -95,7 +108,7 @@ class GatheredImportance:
         self._out = CalibrationFolder(path, dict(flatten(self._manifest)))
         if not self._out.journal.done:
             # Read before the build releases the embeddings, and kept until the first layer has run.
-            self._entering = enter(self._source, self.config, self._out, self._tokens, 0)
+            self._entering = enter(self._source, self.config, self._out, self.tokens, 0)
 
     def close(self) -> None:
         """Let go of the folder, which stays for the next run."""
@@ -121,7 +134,24 @@ class GatheredImportance:
         """The importances of the layer that was begun last."""
         behind = self._imatrix.layer(layer) if self._imatrix else None
         gathered = self._folder.layer(layer, self.config, DOWN, self._folder.record(layer), behind)
-        return with_rows(gathered, self._folder.rows(layer, self.config, self._tokens.size))
+        return with_rows(gathered, self._folder.rows(layer, self.config, self.tokens.size))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[sequences, length, hidden] of the residual streams."""
+        return (*self.tokens.shape, self.config.hidden_size)
+
+    def target(self, layer: int) -> NDArray[np.float32]:
+        """The source's stream f32 behind a layer, until the next layer is begun; ResumeError where it is damaged."""
+        return self._folder.hidden(layer + 1, self.shape)
+
+    def save_own(self, layer: int, stream: NDArray[np.float32]) -> str:
+        """Keep the stream f32 of the file that is built, which enters a layer; returns its sha256."""
+        return save_stream(self._folder.path, layer, stream)
+
+    def own(self, layer: int, sha256: str | None) -> NDArray[np.float32] | None:
+        """The kept stream of this sha256 that enters a layer; None where there is none."""
+        return load_stream(self._folder.path, layer, self.shape, sha256)
 
     def finish(self) -> dict[str, Any]:
         """What a file made with it says of it, as it would of the folder of `calibrate`; all layers must be through."""
@@ -145,9 +175,18 @@ class GatheredImportance:
         for n in range(len(self._folder.journal.done), layer + 1):
             hidden, self._entering = self._entering, None
             if hidden is None:
-                hidden = enter(self._source, self.config, self._folder, self._tokens, n)
-            entering = hidden.to(self._device)
-            gather_layer(self._source, self.config, n, entering, self._folder, DOWN, keep_rows=True)
+                hidden = enter(self._source, self.config, self._folder, self.tokens, n)
+            entering = hidden.to(self.device)
+            gather_layer(
+                self._source,
+                self.config,
+                n,
+                entering,
+                self._folder,
+                DOWN,
+                keep_rows=True,
+                keep_last=self._keep_outputs,
+            )
             if n < layer:
                 self._folder.drop(n)
 

@@ -231,7 +231,13 @@ def reproduce(
 def _render_reproduced(result: Reproduction) -> str:
     path = printable(str(result.path))
     if result.identical:
-        return f"{path}: all {result.tensor_count} tensors come out the same"
+        if not result.tuned_tensors:
+            return f"{path}: all {result.tensor_count} tensors come out the same"
+        return (
+            f"{path}: {result.tensor_count - result.tuned_tensors} tensors come out the same, and so do the codes of "
+            f"the experts in the other {result.tuned_tensors}; their levels, norms and attention were tuned after "
+            "that, and were not compared"
+        )
     names = result.different_tensors
     return "\n".join(
         (

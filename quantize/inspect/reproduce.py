@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...formats.blocks import AffineFormat, LloydFormat
 from ...formats.errors import (
     CalibrationError,
     CheckError,
@@ -37,6 +38,7 @@ from ..spec.hooks import nothing
 from ..spec.places import retarget
 from ..spec.provenance import program
 from ..spec.recipe import Model, Recipe, load_model, models, parse_recipe
+from ..tune.student import head_bytes
 from .show import provenance
 
 
@@ -154,10 +156,14 @@ def tokens_record(record: Provenance) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A file held against what its provenance gives. `made_by` and `this_program` are {version, commit}."""
+    """A file held against what its provenance gives. `made_by` and `this_program` are {version, commit}.
+
+    Of `tuned_tensors` only the codes were compared, or nothing where they have none: tuning moved the rest.
+    """
 
     path: Path
     tensor_count: int
+    tuned_tensors: int
     different_tensors: tuple[str, ...]
     quantization_hash: str | None
     made_by: dict[str, Any]
@@ -199,9 +205,10 @@ def reproduce(
         order = work_order(spec)
         on_start(sum(unit.weights for unit in order), 0)
         different: dict[str, None] = {}
+        tuned = _tuned_layers(record)
 
         def compare(unit: WorkUnit, done: Encoded) -> None:
-            different.update(dict.fromkeys(_different(unit, done, file)))
+            different.update(dict.fromkeys(_different(unit, done, file, unit.layer in tuned)))
             on_done(unit)
 
         with gathering(spec) as before:
@@ -209,6 +216,7 @@ def reproduce(
         return Reproduction(
             path=path,
             tensor_count=len(file.entries),
+            tuned_tensors=sum(tensor.layer in tuned for tensor in spec.plan.tensors),
             different_tensors=tuple(different),
             quantization_hash=stated_quantization_hash(file.metadata),
             made_by={"version": record.program.version, "commit": record.program.commit},
@@ -277,12 +285,24 @@ def _meta(entry: TensorEntry) -> TensorMeta:
     return TensorMeta(entry.name, entry.quant_type, entry.shape, entry.group_size, entry.nbytes)
 
 
-def _different(unit: WorkUnit, done: Encoded, file: HfqFile) -> Iterator[str]:
-    """The tensors of a unit whose bytes in the file are not those that were encoded."""
+def _tuned_layers(record: Provenance) -> frozenset[Any]:
+    """The layers that tuning moved."""
+    told = ((layer.get("layer"), layer.get("tuning")) for layer in record.layers)
+    return frozenset(n for n, tuning in told if isinstance(tuning, Mapping) and tuning.get("kept") is True)
+
+
+def _different(unit: WorkUnit, done: Encoded, file: HfqFile, tuned: bool) -> Iterator[str]:
+    """The tensors of a unit whose bytes in the file are not those that were encoded; of tuned ones, whose codes."""
     for tensor in unit.tensors:
+        fmt = tensor.format
+        if tuned and not isinstance(fmt, LloydFormat | AffineFormat):
+            continue
         low = max(unit.start, tensor.start) - tensor.start
         high = min(unit.start + unit.nbytes, tensor.start + tensor.nbytes) - tensor.start
         at = tensor.start - unit.start
         mine = done.payload[at + low : at + high]
-        if not np.array_equal(mine, file.read_range(file.entry(tensor.name), low, high)):
+        theirs = file.read_range(file.entry(tensor.name), low, high)
+        if tuned and isinstance(fmt, LloydFormat | AffineFormat):
+            mine, theirs = (fmt.groups(payload)[:, head_bytes(fmt) :] for payload in (mine, theirs))
+        if not np.array_equal(mine, theirs):
             yield tensor.name

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...formats.errors import OutputError
 from ...formats.hfq import layout
@@ -28,8 +28,11 @@ from ..write.partial_file import CALIBRATION, Destination, PartialFile, beside
 from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_build, output_name
 from .notes import Notes, with_notes
 from .statistics import OnTheFly, Statistics, input_paths
-from .work_units import WorkUnit, work_order
+from .work_units import WorkUnit, whole_layers, work_order
 from .worker_pool import Encoded, UnitHook, Workers, run_units
+
+if TYPE_CHECKING:
+    from .tuned_layers import TunedLayers
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Build:
     def __init__(self, spec: BuildSpec, options: RunOptions) -> None:
         self.spec, self.options = spec, options
         self.order = work_order(spec)
+        self._tuned: TunedLayers | None = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Build:
@@ -139,10 +143,16 @@ class Build:
         """Encode every unit that is not there yet, and give the complete file its name."""
         spec, options = self.spec, self.options
         kept = self._file.take_over(self.order, options.jobs)
+        if spec.tuning is not None:
+            kept = whole_layers(self.order, kept)
         todo = [unit for unit in self.order if unit.key not in kept]
         total, weights = (sum(unit.weights for unit in units) for units in (self.order, todo))
         options.on_start(total, total - weights)
         before = self._gather if spec.gathered else None
+        if spec.tuning is not None and spec.gathered is not None:
+            from .tuned_layers import TunedLayers
+
+            self._tuned = TunedLayers(spec, spec.tuning, spec.gathered, self._file, todo)
         run_units(spec, todo, self._deliver, Workers(options.jobs, options.encoder, options.on_begin, before))
         outcome = self._outcome()
         header = layout(complete(spec.metadata, outcome), [t.meta() for t in spec.plan.tensors]).header
@@ -165,8 +175,9 @@ class Build:
         )
 
     def _deliver(self, unit: WorkUnit, done: Encoded) -> None:
-        self._file.put(unit, done.payload.data, done.record)
-        self.options.on_done(unit)
+        for ready, complete_unit in self._tuned.add(unit, done) if self._tuned else [(unit, done)]:
+            self._file.put(ready, complete_unit.payload.data, complete_unit.record)
+            self.options.on_done(ready)
 
     def _gather(self, layer: int) -> None:
         """Have a layer's moments ready. Those of earlier layers go, so what was encoded with them is synced first."""

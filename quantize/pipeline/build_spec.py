@@ -23,6 +23,7 @@ from ..spec.provenance import code, flatten, program
 from ..spec.recipe import Awq, Fit, Recipe
 from .statistics import (
     NoStatistics,
+    OnTheFly,
     Statistics,
     begin_gathering,
     effort_of,
@@ -34,6 +35,7 @@ from .statistics import (
 
 if TYPE_CHECKING:
     from ..calibrate.on_the_fly import GatheredImportance
+    from ..tune.layer import TuneSettings
 
 SpaceCheck = Callable[[str, int, int], None]
 """Called before anything large is read: with the output's default name, its bytes, and the disk taken besides."""
@@ -78,7 +80,8 @@ class BuildSpec:
     """Everything that decides a file's bytes. `signature` names each part (inputs by their hashes), so that two specs
     can be told apart.
 
-    `calibration` is what the file will say of its calibration; `gathered` is the importance where the build gathers it.
+    `calibration` is what the file will say of its calibration; `gathered` is the importance where the build gathers it,
+    and `tuning` how its layers are tuned after they are rounded, if they are.
     """
 
     recipe: Recipe
@@ -90,6 +93,7 @@ class BuildSpec:
     signature: Mapping[str, Any]
     calibration: Mapping[str, Any] | None = None
     gathered: GatheredImportance | None = None
+    tuning: TuneSettings | None = None
 
     def disk_bytes(self) -> int:
         """The most disk that the build takes besides its output."""
@@ -171,6 +175,7 @@ def _resolve(
         signature=dict(flatten(signature)),
         calibration=found.record,
         gathered=gathered,
+        tuning=statistics.tuning if isinstance(statistics, OnTheFly) else None,
     )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...formats.errors import RecipeError
@@ -87,9 +87,16 @@ def choose(recipe: Recipe, wishes: Wishes, device: str = "cpu", jobs: int = 1) -
         return NoStatistics()
     if wishes.calibration is not None:
         return MomentFolder(wishes.calibration, wishes.imatrix)
-    if chosen_effort(recipe, wishes, device, jobs) == "imatrix":
+    effort = chosen_effort(recipe, wishes, device, jobs)
+    if effort == "imatrix":
         return None if wishes.imatrix is None else ImatrixFile(wishes.imatrix)
-    return OnTheFly(wishes.tokens or TokenRequest(sequences=_sequences(device)), device, wishes.imatrix)
+    tokens = wishes.tokens or TokenRequest(sequences=_sequences(device))
+    calibrated = OnTheFly(tokens, device, wishes.imatrix)
+    if effort != "tuned":
+        return calibrated
+    from ..tune.layer import TuneSettings
+
+    return replace(calibrated, tuning=TuneSettings())
 
 
 def _sequences(device: str) -> int | None:

@@ -24,6 +24,7 @@ from ..spec.recipe import Effort, Recipe
 
 if TYPE_CHECKING:
     from ..calibrate.on_the_fly import GatheredImportance
+    from ..tune.layer import TuneSettings
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ class MomentFolder:
 class OnTheFly:
     """Moments that the build gathers itself, each layer's just before the layer is encoded, on a device of torch's.
 
-    An imatrix stands behind moments of too few tokens: the one given, else the recipe's own where it has one.
+    An imatrix stands behind moments of too few tokens: the one given, else the recipe's own where it has one. With
+    `tuning` each layer is tuned against the source's after it is rounded.
     """
 
     tokens: TokenRequest = field(default_factory=TokenRequest)
     device: str = "cpu"
     imatrix: Path | None = None
+    tuning: TuneSettings | None = None
 
 
 Statistics = NoStatistics | ImatrixFile | MomentFolder | OnTheFly
@@ -67,6 +70,8 @@ def effort_of(statistics: Statistics | None) -> Effort | None:
     match statistics:
         case NoStatistics():
             return None
+        case OnTheFly(tuning=tuning) if tuning is not None:
+            return "tuned"
         case MomentFolder() | OnTheFly():
             return "calibrated"
         case _:
@@ -119,7 +124,9 @@ def begin_gathering(statistics: Statistics | None, source: Source) -> GatheredIm
 
     request = statistics.tokens
     text = CALIBRATION_SHA256 if request.bundled else None
-    return GatheredImportance(source, load_tokens(source, request), statistics.device, text)
+    tokens = load_tokens(source, request)
+    tuned = statistics.tuning is not None
+    return GatheredImportance(source, tokens, statistics.device, text, keep_outputs=tuned)
 
 
 def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:
@@ -132,7 +139,7 @@ def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:
             return path
         case MomentFolder(_, path):
             return path
-        case OnTheFly(_, _, path) if path is not None or recipe.model.imatrix is None:
+        case OnTheFly(imatrix=path) if path is not None or recipe.model.imatrix is None:
             return path
         case NoStatistics():
             return None
@@ -155,6 +162,16 @@ def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:
 def open_imatrix(path: Path | None, config: ModelConfig) -> ImatrixModel | None:
     """The importances in an imatrix, held against the model; ImatrixError where they cannot be used."""
     return load_importance(read_imatrix(path), config) if path is not None else None
+
+
+def _tuning_record(statistics: Statistics | None, gathered: GatheredImportance) -> dict[str, Any]:
+    """What decides the bytes of tuning besides the calibration, and what a file says of it; empty without tuning."""
+    if not isinstance(statistics, OnTheFly) or statistics.tuning is None:
+        return {}
+    from torch import get_num_threads
+
+    threads = get_num_threads() if gathered.device.type == "cpu" else None
+    return {"tuning": {**statistics.tuning.record(), "threads": threads}}
 
 
 def find(
@@ -181,10 +198,11 @@ def find(
         )
     if gathered is not None:
         gathered.bind(made_from, imatrix)
+        tuning = _tuning_record(statistics, gathered)
         return Importances(
             gathered,
-            {**signature, "calibration": gathered.signature()},
-            {"imatrix": record, "calibration": blank_record(gathered.record())},
+            {**signature, "calibration": gathered.signature(), **tuning},
+            {"imatrix": record, "calibration": blank_record(gathered.record()), **tuning},
             gathered=gathered,
         )
     return Importances(imatrix, signature, {"imatrix": record})

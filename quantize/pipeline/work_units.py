@@ -97,3 +97,12 @@ def shard_by_shard(units: Sequence[WorkUnit], shard_of: Callable[[str], int]) ->
         same = list(group)
         out += sorted(same, key=last_shard) if same[0].expert is not None else same
     return tuple(out)
+
+
+def whole_layers(order: Sequence[WorkUnit], kept: frozenset[str]) -> frozenset[str]:
+    """The units that may be kept of an interrupted build: those of layers that are complete, and those of none.
+
+    A layer is tuned as a whole, so what is left of an incomplete one is made again; the bytes come out the same.
+    """
+    broken = {unit.layer for unit in order if unit.key not in kept} - {None}
+    return frozenset(unit.key for unit in order if unit.key in kept and unit.layer not in broken)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...formats.blocks import Q8Format
 from ...formats.minimax import PROJECTIONS, expert_name
 from ..encode.blas import one_blas_thread
 from ..encode.encoders import CPU, Encoder
@@ -37,16 +38,21 @@ UnitHook = Callable[[WorkUnit], None]
 class Encoded:
     """A finished unit: its bytes, for a layer's AWQ scale what the encoder reports of the layer, for an expert what
     its rounding fell back on.
+
+    Where layers are tuned, `weights` f32 are those of a matrix that is tuned before it is rounded, and the last unit of
+    a layer says in `stream` what the file's own stream behind that layer is.
     """
 
     payload: U8
     report: dict[str, Any] | None = None
     notes: Mapping[str, Sequence[str]] | None = None
+    weights: NDArray[np.float32] | None = None
+    stream: Mapping[str, Any] | None = None
 
     @property
     def record(self) -> dict[str, Any]:
         """What the journal keeps of it besides the checksum."""
-        kept = {"report": self.report, "notes": self.notes}
+        kept = {"report": self.report, "notes": self.notes, "stream": self.stream}
         return {key: value for key, value in kept.items() if value}
 
 
@@ -104,7 +110,9 @@ def encode_unit(spec: BuildSpec, unit: WorkUnit, encoder: LayerEncoder | None) -
         (tensor,) = unit.tensors
         name, rows = tensor.name, unit.rows
         weights = spec.source.rows(name, *rows) if rows else spec.source.weight(name)
-        return Encoded(encode_tensor(name, weights, tensor.format, spec.rounding.fit))
+        payload = encode_tensor(name, weights, tensor.format, spec.rounding.fit)
+        tuned = spec.tuning is not None and unit.layer is not None and isinstance(tensor.format, Q8Format)
+        return Encoded(payload, weights=weights if tuned else None)
     if unit.expert is None:
         return Encoded(encoder.sidecar(), encoder.report())
     assert unit.layer is not None

@@ -76,15 +76,15 @@ def moment_bytes(config: ModelConfig, jobs: int) -> int:
     return 8 * (5 * h * h + 3 * i * i + jobs * (8 * h * h + 4 * i * i))
 
 
-def inline_sizes(config: ModelConfig, tokens: int, build_bytes: int = 0) -> InlineSizes:
+def inline_sizes(config: ModelConfig, tokens: int, build_bytes: int = 0, tuned: bool = False) -> InlineSizes:
     """What a build that calibrates itself takes, where its encoding alone takes `build_bytes` of memory.
 
     A layer is run and then encoded, never both at once. What the experts of one layer see lies on the disk, with the
-    residual streams before and after it.
+    residual streams before and after it; where layers are tuned, those of the file besides.
     """
     from ...formats.statistics.row_file import row_tensors
 
     sizes = calibration_sizes(config, tokens, "pooled")
     rows = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in row_tensors(config, tokens).values())
-    disk = sizes.layer_bytes + rows + 2 * sizes.unfinished_bytes
+    disk = sizes.layer_bytes + rows + (4 if tuned else 2) * sizes.unfinished_bytes
     return InlineSizes(tokens, max(sizes.memory_bytes, build_bytes), disk)

@@ -94,7 +94,9 @@ def default_effort(recipe: Recipe, config: ModelConfig, cores: int, device: str 
     """
     if recipe.effort is not None:
         return recipe.effort
-    if recipe.model.imatrix is None or device != "cpu":
+    if device != "cpu":
+        return "tuned"
+    if recipe.model.imatrix is None:
         return "calibrated"
     night = hours(config, "calibrated", usual_tokens(device), cores) <= NIGHT
     return "calibrated" if night else "imatrix"

@@ -141,6 +141,13 @@ def tune_layer(
     return LayerTuning(task.layer, payloads, before, after, note, out)
 
 
+def run_layer(task: LayerTask, settings: TuneSettings = TuneSettings(), device: torch.device = CPU) -> F32:
+    """The file's own stream f32 [sequences, length, hidden] behind a layer as it is stored; the bits of `leaving`."""
+    with deterministic():
+        student = Student.read(task.config, task.layer, task.stored, device)
+        return _Training(task, settings, device).run(student, np.empty_like(task.entering))
+
+
 @dataclass
 class _Part:
     """One tensor that is trained: base + unit · moved, where `moved` begins at zero."""

@@ -57,7 +57,7 @@ def test_a_recipe_may_say_its_effort_and_the_person_has_the_last_word() -> None:
 )
 def test_without_wishes_it_is_what_the_machine_does_in_a_night(jobs: int, effort: str) -> None:
     assert chosen_effort(RELEASED, Wishes(), jobs=jobs) == effort
-    assert chosen_effort(RELEASED, Wishes(), "cuda") == "calibrated"
+    assert chosen_effort(RELEASED, Wishes(), "cuda") == "tuned"
     config = parse_config(RELEASED.model.config or {})
     unknown = RELEASED.model_copy(update={"model": RELEASED.model.model_copy(update={"imatrix": None})})
     assert default_effort(unknown, config, 1) == "calibrated", "there is no imatrix to do less with"
