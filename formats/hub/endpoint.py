@@ -54,6 +54,17 @@ class Endpoint:
                 )
         return headers
 
+    def without_secrets(self, said: str) -> str:
+        """What a server said, without the credentials that it was sent: some servers repeat them."""
+        sent = self.headers(self.url).get("authorization", "").partition(" ")[2]
+        secrets = [sent]
+        if self.password is not None:
+            pair = base64.b64decode(self.password).decode("utf-8", "surrogateescape")
+            secrets += [pair, pair.partition(":")[2]]
+        for secret in filter(None, secrets):
+            said = said.replace(secret, "…")
+        return redacted(said)
+
     @property
     def has_secret(self) -> bool:
         """Whether requests to the endpoint carry a token or a password."""

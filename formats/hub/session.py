@@ -76,6 +76,8 @@ def ask(line: Line, what: str, url: str, read: float, span: str | None = None) -
             headers = {name.lower(): value for name, value in response.headers.items()}
             if "x-repo-commit" in headers:
                 commits.append(headers["x-repo-commit"])
+            if "x-error-message" in headers:
+                headers["x-error-message"] = line.endpoint.without_secrets(headers["x-error-message"])
             if response.status_code not in REDIRECTS:
                 trusted = origin(url) == origin(line.endpoint.url)
                 asked = Asked(what, shown(url), trusted, trusted and line.endpoint.has_secret)

@@ -37,10 +37,21 @@ def prompt_tokens(file: HfqFile, config: ModelConfig, prompt: str, chat: bool) -
     tokenizer = tokenizer_of(file)
     if tokenizer is None:
         raise TokenError("--prompt needs a tokenizer, and the file has none", file=file.path)
+    if not _is_text(prompt):
+        raise TokenError("--prompt holds bytes that are not UTF-8 text", hint="check the terminal's encoding")
     ids = tokenizer.ids(chat_text(file, prompt), False) if chat else tokenizer.ids(prompt, True)
     if not ids:
         raise TokenError("the prompt gives no token", file=file.path, hint="give --prompt some text")
     return check_tokens(np.array([ids]), config, f"{file.path}: tokens of --prompt").astype(np.int64)
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether an argument is text: Python stands half characters in the place of bytes that are not."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def chat_text(file: HfqFile, prompt: str) -> str:

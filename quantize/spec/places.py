@@ -151,11 +151,15 @@ def local_folder(source: str) -> Path | None:
         return path
     if path.is_file() and path.name == "config.json":
         return path.parent
+    if path.is_file():
+        raise CheckpointError("is a file, not a checkpoint's folder", file=path, hint=f"give {path.parent}")
     if _REPOSITORY.fullmatch(source) and not source.startswith((".", "/")):
         return None
+    from ...formats.hub.endpoint import redacted
+
     near = difflib.get_close_matches(source, [TINY], n=1)
     raise CheckpointError(
-        f"no such folder: {source}",
+        f"no such folder: {redacted(source)}",
         hint=f"--source takes a folder, a hub repository (owner/name) or {TINY!r}"
         + (f"; did you mean {near[0]!r}?" if near else ""),
     )

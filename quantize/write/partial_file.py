@@ -75,6 +75,8 @@ class Destination:
             raise OutputError(
                 "exists already", file=path, hint="give --force to replace it, or another --output"
             )
+        if path.exists() and not path.is_file():  # a device or a pipe, which a file would take the place of
+            raise OutputError("is no plain file", file=path, hint="give --output the name of a file")
         free, needed = free_bytes(folder), total_bytes + self.extra_bytes
         if free is not None and (room := free + _held(beside(path, PARTIAL))) < needed:
             raise OutputError(

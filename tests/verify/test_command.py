@@ -110,6 +110,7 @@ def test_a_truncated_file_is_bad_input(build: Build, capsys: pytest.CaptureFixtu
         (["--backend", "abacus"], "'abacus' is not one of"),
         (["--token-file", "./nowhere"], "cannot be read"),
         (["--generate", "1000000000"], "positions"),
+        (["--prompt", "a\udcff"], "not UTF-8 text"),
         (["--imatrix", "./nowhere"], "cannot be read"),
         (["--recipe", "./nowhere"], "cannot be read"),
         (["--report", "./nowhere/page.html"], "no such folder: nowhere"),

@@ -124,3 +124,20 @@ def test_the_proxy_of_the_environment_is_shown_without_its_password(monkeypatch:
     assert proxy_of("https://hub.example") is None
     monkeypatch.setenv("ALL_PROXY", "proxy.example")
     assert proxy_of("http://other.example") == "http://proxy.example"
+
+
+@pytest.mark.parametrize(
+    ("address", "token", "said"),
+    [
+        ("https://hub.example", "plainsesame", "the token plainsesame is unknown"),
+        ("https://hub.example", "hf_sesamesesame", "Bearer hf_sesamesesame"),
+        ("https://worker:sesame@hub.example", None, "no user with sesame or d29ya2VyOnNlc2FtZQ=="),
+    ],
+)
+def test_a_server_that_repeats_a_secret_is_not_quoted(
+    address: str, token: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    shown = parse_endpoint(address).without_secrets(said)
+    assert "sesame" not in shown and "d29y" not in shown and "…" in shown

@@ -309,6 +309,20 @@ def test_a_connection_that_is_slow_beyond_use(
         fetch()
 
 
+def test_a_message_that_repeats_the_token_is_shown_without_it(
+    server: HubServer, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "plainsesame")
+    server.faults.append(
+        Fault(
+            "answer", "/api/", answer=lambda *_: Answer(418, b"", {"X-Error-Message": "not for plainsesame"})
+        )
+    )
+    with pytest.raises(HubError, match="not for …") as e:
+        hub.resolve(REPO)
+    assert "sesame" not in str(e.value)
+
+
 @pytest.mark.parametrize("name", ["ALL_PROXY", "HTTP_PROXY"])
 def test_a_proxy_that_cannot_be_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils._http import close_session

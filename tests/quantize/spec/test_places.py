@@ -63,6 +63,22 @@ def test_what_is_neither_folder_nor_repository_is_refused(
         local_folder(name)
 
 
+def test_an_address_with_a_token_is_refused_without_showing_it() -> None:
+    with pytest.raises(CheckpointError, match=r"no such folder: https://hub\.example/a/b") as e:
+        local_folder("https://worker:hf_sesamesesame@hub.example/a/b")
+    assert "sesame" not in str(e.value)
+
+
+def test_a_file_is_not_taken_for_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path has the form owner/name, and the hub would be asked for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is a file, not a checkpoint's folder") as e:
+        local_folder("model/a.safetensors")
+    assert e.value.hint == "give model"
+
+
 def test_config_alone_is_enough_to_plan(small: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((small / "config.json").read_text())
     for source in (tmp_path, tmp_path / "config.json"):

@@ -295,6 +295,14 @@ def test_a_name_too_long_for_its_helpers_is_refused_before_any_work(tmp_path: Pa
     assert names(tmp_path) == ["x" * 200]
 
 
+def test_a_device_or_a_pipe_is_not_replaced_even_by_force(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(OutputError, match="is no plain file"):
+            Destination(path, force=True).check(0)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="its folder does not exist"):
         opened(tmp_path / "none" / "x")
