@@ -28,6 +28,7 @@ from mq_quant.lloyd import encode
 from mq_quant.lloyd.constants import ROUNDS
 from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.group import Problem, fit_rows, settle_rows
+from mq_quant.lloyd.group_fit import SHAKES, as_stored, expand, initial_levels
 from mq_quant.lloyd.hessian.group import from_diagonal
 from mq_quant.lloyd.hessian.row import from_weights
 from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
@@ -75,28 +76,28 @@ def stages_of(fmt: LloydFormat | AffineFormat, runs: int) -> dict[str, Any]:
     rows = rotate(rng.standard_t(5, (3072, 256)).astype(np.float32))
     weights = np.exp(rng.normal(0, 1, 256))
     h = from_diagonal(weights)
-    start = encode._initial_levels(rows, 0, fmt, exact=False)
-    levels = encode._expand(fmt, start)
+    start = initial_levels(rows, 0, fmt, exact=False)
+    levels = expand(fmt, start)
     codes, gains = np.empty((len(rows), 256), np.uint8), np.empty(len(rows), np.float32)
     grid = isinstance(fmt, AffineFormat)
-    problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, encode.SHAKES, grid)
+    problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, SHAKES, grid)
 
     def took(work: Callable[[], object]) -> float:
         return median_time(work, runs) / rows.size * 1e9
 
     def fit(rounds: int) -> float:
-        return took(lambda: fit_rows(rows, 0, problem, rounds, levels.copy(), codes))
+        return took(lambda: fit_rows(rows, 0, problem, rounds, rounds - 1, levels.copy(), codes))
 
     first, cold, whole = fit(0), fit(1), fit(ROUNDS)
     return {
         "format": fmt.name,
         "Hessian": took(lambda: from_diagonal(weights)),
-        "initial levels": took(lambda: encode._initial_levels(rows, 0, fmt, exact=False)),
+        "initial levels": took(lambda: initial_levels(rows, 0, fmt, exact=False)),
         "feedback, refit": first,
         "warm rounds": whole - cold,
         "cold round": cold - first,
         "settle, gain": took(lambda: settle_rows(rows, 0, problem, levels, codes, gains)),
-        "pack": took(lambda: encode._pack(fmt, encode._stored(fmt, start), codes)),
+        "pack": took(lambda: encode._pack(fmt, as_stored(fmt, start), codes)),
     }
 
 

@@ -15,13 +15,17 @@ __all__ = ["GROUP"]
 
 # Rounds of the Hessian fit.
 ROUNDS = 4
-"""Rounds of descent and refit after the first refit. All but the last are warm."""
+"""Rounds of descent and refit after the first refit, where groups are independent. All but the last are warm."""
 SWEEPS = 8
 """Sweeps over the columns in one round of descent."""
 SHAKE = np.float32(0.25)
 """How far warm sweeps shift a target, as a share of the root mean square error of a row's columns under H."""
 SHAKE_SEED = 77
 """Seed of the signs by which warm sweeps shift targets up or down."""
+WHOLE_ROUNDS = 5
+"""The same where every group is fitted again once all are rounded. All are warm: the final codes come after them."""
+PASSES = 1
+"""Passes in which the groups of whole rows are fitted again, with one warm round each; at most WHOLE_ROUNDS."""
 MOST_ENERGY = np.float32(1e38)
 """An error energy of a row beyond this has overflown f32, and shifts nothing."""
 SIGNAL_FLOOR = np.float32(0.5)

@@ -1,12 +1,14 @@
 """From rotated rows to the bytes of one block format, by one of three fits.
 
 `reference` is the engine's own quantiser; `exact` takes the best levels in plain squared error and rounds to nearest;
-`hessian` rounds and refits under each group's Hessian, then moves the levels toward unbiased ones. Every call runs on
-one thread without the interpreter's lock, so callers encode matrices in parallel and get the same bytes.
+`hessian` rounds and refits under each group's Hessian, whole rows twice where their groups are coupled, and then moves
+the levels toward unbiased ones. Every call runs on one thread without the interpreter's lock, so callers encode
+matrices in parallel and get the same bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -23,25 +25,17 @@ from ..formats.blocks import (
     LloydFormat,
     Q8Format,
 )
-from ..formats.fwht import SIGNS2
 from . import engine_quantiser as reference
-from .codes.descent import shake_signs
-from .constants import F16_MAX, F16_SMALLEST, GRID_STEPS, GROUP, ROUNDS, SWEEPS
-from .group import Problem, fit_rows, nearest_rows, settle_rows
-from .hessian.group import GroupHessian
-from .hessian.row import RowHessian, compensate
+from .constants import F16_MAX, F16_SMALLEST, GRID_STEPS, GROUP
+from .group import nearest_rows
+from .group_fit import F32, U8, GroupFit, Rotated, as_stored, fit_group, initial_levels
+from .hessian.row import RowHessian
 from .levels.affine import affine_rows
-from .levels.kmeans import kmeans_rows
+from .whole_row import fit_whole_rows
 
 Fit = Literal["reference", "exact", "hessian"]
-F32 = NDArray[np.float32]
-U8 = NDArray[np.uint8]
-
-Rotated = LloydFormat | AffineFormat
 ENCODED: tuple[Rotated, ...] = (MQ4, MQ6, MQ2_LLOYD, MQ3_LLOYD)
 """The rotated formats that are encoded: those in which the engine runs experts. MQ4-Lloyd is only decoded."""
-SHAKES = shake_signs(ROUNDS * SWEEPS)
-_NO_CODES = np.empty((0, GROUP), np.uint8)
 
 
 def encode_plain(values: F32, fmt: Format, fit: Fit) -> U8:
@@ -82,24 +76,23 @@ def encode_rotated(
     out = np.empty((count, groups, fmt.group_bytes), np.uint8)
     codes = np.zeros((count, GROUP), np.uint8)
     if fit == "hessian" and hessian is not None:
-        if hessian.answers:
-            rows = rows.copy()
-        for g, factored in enumerate(hessian.groups):
-            column = g * GROUP
-            stored, gains = _hessian_group(rows, column, fmt, factored, codes)
-            if hessian.answers:
-                decoded = np.take_along_axis(_expand(fmt, stored), codes.astype(np.int64), axis=1)
-                compensate(rows, g, rows[:, column : column + GROUP] - decoded, hessian.answers)
-            # The gain moves levels away from least squares on purpose. It follows `compensate`, or later groups would
-            # correct it.
+        for g, fitted in enumerate(_fits(rows, fmt, hessian)):
+            stored = fitted.stored
+            # The gain moves levels away from least squares on purpose. It comes last, or other groups would correct it.
             if gain:
-                stored = _stored(fmt, stored * partial_gains(gains, gain)[:, None])
-            out[:, g] = _pack(fmt, stored, codes)
+                stored = as_stored(fmt, stored * partial_gains(fitted.gains, gain)[:, None])
+            out[:, g] = _pack(fmt, stored, fitted.codes)
     else:
         plain: Fit = "exact" if fit == "hessian" else fit
         for g in range(groups):
             out[:, g] = _plain_group(rows, g * GROUP, fmt, plain, codes)
     return out.reshape(-1)
+
+
+def _fits(rows: F32, fmt: Rotated, hessian: RowHessian) -> Iterable[GroupFit]:
+    if hessian.answers:
+        return fit_whole_rows(rows, fmt, hessian)
+    return (fit_group(rows, g * GROUP, fmt, factored) for g, factored in enumerate(hessian.groups))
 
 
 def partial_gains(unbiased: F32, gain: float) -> F32:
@@ -118,55 +111,14 @@ def _plain_group(rows: F32, column: int, fmt: Rotated, fit: Fit, codes: U8) -> U
             return fmt.pack(*reference.affine(rows[:, column : column + GROUP], fmt.levels))
         levels = np.empty((len(rows), fmt.levels), np.float32)
         reference.lloyd_rows(rows, column, levels, codes)
-        return _pack(fmt, _stored(fmt, levels), codes)
+        return _pack(fmt, as_stored(fmt, levels), codes)
     if isinstance(fmt, AffineFormat):
         params = np.empty((len(rows), 2), np.float32)
         affine_rows(rows, column, fmt.levels, GRID_STEPS, params, codes)
         return _pack(fmt, params, codes)
-    stored = _stored(fmt, _initial_levels(rows, column, fmt, exact=True))
+    stored = as_stored(fmt, initial_levels(rows, column, fmt, exact=True))
     nearest_rows(rows, column, stored, codes)
     return _pack(fmt, stored, codes)
-
-
-def _hessian_group(rows: F32, column: int, fmt: Rotated, h: GroupHessian, codes: U8) -> tuple[F32, F32]:
-    """Stored levels of one group under its Hessian, and each row's gain f32 [R]; codes u8 [R, 256] are written."""
-    grid = isinstance(fmt, AffineFormat)
-    levels = _expand(fmt, _initial_levels(rows, column, fmt, exact=h.nearly_white))
-    problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, SHAKES, grid)
-    fit_rows(rows, column, problem, ROUNDS, levels, codes)
-    if grid:
-        step = (levels[:, -1].astype(np.float64) - levels[:, 0]) / (fmt.levels - 1)
-        levels = np.stack([levels[:, 0], step.astype(np.float32)], axis=1)
-    stored = _stored(fmt, levels)
-    gains = np.empty(len(rows), np.float32)
-    settle_rows(rows, column, problem, _expand(fmt, stored), codes, gains)
-    return stored, gains
-
-
-def _initial_levels(rows: F32, column: int, fmt: Rotated, exact: bool) -> F32:
-    """Centroids f32 [R, K], or (zero, scale) f32 [R, 2], best in plain squared error."""
-    if isinstance(fmt, AffineFormat):
-        params = np.empty((len(rows), 2), np.float32)
-        affine_rows(rows, column, fmt.levels, GRID_STEPS, params, _NO_CODES)
-        return params
-    levels = np.empty((len(rows), fmt.levels), np.float32)
-    kmeans_rows(rows, column, exact, levels)
-    return levels
-
-
-def _stored(fmt: Rotated, levels: F32) -> F32:
-    """Levels, or (zero, scale), rounded to the precision in which the format stores them, as f32."""
-    if isinstance(fmt, AffineFormat):
-        return levels.astype(np.float32)
-    return np.clip(levels, -F16_MAX, F16_MAX).astype(np.float16).astype(np.float32)
-
-
-def _expand(fmt: Rotated, stored: F32) -> F32:
-    """All levels f32 [R, K], computed as the decoder computes them."""
-    if isinstance(fmt, AffineFormat):
-        steps = np.arange(fmt.levels, dtype=np.float32)
-        return np.asarray(stored[:, :1] + stored[:, 1:] * steps, np.float32)
-    return np.ascontiguousarray(stored)
 
 
 def _pack(fmt: Rotated, stored: F32, codes: U8) -> U8:

@@ -153,21 +153,16 @@ def gradient(problem, errors, out):
 
 
 @compiled
-def fit_rows(rows, column, problem, rounds, levels_io, codes_out):
+def fit_rows(rows, column, problem, rounds, warm, levels_io, codes_out):
     """Codes u8 [R, 256] and levels f32 [R, K] of the group that starts at `column` of rows f32 [R, K_in].
 
-    levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded. All of the `rounds` of
-    descent and refit but the last are warm.
+    levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded. The first `warm` of
+    the `rounds` of descent and refit are warm.
     """
     problem = Problem(lined_up(problem.matrix), *problem[1:])
     s = scratch_for(levels_io.shape[1], problem.grid)
-    total = np.float32(0)
-    if problem.grid and problem.weights.shape[0] == 0:
-        for i in range(GROUP):
-            for j in range(GROUP):
-                total += problem.matrix[i, j]
+    total = total_of(problem)
     for first in range(0, rows.shape[0], LANES):
-        live = min(LANES, rows.shape[0] - first)
         gather(rows, first, column, s.y)
         gather_levels(levels_io, first, s.levels)
         pulled(problem, s.y, s.ys)
@@ -175,15 +170,30 @@ def fit_rows(rows, column, problem, rounds, levels_io, codes_out):
         feedback(s.y, problem.feedback, s.levels, s.mids, s.codes, s.work, s.errors)
         refit_levels(problem, total, s)
         for n in range(rounds):
-            residual(s.y, s.levels, s.codes, s.errors)
-            gradient(problem, s.errors, s.work)
-            heat(s.errors, s.work, SHAKE if n + 1 < rounds else np.float32(0), s.shifts)
-            descend(s.codes, s.work, s.levels, problem.matrix, problem.shakes, n * SWEEPS, SWEEPS, s.shifts)
-            refit_levels(problem, total, s)
-        for k in range(s.levels.shape[0]):
-            for r in range(live):
-                levels_io[first + r, k] = s.levels[k, r]
+            improve(problem, total, n, SHAKE if n < warm else np.float32(0), s)
+        scatter_levels(s.levels, levels_io, first)
         scatter(s.codes, codes_out, first)
+
+
+@compiled
+def total_of(problem):
+    """The sum over a dense H that the refit of a grid needs, added row by row; 0 for other problems."""
+    total = np.float32(0)
+    if problem.grid and problem.weights.shape[0] == 0:
+        for i in range(GROUP):
+            for j in range(GROUP):
+                total += problem.matrix[i, j]
+    return total
+
+
+@compiled
+def improve(problem, total, turn, share, s):
+    """One round of descent, its targets shifted by `share` of the error as the shakes of `turn` say, and a refit."""
+    residual(s.y, s.levels, s.codes, s.errors)
+    gradient(problem, s.errors, s.work)
+    heat(s.errors, s.work, share, s.shifts)
+    descend(s.codes, s.work, s.levels, problem.matrix, problem.shakes, turn * SWEEPS, SWEEPS, s.shifts)
+    refit_levels(problem, total, s)
 
 
 @compiled
@@ -195,40 +205,61 @@ def gather_levels(stored, first, levels):
 
 
 @compiled
+def scatter_levels(levels, out, first):
+    """Copy levels [K, 16] into out[first:first+16] f32 [R, K], leaving out lanes beyond the last row."""
+    for r in range(min(LANES, out.shape[0] - first)):
+        for k in range(out.shape[1]):
+            out[first + r, k] = levels[k, r]
+
+
+@compiled
+def settle(problem, s):
+    """Descend without shifts until nothing moves, or for SWEEPS sweeps; leaves the errors in `s`."""
+    s.shifts[:] = np.float32(0)
+    residual(s.y, s.levels, s.codes, s.errors)
+    gradient(problem, s.errors, s.work)
+    descend(s.codes, s.work, s.levels, problem.matrix, problem.shakes, 0, SWEEPS, s.shifts)
+    residual(s.y, s.levels, s.codes, s.errors)
+
+
+@compiled
+def write_gains(whole, lost, first, gains):
+    """gains[first:first+16] f32 [R] = yᵀHy / (yᵀHy - yᵀHe) of lanes' yᵀHy and yᵀHe, both [1, 16].
+
+    Where that is beyond 2, or not positive, the levels carry too little of the row to be scaled, and the gain is 1.
+    """
+    for r in range(min(LANES, gains.shape[0] - first)):
+        kept = whole[0, r] - lost[0, r]
+        gains[first + r] = whole[0, r] / kept if kept > SIGNAL_FLOOR * whole[0, r] else np.float32(1)
+
+
+@compiled
 def settle_rows(rows, column, problem, stored, codes_io, gains):
     """Assign codes u8 [R, 256] once more, given the stored levels f32 [R, K].
 
-    gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ). Where that is beyond 2, or not positive, the levels carry too
-    little of the row to be scaled, and the gain is 1.
+    gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ), as write_gains has it.
     """
     weights = problem.weights
     s = scratch_for(stored.shape[1], problem.grid)
-    totals = np.empty((2, LANES), np.float32)
+    whole = np.empty((1, LANES), np.float32)
+    lost = np.empty((1, LANES), np.float32)
     ones = np.ones(GROUP, np.float32)
-    s.shifts[:] = np.float32(0)
     for first in range(0, rows.shape[0], LANES):
-        live = min(LANES, rows.shape[0] - first)
         gather(rows, first, column, s.y)
         gather(codes_io, first, 0, s.codes)
         gather_levels(stored, first, s.levels)
-        residual(s.y, s.levels, s.codes, s.errors)
-        gradient(problem, s.errors, s.work)
-        descend(s.codes, s.work, s.levels, problem.matrix, problem.shakes, 0, SWEEPS, s.shifts)
+        settle(problem, s)
         scatter(s.codes, codes_io, first)
-        residual(s.y, s.levels, s.codes, s.errors)
         pulled(problem, s.y, s.ys)
         if weights.shape[0] > 0:
             signed(s.errors, problem.signs, s.errors)
             hadamard(s.errors)
-            store(totals, 0, weighted_dot(weights, s.ys, s.ys))
-            store(totals, 1, weighted_dot(weights, s.ys, s.errors))
+            store(whole, 0, weighted_dot(weights, s.ys, s.ys))
+            store(lost, 0, weighted_dot(weights, s.ys, s.errors))
         else:
-            store(totals, 0, weighted_dot(ones, s.ys, s.y))
-            store(totals, 1, weighted_dot(ones, s.ys, s.errors))
-        for r in range(live):
-            whole = totals[0, r]
-            kept = whole - totals[1, r]
-            gains[first + r] = whole / kept if kept > SIGNAL_FLOOR * whole else np.float32(1)
+            store(whole, 0, weighted_dot(ones, s.ys, s.y))
+            store(lost, 0, weighted_dot(ones, s.ys, s.errors))
+        write_gains(whole, lost, first, gains)
 
 
 @compiled

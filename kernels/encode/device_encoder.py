@@ -1,13 +1,13 @@
 """The encoder on a device: weights in, payloads out, the same bytes as `lloyd.encode` gives on the CPU.
 
-It encodes one matrix at a time, all rows and groups at once; where later groups answer the errors of earlier ones, it
-goes group by group. A `DeviceEncoder` belongs to the thread that opened its back end.
+It encodes one matrix at a time, all rows and groups at once; where groups answer the errors of others, it goes group by
+group. A `DeviceEncoder` belongs to the thread that opened its back end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,24 @@ from ...formats.errors import BackendError
 from ...formats.fwht import SIGNS1, SIGNS2
 from ...formats.hfq.stored import StoredForm
 from ...lloyd.codes.descent import shake_signs
-from ...lloyd.constants import BOTH_ENDS, GRID_STEPS, GROUP, ONE_END, ROUNDS, SHAKE, SWEEPS
-from ...lloyd.encode import ENCODED, Rotated
+from ...lloyd.constants import (
+    BOTH_ENDS,
+    GRID_STEPS,
+    GROUP,
+    ONE_END,
+    PASSES,
+    ROUNDS,
+    SHAKE,
+    SWEEPS,
+    WHOLE_ROUNDS,
+)
+from ...lloyd.encode import ENCODED
+from ...lloyd.group_fit import Rotated
 from ...lloyd.hessian.row import RowHessian
 from ...lloyd.levels.kmeans import gaussian_bounds
 from ..runtime.block_table import BLOCK_THREADS, WAVE
 from ..runtime.host import Argument, Backend, Buffer
-from .geometry import DESCENT_WAVES, KMEANS_ROWS, PANELS, TILE, refit_waves
+from .geometry import DESCENT_WAVES, KMEANS_ROWS, PANEL, PANELS, TILE, refit_waves
 
 SLOTS = 3
 """Sets of Hessians that stay on the device: where all experts share one, it stays."""
@@ -32,6 +43,14 @@ SLOTS = 3
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Coupling:
+    """A Coupling on the device: its blocks, of which no error feedback is asked, and its pulls, each transposed."""
+
+    blocks: _Hessian
+    pulls: Buffer
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,7 @@ class _Hessian:
     weights: Buffer
     totals: Buffer
     answers: tuple[Buffer, ...] = ()
+    coupling: _Coupling | None = None
 
     @property
     def dense(self) -> bool:
@@ -109,7 +129,7 @@ class DeviceEncoder:
         self.backend = backend
         self._space = _Space(backend)
         self._signs = backend.upload(np.stack([SIGNS1, SIGNS2]))
-        self._shakes = backend.upload(shake_signs(ROUNDS * SWEEPS).reshape(ROUNDS, SWEEPS * GROUP))
+        self._shakes = backend.upload(shake_signs(WHOLE_ROUNDS * SWEEPS).reshape(WHOLE_ROUNDS, -1))
         self._both_ends, self._one_end = (
             backend.upload(np.array(ends, np.float32)) for ends in (BOTH_ENDS, ONE_END)
         )
@@ -223,9 +243,14 @@ class DeviceEncoder:
             self._initial(work, 0, white)
             self._fit_groups(work, h, 0, work.groups, gain)
             return
+        given = self._space.take("given rows", work.rows.shape, np.float32)
+        if h.coupling:
+            self.backend.copy(given, work.rows)
         for g in range(work.groups):
             self._initial(work, g, white[g : g + 1])
-            self._fit_groups(work, h, g, 1, gain)
+            self._fit_groups(work, h, g, 1, 0.0 if h.coupling else gain)
+        if h.coupling:
+            self._fit_again(replace(work, rows=given), h.coupling, gain)
 
     def _fit_groups(self, work: _Work, h: _Hessian, first: int, number: int, gain: float) -> None:
         fmt, shape = work.fmt, (work.count, work.groups, first)
@@ -236,17 +261,60 @@ class DeviceEncoder:
             self._multiply(work, pulled, work.rows, h, 1.0, first, number)
         self._launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
         self._refit(work, h, pulled, first, number)
-        for n in range(ROUNDS):
-            self._descend(work, h, n, float(SHAKE) if n + 1 < ROUNDS else 0.0, first, number)
+        rounds, warm = (WHOLE_ROUNDS, WHOLE_ROUNDS) if h.coupling else (ROUNDS, ROUNDS - 1)
+        for n in range(rounds):
+            self._descend(work, h, n, float(SHAKE) if n < warm else 0.0, first, number)
             self._refit(work, h, pulled, first, number)
-        self._round(work, first, number, fitted=True)
-        self._descend(work, h, 0, 0.0, first, number)
+        self._settle(work, h, first, number)
         if h.answers and first + 1 < work.groups:
             self._answer(work, h, first)
         # The gain comes last and is not answered by later groups, as on the CPU.
         if gain:
-            args = (work.params, work.rows, work.codes, h.weights, pulled, self._signs, int(h.dense))
-            self._launch("apply_gain", (work.count, number), (*args, 1 - gain, work.groups, first), fmt)
+            self._gain(work, h, pulled, gain, first, number)
+
+    def _fit_again(self, work: _Work, coupling: _Coupling, gain: float) -> None:
+        """The passes of lloyd.again over groups that have been fitted; work.rows are as they were given."""
+        space, h, groups = self._space, coupling.blocks, work.groups
+        targets, errors, sums, turned, pulled = (
+            space.take(name, work.rows.shape, np.float32)
+            for name in ("targets", "standing errors", "sums", "turned sums", "pulled")
+        )
+        old = (
+            space.take("old params", work.params.shape, np.float32),
+            space.take("old codes", work.codes.shape, np.uint8),
+        )
+        new = (work.params, work.codes)
+        aimed = replace(work, rows=targets)
+        self._launch("residual_rows", (work.count, groups), (errors, work.rows, *new, groups, 0), work.fmt)
+        for turn in range(WHOLE_ROUNDS - 1, WHOLE_ROUNDS - 1 - PASSES, -1):
+            for target, source in zip(old, new, strict=True):
+                self.backend.copy(target, source)
+            for g in range(groups):
+                one, at = (work.count, 1), (groups, g)
+                pulls = coupling.pulls.rows(g, g + 1)
+                panels = (work.tiles, GROUP // PANEL)
+                self._launch(
+                    "answer_targets", panels, (targets, work.rows, errors, pulls, work.count, groups, g)
+                )
+                self._multiply(aimed, pulled, targets, h, 1.0, g, 1)
+                self._descend(aimed, h, turn, float(SHAKE), g, 1)
+                self._refit(aimed, h, pulled, g, 1)
+                self._settle(aimed, h, g, 1)
+                self._launch("add_errors", one, (sums, targets, *new, *old, *at), work.fmt)
+                self._multiply(aimed, turned, sums, h, -1.0, g, 1)
+                self._launch("keep_better", one, (*new, targets, turned, *old, *at), work.fmt)
+                self._launch("residual_rows", one, (errors, work.rows, *new, *at), work.fmt)
+                if gain and turn == WHOLE_ROUNDS - PASSES:
+                    self._gain(aimed, h, pulled, gain, g, 1)
+
+    def _settle(self, work: _Work, h: _Hessian, first: int, number: int) -> None:
+        """Fitted levels in the format's precision, and codes that suit them."""
+        self._round(work, first, number, fitted=True)
+        self._descend(work, h, 0, 0.0, first, number)
+
+    def _gain(self, work: _Work, h: _Hessian, pulled: Buffer, gain: float, first: int, number: int) -> None:
+        args = (work.params, work.rows, work.codes, h.weights, pulled, self._signs, int(h.dense))
+        self._launch("apply_gain", (work.count, number), (*args, 1 - gain, work.groups, first), work.fmt)
 
     def _descend(self, work: _Work, h: _Hessian, turn: int, share: float, first: int, number: int) -> None:
         fmt, turned = work.fmt, work.rows
@@ -354,11 +422,29 @@ class DeviceEncoder:
 
     def _put(self, hessian: RowHessian, slot: str) -> _Hessian:
         """A dense Hessian, factored on the CPU, as buffers."""
+        matrices = [factor.matrix for factor in hessian.factors]
+        found = self._put_dense(hessian, matrices, [factor.feedback for factor in hessian.factors], slot)
+        answers = tuple(
+            self._space.put(f"answer {n} {slot}", np.ascontiguousarray(a.T))
+            for n, a in enumerate(hessian.answers)
+        )
+        return replace(found, answers=answers, coupling=self._put_coupling(hessian, slot))
+
+    def _put_coupling(self, hessian: RowHessian, slot: str) -> _Coupling | None:
+        if hessian.coupling is None:
+            return None
+        blocks = self._put_dense(hessian, list(hessian.coupling.blocks), None, f"{slot} again")
+        turned = np.ascontiguousarray(hessian.coupling.pulls.transpose(0, 1, 3, 2))
+        return _Coupling(blocks, self._space.put(f"pulls {slot}", turned))
+
+    def _put_dense(
+        self, of: RowHessian, matrices: Sequence[F32], feedback: Sequence[F32] | None, slot: str
+    ) -> _Hessian:
+        """Dense H f32 [256, 256] of each group as buffers; without `feedback` there is none to be asked of it."""
 
         def put(name: str, arrays: Sequence[NDArray[Any]]) -> Buffer:
             return self._space.put(f"{name} {slot}", np.stack(arrays).astype(np.float32, copy=False))
 
-        matrices = [factor.matrix for factor in hessian.factors]
         turned = put("matrix", [m.T for m in matrices])
         plain = turned
         if not all(np.array_equal(m, m.T) for m in matrices):
@@ -366,15 +452,11 @@ class DeviceEncoder:
         # One after the other in f32, as the CPU adds them.
         totals = [np.add.accumulate(m.reshape(-1), dtype=np.float32)[-1] for m in matrices]
         return _Hessian(
-            hessian,
+            of,
             turned,
             plain,
-            put("feedback", [factor.feedback for factor in hessian.factors]),
+            turned if feedback is None else put("feedback", feedback),
             put("inverse", [np.float32(1) / np.diag(m) for m in matrices]),
             put("channels", [np.ones(GROUP, np.float32)] * len(matrices)),
             put("totals", totals),
-            tuple(
-                self._space.put(f"answer {n} {slot}", np.ascontiguousarray(a.T))
-                for n, a in enumerate(hessian.answers)
-            ),
         )

@@ -73,6 +73,51 @@ KERNEL(WAVE) residual_rows(float* __restrict__ errors, const float* __restrict__
   store_group(errors + at * GROUP, e);
 }
 
+// out f32 [rows, 256·groups]: the errors of the old codes and levels plus those of the new. Grid (rows, groups from `first` on).
+KERNEL(WAVE) add_errors(float* __restrict__ out, const float* __restrict__ rows, const float* __restrict__ params,
+                        const uint8_t* __restrict__ codes, const float* __restrict__ old_params,
+                        const uint8_t* __restrict__ old_codes, int groups, int first) {
+  const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
+  float y[PER_LANE], e[PER_LANE], f[PER_LANE];
+  load_group(y, rows + at * GROUP);
+  residual(e, y, old_codes + at * GROUP, old_params + at * PARAMS);
+  residual(f, y, codes + at * GROUP, params + at * PARAMS);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) e[j] = e[j] + f[j];
+  store_group(out + at * GROUP, e);
+}
+
+// Puts back the old codes and levels of each row in which the new ones do not cost less, as lloyd.again.keep_better does.
+// turned f32 [rows, 256·groups] holds -H times what add_errors gives. Grid (rows, groups from `first` on).
+KERNEL(WAVE) keep_better(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ rows,
+                         const float* __restrict__ turned, const float* __restrict__ old_params,
+                         const uint8_t* __restrict__ old_codes, int groups, int first) {
+  LDS(float, left, GROUP);
+  LDS(float, right, GROUP);
+  const int t = lane();
+  const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
+  float y[PER_LANE], e[PER_LANE], f[PER_LANE];
+  load_group(y, rows + at * GROUP);
+  residual(e, y, old_codes + at * GROUP, old_params + at * PARAMS);
+  residual(f, y, codes + at * GROUP, params + at * PARAMS);
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) e[j] = e[j] - f[j];
+  load_group(y, turned + at * GROUP);
+  store_group(left, y);
+  store_group(right, e);
+  __syncthreads();
+  // Four lanes take every fourth element: the order of lloyd.levels.refit.weighted_dot. The others do the same.
+  float rise = 0.0f;
+#pragma unroll 8
+  for (int i = t % 4; i < GROUP; i += 4) rise = fmaf(left[i], right[i], rise);
+  rise = rise + __shfl_xor(rise, 1);
+  rise = rise + __shfl_xor(rise, 2);
+  if (rise < 0.0f) return;
+  if (t < PARAMS) params[at * PARAMS + t] = old_params[at * PARAMS + t];
+  const int64_t mine = at * GROUP + PER_LANE * t;
+  *reinterpret_cast<Codes*>(codes + mine) = load_codes(old_codes + mine);
+}
+
 // Multiplies the levels by what lloyd.encode.partial_gains makes of (yᵀH y) / (yᵀH ŷ), or of 1 where that is beyond 2 or not
 // positive; `noise` is 1 minus the gain that partial_gains is given. For a `dense` H, pulled holds H·y. Otherwise H is of
 // `weights`, in the basis before the rotation, and pulled is not read. Grid (rows, groups).

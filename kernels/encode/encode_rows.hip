@@ -85,6 +85,36 @@ KERNEL(WAVE) answer_errors(float* __restrict__ rows, const float* __restrict__ e
   }
 }
 
+// targets = rows, of one group, moved by the errors of all other groups: minus errors · pullᵀ of each other group in order. rows,
+// errors and targets f32 [count, 256·groups]; pulls f32 [groups - 1, 256, 256] leave out the group, and come transposed. Grid
+// (tiles, panels of the group).
+KERNEL(WAVE) answer_targets(float* __restrict__ targets, const float* __restrict__ rows, const float* __restrict__ errors,
+                            const float* __restrict__ pulls, int count, int groups, int group) {
+  LDS(float, block, GROUP* PITCH);
+  LDS(Quad, panel, 2 * GROUP);
+  const int tile = blockIdx.x * TILE, t = lane(), at = blockIdx.y * PANEL;
+  const int64_t width = (int64_t)groups * GROUP, mine = min(tile + t, count - 1) * width + group * GROUP + at;
+  float sums[PANEL];
+#pragma unroll
+  for (int n = 0; n < PANEL; n++) sums[n] = rows[mine + n];
+  for (int other = 0; other < groups - 1; other++) {
+    const int from = other < group ? other : other + 1;
+    __syncthreads();
+    for (int r = 0; r < TILE; r++) {
+      const float* row = errors + min(tile + r, count - 1) * width + from * GROUP;
+#pragma unroll
+      for (int m = 0; m < GROUP / WAVE; m++) block[(t + WAVE * m) * PITCH + r] = row[t + WAVE * m];
+    }
+    stage_panel(panel, pulls + (int64_t)other * SQUARE, GROUP, at, 0);
+    __syncthreads();
+    subtract_product(sums, panel, block);
+  }
+#pragma unroll
+  for (int n = 0; n < PANEL; n++) {
+    if (tile + t < count) targets[mine + n] = sums[n];
+  }
+}
+
 // The transform of f64 [256] by 256 threads, in place.
 DEVICE void transform(double* x) {
   for (int stride = 1; stride < GROUP; stride *= 2) {

@@ -27,6 +27,19 @@ from .lapack import cholesky, invert_lower
 
 
 @dataclass(frozen=True, eq=False)
+class Coupling:
+    """How the G groups of a row answer each other once all are rounded (lloyd/again.py).
+
+    `blocks` f32 [G, 256, 256] are the plain blocks H_gg, each with mean diagonal 1. `pulls` f32 [G, G - 1, 256, 256]
+    hold for each group g and every other group r, in order, -H_gg⁻¹ H_gr: an error e_r moves the target of g by
+    -pull · e_r.
+    """
+
+    blocks: NDArray[np.float32]
+    pulls: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
 class RowHessian:
     """What is known of the inputs of a matrix's rows, in the stored basis: G groups of 256 columns. One of two forms:
 
@@ -34,6 +47,7 @@ class RowHessian:
       are independent. `groups` factors them when it is first asked; a device factors them itself and never asks.
     - `factors`: one dense GroupHessian per group, from a second moment. `answers` holds for each group the matrix f32
       [columns after the group, 256] by which later targets answer its error; it is empty where groups are independent.
+      `coupling` is what further passes over whole rows need; None where there are none.
 
     `notes` says in words what was replaced because it could not be used. Instances are compared by identity, and can
     be used by any number of threads.
@@ -42,6 +56,7 @@ class RowHessian:
     weights: NDArray[np.float64] | None = None
     factors: tuple[GroupHessian, ...] = ()
     answers: tuple[NDArray[np.float32], ...] = ()
+    coupling: Coupling | None = None
     notes: tuple[str, ...] = ()
     _factored: list[GroupHessian] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
@@ -91,7 +106,8 @@ def from_moment(moment: NDArray[np.float64]) -> RowHessian:
         upper = inverse_factor(scaled, extra)
         if upper is not None:
             notes = (f"second moment damped by a further {extra:g}",) if extra else ()
-            return _from_factor(upper, notes)
+            scaled[np.diag_indices_from(scaled)] += extra
+            return _from_factor(upper, coupling_of(scaled), notes)
     return white
 
 
@@ -105,7 +121,27 @@ def inverse_factor(h: NDArray[np.float64], damping: float = 0.0) -> NDArray[np.f
     return upper if np.isfinite(upper).all() else None
 
 
-def _from_factor(upper: NDArray[np.float64], notes: tuple[str, ...]) -> RowHessian:
+def coupling_of(h: NDArray[np.float64]) -> Coupling | None:
+    """The coupling of a positive definite h f64 [K, K]; None for one group, or where a block cannot be factored."""
+    groups = len(h) // GROUP
+    if groups == 1:
+        return None
+    blocks = np.empty((groups, GROUP, GROUP), np.float32)
+    pulls = np.empty((groups, groups - 1, GROUP, GROUP), np.float32)
+    for g in range(groups):
+        lines = h[g * GROUP : (g + 1) * GROUP]
+        block = lines[:, g * GROUP : (g + 1) * GROUP]
+        upper = inverse_factor(block)
+        if upper is None:
+            return None
+        blocks[g] = block / np.trace(block) * GROUP
+        pull = (upper.T @ -upper) @ lines
+        others = [r for r in range(groups) if r != g]
+        pulls[g] = pull.reshape(GROUP, groups, GROUP).transpose(1, 0, 2)[others]
+    return Coupling(blocks, pulls)
+
+
+def _from_factor(upper: NDArray[np.float64], coupling: Coupling | None, notes: tuple[str, ...]) -> RowHessian:
     groups, answers = [], []
     for start in range(0, len(upper), GROUP):
         block = upper[start : start + GROUP, start : start + GROUP]
@@ -125,7 +161,7 @@ def _from_factor(upper: NDArray[np.float64], notes: tuple[str, ...]) -> RowHessi
         answers.append(
             np.ascontiguousarray((inverse @ upper[start : start + GROUP, start + GROUP :]).T, np.float32)
         )
-    return RowHessian(factors=tuple(groups), answers=tuple(answers), notes=notes)
+    return RowHessian(factors=tuple(groups), answers=tuple(answers), coupling=coupling, notes=notes)
 
 
 @compiled

@@ -46,6 +46,7 @@ def test_no_loop_repeats_a_number_of_the_table(literal: str) -> None:
 
 def test_numbers_that_decide_bytes_are_what_they_were() -> None:
     assert (4, 8, np.float32(0.25), 77) == (ROUNDS, SWEEPS, SHAKE, SHAKE_SEED)
+    assert (constants.WHOLE_ROUNDS, constants.PASSES) == (5, 1)
     assert (BOTH_ENDS, ONE_END) == ((0.06, 0.14), (0.03, 0.015))
     assert (np.float32(1e-3), np.float32(0.01)) == (constants.RIDGE, constants.PIVOT_FLOOR)
     assert np.finfo(np.float16).max == constants.F16_MAX

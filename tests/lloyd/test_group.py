@@ -7,8 +7,8 @@ import pytest
 from lanes_problem import EMPTY, NO_CODES, heavy_rows, unequal_weights
 from mq_quant.formats.fwht import SIGNS2
 from mq_quant.lloyd.constants import GRID_STEPS, ROUNDS
-from mq_quant.lloyd.encode import SHAKES
 from mq_quant.lloyd.group import Problem, fit_rows, nearest_rows, settle_rows
+from mq_quant.lloyd.group_fit import SHAKES
 from mq_quant.lloyd.hessian.group import GroupHessian, from_diagonal
 from mq_quant.lloyd.levels.affine import affine_rows
 from mq_quant.lloyd.levels.kmeans import kmeans_rows
@@ -40,7 +40,7 @@ def fitted(
     rows: np.ndarray, h: GroupHessian, count: int, grid: bool, rounds: int, dense: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     levels, codes = initial(rows, count, grid), np.full((len(rows), 256), 255, np.uint8)
-    fit_rows(rows, 0, problem_of(h, grid, dense), rounds, levels, codes)
+    fit_rows(rows, 0, problem_of(h, grid, dense), rounds, rounds - 1, levels, codes)
     return levels, codes
 
 
@@ -127,7 +127,7 @@ def test_no_row_beyond_the_last_is_read_or_written(count: int) -> None:
         levels = np.full((40, 4), -7, np.float32)
         levels[:count] = initial(np.ascontiguousarray(rows[:count, 256:512]), 4, False)
         codes = np.full((40, 256), 99, np.uint8)
-        fit_rows(wide[:count], 256, problem_of(h, False), 1, levels[:count], codes[:count])
+        fit_rows(wide[:count], 256, problem_of(h, False), 1, 0, levels[:count], codes[:count])
         assert (codes[count:] == 99).all() and (levels[count:] == -7).all()
         assert codes[:count].max() < 4
         want = codes if want is None else want

@@ -88,6 +88,34 @@ def test_hostile_importances_give_the_same_bytes(encoder, fmt, kind):
     np.testing.assert_array_equal(encoder.encode(rows, StoredForm(fmt), "hessian", hessian), want)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_whole_rows_of_any_number_of_groups_give_the_same_bytes(encoder, fmt, groups):
+    rng = np.random.default_rng(groups)
+    x = rng.standard_normal((2 * K, 256 * groups)) * np.arange(1, 256 * groups + 1) ** -0.5
+    hessian = from_moment(x.T @ x / len(x) + 1e-4 * np.eye(256 * groups))
+    assert (hessian.coupling is None) == (groups == 1)
+    for count, gain in ((35, 1.0), (1, 0.0)):
+        rows = unrotate(heavy_rows(count, 256 * groups, seed=groups))
+        want = encode_rotated(rotate(rows), fmt, "hessian", hessian, gain)
+        np.testing.assert_array_equal(encoder.encode(rows, StoredForm(fmt), "hessian", hessian, gain), want)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize("kind", ["rank one", "one dead group", "not symmetric"])
+def test_degenerate_moments_give_the_same_bytes(encoder, fmt, kind):
+    given = {
+        "rank one": np.ones((K, K)),
+        "one dead group": np.diag(np.where(np.arange(K) < 256, 1.0, 0.0)),
+        "not symmetric": np.triu(moment()) + np.tril(moment(), -1) * (1 + 1e-6),
+    }[kind]
+    rows, hessian = unrotate(heavy_rows(19, K)), from_moment(given)
+    rows[3], rows[4, :300], rows[5] = 0, 0, 1e15
+    with np.errstate(all="ignore"):
+        want = encode_rotated(rotate(rows), fmt, "hessian", hessian)
+        np.testing.assert_array_equal(encoder.encode(rows, StoredForm(fmt), "hessian", hessian), want)
+
+
 def test_a_scale_and_a_fold_are_applied_before_the_rotation(encoder, rng):
     weights, scale = heavy_rows(5, K), rng.uniform(0.1, 9, K).astype(np.float32)
     fold = np.exp2(rng.integers(-3, 4, 5)).astype(np.float32)

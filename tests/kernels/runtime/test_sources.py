@@ -18,7 +18,14 @@ def test_every_kernel_of_the_sources_is_found():
     assert plain == {
         *("rmsnorm", "rope", "scale_rotate", "silu_mul_rotate", "add", "combine", "router_top_k"),
         *("kv_append", "attention"),
-        *("rotate_rows", "multiply_rows", "widen_codes", "answer_errors", "diagonal_hessian"),
+        *(
+            "rotate_rows",
+            "multiply_rows",
+            "widen_codes",
+            "answer_errors",
+            "answer_targets",
+            "diagonal_hessian",
+        ),
     }
     books, grids = ("MQ2-Lloyd", "MQ3-Lloyd"), ("MQ4", "MQ6")
     per_format = {
@@ -27,7 +34,7 @@ def test_every_kernel_of_the_sources_is_found():
         grids: ("affine_levels",),
         books + grids: (
             *("feedback", "descend", "refit", "refit_dense"),
-            *("round_levels", "nearest", "residual_rows", "apply_gain", "pack"),
+            *("round_levels", "nearest", "residual_rows", "add_errors", "keep_better", "apply_gain", "pack"),
         ),
     }
     expected = {(n, f) for formats, names in per_format.items() for n in names for f in formats}

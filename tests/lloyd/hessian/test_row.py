@@ -107,6 +107,34 @@ def test_groups_and_answers_are_those_of_the_definition() -> None:
         np.testing.assert_allclose(found.answers[g], answer, atol=1e-4 * (1 + np.abs(answer).max(initial=0)))
 
 
+def test_the_coupling_is_that_of_the_definition() -> None:
+    h = moment()
+    found = from_moment(h).coupling
+    assert found is not None and found.blocks.dtype == found.pulls.dtype == np.float32
+    for g in range(3):
+        own = slice(256 * g, 256 * (g + 1))
+        block = h[own, own]
+        np.testing.assert_allclose(found.blocks[g], block / np.trace(block) * 256, atol=1e-5)
+        others = [r for r in range(3) if r != g]
+        for pull, r in zip(found.pulls[g], others, strict=True):
+            want = -np.linalg.solve(block, h[own, 256 * r : 256 * (r + 1)])
+            np.testing.assert_allclose(pull, want, atol=1e-4 * (1 + np.abs(want).max()))
+
+
+def test_further_damping_is_part_of_the_coupling() -> None:
+    h = np.ones((512, 512))
+    found, given = from_moment(h).coupling, h.copy()
+    np.testing.assert_array_equal(h, given)
+    assert found is not None
+    want = (h[:256, :256] + 1e-3 * np.eye(256)) / 1.001
+    np.testing.assert_allclose(found.blocks[0], want, atol=1e-6)
+
+
+def test_one_group_is_coupled_to_none() -> None:
+    assert from_moment(moment(256)).coupling is None
+    assert from_weights(np.ones(512)).coupling is None
+
+
 def test_an_answered_error_costs_what_the_schur_complement_says() -> None:
     """The best that later columns can do about an error e of the first group leaves eᵀ S e."""
     h = moment(512)

@@ -8,7 +8,7 @@ from lanes_problem import EMPTY, Problem, problem
 from mq_quant.formats.fwht import SIGNS2
 from mq_quant.lloyd import group as lloyd
 from mq_quant.lloyd.constants import RIDGE
-from mq_quant.lloyd.encode import SHAKES
+from mq_quant.lloyd.group_fit import SHAKES
 from mq_quant.lloyd.levels.refit import dense_equations, multiply
 from mq_quant.lloyd.simd.vec import LANES
 
