@@ -96,6 +96,12 @@ class Provenance:
             _text(document.get("metadata_checksum")),
         )
 
+    @property
+    def tuned_layers(self) -> frozenset[int]:
+        """The layers that were tuned after they were rounded, as far as the record says so."""
+        told = ((layer.get("layer"), _object(layer.get("tuning")).get("kept")) for layer in self.layers)
+        return frozenset(layer for layer, kept in told if isinstance(layer, int) and kept is True)
+
     def as_json(self) -> dict[str, Any]:
         """The record as it stands in the metadata."""
         return dict(self.document)

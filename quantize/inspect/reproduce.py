@@ -205,7 +205,7 @@ def reproduce(
         order = work_order(spec)
         on_start(sum(unit.weights for unit in order), 0)
         different: dict[str, None] = {}
-        tuned = _tuned_layers(record)
+        tuned = record.tuned_layers
 
         def compare(unit: WorkUnit, done: Encoded) -> None:
             different.update(dict.fromkeys(_different(unit, done, file, unit.layer in tuned)))
@@ -283,12 +283,6 @@ def _tokens(record: Provenance, path: Path, inputs: Inputs) -> TokenRequest:
 
 def _meta(entry: TensorEntry) -> TensorMeta:
     return TensorMeta(entry.name, entry.quant_type, entry.shape, entry.group_size, entry.nbytes)
-
-
-def _tuned_layers(record: Provenance) -> frozenset[Any]:
-    """The layers that tuning moved."""
-    told = ((layer.get("layer"), layer.get("tuning")) for layer in record.layers)
-    return frozenset(n for n, tuning in told if isinstance(tuning, Mapping) and tuning.get("kept") is True)
 
 
 def _different(unit: WorkUnit, done: Encoded, file: HfqFile, tuned: bool) -> Iterator[str]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.hfq import HfqFile, TensorEntry
+from ...formats.hfq.provenance import Provenance
 from ...formats.hfq.stored import RecoveredFolds, folds_down, format_of
 from ...formats.minimax import ModelConfig, TensorSpec, awq_scale_name, inventory
 from ...formats.statistics.imatrix import Imatrix, expert_entry
@@ -42,6 +43,11 @@ SLOPES: Mapping[str, tuple[float, float]] = {"MQ2-Lloyd": (0.8, 1.12), "MQ3-Lloy
 """Bounds of a tensor's slope. Without the gain, 2 bits shrink a tensor to a slope of about 0.89, 3 bits to 0.97."""
 SLOPE = (0.97, 1.03)
 """The bounds for all other formats."""
+TUNED_FLOORS: Mapping[str, float] = {**FLOORS, "F16": 20.0, "Q8F16": 20.0}
+TUNED_SLACK = 0.05
+"""Tuning moves norms, attention and levels away from the source's on purpose. In layers that the file says are tuned,
+only gross faults are looked for here, under these floors and with slopes so much wider; the forward stage judges what
+comes out of the layers."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,11 @@ def check_fidelity(
     model's may be zero. Such a bias is noted and not scored.
     """
     chosen = {entry.name for entry in (file.entries if tensors is None else tensors)}
-    importance, stored = ChannelImportance(imatrix, cfg), DecodedFile(file)
+    importance, stored, tuned = (
+        ChannelImportance(imatrix, cfg),
+        DecodedFile(file),
+        Provenance.of(file).tuned_layers,
+    )
     folds = RecoveredFolds(source.weight, stored.weight) if folds_down(file) else None
     problems: list[str] = []
     rows: dict[tuple[int, str], _Row] = {}
@@ -198,7 +208,8 @@ def check_fidelity(
             if fidelity.only_zeros and spec.role == "bias":
                 zero_biases += 1
                 continue
-            problems += [f"{spec.name}: {text}" for text in _problems(fidelity, fmt, _sidecar(file, spec))]
+            found = _problems(fidelity, fmt, _sidecar(file, spec), spec.layer in tuned)
+            problems += [f"{spec.name}: {text}" for text in found]
             key = (-1 if spec.layer is None else spec.layer, _projection(spec))
             rows.setdefault(key, _Row(fmt)).add(spec.name, fidelity)
     table = tuple(
@@ -206,8 +217,15 @@ def check_fidelity(
         for (layer, projection), row in sorted(rows.items())
     )
     figures = FidelityFigures(imatrix is not None, table)
-    notes = (f"{zero_biases} routing biases hold only zeros, as in the source; they are not scored",)
-    return StageResult("fidelity", seen, "tensors", tuple(problems), notes if zero_biases else (), figures)
+    notes = []
+    if zero_biases:
+        notes.append(f"{zero_biases} routing biases hold only zeros, as in the source; they are not scored")
+    if tuned:
+        notes.append(
+            f"{len(tuned)} layers were tuned, so that their weights differ from the source's on purpose: look at what "
+            "the forward stage says of their outputs"
+        )
+    return StageResult("fidelity", seen, "tensors", tuple(problems), tuple(notes), figures)
 
 
 def _pairs(
@@ -240,20 +258,21 @@ def _projection(spec: TensorSpec) -> str:
     return name.split(".", 3)[3] if spec.layer is not None else name
 
 
-def _problems(fidelity: Fidelity, fmt: str, sidecar: str | None) -> Iterator[str]:
+def _problems(fidelity: Fidelity, fmt: str, sidecar: str | None, tuned: bool) -> Iterator[str]:
     where = f" (its scale is {sidecar})" if sidecar else ""
+    floor, slack = (TUNED_FLOORS[fmt], TUNED_SLACK) if tuned else (FLOORS[fmt], 0.0)
     low, high = SLOPES.get(fmt, SLOPE)
     if fidelity.only_zeros:
         yield (
             "holds only zeros, and so does the source: a matrix or norm of zeros is a hole in the checkpoint;"
             " fetch its shard again, and build again"
         )
-    elif not fidelity.output_snr >= FLOORS[fmt]:
+    elif not fidelity.output_snr >= floor:
         yield (
-            f"{fmt} against the source has an SNR of {fidelity.output_snr:.1f} dB, under {FLOORS[fmt]:.0f} dB:"
+            f"{fmt} against the source has an SNR of {fidelity.output_snr:.1f} dB, under {floor:.0f} dB:"
             f" these are not the source's weights{where}"
         )
-    elif not low <= fidelity.slope <= high:
+    elif not low - slack <= fidelity.slope <= high + slack:
         yield f"its values are {fidelity.slope:.3f} times the source's: a scale is off{where}"
 
 
