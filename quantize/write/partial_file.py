@@ -135,7 +135,7 @@ class PartialFile:
         written, and ResumeError where the unfinished file has another signature.
         """
         self.final, self.path = destination.path, beside(destination.path, PARTIAL)
-        self._laid, self._fd = laid, -1
+        self._laid, self._fd, self._force = laid, -1, destination.force
         self._begun = self._committed = False
         self._is_told_apart = True
         destination.check(laid.total_bytes)
@@ -230,6 +230,12 @@ class PartialFile:
                 "was removed or replaced by somebody else while it was written",
                 file=self.path,
                 hint="run the same command again, with --restart",
+            )
+        if os.path.lexists(self.final) and not self._force:
+            raise OutputError(
+                "was made by somebody else while this file was written",
+                file=self.final,
+                hint=f"the finished bytes are in {self.path.name}; --force puts them here and encodes nothing anew",
             )
         try:
             self.path.rename(self.final)

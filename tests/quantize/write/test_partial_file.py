@@ -295,6 +295,23 @@ def test_a_name_too_long_for_its_helpers_is_refused_before_any_work(tmp_path: Pa
     assert names(tmp_path) == ["x" * 200]
 
 
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    """The finished bytes stay beside it, and --force gives them the name."""
+    final = tmp_path / "x"
+    with opened(final) as file:
+        put(file, A, b"AAAA")
+        put(file, B, b"BBBB")
+        final.write_bytes(b"precious")
+        with pytest.raises(OutputError, match="made by somebody else") as e:
+            file.commit(b"header")
+    assert "--force" in str(e.value)
+    assert final.read_bytes() == b"precious"
+    with opened(final, force=True) as file:
+        assert set(file.done) == {"a", "b"}
+        file.commit(b"header")
+    assert final.read_bytes().endswith(b"AAAABBBB")
+
+
 def test_a_device_or_a_pipe_is_not_replaced_even_by_force(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path(os.devnull)):
