@@ -32,7 +32,7 @@ class Rates:
     by_moments: float
 
 
-CPU_CORE = Rates(f32=4.0e10, f64=1.5e10, by_imatrix=16e6, by_moments=1.2e6)
+CPU_CORE = Rates(f32=6.0e10, f64=2.5e10, by_imatrix=16e6, by_moments=3.3e6)
 """Measured on one core of an AMD EPYC with AVX-512 at M2.7's width: `python benchmarks/whole_row.py`."""
 
 

@@ -15,6 +15,7 @@ from mq_quant.quantize.spec.calibration_sizes import GPU_TOKENS
 from mq_quant.quantize.spec.efforts import default_effort, hours
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.spec.recipe import load_tier
+from mq_quant.quantize.tune.layer import TuneSettings
 
 RECIPE = choose_recipe("mq2", None, str(Path(__file__).parent))
 """Of a source that has no imatrix of its own, so that only what is wished decides."""
@@ -72,10 +73,9 @@ def test_an_effort_that_does_more_takes_longer() -> None:
 
 
 def test_more_of_our_own_text_is_taken_on_a_gpu() -> None:
-    assert choose(RELEASED, Wishes(), "cuda") == OnTheFly(
-        TokenRequest(sequences=GPU_TOKENS // LENGTH), "cuda"
-    )
-    assert choose(RECIPE, Wishes(tokens=OWN), "cuda") == OnTheFly(OWN, "cuda")
+    own = TokenRequest(sequences=GPU_TOKENS // LENGTH)
+    assert choose(RELEASED, Wishes(), "cuda") == OnTheFly(own, "cuda", tuning=TuneSettings())
+    assert choose(RELEASED, Wishes("calibrated", tokens=OWN), "cuda") == OnTheFly(OWN, "cuda")
 
 
 @pytest.mark.parametrize(
