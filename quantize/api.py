@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .pipeline.statistics import Statistics
     from .pipeline.work_units import WorkUnit
     from .spec.plan import Plan
-    from .spec.recipe import Recipe
+    from .spec.recipe import Effort, Recipe
 
 Device = Literal["cpu", "cuda", "hip"]
 BackendName = Literal["auto", "hip", "cuda", "cpu"]
@@ -66,6 +66,7 @@ def build_file(
     output: str | Path | None = None,
     *,
     statistics: Statistics | str | Path | None = None,
+    effort: Effort | None = None,
     device: Device = "cpu",
     jobs: int | None = None,
     force: bool = False,
@@ -74,18 +75,25 @@ def build_file(
 ) -> BuildResult:
     """Build a recipe's file, or continue its unfinished build. Default output: <model>.<tier> in the current folder.
 
-    `statistics`: None is the recipe's own imatrix, a file an imatrix, a folder a calibration. `jobs` workers, one per
-    core by default, do not change a byte; neither does `device`. `on_done(unit)` is called on this thread when a unit
+    `effort` is "imatrix", "calibrated" or "tuned"; by default the recipe's own, else the most that this machine does in
+    a night. `statistics`: a file is an imatrix, which is what the build rounds under unless an effort is asked for; a
+    folder is a calibration. `jobs` workers, one per core by default, do not change a byte; `device` changes none of a
+    build under an imatrix or a folder. `on_done(unit)` is called on this thread when a unit
     of work stands in the file. Raises OutputError before any work where the output exists (without `force`) or does
     not fit, ResumeError where an unfinished build there is of other arguments (without `restart`).
     """
     from ..formats.machine import cores
-    from .encode.encoders import open_encoder
+    from .encode.encoders import open_encoder, torch_device
     from .pipeline import build
-    from .pipeline.statistics import statistics_at
+    from .pipeline.effort import Wishes, choose
     from .spec.hooks import nothing
 
-    given = statistics_at(Path(statistics)) if isinstance(statistics, str | Path) else statistics
+    given = statistics
+    if given is None or isinstance(given, str | Path):
+        place = None if given is None else Path(given)
+        folder = place if place is not None and place.is_dir() else None
+        wishes = Wishes(effort, imatrix=None if folder else place, calibration=folder)
+        given = choose(recipe, wishes, torch_device(device, asked=True), jobs or cores())
     with open_encoder(device) as encoder:
         options = build.RunOptions(
             output=None if output is None else Path(output),

@@ -96,11 +96,6 @@ def input_paths(statistics: Statistics | None) -> tuple[Path | None, ...]:
             return ()
 
 
-def statistics_at(path: Path) -> Statistics:
-    """The statistics in a place: a folder is a calibration, a file an imatrix."""
-    return MomentFolder(path) if path.is_dir() else ImatrixFile(path)
-
-
 @dataclass(frozen=True)
 class Importances:
     """The importances that a build uses, and what is said of them.

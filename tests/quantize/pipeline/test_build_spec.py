@@ -16,7 +16,6 @@ from mq_quant.quantize.pipeline.statistics import (
     MomentFolder,
     NoStatistics,
     Statistics,
-    statistics_at,
 )
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.spec.recipe import Recipe, load_tier
@@ -100,11 +99,6 @@ def test_changes_and_statistics_decide_the_recipe_that_is_built(
 def test_a_plain_build_refuses_what_needs_statistics(changes: RecipeChanges, recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match="need statistics"):
         changes.apply(recipe, NoStatistics())
-
-
-def test_a_folder_holds_moments_and_a_file_is_an_imatrix(small: Path) -> None:
-    assert statistics_at(small) == MomentFolder(small)
-    assert statistics_at(small / "imatrix.gguf") == ImatrixFile(small / "imatrix.gguf")
 
 
 def test_an_output_that_cannot_be_is_refused_before_the_source_is_opened(
