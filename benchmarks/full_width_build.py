@@ -1,7 +1,9 @@
 """A whole build at the width of M2.7: one layer, its full vocabulary, and as many experts as asked for.
 
     python benchmarks/full_width_build.py --experts 16 --jobs 2
+    python benchmarks/full_width_build.py --experts 16 --jobs 2 --effort calibrated --sequences 8
 
+With 16 experts, 8 sequences of 512 tokens give each as many rows as 128 sequences do in M2.7.
 Writes a random checkpoint with an imatrix to a temporary folder (about 2.7 GB for 16 experts), builds it with the
 installed `mq-quant`, and prints the rate and the peak memory of that process.
 """
@@ -71,6 +73,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--tier", default="mq2-lloyd")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or hip")
+    parser.add_argument("--effort", default="imatrix", choices=("imatrix", "calibrated", "tuned"))
+    parser.add_argument("--sequences", type=int, default=8, help="of 512 random tokens, to calibrate on")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "full-width"
@@ -78,11 +82,16 @@ def main() -> None:
         write_checkpoint(folder, given.experts)
         command = Path(sys.executable).with_name("mq-quant")
         options = ["--tier", given.tier, "--source", folder, "--imatrix", folder / "imatrix.gguf", "--json"]
+        options += ["--effort", given.effort]
+        if given.effort != "imatrix":
+            ids = np.random.default_rng(1).integers(0, 200_000, (given.sequences, 512))
+            np.save(folder / "tokens.npy", ids.astype(np.int32))
+            options += ["--tokens", folder / "tokens.npy"]
         options += ["--jobs", str(given.jobs), "--output", Path(name) / "out", "--device", given.device]
         done = subprocess.run([command, "build", *options], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
     print(
-        f"tier {given.tier}, {given.experts} experts, {given.jobs} jobs, full vocabulary, on {result['device']}"
+        f"tier {given.tier}, {given.effort}, {given.experts} experts, {given.jobs} jobs, full vocabulary, on {result['device']}"
     )
     print(f"seconds      {result['seconds']:.1f}")
     print(f"weights/s    {result['weights_per_second'] / 1e6:.1f} M")

@@ -96,7 +96,7 @@ def main() -> None:
     rows = {"source": figures(source, source, starts)}
     print(line("source", rows["source"]), flush=True)
     for fit in args.fits:
-        encoded = bench.encode(FITS[fit], fit == "calibrated", sorted(set(args.pair.split("·"))))
+        encoded = bench.encode(fit, [args.pair])
         bench.use(args.pair, encoded)
         name = f"{args.pair} {fit}"
         rows[name] = figures(bench.model, source, starts)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from mq_quant.awq.from_imatrix import ImatrixLayer
 from mq_quant.awq.importance import Importance
+from mq_quant.awq.own_moments import mixed, whitening
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.fwht import GROUP
 from mq_quant.formats.minimax import ModelConfig, expert_name
@@ -45,8 +46,10 @@ FITS = {
     "hessian, no gain": FitSettings(gain=False),
     "hessian, α = 0": FitSettings(awq_alpha=0.0),
     "hessian": FitSettings(),
+    "moments": FitSettings(),
     "calibrated": FitSettings(),
 }
+"""`moments` is what a folder of `calibrate` gives, `calibrated` what a build that keeps its experts' inputs makes."""
 WINDOW, CALIBRATION, HELD_OUT = 256, 24, 16
 MODULES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 F32 = np.ndarray[Any, np.dtype[np.float32]]
@@ -97,10 +100,22 @@ def load(path: Path | None) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Statistics(ImatrixLayer):
-    """One MLP's importances, gate and up padded with channels that nothing flows through."""
+    """One MLP's importances, gate and up padded with channels that nothing flows through.
+
+    `rows` f32 [tokens, 768] are the inputs of gate and up, where they were kept.
+    """
 
     moments: dict[str, np.ndarray]
     whole: bool
+    rows: np.ndarray | None = None
+
+    def inputs(self, expert: int) -> Any:
+        return self.rows
+
+    def from_rows(self, expert: int, projection: str, rows: np.ndarray) -> Importance:
+        prior = self.of(expert, projection)
+        assert prior.moment is not None
+        return mixed(rows, prior, whitening(prior.moment))
 
     def of(self, expert: int, projection: str) -> Importance:
         moment = self.moments[projection]
@@ -115,15 +130,20 @@ class Statistics(ImatrixLayer):
         return np.where(seen, energy, np.exp(np.log(energy[seen]).mean()))
 
 
-def gather(model: Any, tokens: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """E[x xᵀ] f64 of every MLP's inputs: w1 and w3 [768, 768] padded, w2 [1536, 1536]."""
+def gather(model: Any, tokens: np.ndarray) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
+    """E[x xᵀ] f64 of every MLP's inputs: w1 and w3 [768, 768] padded, w2 [1536, 1536]; and the inputs of gate and up,
+    f32 [tokens, 768] padded.
+    """
     sums: list[dict[str, Any]] = [{} for _ in model.model.layers]
+    rows: list[list[np.ndarray]] = [[] for _ in model.model.layers]
 
     def hook(layer: int, projection: str) -> Any:
         def add(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1])
             total = (x.T @ x).double().numpy()
             sums[layer][projection] = sums[layer].get(projection, 0.0) + total
+            if projection == "w1":
+                rows[layer].append(padded(x.numpy()))
 
         return add
 
@@ -141,13 +161,15 @@ def gather(model: Any, tokens: np.ndarray) -> list[dict[str, np.ndarray]]:
             rest = -len(total) % GROUP
             moments[p] = np.pad(total, (0, rest)) / tokens.size
         moments["w3"] = moments["w1"]
-    return sums
+    return sums, [np.concatenate(parts) for parts in rows]
 
 
-def importance(layer: int, moments: dict[str, np.ndarray], count: int, whole: bool) -> Statistics:
+def importance(
+    layer: int, moments: dict[str, np.ndarray], count: int, whole: bool, rows: np.ndarray | None
+) -> Statistics:
     diagonals = {p: np.diag(m)[None].copy() for p, m in moments.items()}
     counts = {p: np.full(1, float(count)) for p in moments}
-    return Statistics(layer, diagonals, counts, (), moments, whole)
+    return Statistics(layer, diagonals, counts, (), moments, whole, rows)
 
 
 def padded(weight: F32) -> F32:
@@ -158,30 +180,30 @@ Encoded = tuple[dict[tuple[str, str], F32], float]
 
 
 def encode_layer(
-    weights: dict[str, F32], statistics: Statistics, settings: FitSettings, names: list[str]
+    weights: dict[str, F32], statistics: Statistics, settings: FitSettings, pairs: list[str]
 ) -> Encoded:
-    """Decoded weights f32 [R, K] by (projection, format) in the model's own basis, and the AWQ exponent last chosen."""
+    """Decoded weights f32 [R, K] by (projection, pair) in the model's own basis, and the AWQ exponent last chosen."""
     full = {p: padded(w) for p, w in weights.items()}
     hidden, intermediate = full["w1"].shape[1], full["w2"].shape[1]
     config = ModelConfig(1, hidden, 1, 1, 1, intermediate, 1, 1, 1, 1, 1.0, 1e-6, 1)
     out, alpha = {}, 0.0
-    for name in names:
-        fmt = BY_NAME[FORMATS[name]]
-        encoder = LayerEncoder(config, statistics.layer, statistics, dict.fromkeys(full, fmt), settings)
+    for pair in pairs:
+        formats = {p: BY_NAME[FORMATS[n]] for p, n in zip(("w1", "w3", "w2"), formats_of(pair), strict=True)}
+        encoder = LayerEncoder(config, statistics.layer, statistics, formats, settings)
         encoder.prepare({expert_name(statistics.layer, 0, p): full[p] for p in ("w1", "w3")})
         alpha = encoder.report()["alpha"]
         fold = encoder.fold(statistics.of(0, "w2"))
         for p, payload in encoder.encode_expert(0, full["w1"], full["w3"], full["w2"]).payloads.items():
             decoded = encoder.stored.form(p, fold).decode(payload, full[p].shape)
-            out[p, name] = np.ascontiguousarray(decoded[:, : weights[p].shape[1]])
+            out[p, pair] = np.ascontiguousarray(decoded[:, : weights[p].shape[1]])
     return out, alpha
 
 
 def encode_model(
-    weights: list[dict[str, F32]], statistics: list[Statistics], settings: FitSettings, names: list[str]
+    weights: list[dict[str, F32]], statistics: list[Statistics], settings: FitSettings, pairs: list[str]
 ) -> list[Encoded]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda w, s: encode_layer(w, s, settings, names), weights, statistics))
+        return list(pool.map(lambda w, s: encode_layer(w, s, settings, pairs), weights, statistics))
 
 
 def final_hidden(model: Any, tokens: np.ndarray) -> Iterator[torch.Tensor]:
@@ -214,20 +236,24 @@ class Bench:
             {p: getattr(layer.mlp, m) for p, m in MODULES.items()} for layer in self.model.model.layers
         ]
         self.weights = [{p: m.weight.detach().numpy().copy() for p, m in mlp.items()} for mlp in self.modules]
-        self.moments = gather(self.model, calibration)
+        self.moments, self.rows = gather(self.model, calibration)
         self.reference = list(final_hidden(self.model, self.tokens))
 
-    def statistics(self, whole: bool = False) -> list[Statistics]:
-        return [importance(n, m, self.count, whole) for n, m in enumerate(self.moments)]
+    def statistics(self, whole: bool = False, keep_rows: bool = False) -> list[Statistics]:
+        return [
+            importance(n, m, self.count, whole, self.rows[n] if keep_rows else None)
+            for n, m in enumerate(self.moments)
+        ]
 
-    def encode(self, settings: FitSettings, whole: bool, names: list[str]) -> list[Encoded]:
-        return encode_model(self.weights, self.statistics(whole), settings, names)
+    def encode(self, fit: str, pairs: list[str]) -> list[Encoded]:
+        statistics = self.statistics(fit in ("moments", "calibrated"), fit == "calibrated")
+        return encode_model(self.weights, statistics, FITS[fit], pairs)
 
     def use(self, pair: str, encoded: list[Encoded]) -> None:
         """Put the decoded matrices into the model."""
         for n, (decoded, _) in enumerate(encoded):
-            for p, name in zip(("w1", "w3", "w2"), formats_of(pair), strict=True):
-                self.modules[n][p].weight.data = torch.from_numpy(decoded[p, name])
+            for p in ("w1", "w3", "w2"):
+                self.modules[n][p].weight.data = torch.from_numpy(decoded[p, pair])
 
     def row(self, pair: str, encoded: list[Encoded]) -> dict[str, Any]:
         self.use(pair, encoded)
@@ -235,7 +261,7 @@ class Bench:
         size = 0
         for n, (decoded, _) in enumerate(encoded):
             for p, name in zip(("w1", "w3", "w2"), formats_of(pair), strict=True):
-                new, old = decoded[p, name], self.weights[n][p]
+                new, old = decoded[p, pair], self.weights[n][p]
                 one = measure(old, new, np.diag(self.moments[n][p])[: old.shape[1]].astype(np.float32))
                 snr[p] = snr[p] + one if p in snr else one
                 size += BY_NAME[FORMATS[name]].nbytes(padded(old).size)
@@ -260,11 +286,10 @@ def main() -> None:
     origin, text = (args.text.name, args.text.read_text("utf-8")) if args.text else corpus()
     digest = hashlib.sha256(text.encode()).hexdigest()
     bench = Bench(args.model, text, 4 if args.quick else HELD_OUT)
-    names = sorted({name for pair in args.pairs for name in pair.split("·")})
     print(table([], "pair"), flush=True)
     rows = []
     for fit in args.fits:
-        encoded = bench.encode(FITS[fit], fit == "calibrated", names)
+        encoded = bench.encode(fit, args.pairs)
         for pair in args.pairs:
             rows.append({"fit": fit} | bench.row(pair, encoded))
             print(table(rows[-1:], "pair").splitlines()[-1], flush=True)
