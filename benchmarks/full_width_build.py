@@ -90,9 +90,8 @@ def main() -> None:
         options += ["--jobs", str(given.jobs), "--output", Path(name) / "out", "--device", given.device]
         done = subprocess.run([command, "build", *options], capture_output=True, text=True, check=True)
     result = json.loads(done.stdout)
-    print(
-        f"tier {given.tier}, {given.effort}, {given.experts} experts, {given.jobs} jobs, full vocabulary, on {result['device']}"
-    )
+    what = f"tier {given.tier}, {given.effort}, {given.experts} experts, {given.jobs} jobs"
+    print(f"{what}, full vocabulary, on {result['device']}")
     print(f"seconds      {result['seconds']:.1f}")
     print(f"weights/s    {result['weights_per_second'] / 1e6:.1f} M")
     print(f"peak memory  {result['peak_rss_bytes'] / 2**30:.2f} GiB")
