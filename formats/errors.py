@@ -67,6 +67,10 @@ class CalibrationError(MqError):
     """A calibration folder that cannot be used."""
 
 
+class TuningError(MqError):
+    """A file that cannot be tuned against this source."""
+
+
 class RecipeError(MqError):
     """A recipe that does not follow the schema."""
 

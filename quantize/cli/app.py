@@ -17,6 +17,7 @@ from typer.main import get_command
 from . import build as cli_build
 from . import calibrate as cli_calibrate
 from . import inspect as cli_inspect
+from . import tune as cli_tune
 from . import verify as cli_verify
 from .console import INTERRUPTED, note
 from .guard import as_error, guarded, usage_of
@@ -34,9 +35,10 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS = {**cli_build.COMMANDS, **cli_calibrate.COMMANDS, **cli_inspect.COMMANDS, **cli_verify.COMMANDS}
+_MODULES = (cli_build, cli_calibrate, cli_tune, cli_inspect, cli_verify)
+_COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 _ORDER = (
-    "tiers", "plan", "build", "calibrate", "verify", "inspect", "diff", "reproduce", "compare-hidden", "doctor",
+    "tiers", "plan", "build", "calibrate", "tune", "verify", "inspect", "diff", "reproduce", "compare-hidden", "doctor",
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""
 

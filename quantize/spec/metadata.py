@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...formats.errors import OutputError
-from ...formats.hfq import QuantizationHash
+from ...formats.hfq import QuantizationHash, TensorMeta
 from ...formats.hfq.layout import metadata_checksum
 from ...formats.hfq.provenance import KEY, PADDING
 from ...formats.minimax import ModelConfig, normalize_config
@@ -24,6 +24,8 @@ PRODUCER = "mq-quant"
 CHECKSUM = "xxh64"
 LAYER_ROOM = 2048
 """Bytes kept free for what the encoder reports of each layer; one more such share is kept for the file."""
+TUNED_ROOM = 512
+"""Bytes kept free per layer for what tuning says about it, besides one such share for the file."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def template(
         **({"tokenizer": side.tokenizer} if side.tokenizer is not None else {}),
         "tokenizer_config": _tokenizer_config(side),
         "generation_config": dict(side.generation_config) if side.generation_config is not None else None,
-        "quantization_hash": _hash_record(blank, totals),
+        "quantization_hash": _hash_record(blank, totals.tensors, totals.payload_bytes),
         "parameter_counts": parameter_counts(config, totals, skipped_params),
         KEY: {"schema": SCHEMA, **provenance, **_outcome(blank), PADDING: room},
     }
@@ -129,12 +131,35 @@ def template(
     return metadata
 
 
-def _hash_record(outcome: Outcome, totals: Totals) -> dict[str, Any]:
+def relaid(
+    metadata: Mapping[str, Any],
+    document: Mapping[str, Any],
+    more: Mapping[str, Any],
+    tensors: Sequence[TensorMeta],
+    config: ModelConfig,
+) -> dict[str, Any]:
+    """The metadata of a copy of a file, with the length that they will have; `complete` fills them in.
+
+    `document` is what the file says it was made from, empty where it says nothing, and `more` is added to it. There is
+    room for what is said of each layer besides.
+    """
+    layers = document.get("layers")
+    blank = Outcome("0" * 16, ["0" * 16] * len(tensors), layers if isinstance(layers, list) else [])
+    room = " " * (TUNED_ROOM * (config.num_hidden_layers + 1))
+    stated = {"schema": SCHEMA, "metadata_checksum": metadata_checksum(metadata), **document, **more}
+    return {
+        **metadata,
+        "quantization_hash": _hash_record(blank, len(tensors), sum(t.nbytes for t in tensors)),
+        KEY: {**stated, **_outcome(blank), PADDING: room},
+    }
+
+
+def _hash_record(outcome: Outcome, tensors: int, payload_bytes: int) -> dict[str, Any]:
     return {
         **QuantizationHash().record(PRODUCER),
         "value": outcome.quantization_hash,
-        "tensor_count": totals.tensors,
-        "payload_bytes": totals.payload_bytes,
+        "tensor_count": tensors,
+        "payload_bytes": payload_bytes,
     }
 
 

@@ -22,7 +22,7 @@ DECIDING = (
     "lloyd",
     "kernels",
     "verify/model",
-    *(f"quantize/{r}" for r in ("spec", "encode", "calibrate", "pipeline")),
+    *(f"quantize/{r}" for r in ("spec", "encode", "calibrate", "tune", "pipeline")),
 )
 """The rooms whose sources decide bytes."""
 _LIBRARIES = ("numpy", "numba", "scipy")

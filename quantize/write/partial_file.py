@@ -34,6 +34,7 @@ from .running_hash import Payload, Range, RunningHash
 PARTIAL = ".partial"
 JOURNAL = ".partial.journal"
 CALIBRATION = ".partial.calibration"
+TUNING = ".partial.tuning"
 _NAME_MAX = 255
 
 

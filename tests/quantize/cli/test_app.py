@@ -14,6 +14,7 @@ import pytest
 from mq_quant.quantize.cli import build as cli_build
 from mq_quant.quantize.cli import calibrate as cli_calibrate
 from mq_quant.quantize.cli import inspect as cli_inspect
+from mq_quant.quantize.cli import tune as cli_tune
 from mq_quant.quantize.cli import verify as cli_verify
 from mq_quant.quantize.cli.app import app, main
 from mq_quant.quantize.tiny.folder import ensure_tiny
@@ -175,7 +176,7 @@ def test_debug_shows_the_traceback(mq: Run) -> None:
 
 
 def test_every_command_of_every_module_is_there() -> None:
-    modules = (cli_build, cli_calibrate, cli_inspect, cli_verify)
+    modules = (cli_build, cli_calibrate, cli_tune, cli_inspect, cli_verify)
     names = [name for module in modules for name in module.COMMANDS]
     assert sorted(names) == sorted(str(command.name) for command in app.registered_commands)
 

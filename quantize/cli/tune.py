@@ -1,0 +1,136 @@
+"""The command that tunes a finished file: tune."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...formats.text import printable
+from . import options as opt
+from .console import emit, gigabytes, note, resumable, table
+
+if TYPE_CHECKING:
+    from ..tune.file import TuneResult
+    from ..tune.layer import LayerTuning
+
+
+def tune(
+    file: opt.File,
+    source: Annotated[
+        str,
+        typer.Option(
+            help="The checkpoint that the file was made from: a folder, a hub repository (owner/name), or `tiny`."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The new file. Default: NAME.tuned.TIER beside NAME.TIER."),
+    ] = None,
+    text: opt.Text = None,
+    tokens: opt.Tokens = None,
+    sequences: opt.Sequences = None,
+    length: opt.Length = 512,
+    epochs: Annotated[int, typer.Option(min=1, help="How often the tokens are gone through.")] = 6,
+    device: Annotated[
+        opt.TorchDevice, typer.Option(help="Where the model runs; `cuda` means an AMD GPU too.")
+    ] = "cpu",
+    jobs: opt.Jobs = None,
+    revision: Annotated[
+        str | None, typer.Option(help="The branch, tag or commit of a hub repository. Default: main.")
+    ] = None,
+    shard_cache: Annotated[
+        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
+    ] = 4,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard the unfinished output and begin anew.")
+    ] = False,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Train what is continuous in a finished file.
+
+    The result is a new file of the same tensors and sizes. All codes stay; levels, norms, AWQ scales and attention are
+    trained layer by layer on a text. A layer that does not get better on a held-out part of the text stays as it is.
+    The same command continues a run that was interrupted.
+
+    \b
+    Examples:
+      mq-quant tune MiniMax-M2.7.mq2-lloyd --source ./MiniMax-M2.7 --device cuda
+      mq-quant tune tiny.mq2 --source tiny --sequences 8 --epochs 2 -o better.mq2
+      mq-quant tune small.mq3 --source ./small --tokens ids.npy -o small.tuned.mq3
+    """
+    from ...formats.machine import cores
+    from ..calibrate.tokens import TokenRequest, load_tokens
+    from ..spec.places import open_place
+    from ..tune.file import TuneOptions, tune_file
+    from ..tune.layer import TuneSettings
+    from .progress_bar import Progress
+
+    asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
+    place = output or file.with_name(f"{file.stem}.tuned{file.suffix}")
+    opened = open_place(source, revision, shard_cache, place.parent)
+    with closing(opened), resumable("the same command continues after the last finished layer"):
+        opened.validate()
+        ids = load_tokens(opened, asked)
+        with Progress(f"tune {place.name}", quiet or as_json) as bar:
+            layers, began = opened.config.num_hidden_layers, time.monotonic()
+            told = quiet or as_json
+
+            def advance(weights: int, tuning: LayerTuning) -> None:
+                nonlocal told
+                bar.advance(weights, f"layer {tuning.layer}")
+                if not told and (left := layers - 1 - tuning.layer):
+                    told, took = True, time.monotonic() - began
+                    note(
+                        f"the first layer took {took:.0f} s; the other {left} will take about {_time(took * left)}"
+                    )
+
+            options = TuneOptions(
+                output=place,
+                settings=TuneSettings(epochs=epochs),
+                device=device,
+                jobs=jobs or cores(),
+                force=force,
+                restart=restart,
+                on_start=bar.start,
+                on_layer=advance,
+            )
+            result = tune_file(file, opened, ids, options)
+    if as_json or not quiet:
+        emit(result, as_json, _render, finished=True)
+
+
+def _render(result: TuneResult) -> str:
+    rows = [
+        (layer["layer"], _error(layer["before"]), _error(layer["after"]), "yes" if layer["kept"] else "no")
+        for layer in result.layers
+    ]
+    parts = [
+        f"{printable(str(result.path))}: {gigabytes(result.total_bytes)}",
+        f"tuned        {result.kept_layers} of {len(result.layers)} layers, on {result.tokens} tokens",
+        f"time         {result.seconds:.1f} s",
+        f"peak memory  {gigabytes(result.peak_rss_bytes)}",
+        f"quantization hash  {result.quantization_hash}",
+        "",
+        "squared error of each layer's output on held-out tokens, as a share of what the layer adds:",
+        table(("layer", "before", "after", "kept"), rows),
+        *(layer["note"] for layer in result.layers if "note" in layer),
+    ]
+    return "\n".join(parts)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} hours"
+
+
+def _error(share: float | None) -> str:
+    return "-" if share is None else f"{share:.5f}"
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"tune": tune}
