@@ -25,7 +25,7 @@ from mq_quant.quantize.tune.layer import TuneSettings
 from mq_quant.quantize.tune.student import head_bytes
 from mq_quant.quantize.write.partial_file import CALIBRATION, PARTIAL
 
-LAYERS = 3
+LAYERS = 2
 CONFIG = {**small_model.CONFIG, "num_hidden_layers": LAYERS}
 TOKENS = np.random.default_rng(3).integers(0, 300, (6, 16)).astype(np.int32)
 FAST = TuneSettings(epochs=2, batch=32, held=0.34)
@@ -100,11 +100,9 @@ def test_the_file_says_how_it_was_tuned_and_what_that_gave(whole: Path) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "model.embed_tokens.weight",
         "layer 0 expert 2",
         "model.layers.1.input_layernorm.weight",
-        "layer 1 expert 0",
-        "layer 2 expert 2",
+        "layer 1 expert 2",
         "lm_head.weight",
     ],
 )
@@ -126,7 +124,7 @@ def test_a_stop_while_a_tuned_layer_is_written_costs_that_layer(
         run(on_done=stop)
     encoded: list[WorkUnit] = []
     run(jobs=1, on_begin=encoded.append)
-    assert {unit.layer for unit in encoded} - {None} == {1, 2}
+    assert {unit.layer for unit in encoded} - {None} == {1}
     assert (tmp_path / "out").read_bytes() == whole.read_bytes()
 
 
@@ -134,7 +132,7 @@ def test_a_stop_while_a_tuned_layer_is_written_costs_that_layer(
 def test_the_files_own_stream_is_made_again_where_it_is_lost(
     lost: str, run: Run, whole: Path, tmp_path: Path
 ) -> None:
-    with stopped(at="layer 2 expert 1") as hook:
+    with stopped(at="layer 1 expert 1") as hook:
         run(jobs=1, on_begin=hook)
     beside = tmp_path / f"out{CALIBRATION}"
     for file in beside.iterdir():
@@ -147,7 +145,7 @@ def test_the_files_own_stream_is_made_again_where_it_is_lost(
 def test_a_damaged_unit_has_its_whole_layer_made_again(run: Run, whole: Path, tmp_path: Path) -> None:
     with open_hfq(whole) as file:
         at = file.entry("model.layers.0.block_sparse_moe.experts.2.w1.weight").offset
-    with stopped(at="layer 2 expert 1") as hook:
+    with stopped(at="layer 1 expert 1") as hook:
         run(jobs=1, on_begin=hook)
     data = bytearray((tmp_path / f"out{PARTIAL}").read_bytes())
     data[at] ^= 1
