@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from ...formats.fwht import GROUP, rotate
+from .placement import Placement
 
 
 def unpacked(body: Tensor, bits: int) -> Tensor:
@@ -52,14 +52,14 @@ def head_gradient(gradient: Tensor, codes: Tensor, count: int, even: bool) -> Te
     return torch.stack([torch.where(codes == k, gradient, nothing).sum(-1) for k in range(count)], -1)
 
 
-class _Product(torch.autograd.Function):
-    """x W^T for x f32 [m, K]; saves x, heads and codes."""
+class _Products(torch.autograd.Function):
+    """x W^T for x f32 [B, m, K] and B matrices; saves x, heads and codes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, heads: Tensor, codes: Tensor, even: bool) -> Tensor:
         ctx.save_for_backward(x, heads, codes)
         ctx.even = even
-        return F.linear(x, dequantised(heads, codes, even).view(-1, x.shape[1]))
+        return torch.bmm(x, _matrices(heads, codes, even, x.shape[2]).mT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -67,59 +67,74 @@ class _Product(torch.autograd.Function):
         x, heads, codes = ctx.saved_tensors
         of_x = of_heads = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ dequantised(heads, codes, ctx.even).view(-1, x.shape[1])
+            of_x = torch.bmm(gradient, _matrices(heads, codes, ctx.even, x.shape[2]))
         if ctx.needs_input_grad[1]:
-            of_values = (gradient.T @ x).view_as(codes)
-            of_heads = head_gradient(of_values, codes, heads.shape[1], ctx.even)
+            of_values = torch.bmm(gradient.mT, x).view(-1, GROUP)
+            of_heads = head_gradient(of_values, codes.view(-1, GROUP), heads.shape[2], ctx.even)
+            of_heads = of_heads.view_as(heads)
         return of_x, of_heads, None, None
 
 
-class _Permuted(torch.autograd.Function):
-    """Rows of x [m, n] in another order, whose inverse gives the gradient without a sum."""
+def _matrices(heads: Tensor, codes: Tensor, even: bool, width: int) -> Tensor:
+    """Values f32 [B, R, K] of heads f32 [B, G, n] and codes u8 [B, G, 256]."""
+    values = dequantised(heads.flatten(0, 1), codes.flatten(0, 1), even)
+    return values.view(len(heads), -1, width)
+
+
+class _Taken(torch.autograd.Function):
+    """x[rows]. The gradient comes from the rows `back` of its own, or is zero where `used` bool says no."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradients[0][inverse], None, None
-
-
-class _Spread(torch.autograd.Function):
-    """Each row of x [m, n] `count` times, the m·count rows in the order `order`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, count: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.count = count
-        return x[order // count]
+    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor, used: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, used)
+        return x[rows]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
+        back, used = ctx.saved_tensors
+        of_x = gradients[0][back]
+        return of_x if used is None else of_x * used[:, None], None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """The token of each place, for x [tokens, n] with `count` choices each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, choice: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.count = count
+        return x[choice // count]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (place,) = ctx.saved_tensors
         (gradient,) = gradients
-        back = gradient[inverse].view(-1, ctx.count, gradient.shape[1])
+        back = gradient[place].view(-1, ctx.count, gradient.shape[1])
         return back.sum(1), None, None, None
 
 
-def product(x: Tensor, heads: Tensor, codes: Tensor, even: bool) -> Tensor:
-    """x W^T f32 [m, R] for x f32 [m, K] and a matrix as codes u8 [G, 256] and heads f32 [G, n] (see `dequantised`)."""
-    out: Tensor = _Product.apply(x, heads, codes, even)  # type: ignore[no-untyped-call]
+def products(x: Tensor, heads: Tensor, codes: Tensor, even: bool) -> Tensor:
+    """x W^T f32 [B, m, R] for x f32 [B, m, K] and B matrices as codes u8 [B, G, 256] and heads f32 [B, G, n]."""
+    out: Tensor = _Products.apply(x, heads, codes, even)  # type: ignore[no-untyped-call]
     return out
 
 
-def permuted(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """x[order] for a permutation i64 [m] of the rows of x [m, n] and its inverse."""
-    out: Tensor = _Permuted.apply(x, order, inverse)  # type: ignore[no-untyped-call]
+def spread(x: Tensor, placement: Placement, count: int) -> Tensor:
+    """Tokens [tokens, n], each with `count` choices, where they are computed: [places, n]."""
+    out: Tensor = _Spread.apply(x, placement.place, placement.choice, count)  # type: ignore[no-untyped-call]
     return out
 
 
-def spread(x: Tensor, order: Tensor, inverse: Tensor, count: int) -> Tensor:
-    """The rows of x [m, n], each `count` times in a row, in the order of a permutation i64 [m·count]."""
-    out: Tensor = _Spread.apply(x, order, inverse, count)  # type: ignore[no-untyped-call]
+def returned(y: Tensor, placement: Placement) -> Tensor:
+    """What was computed [places, n], for each choice in order: [choices, n]."""
+    p = placement
+    out: Tensor = _Taken.apply(y, p.place, p.choice, p.used)  # type: ignore[no-untyped-call]
+    return out
+
+
+def permuted(x: Tensor, order: Tensor) -> Tensor:
+    """x[order] for a permutation i64 [m] of the rows of x [m, ...]."""
+    out: Tensor = _Taken.apply(x, order, order.argsort(), None)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -26,10 +26,15 @@ from ...formats.minimax import (
     layer_prefix,
 )
 from ...verify.model.reference import Routing, attention, rms_norm, route
-from .products import permuted, product, rotated, spread, unpacked
+from .placement import Placement
+from .products import permuted, products, returned, rotated, spread, unpacked
 
 U8 = NDArray[np.uint8]
 EXPERT_PROJECTIONS = ("w1", "w3", "w2")
+BLOCK_WEIGHTS = 1 << 25
+"""Weights of one projection that a GPU dequantises at a time (128 MiB in f32). Launching work for one expert after the
+other would take longer than the work.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,14 @@ class Matrices:
     def even(self) -> bool:
         """Whether levels are given by scale and zero."""
         return isinstance(self.format, AffineFormat)
+
+    def codes_of(self, experts: tuple[int, ...]) -> Tensor:
+        """The codes u8 [B, G, 256] of some experts."""
+        return torch.stack([self.codes[e] for e in experts])
+
+    def together(self) -> int:
+        """How many experts are computed at once: on a GPU as many as BLOCK_WEIGHTS has room for."""
+        return max(1, BLOCK_WEIGHTS // self.codes[0].numel()) if self.heads.is_cuda else 1
 
     def enter(self, x: Tensor) -> Tensor:
         """Inputs [..., K] in the basis in which the matrices are stored."""
@@ -123,21 +136,24 @@ class Student:
 
     def _mix(self, t: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of the routed experts' outputs [m, hidden] for normed inputs [m, hidden]."""
-        ids, (gate, up, down) = routing.ids, (self.experts[p] for p in EXPERT_PROJECTIONS)
+        count, (gate, up, down) = routing.ids.shape[1], (self.experts[p] for p in EXPERT_PROJECTIONS)
+        placement = Placement.of(routing.ids, self.config.num_local_experts, gate.together())
         scale = self.dense.get(awq_scale_name(self.layer))
-        x = gate.enter(t if scale is None else t / scale)
-        order = ids.flatten().argsort(stable=True)
-        inverse = order.argsort()
-        counts = np.bincount(ids.flatten().cpu().numpy(), minlength=self.config.num_local_experts).tolist()
-        heads = {p: m.heads.unbind() for p, m in self.experts.items()}
+        x = spread(gate.enter(t if scale is None else t / scale), placement, count)
+        blocks = placement.blocks
+        sizes = [len(block.experts) for block in blocks]
+        sizes.append(len(placement.order) - sum(sizes))
+        parts = [torch.split(permuted(m.heads, placement.order), sizes) for m in (gate, up, down)]
         outputs = []
-        for e, rows in enumerate(torch.split(spread(x, order, inverse, ids.shape[1]), counts)):
-            if counts[e]:
-                g = product(rows, heads["w1"][e], gate.codes[e], gate.even)
-                u = product(rows, heads["w3"][e], up.codes[e], up.even)
-                h = down.enter(F.silu(g) * u)
-                outputs.append(product(h, heads["w2"][e], down.codes[e], down.even))
-        mixed = permuted(torch.cat(outputs), inverse, order).view(*ids.shape, -1)
+        for i, rows in enumerate(torch.split(x, [b.rows for b in blocks])):
+            experts = blocks[i].experts
+            rows = rows.view(len(experts), blocks[i].places, -1)
+            g, u = (
+                products(rows, parts[j][i], m.codes_of(experts), m.even) for j, m in enumerate((gate, up))
+            )
+            h = down.enter(F.silu(g) * u)
+            outputs.append(products(h, parts[2][i], down.codes_of(experts), down.even).flatten(0, 1))
+        mixed = returned(torch.cat(outputs), placement).view(len(t), count, -1)
         return (mixed * routing.weights[..., None]).sum(1)
 
 

@@ -21,7 +21,7 @@ from mq_quant.quantize.tune.layer import LayerTuning, TuneSettings
 from mq_quant.verify.stages.structure import check_structure
 
 Tune = Callable[..., TuneResult]
-SHORT = TuneSettings(epochs=2, batch=256)
+SHORT = TuneSettings(epochs=2, batch=256, step=1e-3, matrix_step=5e-4)
 
 
 @pytest.fixture

@@ -21,13 +21,13 @@ from mq_quant.quantize.pipeline.build_spec import RecipeChanges
 from mq_quant.quantize.pipeline.statistics import ImatrixFile
 from mq_quant.quantize.spec.places import choose_recipe, open_place
 from mq_quant.quantize.tune.layer import LayerTask, TuneSettings, tune_layer
-from mq_quant.quantize.tune.student import StoredTensor, Student
+from mq_quant.quantize.tune.student import Matrices, StoredTensor, Student
 from mq_quant.verify.model.hfq_weights import DecodedFile
 from mq_quant.verify.model.reference import embed, layer_forward
 
 CPU = torch.device("cpu")
 MODELS = os.environ.get("MQ_QUANT_MODELS")
-SHORT = TuneSettings(epochs=2, batch=256)
+SHORT = TuneSettings(epochs=2, batch=256, step=1e-3, matrix_step=5e-4)
 Make = Callable[..., LayerTask]
 
 
@@ -37,8 +37,9 @@ def stored_layer(file: HfqFile, source: Source, layer: int) -> dict[str, StoredT
     return {e.name: StoredTensor(format_of(file, e), e.shape, file.read(e.name)) for e in entries}
 
 
-def build(folder: Path, output: Path, tier: str, **changes: Any) -> Path:
+def build(folder: Path, output: Path, tier: str, fold_down: float = 0.0, **changes: Any) -> Path:
     recipe = choose_recipe(tier, None, str(folder))
+    recipe = recipe.model_copy(update={"awq": recipe.awq.model_copy(update={"fold_down": fold_down})})
     options = RunOptions(output=output, jobs=2)
     build_file(recipe, ImatrixFile(folder / "imatrix.gguf"), options, RecipeChanges(**changes))
     return output
@@ -79,9 +80,13 @@ def make(small: Path, tmp_path: Path) -> Make:
 TIERS = ["mq2-mini", "mq3-lloyd", "mq4"]
 
 
+@pytest.mark.parametrize("fold_down", [0.0, 0.5])
 @pytest.mark.parametrize("tier", TIERS)
-def test_the_student_is_the_reference_forward_of_the_file(small: Path, tmp_path: Path, tier: str) -> None:
-    path = build(small, tmp_path / "out", tier, alpha=0.3)
+def test_the_student_is_the_reference_forward_of_the_file(
+    small: Path, tmp_path: Path, tier: str, fold_down: float
+) -> None:
+    """A fold cancels between w3 and w2, so the student need not know of it."""
+    path = build(small, tmp_path / "out", tier, fold_down, alpha=0.3)
     tokens = np.random.default_rng(1).integers(0, 300, (3, 40))
     task = task_of(small, path, tokens)
     with open_hfq(path) as file, torch.no_grad():
@@ -90,9 +95,18 @@ def test_the_student_is_the_reference_forward_of_the_file(small: Path, tmp_path:
     torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
 
 
-def test_a_folded_file_is_trained_as_it_is(make: Make) -> None:
-    """The fold cancels between w3 and w2, so nothing has to know of it."""
-    assert tune_layer(make(), SHORT).before is not None
+@pytest.mark.parametrize("tier", TIERS)
+def test_experts_computed_at_once_give_what_one_after_the_other_does(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tier: str
+) -> None:
+    """A GPU computes several at once."""
+    task = make(tier)
+    alone = tune_layer(task, SHORT)
+    monkeypatch.setattr(Matrices, "together", lambda _: 2)
+    at_once = tune_layer(task, SHORT)
+    np.testing.assert_allclose(at_once.leaving, alone.leaving, atol=2e-3 * np.abs(alone.leaving).max())
+    assert alone.after is not None
+    assert at_once.after == pytest.approx(alone.after, rel=1e-2)
 
 
 def test_sizes_and_codes_stay(make: Make) -> None:
@@ -147,7 +161,7 @@ def test_another_seed_gives_other_bytes(make: Make) -> None:
 
 def test_a_layer_that_gets_worse_keeps_its_form(make: Make) -> None:
     task = make()
-    result = tune_layer(task, replace(SHORT, step=1.0, matrix_step=1.0))
+    result = tune_layer(task, replace(SHORT, step=0.1, matrix_step=0.1))
     assert result.before is not None and result.after is not None
     assert not result.after < result.before
     assert not result.kept and result.payloads == {}

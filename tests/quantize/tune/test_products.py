@@ -18,11 +18,13 @@ from mq_quant.formats.blocks import (
     pack_bits,
 )
 from mq_quant.formats.fwht import rotate
+from mq_quant.quantize.tune.placement import Placement
 from mq_quant.quantize.tune.products import (
     dequantised,
     head_gradient,
     permuted,
-    product,
+    products,
+    returned,
     rotated,
     spread,
     unpacked,
@@ -68,14 +70,17 @@ def plain(heads: torch.Tensor, codes: torch.Tensor, even: bool) -> torch.Tensor:
 
 
 @ids
-def test_gradients_are_those_of_plain_torch(fmt: LloydFormat | AffineFormat) -> None:
+@pytest.mark.parametrize("together", [1, 3])
+def test_gradients_are_those_of_plain_torch(fmt: LloydFormat | AffineFormat, together: int) -> None:
     even = isinstance(fmt, AffineFormat)
-    heads, codes = (torch.from_numpy(part) for part in random_matrix(fmt))
-    x, weight = torch.randn(5, 512), torch.randn(5, 3)  # a matrix [3, 512] in six groups
+    matrices = [random_matrix(fmt, seed=seed) for seed in range(together)]  # [3, 512] each, in six groups
+    heads, codes = (torch.from_numpy(np.stack(part)) for part in zip(*matrices, strict=True))
+    x, weight = torch.randn(together, 5, 512), torch.randn(together, 5, 3)
     mine = [x.clone().requires_grad_(), heads.clone().requires_grad_()]
     theirs = [x.double().requires_grad_(), heads.double().requires_grad_()]
-    ours = product(mine[0], mine[1], codes, even)
-    true = theirs[0] @ plain(theirs[1], codes, even).view(3, 512).T
+    ours = products(mine[0], mine[1], codes, even)
+    values = torch.stack([plain(theirs[1][i], codes[i], even).view(3, 512) for i in range(together)])
+    true = theirs[0] @ values.mT
     torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-4)
     (ours * weight).sum().backward()
     (true * weight.double()).sum().backward()
@@ -93,7 +98,8 @@ def test_nothing_of_the_matrix_s_size_is_saved_for_the_way_back() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        product(torch.randn(2, 1024, requires_grad=True), heads.requires_grad_(), codes, False)
+        x = torch.randn(1, 2, 1024, requires_grad=True)
+        products(x, heads[None].requires_grad_(), codes[None], False)
     floats = [t.numel() for t in saved if t.dtype == torch.float32]
     assert max(floats) <= 2 * 1024
     assert sum(t.numel() * t.element_size() for t in saved) < 2 * codes.numel()
@@ -107,14 +113,18 @@ def test_sums_by_masks_are_those_by_codes(count: int) -> None:
     torch.testing.assert_close(head_gradient(gradient, codes, count, False), masks)
 
 
-def test_rows_spread_and_brought_back_keep_their_gradients() -> None:
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    inverse, x = order.argsort(), torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    out = spread(x, order, inverse, 3)
-    torch.testing.assert_close(out, x.repeat_interleave(3, 0)[order])
-    torch.testing.assert_close(permuted(out, inverse, order), x.repeat_interleave(3, 0))
-    assert torch.autograd.gradcheck(lambda x: spread(x, order, inverse, 3), x)
-    assert torch.autograd.gradcheck(lambda x: permuted(spread(x, order, inverse, 3), inverse, order), x)
+@pytest.mark.parametrize("together", [1, 2, 8])
+def test_rows_spread_and_brought_back_keep_their_gradients(together: int) -> None:
+    ids = torch.tensor([[0, 2], [2, 3], [3, 0], [2, 0]])
+    placement = Placement.of(ids, 5, together)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(returned(spread(x, placement, 2), placement), x.repeat_interleave(2, 0))
+    y = torch.randn(len(placement.used), 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: returned(y, placement), y)
+    # A place that is left over holds some token and has no gradient, as `returned` sees to.
+    assert torch.autograd.gradcheck(lambda x: returned(spread(x, placement, 2), placement), x)
+    order = torch.tensor([3, 0, 2, 1])
+    assert torch.autograd.gradcheck(lambda x: permuted(x, order), x)
 
 
 def test_the_rotation_is_the_format_s() -> None:
