@@ -142,7 +142,7 @@ def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:
     if ref is None:
         raise ImatrixError(
             "no imatrix was given, and there is none of its own for this source",
-            hint="give --imatrix FILE (llama.cpp's GGUF or .dat), or --no-imatrix for a plain build",
+            hint="give --imatrix FILE (llama.cpp's GGUF or .dat), or --effort calibrated, which needs none",
         )
     if ref.repository is not None:
         from ...formats.hub.files import fetch_file
