@@ -11,11 +11,12 @@ import pytest
 import small_model
 from mq_quant.awq.from_imatrix import ImatrixLayer
 from mq_quant.awq.importance import Importance
-from mq_quant.awq.own_moments import OWN_DAMPING, mixed, own_moment, whitening
+from mq_quant.awq.own_moments import mixed, own_moment, whitening
 from mq_quant.formats.blocks import MQ2_LLOYD, MQ3_LLOYD, Format
 from mq_quant.formats.minimax import parse_config
+from mq_quant.lloyd.encode import ENCODED
 from mq_quant.quantize.encode.answering import product
-from mq_quant.quantize.encode.layer_encoder import EncodedExpert, FitSettings, LayerEncoder
+from mq_quant.quantize.encode.layer_encoder import OWN_DAMPING, EncodedExpert, FitSettings, LayerEncoder
 
 HIDDEN, INTER, ROWS = 512, 256, 3000
 CONFIG = parse_config(small_model.CONFIG | {"hidden_size": HIDDEN, "intermediate_size": INTER})
@@ -105,10 +106,15 @@ def test_any_number_of_threads_gives_the_same_bytes() -> None:
         assert all(np.array_equal(done.payloads[p], other.payloads[p]) for p in SHAPES)
 
 
-def test_own_moments_are_damped_more_than_the_layers() -> None:
+def test_the_more_levels_the_less_an_own_moment_is_damped() -> None:
+    assert set(OWN_DAMPING) == {fmt.levels for fmt in ENCODED}
+    falling = [OWN_DAMPING[levels] for levels in sorted(OWN_DAMPING)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_with_many_rows_the_mixture_is_their_own_moment() -> None:
     rows = inputs(ROWS, 5)
     shared = Importance(np.ones(HIDDEN), np.eye(HIDDEN), 1e6)
     got = mixed(rows, shared, whitening(np.eye(HIDDEN)))
-    assert got.damping == OWN_DAMPING
     assert got.moment is not None
     np.testing.assert_allclose(got.moment, own_moment(rows), rtol=0.1, atol=0.1)
