@@ -33,6 +33,11 @@ def variable(name: str) -> str | None:
     return value if value.strip() else None
 
 
+def offer(name: str, value: str) -> None:
+    """Set an environment variable that a library reads when it starts to work, unless the person has set it."""
+    os.environ.setdefault(name, value)
+
+
 def words(name: str) -> tuple[str, ...]:
     """A variable's value as a shell would split it; one word where it is the name of a file, spaces and all.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch.utils import deterministic as _settings
+
+from ...formats.machine import offer
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _FILL = "fill_uninitialized_memory"
@@ -25,7 +26,7 @@ def deterministic() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     precision, filled = torch.get_float32_matmul_precision(), getattr(_settings, _FILL)
-    os.environ.setdefault(_CUBLAS, ":4096:8")
+    offer(_CUBLAS, ":4096:8")
     try:
         torch.use_deterministic_algorithms(True)
         torch.set_float32_matmul_precision("highest")
