@@ -32,6 +32,9 @@ U8 = NDArray[np.uint8]
 CPU = torch.device("cpu")
 BETAS = (0.9, 0.999)
 EPSILON = 1e-12
+"""The least that Adam divides by. Else it is the RMS of the first gradients of a tensor: what few tokens reach, such as
+an expert that the text hardly needs, then moves less than the rest. Without that, text of one kind costs others.
+"""
 OUTLIER = 10.0
 """An error at one held-out token counts as at most this many times the median one. Where two experts tie, rounding lets
 a token take another expert than in the source, and a single such token can weigh as much as a hundred others.
@@ -49,9 +52,10 @@ class TuneSettings:
     """How a layer is trained; all of it decides the bytes.
 
     Steps are relative: one step of Adam moves a level or a norm by at most about `step` of its size, and a weight of
-    attention by `matrix_step` of its matrix's RMS, both times the layer's relative RMS error before, and by the root
-    of FEW_STEPS / steps more where there are fewer steps. They fall to zero along a cosine. `batch` counts tokens, in
-    whole sequences; `held` is the share of the sequences that are held out.
+    attention by `matrix_step` of its matrix's RMS, times the layer's relative RMS error before. Each bit of gate and up
+    above two halves them, and where there are fewer than FEW_STEPS they are larger, by the root of that ratio. They
+    fall to zero along a cosine. `batch` counts tokens, in whole sequences; `held` is the share of the sequences that
+    are held out.
     """
 
     epochs: int = 6
@@ -255,11 +259,10 @@ class _Training:
         """
         steps = self.settings.epochs * sum(1 for _ in self._batches(chosen))
         size = min(1.0, math.sqrt(before)) * math.sqrt(max(1.0, FEW_STEPS / max(1, steps)))
+        size *= 2.0 ** (2 - min(m.format.bits for m in student.experts.values()))
         dense, heads = self._parts(student, size)
         parts = [*dense.values(), *heads.values()]
-        adam = torch.optim.Adam(
-            [{"params": [part.moved], "lr": part.step} for part in parts], betas=BETAS, eps=EPSILON
-        )
+        adam = torch.optim.Adam([{"params": [part.moved], "lr": part.step} for part in parts], betas=BETAS)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
         order = torch.Generator().manual_seed(self.settings.seed)
         for _ in range(self.settings.epochs):
@@ -270,6 +273,8 @@ class _Training:
                 missed = (out - self._of(self.task.target, some)).square().sum(-1)
                 adam.zero_grad()
                 (missed.mean() / energy).backward()  # type: ignore[no-untyped-call]
+                if not adam.state:
+                    _set_divisors(adam)
                 adam.step()
                 cosine.step()
         with torch.no_grad():
@@ -314,6 +319,13 @@ class _Training:
             assert isinstance(before.format, LloydFormat | AffineFormat)
             payload = with_heads(before.format, before.payload, heads.cpu().numpy())
             yield name, StoredTensor(before.format, before.shape, payload)
+
+
+def _set_divisors(adam: torch.optim.Adam) -> None:
+    """Let each tensor's divisor be at least the RMS of the gradients that it has now."""
+    for group in adam.param_groups:
+        (moved,) = group["params"]
+        group["eps"] = max(EPSILON, float(moved.grad.square().mean().sqrt()))
 
 
 def _vector(base: Tensor, step: float) -> _Part:
