@@ -75,7 +75,7 @@ class RandomSource:
         scales = np.full(scale_shape(spec.shape, self.config.block_shape), scale, np.float32)
         return dequantize(codes, scales, self.config.block_shape)
 
-    def fingerprint(self) -> dict[str, dict[str, Any]]:
+    def fingerprint(self, *_: object) -> dict[str, dict[str, Any]]:
         return {}
 
     def schedule(self, names: list[str]) -> None:

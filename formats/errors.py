@@ -7,8 +7,10 @@ values from files may hold anything, so a message shows every control character 
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum, auto
 from pathlib import Path
+from typing import Any
 
 from .text import printable, shortened
 
@@ -31,6 +33,22 @@ class MqError(Exception):
         self.tensor = tensor
         self.hint = hint
         super().__init__(self.render())
+
+    @property
+    def code(self) -> str:
+        """The kind of error, for programs: the name of its class in small letters, such as `checkpoint` or `in_use`."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__.removesuffix("Error")).lower()
+
+    def as_json(self) -> dict[str, Any]:
+        """The error with its parts, as commands print it under `--json`."""
+        return {
+            "code": self.code,
+            "problem": self.problem,
+            "file": self.file,
+            "tensor": self.tensor,
+            "hint": self.hint,
+            "exit_code": self.exit_code,
+        }
 
     def render(self) -> str:
         """The whole message, safe to be shown; only line ends that the problem or the hint holds remain."""
@@ -134,6 +152,11 @@ class HfqError(MqError):
     ) -> None:
         self.kind = kind
         super().__init__(problem, file=file, tensor=tensor, hint=hint)
+
+    @property
+    def code(self) -> str:
+        """`hfq.` and the kind."""
+        return f"hfq.{self.kind}"
 
 
 class OutputError(MqError):

@@ -13,14 +13,18 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import MqError
+from .watch import UNWATCHED, Watch
 
 ATTEMPTS = 3
 """A use during which the file's state changed is repeated as often as this, and then refused."""
+
+_BLOCK = 4 << 20
 
 T = TypeVar("T")
 
@@ -99,16 +103,21 @@ class UnchangedFile:
             raise self._unreadable(e) from None
         raise self._changed()
 
-    def sha256(self) -> str:
-        """The hash of the file's bytes, 64 lower-case hexadecimal digits; it is computed once."""
+    def sha256(self, watch: Watch = UNWATCHED) -> str:
+        """The hash of the file's bytes, 64 lower-case hexadecimal digits; it is computed once.
+
+        `watch` hears of each piece that was read, or of the whole file where its hash is known.
+        """
         if self._sha256 is None:
-            self._sha256 = self.read(_sha256)
+            self._sha256 = self.read(partial(_sha256, watch=watch))
+        else:
+            watch.advance(self.size, self.path.name)
         return self._sha256
 
-    def record(self) -> dict[str, Any]:
+    def record(self, watch: Watch = UNWATCHED) -> dict[str, Any]:
         """What a provenance holds of the file, as it still is: {bytes, sha256}."""
         self.check()
-        return {"bytes": self.size, "sha256": self.sha256()}
+        return {"bytes": self.size, "sha256": self.sha256(watch)}
 
     def content(self, limit: int) -> bytes:
         """All of the file's bytes, which from now on are the ones that `sha256` speaks of; refused above `limit`."""
@@ -150,6 +159,10 @@ class UnchangedFile:
         return self._error(f"cannot be read: {fault.strerror or fault}", file=self.path, hint=self._hint)
 
 
-def _sha256(file: BufferedReader) -> str:
+def _sha256(file: BufferedReader, watch: Watch = UNWATCHED) -> str:
+    digest, name = hashlib.sha256(), Path(file.name).name
     file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+        watch.advance(len(block), name)
+    return digest.hexdigest()

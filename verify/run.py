@@ -23,6 +23,7 @@ from ..formats.machine import peak_rss
 from ..formats.minimax import ModelConfig, normalize_config, parse_config
 from ..formats.statistics.imatrix import Imatrix
 from ..formats.text import shown
+from ..formats.watch import UNWATCHED, Watch
 from ..kernels.runtime.host import Backend
 from .bars import Bars
 from .stages.decode_parity import check_decode, sampled
@@ -106,8 +107,9 @@ def verify(
     backend: Backend,
     inputs: VerifyInputs,
     on_stage: Callable[[StageResult], None] = lambda _: None,
+    watch: Watch = UNWATCHED,
 ) -> Verification:
-    """Run every stage that there are inputs for; `on_stage` hears of each as it ends."""
+    """Run every stage that there are inputs for; `on_stage` hears of each as it ends, `watch` of the work in it."""
     stages: list[StageResult] = []
     seconds: dict[str, float] = {}
     skipped: dict[str, str] = {}
@@ -125,8 +127,8 @@ def verify(
         on_stage(result)
 
     source, tokens, prompt, bars = inputs.source, inputs.tokens, inputs.prompt, inputs.bars
-    run("structure", lambda: _structure(file, source))
-    run("decode", lambda: check_decode(file, backend, inputs.sample))
+    run("structure", lambda: _structure(file, source, watch))
+    run("decode", lambda: check_decode(file, backend, inputs.sample, watch))
     if source is None:
         skipped["fidelity"] = skipped["forward"] = "no source to compare with; give --source"
     elif cfg is None:
@@ -134,18 +136,18 @@ def verify(
     else:
         chosen = sampled(file) if inputs.sample else None
         alike = partial(check_dimensions, file, cfg, source.config)
-        run("fidelity", lambda: check_fidelity(file, source, cfg, inputs.imatrix, chosen), alike)
+        run("fidelity", lambda: check_fidelity(file, source, cfg, inputs.imatrix, chosen, watch), alike)
         if tokens is None:
             skipped["forward"] = "no tokens to run; give --tokens, --prompt or --token-file"
         else:
-            forward = partial(check_forward, file, source, cfg, backend, tokens, bars, inputs.dump)
+            forward = partial(check_forward, file, source, cfg, backend, tokens, bars, inputs.dump, watch)
             run("forward", lambda: _noted(forward(), inputs.notes), alike)
     if cfg is None or inputs.generate == 0 or prompt is None or not prompt.size:
         skipped["generation"] = "no prompt, or no tokens were asked for"
     else:
         run(
             "generation",
-            lambda: check_generation(file, cfg, backend, prompt, inputs.generate, bars.coherence),
+            lambda: check_generation(file, cfg, backend, prompt, inputs.generate, bars.coherence, watch),
         )
     return Verification(file.path, tuple(stages), skipped, seconds, peak_rss())
 
@@ -187,9 +189,9 @@ def _config(file: HfqFile) -> ModelConfig | None:
         return None
 
 
-def _structure(file: HfqFile, source: Source | None) -> StageResult:
+def _structure(file: HfqFile, source: Source | None, watch: Watch) -> StageResult:
     """The structure stage, and, with a source, whether the file's config and tokenizer are the source's."""
-    stage = check_structure(file)
+    stage = check_structure(file, watch)
     if source is None:
         return stage
     return replace(stage, problems=(*stage.problems, *_differs(file, source)))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, MqError, WeightError
 from ..text import printable
 from ..unchanged import UnchangedFile
+from ..watch import UNWATCHED, Watch
 from .documents import check_index, config_notes, load_config, load_index
 from .holes import hollow
 from .inventory import check_inventory, left_out
@@ -85,15 +87,16 @@ class Checkpoint:
     def release(self, name: str) -> None:
         """Nothing to give back: no tensor is kept."""
 
-    def fingerprint(self) -> dict[str, dict[str, Any]]:
+    def fingerprint(self, watch: Watch = UNWATCHED) -> dict[str, dict[str, Any]]:
         """{file name: {bytes, sha256}} of config, side files and shards; reads every byte of them.
 
         Raises CheckpointError where a file is not what huggingface_hub states that it fetched.
         """
         sides = [n for n in SIDE_FILES if (self.path / n).is_file()]
         files = {name: self._file(name) for name in (CONFIG, *sides, *self.shards)}
+        watch.begin("hashing the source", sum(file.size for file in files.values()), "bytes")
         with ThreadPoolExecutor(HASHERS) as pool:
-            return dict(zip(files, pool.map(_record, files.values()), strict=True))
+            return dict(zip(files, pool.map(partial(_record, watch=watch), files.values()), strict=True))
 
     def disk_bytes(self) -> int:
         """Nothing is fetched."""
@@ -159,6 +162,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _record(file: UnchangedFile) -> dict[str, Any]:
+def _record(file: UnchangedFile, watch: Watch) -> dict[str, Any]:
+    record = file.record(watch)
     check_stated_hash(file)
-    return file.record()
+    return record

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..minimax import ModelConfig
+from ..watch import UNWATCHED, Watch
 from .safetensors_file import TensorInfo
 
 JSON_LIMIT = 32 << 20
@@ -99,10 +100,10 @@ class Source(Protocol):
         """Say that a weight of the schedule is not needed again."""
         ...
 
-    def fingerprint(self) -> dict[str, dict[str, Any]]:
+    def fingerprint(self, watch: Watch = UNWATCHED) -> dict[str, dict[str, Any]]:
         """{file name: {bytes, sha256}} of config, side files and shards: equal exactly for equal checkpoints.
 
-        Every later read gives the bytes that were hashed, or an error.
+        `watch` hears of what is hashed. Every later read gives the bytes that were hashed, or an error.
         """
         ...
 

@@ -19,6 +19,7 @@ from ..hub.files import snapshot
 from ..hub.repository import Repository
 from ..hub.settings import offline
 from ..unchanged import UnchangedFile
+from ..watch import UNWATCHED, Watch
 from .documents import check_index, config_notes, load_config, load_index
 from .inventory import check_inventory, left_out
 from .local import Checkpoint, open_checkpoint
@@ -111,7 +112,7 @@ class HubCheckpoint:
         if name in self._uses:
             self._cache.finish(self._uses[name], self._shards_of(name))
 
-    def fingerprint(self) -> dict[str, dict[str, Any]]:
+    def fingerprint(self, watch: Watch = UNWATCHED) -> dict[str, dict[str, Any]]:
         """As of a local checkpoint with the same files. The shards' hashes are the hub's, and hold for what arrives."""
         sides = [n for n in SIDE_FILES if n in self._repository.files]
         records = {n: self._fetch_small(n).record() for n in (CONFIG, *sides)}

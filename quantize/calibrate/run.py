@@ -7,7 +7,6 @@ the activations of one layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,8 @@ from ...formats.checkpoint.source import Source
 from ...formats.machine import peak_rss
 from ...formats.minimax import TensorSpec, layer_inventory
 from ...formats.statistics.moment_file import DownForm
+from ...formats.watch import UNWATCHED, Watch
 from ..spec.calibration_sizes import CalibrationSizes, calibration_sizes
-from ..spec.hooks import nothing
 from ..spec.provenance import code, flatten
 from ..spec.recipe import Recipe
 from .folder import CalibrationFolder
@@ -36,8 +35,7 @@ class CalibrationOptions:
     """How a calibration runs. `down`, `propagate` and, in the last bits, `device` decide its bytes; the rest does not.
 
     With a recipe in `propagate` each layer sees what the layers before it put out as that recipe stores them.
-    `on_start(weights, done)` is called once, with the weights of all layers and those that an earlier run has done;
-    `on_read(weights, layer)` whenever weights of a layer were read. Both run on the calling thread or one of `jobs`.
+    `watch` hears of the bytes that are hashed, and of the weights that are read.
     """
 
     down: DownForm = "compact"
@@ -46,8 +44,7 @@ class CalibrationOptions:
     jobs: int = 1
     force: bool = False
     restart: bool = False
-    on_start: Callable[[int, int], None] = nothing
-    on_read: Callable[[int, int], None] = nothing
+    watch: Watch = UNWATCHED
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Reading:
     """The source seen from one layer: counts what is read, and where it is read `once` releases it thereafter."""
 
     source: Source
-    on_read: Callable[[int, int], None]
+    watch: Watch
     layer: int
     once: bool
     read: int = 0
@@ -85,7 +82,7 @@ class Reading:
     def weight(self, name: str) -> NDArray[np.float32]:
         values = self.source.weight(name)
         self.read += values.size
-        self.on_read(values.size, self.layer)
+        self.watch.advance(values.size, f"layer {self.layer}")
         if self.once:
             self.source.release(name)
             self.released.add(name)
@@ -96,7 +93,7 @@ class Reading:
         for spec in specs:
             if spec.name not in self.released:
                 self.source.release(spec.name)
-        self.on_read(weights_of(specs) - self.read, self.layer)
+        self.watch.advance(weights_of(specs) - self.read, f"layer {self.layer}")
 
 
 def weights_of(specs: list[TensorSpec]) -> int:
@@ -111,7 +108,7 @@ def calibrate(source: Source, tokens: Tokens, folder: Path, options: Calibration
     """
     began = time.monotonic()
     config, device = source.config, open_device(options.device)
-    made_from = {"origin": source.origin, "files": source.fingerprint()}
+    made_from = {"origin": source.origin, "files": source.fingerprint(options.watch)}
     propagate = options.propagate.resolved() if options.propagate else "source"
     manifest = manifest_of(config, made_from, tokens, options.down, device, propagate)
     sizes = calibration_sizes(config, tokens.size, options.down)
@@ -158,9 +155,10 @@ def _run(
     hidden = enter(stored or source, config, out, tokens, first).to(device)
     if not first:
         source.release(EMBED)
-    options.on_start(sum(map(weights_of, layers.values())), sum(weights_of(layers[n]) for n in range(first)))
+    total, done = (sum(weights_of(layers[n]) for n in range(stop)) for stop in (len(layers), first))
+    options.watch.begin("gathering", total, "weights", done)
     for layer in range(first, config.num_hidden_layers):
-        reading = Reading(source, options.on_read, layer, once=stored is None)
+        reading = Reading(source, options.watch, layer, once=stored is None)
         finish = partial(reading.finish, layers[layer])
         hidden = gather_layer(reading, config, layer, hidden, out, options.down, stored, finish)
         records.append(out.record(layer))

@@ -9,22 +9,24 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 from typer.main import get_command
 
+from ...formats.errors import MqError
 from . import build as cli_build
 from . import calibrate as cli_calibrate
 from . import inspect as cli_inspect
 from . import tune as cli_tune
 from . import verify as cli_verify
-from .console import INTERRUPTED, note
-from .guard import as_error, guarded, usage_of
+from .console import complain
+from .events import events_on_stderr
+from .guard import InterruptError, as_error, guarded, usage_of
 from .streams import READER_GONE, prepare, silence
 
-DEBUG = "--debug"
-BAD_INPUT = 2
+DEBUG, EVENTS, JSON = "--debug", "--json-events", "--json"
 
 app = typer.Typer(
     name="mq-quant",
@@ -76,6 +78,14 @@ def _options(
     debug: Annotated[
         bool, typer.Option(DEBUG, help="Show the traceback of an error. May stand anywhere on the line.")
     ] = False,
+    json_events: Annotated[
+        bool,
+        typer.Option(
+            EVENTS,
+            help="Write progress, notes and errors to stderr as JSON, one object a line. May stand anywhere "
+            "on the command line.",
+        ),
+    ] = False,
 ) -> None:
     pass
 
@@ -84,14 +94,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; exits with its code."""
     prepare()
     args = list(sys.argv[1:] if argv is None else argv)
-    debug = DEBUG in args
+    with events_on_stderr() if EVENTS in args else nullcontext():
+        error = _run([arg for arg in args if arg not in (DEBUG, EVENTS)], DEBUG in args)
+        if error is not None:
+            complain(error, JSON in args)
+            sys.exit(error.exit_code)
+
+
+def _run(args: list[str], debug: bool) -> MqError | None:
+    """Run one command; the error that ended it. Exits with the code of one that ended in another way."""
     try:
-        command = get_command(app)
-        code = command.main(
-            [arg for arg in args if arg != DEBUG], prog_name="mq-quant", standalone_mode=False
-        )
+        code = get_command(app).main(args, prog_name="mq-quant", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(INTERRUPTED)
+        return InterruptError()
     except SystemExit as e:
         if not isinstance(e.__context__, BrokenPipeError):
             raise
@@ -99,11 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(READER_GONE)
     except BaseException as e:
         if (usage := usage_of(e)) is not None:
-            note(usage)
-            sys.exit(BAD_INPUT)
+            return usage
         error = as_error(e)
-        if error is None or debug:
+        if error is None or (debug and not isinstance(error, InterruptError)):
             raise
-        note(f"error: {error}")
-        sys.exit(error.exit_code)
+        return error
     sys.exit(code if isinstance(code, int) else 0)

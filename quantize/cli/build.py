@@ -10,7 +10,8 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import coverage, emit, gigabytes, listed, note, resumable, table
+from .console import coverage, duration, emit, gigabytes, listed, note, resumable, table
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ..pipeline.build import BuildResult
@@ -104,44 +105,41 @@ def build(
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort imatrix --imatrix imatrix.gguf --device cuda
       mq-quant build --recipe mine.yaml --jobs 8 --json
     """
-    from ...formats.machine import cores
-    from ..encode.encoders import best_device, open_encoder, torch_device
-    from ..pipeline.build import RunOptions, build_file
-    from ..pipeline.build_spec import RecipeChanges, output_name
-    from ..pipeline.effort import Wishes, choose
-    from ..spec.places import choose_recipe
-    from ..write.inputs import check_no_input
-    from .progress_bar import Progress
-
     if no_imatrix and (fit == "hessian" or awq_alpha):
         raise typer.BadParameter("--no-imatrix leaves nothing for --fit hessian or --awq-alpha to work with")
-    if output is not None:
-        check_no_input(output, (recipe,))
-    asked = opt.token_request(text, tokens, sequences, length)
-    wishes = Wishes(effort, fit, imatrix, no_imatrix, calibration, asked)
-    changes = RecipeChanges(fit, False if no_gain else None, awq_alpha)
-    chosen = choose_recipe(tier, recipe, source)
-    where = best_device() if device == "auto" else device
-    workers = jobs or cores()
-    statistics = choose(chosen, wishes, torch_device(where, asked=device != "auto"), workers)
-    title = output.name if output else output_name(chosen)
     with (
+        Progress(f"build {output.name if output else tier or recipe}", quiet) as progress,
         resumable("the same command continues the build, with --restart it begins anew"),
-        open_encoder(where) as encoder,
-        Progress(title, quiet or as_json) as bar,
     ):
-        options = RunOptions(
-            output=output,
-            jobs=workers,
-            encoder=encoder,
-            force=force,
-            restart=restart,
-            shard_cache=shard_cache,
-            on_note=lambda sentence: note(f"note: {sentence}"),
-            on_start=bar.start,
-            on_done=lambda unit: bar.advance(unit.weights, unit.key),
-        )
-        result = build_file(chosen, statistics, options, changes)
+        from ...formats.machine import cores
+        from ..encode.encoders import best_device, open_encoder, torch_device
+        from ..pipeline.build import RunOptions, build_file
+        from ..pipeline.build_spec import RecipeChanges
+        from ..pipeline.effort import Wishes, choose
+        from ..spec.places import choose_recipe
+        from ..write.inputs import check_no_input
+
+        if output is not None:
+            check_no_input(output, (recipe,))
+        asked = opt.token_request(text, tokens, sequences, length)
+        wishes = Wishes(effort, fit, imatrix, no_imatrix, calibration, asked)
+        changes = RecipeChanges(fit, False if no_gain else None, awq_alpha)
+        chosen = choose_recipe(tier, recipe, source)
+        where = best_device() if device == "auto" else device
+        workers = jobs or cores()
+        statistics = choose(chosen, wishes, torch_device(where, asked=device != "auto"), workers)
+        with open_encoder(where) as encoder:
+            options = RunOptions(
+                output=output,
+                jobs=workers,
+                encoder=encoder,
+                force=force,
+                restart=restart,
+                shard_cache=shard_cache,
+                on_note=lambda sentence: note(f"note: {sentence}"),
+                watch=progress,
+            )
+            result = build_file(chosen, statistics, options, changes)
     if as_json or not quiet:
         emit(result, as_json, _render_build, finished=True)
 
@@ -196,7 +194,7 @@ def _render_plan(result: PlanSummary) -> str:
         (
             f"{cost.effort}{' (default)' if cost.default else ''}",
             cost.tokens or "",
-            _duration(cost.hours),
+            duration(3600 * cost.hours),
             gigabytes(cost.memory_bytes),
             gigabytes(cost.disk_bytes) if cost.disk_bytes else "",
             gigabytes(cost.download_bytes) if cost.download_bytes else "",
@@ -214,13 +212,6 @@ def _render_plan(result: PlanSummary) -> str:
             f"disk {folder}",
         )
     )
-
-
-def _duration(hours: float) -> str:
-    """Hours in words: minutes where they are few."""
-    if hours < 1:
-        return f"{max(1, round(hours * 60))} min"
-    return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
 
 
 def tiers(

@@ -12,6 +12,7 @@ import typer
 from ...formats.text import printable
 from . import options as opt
 from .console import coverage, emit, gigabytes, listed, note, resumable
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ..calibrate.run import CalibrationResult
@@ -81,29 +82,30 @@ def calibrate(
       mq-quant calibrate --source tiny --tokens ids.npy --propagate quantised --tier mq2 -o calib
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
     """
-    from ...formats.machine import cores
-    from ..calibrate.run import CalibrationOptions
-    from ..calibrate.run import calibrate as run
-    from ..calibrate.tokens import TokenRequest, load_tokens
-    from ..spec.calibration_sizes import calibration_sizes
-    from ..spec.places import choose_recipe, open_place
-    from .progress_bar import Progress
-
     if propagate == "source" and (tier or recipe):
         raise typer.BadParameter("--tier and --recipe go with --propagate quantised")
-    chosen = choose_recipe(tier, recipe, source) if propagate == "quantised" else None
-    asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
-    opened = open_place(source, revision, shard_cache, output.parent)
-    with closing(opened), resumable("the same command continues after the last finished layer"):
-        opened.validate()
-        ids = load_tokens(opened, asked)
-        sizes = calibration_sizes(opened.config, ids.size, down)
-        if dry_run:
-            emit(sizes, as_json, _render_sizes)
-            return
-        if not (quiet or as_json):
-            note(_render_sizes(sizes))
-        with Progress(f"calibrate {output.name}", quiet or as_json) as bar:
+    with (
+        Progress(f"calibrate {output.name}", quiet) as progress,
+        resumable("the same command continues after the last finished layer"),
+    ):
+        from ...formats.machine import cores
+        from ..calibrate.run import CalibrationOptions
+        from ..calibrate.run import calibrate as run
+        from ..calibrate.tokens import TokenRequest, load_tokens
+        from ..spec.calibration_sizes import calibration_sizes
+        from ..spec.places import choose_recipe, open_place
+
+        chosen = choose_recipe(tier, recipe, source) if propagate == "quantised" else None
+        asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
+        with closing(open_place(source, revision, shard_cache, output.parent)) as opened:
+            opened.validate()
+            ids = load_tokens(opened, asked)
+            sizes = calibration_sizes(opened.config, ids.size, down)
+            if dry_run:
+                emit(sizes, as_json, _render_sizes)
+                return
+            if not (quiet or as_json):
+                note(_render_sizes(sizes))
             options = CalibrationOptions(
                 down=down,
                 propagate=chosen,
@@ -111,8 +113,7 @@ def calibrate(
                 jobs=jobs or cores(),
                 force=force,
                 restart=restart,
-                on_start=bar.start,
-                on_read=lambda weights, layer: bar.advance(weights, f"layer {layer}"),
+                watch=progress,
             )
             result = run(opened, ids, output, options)
     if as_json or not quiet:

@@ -14,12 +14,12 @@ from typing import Any, Protocol, TypeVar
 
 import typer
 
+from ...formats.errors import MqError
 from ...formats.text import printable
-from .guard import MachineError
+from .events import EventStream, event_line
+from .guard import InterruptError, MachineError, UsageError
 from .streams import READER_GONE, silence
 
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
 SHOWN = 8
 """Lines of a long list that are printed; --json prints all of them."""
 
@@ -81,6 +81,9 @@ def note(text: str) -> None:
     A stderr that nobody reads does not end a command.
     """
     text = printable(text, keep="\n")
+    if isinstance(sys.stderr, EventStream):
+        sys.stderr.event("note", text=text)
+        return
     with suppress(OSError):
         if "tqdm" not in sys.modules:  # it takes time to import, and without it no bar is drawn
             print(text, file=sys.stderr, flush=True)
@@ -91,9 +94,30 @@ def note(text: str) -> None:
         sys.stderr.flush()
 
 
+def complain(error: MqError, as_json: bool) -> None:
+    """Print an error on stderr: a sentence, or one JSON object where the command speaks JSON."""
+    if isinstance(sys.stderr, EventStream):
+        sys.stderr.event("error", **error.as_json())
+    elif as_json:
+        with suppress(OSError):
+            print(event_line("error", error.as_json()), file=sys.stderr, flush=True)
+    else:
+        note(_sentence(error))
+
+
+def _sentence(error: MqError) -> str:
+    match error:
+        case UsageError():
+            return error.shown
+        case InterruptError():
+            return f"{error.problem}; {error.hint}" if error.hint else error.problem
+        case _:
+            return f"error: {error}"
+
+
 @contextmanager
 def resumable(advice: str) -> Iterator[None]:
-    """Ends a command that Ctrl-C reaches with `advice` and exit code 130.
+    """Ends a command that Ctrl-C reaches with InterruptError, whose hint is `advice`.
 
     Ctrl-C that comes while one of Python's locks is being released shows as a RuntimeError, with the KeyboardInterrupt
     as its context.
@@ -103,8 +127,7 @@ def resumable(advice: str) -> Iterator[None]:
     except (KeyboardInterrupt, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not isinstance(e.__context__, KeyboardInterrupt):
             raise
-        note(f"interrupted; {advice}")
-        raise typer.Exit(INTERRUPTED) from None
+        raise InterruptError(advice) from None
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -134,6 +157,25 @@ def gigabytes(n: int) -> str:
         if n >= size:
             return f"{n / size:.1f} {unit}"
     return f"{n} B"
+
+
+def amount(n: float, unit: str) -> str:
+    """A number of units, in thousands, millions or milliards where it is large; bytes as `gigabytes` has them."""
+    if unit == "bytes":
+        return gigabytes(round(n))
+    for prefix, size in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f}{prefix} {unit}"
+    return f"{n:.3g} {unit}" if n < 10 else f"{n:.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time in words, in the unit in which it is a small number."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 36000 else f"{seconds / 3600:.0f} h"
 
 
 def coverage(share: float | None) -> str:

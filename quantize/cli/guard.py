@@ -10,10 +10,12 @@ import typer
 
 from ...formats.errors import MqError
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
 SAID = 300
 """Characters that are shown of what a foreign exception says."""
 REPORT = "this is a fault of mq-quant or of a library it uses: --debug shows where, please report it"
-_NOT_ERRORS = (typer.Exit, typer.Abort, typer.BadParameter, KeyboardInterrupt, SystemExit, GeneratorExit)
+_NOT_ERRORS = (typer.Exit, typer.Abort, typer.BadParameter, SystemExit, GeneratorExit)
 
 
 class MachineError(MqError):
@@ -28,8 +30,25 @@ class FaultError(MqError):
     exit_code = 1
 
 
+class UsageError(MqError):
+    """Options or arguments that a command does not take; `shown` is what typer says of it, the usage included."""
+
+    def __init__(self, problem: str, shown: str) -> None:
+        self.shown = shown
+        super().__init__(problem, hint="--help lists what the command takes")
+
+
+class InterruptError(MqError):
+    """Ctrl-C ended the command; the hint says how it is continued."""
+
+    exit_code = INTERRUPTED
+
+    def __init__(self, advice: str | None = None) -> None:
+        super().__init__("interrupted", hint=advice)
+
+
 def as_error(exception: BaseException) -> MqError | None:
-    """The error to show for an exception; None for those that are no errors, such as Ctrl-C and usage messages.
+    """The error to show for an exception; None for those that are no errors, such as exits and usage messages.
 
     Extensions written in Rust raise exceptions that are no `Exception`, so every BaseException is looked at.
     """
@@ -37,6 +56,8 @@ def as_error(exception: BaseException) -> MqError | None:
         return exception
     if isinstance(exception, _NOT_ERRORS):
         return None
+    if isinstance(exception, KeyboardInterrupt):
+        return InterruptError()
     if isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError":
         return MachineError("out of memory", hint="try fewer --jobs")
     said = _first_line(exception)
@@ -54,14 +75,15 @@ def _first_line(exception: BaseException) -> str:
     return redacted(str(exception).strip().partition("\n")[0])[:SAID]
 
 
-def usage_of(exception: BaseException) -> str | None:
+def usage_of(exception: BaseException) -> UsageError | None:
     """What typer has to say of options and arguments that it does not take; None for other exceptions."""
-    show = getattr(exception, "show", None)
-    if isinstance(exception, MqError) or not callable(show):
+    show, message = getattr(exception, "show", None), getattr(exception, "format_message", None)
+    if isinstance(exception, MqError) or not (callable(show) and callable(message)):
         return None
     text = io.StringIO()
     show(file=text)
-    return text.getvalue().rstrip().replace("Value error, ", "")
+    said, shown = (part.rstrip().replace("Value error, ", "") for part in (str(message()), text.getvalue()))
+    return UsageError(said, shown)
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,6 +13,7 @@ import typer
 from ...formats.text import printable, shown
 from . import options as opt
 from .console import SHOWN, emit, gigabytes, listed, table
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ...formats.hfq.provenance import Provenance
@@ -210,18 +211,14 @@ def reproduce(
       mq-quant reproduce tiny.mq2-lloyd
       mq-quant reproduce mine.mq3 --source ./MyMiniMax --imatrix imatrix.gguf
     """
-    from ...formats.machine import cores
-    from ..inspect.reproduce import Inputs
-    from ..inspect.reproduce import reproduce as run
-    from .progress_bar import Progress
+    with Progress(f"reproduce {file.name}", quiet) as progress:
+        from ...formats.machine import cores
+        from ..inspect.reproduce import Inputs
+        from ..inspect.reproduce import reproduce as run
 
-    with Progress(f"reproduce {file.name}", quiet or as_json) as bar:
+        asked = opt.token_request(text, tokens, sequences, length)
         result = run(
-            file,
-            Inputs(source, imatrix, calibration, opt.token_request(text, tokens, sequences, length), device),
-            jobs or cores(),
-            on_start=bar.start,
-            on_done=lambda unit: bar.advance(unit.weights, unit.key),
+            file, Inputs(source, imatrix, calibration, asked, device), jobs or cores(), watch=progress
         )
     emit(result, as_json, _render_reproduced, finished=True)
     if not result.identical:

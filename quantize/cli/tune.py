@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -12,11 +11,11 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import emit, gigabytes, note, resumable, table
+from .console import emit, gigabytes, resumable, table
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ..tune.file import TuneResult
-    from ..tune.layer import LayerTuning
 
 
 def tune(
@@ -65,32 +64,21 @@ def tune(
       mq-quant tune tiny.mq2 --source tiny --sequences 8 --epochs 2 -o better.mq2
       mq-quant tune small.mq3 --source ./small --tokens ids.npy -o small.tuned.mq3
     """
-    from ...formats.machine import cores
-    from ..calibrate.tokens import TokenRequest, load_tokens
-    from ..spec.places import open_place
-    from ..tune.file import TuneOptions, tune_file
-    from ..tune.layer import TuneSettings
-    from .progress_bar import Progress
-
-    asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
     place = output or file.with_name(f"{file.stem}.tuned{file.suffix}")
-    opened = open_place(source, revision, shard_cache, place.parent)
-    with closing(opened), resumable("the same command continues after the last finished layer"):
-        opened.validate()
-        ids = load_tokens(opened, asked)
-        with Progress(f"tune {place.name}", quiet or as_json) as bar:
-            layers, began = opened.config.num_hidden_layers, time.monotonic()
-            told = quiet or as_json
+    with (
+        Progress(f"tune {place.name}", quiet) as progress,
+        resumable("the same command continues after the last finished layer"),
+    ):
+        from ...formats.machine import cores
+        from ..calibrate.tokens import TokenRequest, load_tokens
+        from ..spec.places import open_place
+        from ..tune.file import TuneOptions, tune_file
+        from ..tune.layer import TuneSettings
 
-            def advance(weights: int, tuning: LayerTuning) -> None:
-                nonlocal told
-                bar.advance(weights, f"layer {tuning.layer}")
-                if not told and (left := layers - 1 - tuning.layer):
-                    told, took = True, time.monotonic() - began
-                    note(
-                        f"the first layer took {took:.0f} s; the other {left} will take about {_time(took * left)}"
-                    )
-
+        asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
+        with closing(open_place(source, revision, shard_cache, place.parent)) as opened:
+            opened.validate()
+            ids = load_tokens(opened, asked)
             options = TuneOptions(
                 output=place,
                 settings=TuneSettings(epochs=epochs),
@@ -98,8 +86,7 @@ def tune(
                 jobs=jobs or cores(),
                 force=force,
                 restart=restart,
-                on_start=bar.start,
-                on_layer=advance,
+                watch=progress,
             )
             result = tune_file(file, opened, ids, options)
     if as_json or not quiet:
@@ -123,10 +110,6 @@ def _render(result: TuneResult) -> str:
         *(layer["note"] for layer in result.layers if "note" in layer),
     ]
     return "\n".join(parts)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} hours"
 
 
 def _error(share: float | None) -> str:

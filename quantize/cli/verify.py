@@ -13,6 +13,7 @@ import typer
 from ...formats.text import printable
 from . import options as opt
 from .console import emit, note, table
+from .progress import Progress
 
 if TYPE_CHECKING:
     from ...verify.hidden import HiddenComparison
@@ -83,35 +84,37 @@ def verify(
       mq-quant verify MiniMax-M2.7.mq2-lloyd --source ./MiniMax-M2.7 --tokens 1024 --report report.html
       mq-quant verify MiniMax-M2.7.mq2-lloyd --prompt 'Why is the sky blue?' --chat --generate 200
     """
-    from ...formats.hfq import open_hfq
-    from ...kernels.runtime.host import open_backend
-    from ...verify.report import check_report, render
-    from ...verify.run import verify as run
-    from ..inspect.verify_inputs import VerifyOptions, inputs_of
-    from ..spec.places import local_folder
-    from ..write.inputs import check_no_input
-
     if chat and prompt is None:
         raise typer.BadParameter("--chat goes with --prompt")
     if prompt is not None and token_file is not None:
         raise typer.BadParameter("give either --prompt or --token-file")
-    for written in filter(None, (report, dump_hidden)):
-        check_no_input(written, (file, imatrix, recipe, token_file, local_folder(source) if source else None))
-    if report is not None:
-        check_report(report)
     if dump_hidden is not None and not dump_hidden.parent.is_dir():
         raise typer.BadParameter(f"no such folder: {dump_hidden.parent}", param_hint="--dump-hidden")
-    options = VerifyOptions(
-        source, imatrix, recipe, tokens, prompt, chat, token_file, sample, generate, dump_hidden
-    )
-    with (
-        open_hfq(file) as opened,
-        open_backend(backend) as device,
-        closing(inputs_of(opened, options)) as inputs,
-    ):
-        result = run(opened, device, inputs, lambda stage: note(_line(stage)))
-    if report is not None:
-        report.write_text(render(result), encoding="utf-8")
+    with Progress(f"verify {file.name}") as progress:
+        from ...formats.hfq import open_hfq
+        from ...kernels.runtime.host import open_backend
+        from ...verify.report import check_report, render
+        from ...verify.run import verify as run
+        from ..inspect.verify_inputs import VerifyOptions, inputs_of
+        from ..spec.places import local_folder
+        from ..write.inputs import check_no_input
+
+        for written in filter(None, (report, dump_hidden)):
+            inputs_given = file, imatrix, recipe, token_file, local_folder(source) if source else None
+            check_no_input(written, inputs_given)
+        if report is not None:
+            check_report(report)
+        options = VerifyOptions(
+            source, imatrix, recipe, tokens, prompt, chat, token_file, sample, generate, dump_hidden
+        )
+        with (
+            open_hfq(file) as opened,
+            open_backend(backend) as device,
+            closing(inputs_of(opened, options)) as inputs,
+        ):
+            result = run(opened, device, inputs, lambda stage: note(_line(stage)), progress)
+        if report is not None:
+            report.write_text(render(result), encoding="utf-8")
     emit(result, as_json, _render, finished=True)
     result.raise_if_failed()
 

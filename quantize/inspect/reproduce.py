@@ -28,6 +28,7 @@ from ...formats.errors import (
 from ...formats.hfq import HfqFile, TensorEntry, TensorMeta, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.text import shown
+from ...formats.watch import UNWATCHED, Watch
 from ...texts import CALIBRATION_SHA256
 from ..calibrate.tokens import TokenRequest
 from ..pipeline.build_spec import BuildSpec, open_build
@@ -187,28 +188,29 @@ def reproduce(
     path: Path,
     inputs: Inputs = Inputs(),
     jobs: int = 1,
-    on_start: Callable[[int, int], None] = nothing,
+    watch: Watch = UNWATCHED,
     on_done: UnitHook = nothing,
 ) -> Reproduction:
     """Encode again what a file says it was made from, and compare every payload.
 
-    `on_start(weights, 0)` is called before the work, `on_done(unit)` when a unit is compared. Raises CheckError where
-    the inputs give another file layout, and the errors of inputs that differ or are missing.
+    `watch` hears of the work, `on_done(unit)` is called when a unit is compared. Raises CheckError where the inputs
+    give another file layout, and the errors of inputs that differ or are missing.
     """
     record = provenance(path)
     recipe = recorded_recipe(record, path, inputs)
     statistics = _statistics(record, path, inputs)
-    with open_build(recipe, statistics) as spec, open_hfq(path) as file:
+    with open_build(recipe, statistics, watch=watch) as spec, open_hfq(path) as file:
         check_inputs(record, spec, path)
         if [t.meta() for t in spec.plan.tensors] != [_meta(e) for e in file.entries]:
             raise CheckError("its tensors are not those that its recipe gives", file=path)
         order = work_order(spec)
-        on_start(sum(unit.weights for unit in order), 0)
+        watch.begin("comparing", sum(unit.weights for unit in order), "weights")
         different: dict[str, None] = {}
         tuned = record.tuned_layers
 
         def compare(unit: WorkUnit, done: Encoded) -> None:
             different.update(dict.fromkeys(_different(unit, done, file, unit.layer in tuned)))
+            watch.advance(unit.weights, unit.key)
             on_done(unit)
 
         with gathering(spec) as before:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ...formats.errors import OutputError
 from ...formats.hfq import layout
 from ...formats.machine import peak_rss
+from ...formats.watch import UNWATCHED, Watch
 from ..calibrate.folder import discard_folder
 from ..encode.encoders import CPU, Encoder
 from ..spec.hooks import nothing
@@ -43,11 +44,11 @@ class RunOptions:
     itself). Hooks watch the build, and end it where they raise; it can be continued then:
 
     - `on_note(sentence)` hears what the source has to say, before the work;
-    - `on_start(weights, done)` the weights of the whole file, and those that an earlier run has encoded;
+    - `watch` each phase of the build, in which it counts bytes that are hashed and weights that are encoded;
     - `on_begin(unit)` is called on the worker's thread before a unit is encoded;
     - `on_done(unit)` once the unit's bytes and its journal line stand.
 
-    All but `on_begin` run on the calling thread.
+    All but `on_begin` and `watch` run on the calling thread.
     """
 
     output: Path | None = None
@@ -57,7 +58,7 @@ class RunOptions:
     restart: bool = False
     shard_cache: int | None = None
     on_note: Callable[[str], None] = nothing
-    on_start: Callable[[int, int], None] = nothing
+    watch: Watch = UNWATCHED
     on_begin: UnitHook = nothing
     on_done: UnitHook = nothing
 
@@ -142,12 +143,12 @@ class Build:
     def run(self) -> BuildResult:
         """Encode every unit that is not there yet, and give the complete file its name."""
         spec, options = self.spec, self.options
-        kept = self._file.take_over(self.order, options.jobs)
+        kept = self._file.take_over(self.order, options.jobs, options.watch)
         if spec.tuning is not None:
             kept = whole_layers(self.order, kept)
         todo = [unit for unit in self.order if unit.key not in kept]
         total, weights = (sum(unit.weights for unit in units) for units in (self.order, todo))
-        options.on_start(total, total - weights)
+        options.watch.begin("encoding", total, "weights", total - weights)
         before = self._gather if spec.gathered else None
         if spec.tuning is not None and spec.gathered is not None:
             from .tuned_layers import TunedLayers
@@ -177,12 +178,14 @@ class Build:
     def _deliver(self, unit: WorkUnit, done: Encoded) -> None:
         for ready, complete_unit in self._tuned.add(unit, done) if self._tuned else [(unit, done)]:
             self._file.put(ready, complete_unit.payload.data, complete_unit.record)
+            self.options.watch.advance(ready.weights, ready.key)
             self.options.on_done(ready)
 
     def _gather(self, layer: int) -> None:
         """Have a layer's moments ready. Those of earlier layers go, so what was encoded with them is synced first."""
         assert self.spec.gathered is not None
         self._file.sync()
+        self.options.watch.advance(0, f"running layer {layer} of the source")
         self.spec.gathered.begin_layer(layer)
 
     def _outcome(self) -> Outcome:
@@ -219,7 +222,15 @@ def build_file(
     check_no_input(options.destination(output_name(recipe)).path, inputs)
     shards = options.shard_cache or (4 if isinstance(statistics, OnTheFly) else 2)
     scratch = options.output.parent if options.output else Path()
-    opened = open_build(recipe, statistics, changes, check=options.check, shard_cache=shards, scratch=scratch)
+    opened = open_build(
+        recipe,
+        statistics,
+        changes,
+        check=options.check,
+        shard_cache=shards,
+        scratch=scratch,
+        watch=options.watch,
+    )
     with opened as spec, Build(spec, options) as build:
         for sentence in spec.source.notes:
             options.on_note(sentence)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, RecipeError
+from ...formats.watch import UNWATCHED, Watch
 from ..encode.layer_encoder import FitSettings, fit_settings
 from ..spec.metadata import template, totals_of
 from ..spec.places import open_place, side_files
@@ -118,21 +119,22 @@ def open_build(
     check: SpaceCheck | None = None,
     shard_cache: int = 2,
     scratch: Path | None = None,
+    watch: Watch = UNWATCHED,
 ) -> Iterator[BuildSpec]:
     """Resolve and check everything before any work; raises the error of whatever does not fit.
 
     Without `statistics` the recipe's own imatrix is used. Streamed shards, at most `shard_cache` of them, are kept in
-    `scratch`. The source is open until the end of the block.
+    `scratch`. `watch` hears of the hashing of the source, which is open until the end of the block.
     """
     recipe = changes.apply(recipe, statistics)
     where = recipe.model.place
     with closing(open_place(where.address, where.revision, shard_cache, scratch)) as source:
         source.validate()
-        yield _resolve(recipe, statistics, source, check)
+        yield _resolve(recipe, statistics, source, check, watch)
 
 
 def _resolve(
-    recipe: Recipe, statistics: Statistics | None, source: Source, check: SpaceCheck | None
+    recipe: Recipe, statistics: Statistics | None, source: Source, check: SpaceCheck | None, watch: Watch
 ) -> BuildSpec:
     config = source.config
     tensors = plan_tensors(recipe, config)
@@ -148,7 +150,7 @@ def _resolve(
         raise CheckpointError(
             "has no tokenizer.json, which the engine reads from the file", file=recipe.model.place.address
         )
-    made_from: dict[str, Any] = {"origin": source.origin, "files": source.fingerprint()}
+    made_from: dict[str, Any] = {"origin": source.origin, "files": source.fingerprint(watch)}
     found = find(statistics, imatrix, config, made_from, gathered)
     inputs = {"recipe": recipe.resolved(), "source": made_from}
     skipped = source.skipped_mtp

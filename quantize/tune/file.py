@@ -21,6 +21,7 @@ from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.machine import peak_rss
 from ...formats.minimax import parse_config
 from ...formats.unchanged import UnchangedFile
+from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.hfq_weights import check_shapes
 from ..calibrate.layer_pass import device_record, open_device
 from ..calibrate.tokens import Tokens, token_record
@@ -39,8 +40,7 @@ from .streams import StreamFolder
 class TuneOptions:
     """How a file is tuned. `settings` and `device` decide its bytes, the rest does not.
 
-    `on_start(weights, done)` is called once, with the weights of all layers and those that an earlier run has done;
-    `on_layer(weights, tuning)` when a layer stands in the new file.
+    `watch` hears of the work; `on_layer(tuning)` is called when a layer stands in the new file.
     """
 
     output: Path
@@ -49,8 +49,8 @@ class TuneOptions:
     jobs: int = 1
     force: bool = False
     restart: bool = False
-    on_start: Callable[[int, int], None] = nothing
-    on_layer: Callable[[int, LayerTuning], None] = nothing
+    watch: Watch = UNWATCHED
+    on_layer: Callable[[LayerTuning], None] = nothing
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,15 @@ def tune_file(path: Path, source: Source, tokens: Tokens, options: TuneOptions) 
         destination = Destination(options.output, options.force, streams_bytes + source.disk_bytes())
         destination.check(laid.total_bytes)
         destination.check_unused()
-        fingerprint = _check_source(file, source)
+        fingerprint = _check_source(file, source, options.watch)
         given = UnchangedFile(path, TuningError)
-        signature = {**record, "code": code(), "file": given.sha256(), "source": fingerprint}
+        options.watch.begin("hashing the file", given.size, "bytes")
+        signature = {**record, "code": code(), "file": given.sha256(options.watch), "source": fingerprint}
         with PartialFile(destination, laid, laid.pieces, dict(flatten(signature)), options.restart) as out:
             streams = StreamFolder(beside(destination.path, TUNING), anew=out.begun_anew)
-            kept = out.take_over(laid.pieces, options.jobs)
+            kept = out.take_over(laid.pieces, options.jobs, options.watch)
             work = LayersTuning(file, source, tokens, options.settings, device)
-            records, resumed = work.run(out, laid.pieces, kept, streams, options.on_start, options.on_layer)
+            records, resumed = work.run(out, laid.pieces, kept, streams, options.watch, options.on_layer)
             given.check()
             outcome = Outcome(
                 out.hash.quantization_hash, out.hash.checksums, _reports(Provenance.of(file).layers, records)
@@ -143,9 +144,9 @@ def _check_model(file: HfqFile, source: Source) -> None:
     check_shapes(file, theirs)
 
 
-def _check_source(file: HfqFile, source: Source) -> dict[str, dict[str, Any]]:
+def _check_source(file: HfqFile, source: Source, watch: Watch) -> dict[str, dict[str, Any]]:
     """The source's fingerprint; TuningError where the file says that it was made from other files."""
-    fingerprint, stated = source.fingerprint(), Provenance.of(file).source
+    fingerprint, stated = source.fingerprint(watch), Provenance.of(file).source
     for name, sha256 in stated.files.items() if stated else ():
         if fingerprint.get(name, {}).get("sha256") != sha256:
             raise TuningError(

@@ -14,6 +14,7 @@ from ...formats.checkpoint.source import Source
 from ...formats.hfq import HfqFile
 from ...formats.hfq.stored import format_of
 from ...formats.minimax import layer_inventory
+from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.hfq_weights import DecodedFile
 from ...verify.model.reference import embed, layer_forward
 from ..calibrate.layer_pass import EMBED
@@ -27,7 +28,7 @@ from .streams import KINDS, StreamFolder, Streams
 from .student import StoredTensor
 
 U8 = NDArray[np.uint8]
-LayerHook = Callable[[int, LayerTuning], None]
+LayerHook = Callable[[LayerTuning], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class LayersTuning:
         pieces: Sequence[Piece],
         kept: frozenset[str],
         streams: StreamFolder,
-        on_start: Callable[[int, int], None] = nothing,
+        watch: Watch = UNWATCHED,
         on_layer: LayerHook = nothing,
     ) -> tuple[list[Mapping[str, Any]], int]:
         """Put every piece that is not in `kept` into the new file; returns each layer's record, and how many layers an
@@ -59,7 +60,8 @@ class LayersTuning:
         of_layer = [[p for p in pieces if p.layer == n] for n in range(config.num_hidden_layers)]
         done = next((n for n, of in enumerate(of_layer) if any(p.key not in kept for p in of)), len(of_layer))
         specs = [list(layer_inventory(config, n)) for n in range(config.num_hidden_layers)]
-        on_start(sum(map(weights_of, specs)), sum(map(weights_of, specs[:done])))
+        total, before = (sum(map(weights_of, part)) for part in (specs, specs[:done]))
+        watch.begin("tuning", total, "weights", before)
         names = [spec.name for of in specs[done:] for spec in of]
         entering: Streams | None = None
         for n in range(done, len(of_layer)):
@@ -74,7 +76,8 @@ class LayersTuning:
                     piece, self._payload(piece, tuning.payloads).data, {"tuning": tuning.record(), **hashes}
                 )
             streams.drop(n)
-            on_layer(weights_of(specs[n]), tuning)
+            watch.advance(weights_of(specs[n]), f"layer {n}")
+            on_layer(tuning)
         return [out.done[of[-1].key]["tuning"] for of in of_layer], done
 
     def _enter(self, streams: StreamFolder, layer: int, record: Mapping[str, Any]) -> Streams:
@@ -89,7 +92,7 @@ class LayersTuning:
     def _layer(self, layer: int, entering: Streams) -> tuple[NDArray[np.float32], LayerTuning]:
         """The source's stream behind a layer, and what came of its tuning."""
         config, specs = self.source.config, list(layer_inventory(self.source.config, layer))
-        reading = Reading(self.source, nothing, layer, once=False)
+        reading = Reading(self.source, UNWATCHED, layer, once=False)
         with torch.inference_mode():
             hidden = torch.from_numpy(entering.source).to(self.device)
             target = layer_forward(reading, config, layer, hidden).cpu().numpy()

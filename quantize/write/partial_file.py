@@ -28,6 +28,7 @@ from ...formats.own_file import (
     sync_folder,
     write_all,
 )
+from ...formats.watch import UNWATCHED, Watch
 from .journal import Journal, Record, Signature
 from .running_hash import Payload, Range, RunningHash
 
@@ -174,17 +175,20 @@ class PartialFile:
         """What is noted of each range that has been written, by key."""
         return self.journal.done
 
-    def take_over(self, order: Sequence[Range], jobs: int) -> frozenset[str]:
+    def take_over(self, order: Sequence[Range], jobs: int, watch: Watch = UNWATCHED) -> frozenset[str]:
         """The keys of ranges of an earlier run whose bytes still have the checksum noted for them.
 
-        They are hashed as if they had been put just now; `jobs` threads read.
+        They are hashed as if they had been put just now; `jobs` threads read, and `watch` hears of it.
         """
 
         def holds(each: Range) -> bool:
             data = self.read(each.start, each.nbytes)
+            watch.advance(each.nbytes, each.key)
             return bool(xxhash.xxh64_hexdigest(data) == self.done[each.key]["xxh64"])
 
         known = [each for each in order if each.key in self.done]
+        if known:
+            watch.begin("checking what stands", sum(each.nbytes for each in known), "bytes")
         with ThreadPoolExecutor(jobs) as pool:
             good = [each.key for each, fine in zip(known, pool.map(holds, known), strict=True) if fine]
         for key in good:

@@ -18,6 +18,7 @@ from ...formats.errors import CheckError
 from ...formats.hfq import HfqFile
 from ...formats.hfq.stored import awq_scale, format_of
 from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_prefix
+from ...formats.watch import UNWATCHED, Watch
 from ...kernels.forward import ops
 from ...kernels.runtime.host import Backend, Buffer
 from .hfq_weights import DecodedFile, check_shapes, pieces
@@ -265,10 +266,14 @@ class KernelModel:
             yield logits
 
     def greedy(
-        self, prompt: NDArray[np.integer], count: int, stop: frozenset[int] = frozenset()
+        self,
+        prompt: NDArray[np.integer],
+        count: int,
+        stop: frozenset[int] = frozenset(),
+        watch: Watch = UNWATCHED,
     ) -> list[int]:
         """Continue one sequence of token ids [T] by its most likely tokens: at most `count`, and none after one of
-        `stop`.
+        `stop`. `watch` hears of each.
         """
         caches = [self.cache() for _ in range(self.cfg.num_hidden_layers)]
         tokens, done, out = np.asarray(prompt), 0, list[int]()
@@ -279,6 +284,7 @@ class KernelModel:
             (values,) = self.logits([h.rows(len(tokens) - 1, len(tokens))])
             done += len(tokens)
             out.append(int(values[0].argmax()))
+            watch.advance(1)
             if out[-1] in stop:
                 break
             tokens = np.array(out[-1:])

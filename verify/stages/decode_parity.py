@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...formats.hfq import HfqFile, TensorEntry
 from ...formats.hfq.stored import format_of
+from ...formats.watch import UNWATCHED, Watch, watched
 from ...kernels.forward import ops
 from ...kernels.runtime.host import Backend
 from ..model.hfq_weights import PIECE, pieces
@@ -36,12 +37,14 @@ class DecodeFigures:
         return asdict(self)
 
 
-def check_decode(file: HfqFile, backend: Backend, sample: bool = False) -> StageResult:
+def check_decode(
+    file: HfqFile, backend: Backend, sample: bool = False, watch: Watch = UNWATCHED
+) -> StageResult:
     """Decode every tensor (or a sample: first, middle and last pieces of some) on `backend` and compare all bits."""
     problems: list[str] = []
     blocks = 0
     tensors = sampled(file) if sample else file.entries
-    for entry in tensors:
+    for entry in watched(tensors, watch, "decode", "tensors", lambda entry: entry.name):
         fmt = format_of(file, entry)
         start = 0
         for payload in _sample_pieces(file, entry) if sample else pieces(file, entry, PIECE):

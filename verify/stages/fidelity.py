@@ -22,6 +22,7 @@ from ...formats.hfq.provenance import Provenance
 from ...formats.hfq.stored import RecoveredFolds, folds_down, format_of
 from ...formats.minimax import ModelConfig, TensorSpec, awq_scale_name, inventory
 from ...formats.statistics.imatrix import Imatrix, expert_entry
+from ...formats.watch import UNWATCHED, Watch, watched
 from ..model.hfq_weights import DecodedFile
 from ..model.metrics import snr_db
 from ..model.reference import Weights, blocks
@@ -169,6 +170,7 @@ def check_fidelity(
     cfg: ModelConfig,
     imatrix: Imatrix | None,
     tensors: Sequence[TensorEntry] | None = None,
+    watch: Watch = UNWATCHED,
 ) -> StageResult:
     """Measure the file's tensors (or only `tensors`) against the source.
 
@@ -185,9 +187,8 @@ def check_fidelity(
     problems: list[str] = []
     rows: dict[tuple[int, str], _Row] = {}
     seen = zero_biases = 0
-    for spec in inventory(cfg):
-        if spec.name not in chosen or spec.name not in file:
-            continue
+    specs = [spec for spec in inventory(cfg) if spec.name in chosen and spec.name in file]
+    for spec in watched(specs, watch, "fidelity", "tensors", lambda spec: spec.name):
         entry, parts = file.entry(spec.name), []
         fmt = format_of(file, entry).name
         if entry.shape != spec.shape:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...formats.errors import CheckError
 from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig
+from ...formats.watch import UNWATCHED, Watch, watched
 from ...kernels.runtime.host import Backend
 from ..bars import Bars
 from ..hidden import HiddenWriter
@@ -84,6 +85,7 @@ def check_forward(
     tokens: NDArray[np.integer],
     bars: Bars,
     dump: Path | None = None,
+    watch: Watch = UNWATCHED,
 ) -> StageResult:
     """Run token ids [n_seq, len] through both models; `dump` writes the kernels' hidden states (HFHS).
 
@@ -97,7 +99,7 @@ def check_forward(
     hidden, choices, layers = embed(source, tokens), _Choices(), list[LayerFigures]()
     shape = cfg.num_hidden_layers, tokens.size, cfg.hidden_size
     with HiddenWriter(dump, *shape) if dump else nullcontext() as writer:
-        for layer in range(cfg.num_hidden_layers):
+        for layer in watched(range(cfg.num_hidden_layers), watch, "forward", "layers"):
             hidden = layer_forward(source, cfg, layer, hidden, choices)
             ids = model.layer(layer, states, at, [model.cache() for _ in tokens])
             got = np.stack([backend.download(h) for h in states])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig
 from ...formats.tokenizer import TextTokenizer
+from ...formats.watch import UNWATCHED, Watch
 from ...kernels.runtime.host import Backend
 from ..model.kernel_forward import KernelModel
 from .stage import StageResult
@@ -96,10 +97,12 @@ def check_generation(
     prompt: NDArray[np.integer],
     count: int,
     gate: bool,
+    watch: Watch = UNWATCHED,
 ) -> StageResult:
     """Continue a prompt (ids [n]) greedily by `count` tokens; with `gate` an incoherent text is a problem."""
     model = KernelModel(file, cfg, backend, len(prompt) + count)
-    ids = model.greedy(prompt, count, stop_tokens(file))
+    watch.begin("generation", count, "tokens")
+    ids = model.greedy(prompt, count, stop_tokens(file), watch)
     asked, made = tuple(prompt.tolist()), tuple(ids)
 
     def result(figures: Continuation, problems: tuple[str, ...], *notes: str) -> StageResult:

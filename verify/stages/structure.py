@@ -32,6 +32,7 @@ from ...formats.hfq.layout import ENGINE_KEYS, metadata_checksum
 from ...formats.hfq.provenance import Provenance
 from ...formats.hfq.totals import FormatTotals, by_format
 from ...formats.minimax import ARCH_ID, ModelConfig, awq_scale_name, inventory, normalize_config, parse_config
+from ...formats.watch import UNWATCHED, Watch
 from ..model.hfq_weights import pieces
 from .stage import StageResult
 
@@ -50,7 +51,7 @@ class StructureFigures:
         return asdict(self)
 
 
-def check_structure(file: HfqFile) -> StageResult:
+def check_structure(file: HfqFile, watch: Watch = UNWATCHED) -> StageResult:
     """Check a file's metadata, index and payloads; `seen` counts the tensors that were read."""
     problems = list(_header_problems(file))
     notes: list[str] = []
@@ -78,7 +79,7 @@ def check_structure(file: HfqFile) -> StageResult:
             f"{file.trailing_bytes} bytes follow the last tensor; the engine ignores them, and so does this check"
         )
     problems += _edited(file, provenance)
-    recomputed, wrong = _read_payloads(file, stated)
+    recomputed, wrong = _read_payloads(file, stated, watch)
     problems += wrong
     problems += _hash_problems(file, recomputed)
     count = len(file.entries)
@@ -185,9 +186,10 @@ def _tokenizer_problems(file: HfqFile, cfg: ModelConfig | None, notes: list[str]
         notes.append("the file has no chat template")
 
 
-def _read_payloads(file: HfqFile, stated: Sequence[str] | None) -> tuple[str, list[str]]:
+def _read_payloads(file: HfqFile, stated: Sequence[str] | None, watch: Watch) -> tuple[str, list[str]]:
     """The recomputed quantization hash, and what is wrong with any payload: its checksum or its levels."""
     digest, problems = QuantizationHash(), []
+    watch.begin("structure", sum(entry.nbytes for entry in file.entries), "bytes")
     for i, entry in enumerate(file.entries):
         checksum, levels = xxhash.xxh64(), _Levels(entry)
         digest.update(entry, _tee(file, entry, checksum, levels))
@@ -197,6 +199,7 @@ def _read_payloads(file: HfqFile, stated: Sequence[str] | None) -> tuple[str, li
             )
         if levels.problem:
             problems.append(f"{entry.name}: {levels.problem}")
+        watch.advance(entry.nbytes, entry.name)
     return digest.hexdigest, problems
 
 

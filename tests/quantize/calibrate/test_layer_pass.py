@@ -14,6 +14,7 @@ from mq_quant.formats.errors import ResumeError
 from mq_quant.quantize.calibrate import layer_pass
 from mq_quant.quantize.calibrate.layer_pass import device_record
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
+from watching import Heard
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (1, 16)).astype(np.int32)
 
@@ -33,8 +34,8 @@ def test_a_calibration_is_not_continued_on_another_gpu(
 ) -> None:
     source = open_checkpoint(small_model.save(tmp_path / "small", small_model.tensors()))
 
-    def stop(weights: int, layer: int) -> None:
-        if layer == 1:
+    def stop(doing: str) -> None:
+        if doing == "layer 1":
             raise StopError
 
     def run(gpu: str, **hooks: Any) -> int:
@@ -42,7 +43,7 @@ def test_a_calibration_is_not_continued_on_another_gpu(
         return calibrate(source, TOKENS, tmp_path / "calib", CalibrationOptions(**hooks)).resumed_layers
 
     with pytest.raises(StopError):
-        run("H100", on_read=stop)
+        run("H100", watch=Heard(then=stop))
     with pytest.raises(ResumeError, match="gpu is 'H100' there and 'H200' here"):
         run("H200")
     assert run("H100") == 1

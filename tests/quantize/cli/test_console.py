@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 import pytest
-import typer
-from mq_quant.quantize.cli.console import INTERRUPTED, emit, gigabytes, resumable, table
+from mq_quant.quantize.cli.console import amount, duration, emit, gigabytes, resumable, table
+from mq_quant.quantize.cli.guard import INTERRUPTED, InterruptError
 
 
 def interrupted_lock() -> None:
@@ -19,18 +19,15 @@ def interrupted_lock() -> None:
         raise RuntimeError("cannot release un-acquired lock")
 
 
-def test_ctrl_c_ends_with_advice_and_its_code(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as exit, resumable("go on"):
+def test_ctrl_c_ends_with_advice_and_its_code() -> None:
+    with pytest.raises(InterruptError) as ended, resumable("go on"):
         raise KeyboardInterrupt
-    assert exit.value.exit_code == INTERRUPTED
-    assert capsys.readouterr().err == "interrupted; go on\n"
+    assert (ended.value.exit_code, ended.value.hint) == (INTERRUPTED, "go on")
 
 
-def test_so_does_an_error_that_it_leads_to_in_a_lock(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as exit, resumable("go on"):
+def test_so_does_an_error_that_it_leads_to_in_a_lock() -> None:
+    with pytest.raises(InterruptError, match="go on"), resumable("go on"):
         interrupted_lock()
-    assert exit.value.exit_code == INTERRUPTED
-    assert capsys.readouterr().err == "interrupted; go on\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("alone"), ValueError("other")])
@@ -49,6 +46,27 @@ def test_other_errors_stay(error: Exception, capsys: pytest.CaptureFixture[str])
 )
 def test_sizes_read_well(count: int, text: str) -> None:
     assert gigabytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "unit", "text"),
+    [
+        (228_000_000_000, "weights", "228.0 G weights"),
+        (16.2e6, "weights", "16.2 M weights"),
+        (12, "layers", "12 layers"),
+        (0.5, "layers", "0.5 layers"),
+        (2e9, "bytes", "2.0 GB"),
+    ],
+)
+def test_amounts_read_well(count: float, unit: str, text: str) -> None:
+    assert amount(count, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5.4, "5 s"), (1500, "25 min"), (7200, "2.0 h"), (200_000, "56 h")]
+)
+def test_times_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_tables_align_numbers_to_the_right() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import typer
-from mq_quant.formats.errors import HfqError, HfqKind
+from mq_quant.formats.errors import HfqError, HfqKind, InUseError
 from mq_quant.quantize.cli import app as app_module
 from mq_quant.quantize.cli.guard import as_error, guarded
 
@@ -43,7 +44,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
     def set_up(error: BaseException) -> None:
-        def command() -> None:
+        def command(json: bool = False) -> None:
             raise error
 
         app.registered_commands.clear()
@@ -78,18 +79,62 @@ def test_debug_shows_where_it_came_from(failing: Callable[[BaseException], None]
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(KeyboardInterrupt(), 130), (typer.Exit(3), 3), (SystemExit(4), 4)]
+    ("error", "code", "said"),
+    [(KeyboardInterrupt(), 130, "interrupted\n"), (typer.Exit(3), 3, ""), (SystemExit(4), 4, "")],
 )
 def test_what_ends_a_command_on_purpose_stays_so(
     error: BaseException,
     code: int,
+    said: str,
     failing: Callable[[BaseException], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     failing(error)
     with pytest.raises(SystemExit) as ended:
         app_module.main(["tiers"])
-    assert (ended.value.code, capsys.readouterr().err) == (code, "")
+    assert (ended.value.code, capsys.readouterr().err) == (code, said)
+
+
+def test_under_json_an_error_is_one_object(
+    failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(HfqError("is broken\x1b", kind=HfqKind.VERSION, file="x.mq2", tensor="t", hint="look"))
+    for line in (["tiers", "--json"], ["--json-events", "tiers"], ["tiers", "--json-events", "--json"]):
+        with pytest.raises(SystemExit) as ended:
+            app_module.main(line)
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out) == (2, "")
+        (said,) = err.splitlines()
+        assert said.isprintable()
+        assert json.loads(said) == {
+            "event": "error", "code": "hfq.version", "problem": "is broken\x1b", "file": "x.mq2", "tensor": "t",
+            "hint": "look", "exit_code": 2,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "exit_code"),
+    [
+        (KeyboardInterrupt(), "interrupt", 130),
+        (MemoryError(), "machine", 1),
+        (ValueError("x"), "fault", 1),
+        (InUseError("is in use"), "in_use", 2),
+        (typer.BadParameter("no such folder"), "usage", 2),
+    ],
+)
+def test_every_end_by_an_error_has_a_code(
+    error: BaseException,
+    code: str,
+    exit_code: int,
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing(error)
+    with pytest.raises(SystemExit) as ended:
+        app_module.main(["tiers", "--json-events"])
+    said = json.loads(capsys.readouterr().err)
+    assert (said["code"], said["exit_code"], ended.value.code) == (code, exit_code, exit_code)
+    assert "Usage:" not in said["problem"]
 
 
 def test_our_own_errors_pass_as_they_are() -> None:

@@ -16,6 +16,7 @@ from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
 from mq_quant.quantize.pipeline.build import BuildResult
 from mq_quant.quantize.pipeline.statistics import NoStatistics
 from mq_quant.quantize.pipeline.work_units import WorkUnit
+from watching import Heard
 
 Run = Callable[..., BuildResult]
 W1 = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
@@ -87,15 +88,16 @@ def test_reproduce_refuses_a_file_whose_layout_is_not_its_recipes(
 
 def test_hooks_see_every_unit(run: Run, tmp_path: Path, small: Path) -> None:
     made = run("plain", statistics=NoStatistics(), alpha=None)
-    started: list[tuple[int, int]] = []
+    heard = Heard()
     done: list[WorkUnit] = []
     reproduce(
         tmp_path / "plain",
         Inputs(str(small)),
-        on_start=lambda total, there: started.append((total, there)),
+        watch=heard,
         on_done=done.append,
     )
-    assert started == [(sum(unit.weights for unit in done), 0)] and len(done) == made.units
+    weights = sum(unit.weights for unit in done)
+    assert heard.phase("comparing") == (weights, 0, weights) and len(done) == made.units
 
 
 STRANGE = {"file": "imatrix.gguf", "repository": "stranger/tracker", "revision": None}

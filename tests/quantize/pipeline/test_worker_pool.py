@@ -13,6 +13,7 @@ from mq_quant.quantize.pipeline.work_units import WorkUnit
 from mq_quant.quantize.write.journal import read_journal
 from mq_quant.quantize.write.partial_file import JOURNAL
 from threadpoolctl import threadpool_info, threadpool_limits
+from watching import Heard
 
 Run = Callable[..., BuildResult]
 
@@ -30,7 +31,7 @@ def test_units_are_encoded_with_one_blas_thread_a_worker(run: Run) -> None:
 
 
 def test_hooks_see_every_unit_once_before_it_is_encoded_and_when_it_stands(run: Run, tmp_path: Path) -> None:
-    started: list[tuple[int, int]] = []
+    heard = Heard()
     begun: list[WorkUnit] = []
     done: list[WorkUnit] = []
     threads: set[str] = set()
@@ -45,15 +46,16 @@ def test_hooks_see_every_unit_once_before_it_is_encoded_and_when_it_stands(run: 
         assert unit in begun
         done.append(unit)
 
-    result = run(
-        on_start=lambda weights, there: started.append((weights, there)), on_begin=on_begin, on_done=on_done
-    )
-    assert started == [(sum(unit.weights for unit in done), 0)]
+    result = run(watch=heard, on_begin=on_begin, on_done=on_done)
+    weights = sum(unit.weights for unit in done)
+    assert heard.phase("encoding") == (weights, 0, weights)
+    total, _, hashed = heard.phase("hashing the source")
+    assert total == hashed > 0
     assert len(done) == result.units == len(begun) and set(done) == set(begun)
     assert all(name.startswith("encode") for name in threads)
 
 
-@pytest.mark.parametrize("hook", ["on_start", "on_begin", "on_done"])
+@pytest.mark.parametrize("hook", ["watch", "on_begin", "on_done"])
 def test_a_hook_that_raises_ends_the_build_which_can_be_continued(
     hook: str, run: Run, tmp_path: Path
 ) -> None:
@@ -62,14 +64,20 @@ def test_a_hook_that_raises_ends_the_build_which_can_be_continued(
     def stop(*_: object) -> None:
         nonlocal calls
         calls += 1
-        if calls > 9 or hook == "on_start":
+        if calls > 9:
+            raise StopError
+
+    def at_once(doing: str) -> None:
+        if doing == "encoding":
             raise StopError
 
     whole = run("whole")
     with pytest.raises(StopError):
-        run(**{hook: stop})
-    weights: list[int] = []
-    result = run(on_start=lambda total, there: weights.extend((total, there)))
-    assert result.resumed_units == {"on_start": 0, "on_done": 10}.get(hook, result.resumed_units)
-    assert (weights[1] > 0) == (hook != "on_start") and weights[0] > weights[1]
+        run(**{hook: Heard(then=at_once) if hook == "watch" else stop})
+    heard = Heard()
+    result = run(watch=heard)
+    assert result.resumed_units == {"watch": 0, "on_done": 10}.get(hook, result.resumed_units)
+    total, there, counted = heard.phase("encoding")
+    assert (there > 0) == (hook != "watch") and total > there and counted == total
+    assert ("checking what stands" in [phase for phase, *_ in heard.phases]) == (hook != "watch")
     assert result.quantization_hash == whole.quantization_hash

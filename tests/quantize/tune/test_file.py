@@ -48,8 +48,8 @@ class StopError(Exception):
     """Raised where a test interrupts a run."""
 
 
-def stop_after(layer: int) -> Callable[[int, LayerTuning], None]:
-    def hook(_: int, tuning: LayerTuning) -> None:
+def stop_after(layer: int) -> Callable[[LayerTuning], None]:
+    def hook(tuning: LayerTuning) -> None:
         if tuning.layer == layer:
             raise StopError
 
