@@ -189,3 +189,12 @@ def _bounded_int(text: str) -> int:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise JsonError(f"holds {name}, which is not JSON")
+
+
+def finite(value: Any) -> Any:
+    """A value for strict JSON: numbers that JSON lacks (NaN and the infinities) become None."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

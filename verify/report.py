@@ -17,9 +17,10 @@ import numpy as np
 
 from ..formats.errors import BackendError, OutputError
 from ..formats.text import printable
+from .model.metrics import LayerFigures
 from .run import Verification
 from .stages.fidelity import FidelityFigures, ProjectionFidelity
-from .stages.forward_parity import ForwardFigures, LayerFigures
+from .stages.forward_parity import ForwardFigures
 from .stages.generation import Continuation
 from .stages.stage import LISTED
 

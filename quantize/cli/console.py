@@ -6,7 +6,6 @@ Text may hold names and values from files of strangers. No control character of 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import typer
 
 from ...formats.errors import MqError
+from ...formats.strictjson import finite
 from ...formats.text import printable
 from .events import EventStream, event_line
 from .guard import InterruptError, MachineError, UsageError
@@ -61,18 +61,10 @@ def json_text(document: dict[str, Any]) -> str:
     try:
         text = json.dumps(document, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        document = _finite(document)
+        document = finite(document)
         text = json.dumps(document, ensure_ascii=False, allow_nan=False)
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     return text if unicode and text.isprintable() else json.dumps(document)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def note(text: str) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mq_quant.verify.model.metrics import DivergenceSummary
+from mq_quant.verify.model.metrics import DivergenceSummary, LayerFigures
 from mq_quant.verify.report import render
 from mq_quant.verify.run import Verification
 from mq_quant.verify.stages.fidelity import FidelityFigures, ProjectionFidelity
-from mq_quant.verify.stages.forward_parity import ForwardFigures, LayerFigures
+from mq_quant.verify.stages.forward_parity import ForwardFigures
 from mq_quant.verify.stages.generation import Coherence, Continuation
 from mq_quant.verify.stages.stage import Figures, StageResult
 
@@ -26,13 +26,17 @@ EVIL = "<script>alert(1)</script>"
 def verification(ok: bool = True, broken: bool = False) -> Verification:
     """Every text is hostile; stages that broke off have no figures."""
     rng = np.random.default_rng(0)
-    layers = tuple(LayerFigures(i, 1 - 1e-4 * (i + 1), 1 - 1e-3 * (i + 1), 1.0) for i in range(62))
+    layers = tuple(
+        LayerFigures(i, 1 - 1e-4 * (i + 1), 1 - 1e-3 * (i + 1), 2e-4 * (i + 1), 1.0) for i in range(62)
+    )
     rows = tuple(
         ProjectionFidelity(i, p, "MQ4", 4, 20.0, 18 + i / 10, 1.0, 17.0, f"model.layers.{i}.{p}.weight")
         for i in range(62)
         for p in ("w1", "w2", "w3", "self_attn.q_proj")
     )
-    divergence = DivergenceSummary(300, 0.01, 0.008, 0.05, 0.09, 0.95, 10.0, math.nan)
+    divergence = DivergenceSummary(
+        300, 0.01, 0.001, 0.008, 0.03, 0.05, 0.08, 0.09, 0.95, 0.9, 10.0, 0.1, math.nan, math.nan
+    )
     kld = tuple(rng.lognormal(-5, 1, 300).tolist())
     figures: dict[str, Figures | None] = {
         "structure": None,

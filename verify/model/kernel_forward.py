@@ -265,6 +265,21 @@ class KernelModel:
             self.after("lm_head")
             yield logits
 
+    def head(self, low: int, high: int) -> Callable[[Buffer], NDArray[np.float32]]:
+        """Load rows low to high of lm_head: what makes logits f32 [T, high - low] of final hidden states [T, H]."""
+        entry = self.file.entry("lm_head.weight")
+        each = entry.nbytes // entry.shape[0]
+        payload = self.file.read_range(entry, low * each, high * each)
+        self.traffic.read += payload.nbytes
+        rows = ops.matrix(self.backend, payload, format_of(self.file, entry).name, high - low, entry.shape[1])
+        norm = self._end("norm", lambda: self._vector("model.norm.weight"))
+
+        def logits(h: Buffer) -> NDArray[np.float32]:
+            t = ops.rmsnorm(self.backend, h, norm, self.cfg.rms_norm_eps)
+            return self.backend.download(ops.matvec(self.backend, rows, t))
+
+        return logits
+
     def greedy(
         self,
         prompt: NDArray[np.integer],

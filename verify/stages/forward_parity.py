@@ -14,34 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ...formats.errors import CheckError
 from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig
+from ...formats.strictjson import finite
 from ...formats.watch import UNWATCHED, Watch, watched
 from ...kernels.runtime.host import Backend
 from ..bars import Bars
+from ..evaluate.dense import of_source
+from ..evaluate.head import Head, judge
 from ..hidden import HiddenWriter
 from ..model.kernel_forward import KernelModel
-from ..model.metrics import Divergence, DivergenceSummary, cosine
-from ..model.reference import Observer, Routing, Weights, embed, layer_forward, logits
+from ..model.layer_model import KernelLayers, TorchModel
+from ..model.metrics import DivergenceSummary, LayerFigures, layer_figures, standard_error
+from ..model.reference import RowWeights
 from .stage import StageResult
 
 FIRM = 1024
 """Positions from which on a mean KL divergence is firm enough to be compared with others."""
-
-
-@dataclass(frozen=True)
-class LayerFigures:
-    """One layer: cosine of the residual stream over positions, and the share of routed experts that both chose."""
-
-    layer: int
-    cosine_mean: float
-    cosine_min: float
-    routing: float
 
 
 @dataclass(frozen=True)
@@ -63,23 +55,13 @@ class ForwardFigures:
 
     def as_json(self) -> dict[str, Any]:
         """The divergence's figures stand beside the others; a perplexity that is not known is None."""
-        flat = asdict(self)
-        divergence = {k: _finite(v) for k, v in flat.pop("divergence").items() if k != "positions"}
-        return {**flat, **divergence}
-
-
-class _Choices(Observer):
-    """Keeps the experts that the reference routes to in the current layer, i64 [n, k]."""
-
-    ids: Tensor
-
-    def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
-        self.ids = routing.ids
+        flat = finite(asdict(self))
+        return {**flat, **{k: v for k, v in flat.pop("divergence").items() if k != "positions"}}
 
 
 def check_forward(
     file: HfqFile,
-    source: Weights,
+    source: RowWeights,
     cfg: ModelConfig,
     backend: Backend,
     tokens: NDArray[np.integer],
@@ -93,26 +75,21 @@ def check_forward(
     """
     check_tokens(tokens, cfg)
     began = time.monotonic()
-    model = KernelModel(file, cfg, backend, tokens.shape[1])
-    states = [model.embed(sequence) for sequence in tokens]
-    at = [model.positions(0, tokens.shape[1])] * len(tokens)
-    hidden, choices, layers = embed(source, tokens), _Choices(), list[LayerFigures]()
-    shape = cfg.num_hidden_layers, tokens.size, cfg.hidden_size
+    kernels = KernelModel(file, cfg, backend, tokens.shape[1])
+    reference, test = TorchModel(source, cfg), KernelLayers(kernels)
+    theirs, ours = reference.embed(tokens), test.embed(tokens)
+    layers, shape = list[LayerFigures](), (cfg.num_hidden_layers, tokens.size, cfg.hidden_size)
     with HiddenWriter(dump, *shape) if dump else nullcontext() as writer:
         for layer in watched(range(cfg.num_hidden_layers), watch, "forward", "layers"):
-            hidden = layer_forward(source, cfg, layer, hidden, choices)
-            ids = model.layer(layer, states, at, [model.cache() for _ in tokens])
-            got = np.stack([backend.download(h) for h in states])
-            layers.append(_figures(layer, hidden, torch.from_numpy(got), choices.ids, ids))
+            a, b = reference.layer(layer, theirs), test.layer(layer, ours)
+            theirs, ours = a.stream, b.stream
+            layers.append(layer_figures(layer, theirs, ours, a.ids, b.ids))
             if math.isnan(layers[-1].cosine_mean):
                 raise CheckError(f"layer {layer}: the hidden state is not a number", file=file.path)
             if writer:
-                writer.add(got.reshape(tokens.size, -1))
-    found = Divergence()
-    for reference, test, sequence in zip(
-        logits(source, cfg, hidden), model.logits(states), tokens, strict=True
-    ):
-        found.add(reference, torch.from_numpy(test), sequence)
+                writer.add(ours.numpy().reshape(tokens.size, -1))
+    comparison = of_source(Head(reference, theirs), tokens, cfg.vocab_size, models=1)
+    (found,) = judge(comparison, [Head(test, ours)], watch)
     summary = found.summary()
     if not math.isfinite(summary.kld_mean):
         raise CheckError("logits: the KL divergence is not a number", file=file.path)
@@ -122,13 +99,13 @@ def check_forward(
         device=backend.device,
         layers=tuple(layers),
         divergence=summary,
-        kld=tuple(round(float(v), 9) for v in found.values()),
-        weight_bytes_read=model.traffic.read,
-        weight_bytes_peak=model.traffic.peak,
+        kld=tuple(round(float(v), 9) for v in found.kld),
+        weight_bytes_read=kernels.traffic.read,
+        weight_bytes_peak=kernels.traffic.peak,
         seconds=round(time.monotonic() - began, 3),
     )
     problems = [*_layer_problems(layers, bars), *_summary_problems(summary, bars)]
-    notes = _few(found.values())
+    notes = _few(found.kld)
     return StageResult("forward", tokens.size, "positions", tuple(problems), notes, figures)
 
 
@@ -136,7 +113,7 @@ def _few(kld: NDArray[np.float64]) -> tuple[str, ...]:
     """A warning where few positions were judged, with the standard error of their mean."""
     if len(kld) >= FIRM:
         return ()
-    error = "" if len(kld) < 2 else f", which is known to about ± {kld.std(ddof=1) / math.sqrt(len(kld)):.2g}"
+    error = "" if len(kld) < 2 else f", which is known to about ± {standard_error(kld):.2g}"
     return (
         f"judged by {len(kld)} positions only, too few for a firm mean KLD{error}; more --tokens make it firmer",
     )
@@ -150,12 +127,6 @@ def check_tokens(tokens: NDArray[np.integer], cfg: ModelConfig) -> None:
         raise CheckError(
             f"token ids reach from {tokens.min()} to {tokens.max()}, the vocabulary has {cfg.vocab_size}"
         )
-
-
-def _figures(layer: int, reference: Tensor, test: Tensor, theirs: Tensor, ours: NDArray[Any]) -> LayerFigures:
-    cosines = cosine(reference, test)
-    same = (theirs.numpy()[:, :, None] == ours[:, None, :]).any(-1)
-    return LayerFigures(layer, float(cosines.mean()), float(cosines.min()), float(same.mean()))
 
 
 def _layer_problems(layers: list[LayerFigures], bars: Bars) -> list[str]:
@@ -181,8 +152,3 @@ def _summary_problems(summary: DivergenceSummary, bars: Bars) -> list[str]:
     if bars.top1 is not None and not summary.top1 >= bars.top1:
         problems.append(f"logits: top-1 agreement is {summary.top1:.4f}, under {bars.top1}")
     return problems
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""What stands beside published files: the model card, checksums and pictures."""

@@ -1,0 +1,142 @@
+"""What a card says of one file: sizes, formats, the memory that it fits, how it was made. Only metadata are read."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...formats.errors import CheckError, HfqError
+from ...formats.hfq import HfqFile, open_hfq
+from ...formats.hfq.provenance import Provenance, stated_quantization_hash
+from ...formats.hfq.stored import format_of
+from ...formats.minimax import ModelConfig, expert_name, inventory, parse_config
+from ..spec.estimates import machine_for
+from ..spec.recipe import DEFAULT_MODEL, tiers
+
+
+@dataclass(frozen=True)
+class CardFile:
+    """One file. `bits` are those of a weight of its experts; `statistics` says what its experts were rounded under;
+    `build` is the command that makes it again, None where its recipe is not bundled.
+    """
+
+    path: Path
+    bytes: int
+    tier: str | None
+    description: str | None
+    gate_up: str
+    down: str
+    rest: str
+    bits: float
+    memory: str
+    statistics: str
+    build: str | None
+    quantization_hash: str | None
+    program: str | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What files of one card have in common: the model's name, the repository of its source and that's revision."""
+
+    model: str
+    repository: str | None
+    revision: str | None
+
+
+def read_facts(path: Path) -> tuple[CardFile, Origin]:
+    """Read one file's metadata; HfqError where it is no file, CheckError where it does not say what a card needs."""
+    with open_hfq(path) as file:
+        stated = file.metadata.get("config")
+        if not isinstance(stated, Mapping):
+            raise CheckError("has no config, so a card cannot say what it is", file=path)
+        return _facts(file, parse_config(stated)), _origin(file)
+
+
+def _facts(file: HfqFile, config: ModelConfig) -> CardFile:
+    made = Provenance.of(file)
+    recipe = made.recipe
+    formats = {p: format_of(file, file.entry(expert_name(0, 0, p))).name for p in ("w1", "w2")}
+    experts = [file.entry(spec.name).nbytes for spec in inventory(config) if spec.role == "expert"]
+    weights = (
+        3
+        * config.hidden_size
+        * config.intermediate_size
+        * config.num_local_experts
+        * config.num_hidden_layers
+    )
+    size = file.path.stat().st_size
+    tier = recipe.tier if recipe else None
+    return CardFile(
+        file.path,
+        size,
+        tier,
+        _text(recipe.document.get("description")) if recipe else None,
+        formats["w1"],
+        formats["w2"],
+        _rest(file),
+        8 * sum(experts) / weights,
+        machine_for(size, config),
+        _statistics(made),
+        _build(made, file.path.name) if tier in tiers(DEFAULT_MODEL) else None,
+        stated_quantization_hash(file.metadata),
+        made.program.version,
+    )
+
+
+def _rest(file: HfqFile) -> str:
+    """The format of attention."""
+    try:
+        return format_of(file, file.entry("model.layers.0.self_attn.q_proj.weight")).name
+    except HfqError:
+        return "unknown"
+
+
+def _origin(file: HfqFile) -> Origin:
+    made = Provenance.of(file)
+    recipe = made.recipe
+    origin: Mapping[str, Any] = made.source.origin if made.source else {}
+    repository = _text(origin.get("repository")) or (recipe.repository if recipe else None)
+    model = (recipe.model if recipe else None) or file.path.stem
+    return Origin(model, repository, _text(origin.get("revision")))
+
+
+def _statistics(made: Provenance) -> str:
+    """What the experts were rounded under, in words."""
+    parts = []
+    if made.calibration is not None:
+        tokens = made.calibration.document.get("tokens")
+        counts = tokens if isinstance(tokens, Mapping) else {}
+        sequences, length = counts.get("sequences"), counts.get("length")
+        if isinstance(sequences, int) and isinstance(length, int):
+            parts.append(f"a calibration on {sequences * length:,} tokens")
+        else:
+            parts.append("a calibration")
+    if made.imatrix is not None:
+        sets = made.imatrix.document.get("datasets")
+        names = [name for name in sets if isinstance(name, str)] if isinstance(sets, list) else []
+        parts.append("an imatrix" + (f" of {', '.join(names[:3])}" if names else ""))
+    text = " and ".join(parts) if parts else "no statistics of the model's inputs"
+    return f"{text}, then tuned against the source" if made.tuned_layers else text
+
+
+def _build(made: Provenance, name: str) -> str:
+    """The command that makes a file of a bundled tier from the same repository."""
+    recipe = made.recipe
+    assert recipe is not None
+    effort = "tuned" if made.tuned_layers else "calibrated" if made.calibration else "imatrix"
+    effort = effort if made.calibration or made.imatrix or made.tuned_layers else ""
+    wanted = f"--effort {effort}" if effort else "--no-imatrix"
+    source = recipe.repository or "SOURCE"
+    return f"mq-quant build --tier {recipe.tier} --source {shlex.quote(source)} {wanted} --output {shlex.quote(name)}"
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
