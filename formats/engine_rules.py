@@ -1,4 +1,4 @@
-"""What the engine runs: the formats of each kind of tensor, and one format per layer and projection.
+"""What the engine runs: the formats of each kind of tensor, one format per layer and projection, and its cache.
 
 The plan of a build and the check of a finished file both judge by these rules.
 """
@@ -32,6 +32,11 @@ RULES: Mapping[Role, Rule] = {
     "lm_head": Rule(_Q8, "lm_head must be Q8F16"),
     "attn": Rule(_Q8, "attention must be Q8F16: its inputs are not rotated"),
 }
+
+CONTEXT = 12288
+"""The longest context, in tokens, that the engine runs a MiniMax-M2 with; it lowers what a config allows to this."""
+CACHE_BITS = 8.5
+"""Bits of a value in the engine's key/value cache: Q8 with a scale for each 32 values."""
 
 ONE_FORMAT = (
     "the engine reads the format of a layer's gate and up, and of its down, from expert 0: keep them equal"

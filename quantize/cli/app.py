@@ -18,7 +18,9 @@ from typer.main import get_command
 from ...formats.errors import MqError
 from . import build as cli_build
 from . import calibrate as cli_calibrate
+from . import diff as cli_diff
 from . import inspect as cli_inspect
+from . import recipes as cli_recipes
 from . import tune as cli_tune
 from . import verify as cli_verify
 from .console import complain
@@ -34,13 +36,13 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_MODULES = (cli_build, cli_calibrate, cli_tune, cli_inspect, cli_verify)
+_MODULES = (cli_build, cli_calibrate, cli_tune, cli_inspect, cli_diff, cli_recipes, cli_verify)
 _COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 _ORDER = (
-    "tiers", "plan", "build", "calibrate", "tune", "verify", "inspect", "diff", "reproduce", "compare-hidden", "doctor",
+    "tiers", "recipes", "plan", "build", "calibrate", "tune",
+    "verify", "inspect", "diff", "reproduce", "compare-hidden", "doctor",
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""
 

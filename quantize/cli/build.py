@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +10,13 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import coverage, duration, emit, gigabytes, listed, note, resumable, table
+from .console import coverage, duration, emit, gigabytes, listed, note, paragraph, resumable, table
 from .progress import Progress
 
 if TYPE_CHECKING:
     from ..pipeline.build import BuildResult
-    from ..spec.estimates import PlanSummary, TierTable
+    from ..spec.efforts import EffortCost
+    from ..spec.estimates import PlanSummary, PlanTable, TierTable
 
 
 def build(
@@ -170,16 +171,22 @@ def plan(
 ) -> None:
     """Show what a build will take.
 
-    The size of the file, memory and disk follow from the recipe and a config.json: no weight is read.
+    Hours, downloads, disk and memory of each effort, and the memory that the file runs in, of one tier or of all of
+    them. All of it follows from the recipe and a config.json: no weight is read.
 
     \b
     Examples:
+      mq-quant plan
       mq-quant plan --tier mq2-lloyd
+      mq-quant plan --source MiniMaxAI/MiniMax-M2.5
       mq-quant plan --tier mq3 --source ./MiniMax-M2 --json
     """
-    from ..spec.estimates import plan_summary
+    from ..spec.estimates import plan_summary, plan_table
 
-    emit(plan_summary(tier, recipe, source, jobs, shard_cache), as_json, _render_plan)
+    if tier is None and recipe is None:
+        emit(plan_table(source, jobs, shard_cache), as_json, _render_table)
+    else:
+        emit(plan_summary(tier, recipe, source, jobs, shard_cache), as_json, _render_plan)
 
 
 def _render_plan(result: PlanSummary) -> str:
@@ -190,7 +197,23 @@ def _render_plan(result: PlanSummary) -> str:
         disk = f"{gigabytes(result.disk_bytes)}, the shards that are fetched included"
     sizes = result.calibration
     folder = gigabytes(sizes.folder_bytes + sizes.unfinished_bytes)
-    efforts = [
+    return "\n".join(
+        (
+            f"{result.model}.{result.tier}: {gigabytes(result.total_bytes)} in {result.tensor_count} tensors",
+            table(("format", "tensors", "weights", "size"), rows),
+            f"to run it: {gigabytes(result.run_bytes)}, which a machine of {result.memory} has",
+            f"disk for the build: {disk}",
+            "on this machine, without a GPU, with the disk that is taken beside the file:",
+            *_render_efforts(result.efforts),
+            f"to calibrate on {sizes.tokens} tokens into a folder: memory about {gigabytes(sizes.memory_bytes)}, "
+            f"disk {folder}",
+        )
+    )
+
+
+def _render_efforts(costs: tuple[EffortCost, ...]) -> Iterator[str]:
+    """The table of efforts, and how long the download takes on two usual lines."""
+    rows = [
         (
             f"{cost.effort}{' (default)' if cost.default else ''}",
             cost.tokens or "",
@@ -199,17 +222,31 @@ def _render_plan(result: PlanSummary) -> str:
             gigabytes(cost.disk_bytes) if cost.disk_bytes else "",
             gigabytes(cost.download_bytes) if cost.download_bytes else "",
         )
-        for cost in result.efforts
+        for cost in costs
     ]
+    yield table(("effort", "tokens", "about", "memory", "disk", "download"), rows)
+    most = max((cost.download_bytes or 0 for cost in costs), default=0)
+    if most:
+        slow, fast = (duration(8 * most / bits) for bits in (100e6, 1e9))
+        yield f"the download alone takes {slow} at 100 Mbit/s, and {fast} at 1 Gbit/s"
+
+
+def _render_table(result: PlanTable) -> str:
+    rows = []
+    for row in result.table.tiers:
+        here = "yes" if row.run_bytes <= result.machine_bytes else "no"
+        disk = "" if result.streamed_bytes is None else gigabytes(row.total_bytes + result.streamed_bytes)
+        rows.append((row.tier, gigabytes(row.total_bytes), row.memory, here, disk))
     return "\n".join(
         (
-            f"{result.model}.{result.tier}: {gigabytes(result.total_bytes)} in {result.tensor_count} tensors",
-            table(("format", "tensors", "weights", "size"), rows),
-            f"disk for the build: {disk}",
-            "on this machine, without a GPU, with the disk that is taken beside the file:",
-            table(("effort", "tokens", "about", "memory", "disk", "download"), efforts),
-            f"to calibrate on {sizes.tokens} tokens into a folder: memory about {gigabytes(sizes.memory_bytes)}, "
-            f"disk {folder}",
+            f"{result.model}, by tier:",
+            table(("tier", "file", "fits in", "fits here", "disk to build"), rows),
+            paragraph(
+                f"{result.table.memory_note}; this machine has {gigabytes(result.machine_bytes)} of memory"
+            ),
+            "",
+            f"by effort, for any of them, with {result.jobs} workers and no GPU, the disk beside the file:",
+            *_render_efforts(result.efforts),
         )
     )
 
@@ -237,7 +274,7 @@ def tiers(
 
 def _render_tiers(result: TierTable) -> str:
     rows = [(row.tier, gigabytes(row.total_bytes), row.memory, row.description) for row in result.tiers]
-    return table(("tier", "size", "fits in", "what"), rows) + f"\n\n{result.memory_note}"
+    return table(("tier", "size", "fits in", "what"), rows) + f"\n\n{paragraph(result.memory_note)}"
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"build": build, "plan": plan, "tiers": tiers}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
@@ -20,8 +21,11 @@ from .events import EventStream, event_line
 from .guard import InterruptError, MachineError, UsageError
 from .streams import READER_GONE, silence
 
+WIDTH = 100
+"""Columns of running text."""
 SHOWN = 8
 """Lines of a long list that are printed; --json prints all of them."""
+AFTER = "bytes follow the last tensor"
 
 
 class Result(Protocol):
@@ -135,6 +139,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         return "  ".join(parts).rstrip()
 
     return "\n".join([line(list(header)), *map(line, cells)])
+
+
+def paragraph(text: str, indent: str = "") -> str:
+    """A text broken into lines of at most WIDTH columns, those after the first indented."""
+    return "\n".join(textwrap.wrap(text, WIDTH, subsequent_indent=indent))
 
 
 def listed(items: Sequence[str], more: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The commands that look at files and at the machine: inspect, diff, reproduce and doctor."""
+"""The commands that look at files and at the machine: inspect, reproduce and doctor."""
 
 from __future__ import annotations
 
@@ -12,19 +12,14 @@ import typer
 
 from ...formats.text import printable, shown
 from . import options as opt
-from .console import SHOWN, emit, gigabytes, listed, table
+from .console import AFTER, SHOWN, WIDTH, emit, gigabytes, listed, table
 from .progress import Progress
 
 if TYPE_CHECKING:
     from ...formats.hfq.provenance import Provenance
-    from ..inspect.diff import Diff
     from ..inspect.doctor import Examination
     from ..inspect.reproduce import Reproduction
     from ..inspect.show import DecodedTensor, FileSummary, TensorRow
-
-WIDTH = 100
-"""Columns of what `doctor` prints."""
-AFTER = "bytes follow the last tensor"
 
 
 def inspect(
@@ -118,54 +113,6 @@ def _render_tensor(tensor: DecodedTensor) -> str:
         values = " ".join("non-finite" if v is None else f"{v:+.5f}" for v in group[:SHOWN])
         lines.append(f"  group {i}: {values}{' …' if len(group) > SHOWN else ''}")
     return "\n".join(lines)
-
-
-def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="An HFQ file.", show_default=False)],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The file to compare with it.", show_default=False)],
-    as_json: opt.Json = False,
-) -> None:
-    """Compare two files.
-
-    Metadata, formats, and each tensor's bytes and values are compared. The exit code is 1 where they differ.
-
-    \b
-    Examples:
-      mq-quant diff tiny.mq2-lloyd tiny.mq3-lloyd
-      mq-quant diff before.mq3 after.mq3 --json
-    """
-    from ..inspect.diff import diff_files
-
-    result = diff_files(a, b)
-    emit(result, as_json, _render_diff, finished=True)
-    if not result.identical:
-        raise typer.Exit(1)
-
-
-def _render_diff(result: Diff) -> str:
-    if result.identical:
-        return f"identical: {result.equal_tensors} tensors and all metadata"
-    parts = []
-    if not result.same_trailing:
-        after = (result.trailing_a, result.a), (result.trailing_b, result.b)
-        parts += [f"{count} {AFTER} of {printable(str(path))}" for count, path in after if count]
-    parts += [f"{printable(d.key)}: {_short(d.a)} / {_short(d.b)}" for d in result.metadata]
-    for path, names in ((result.a, result.only_a), (result.b, result.only_b)):
-        parts += [f"only in {printable(str(path))}: {name}" for name in names]
-    if result.different_tensors:
-        rows = [
-            (t.name, t.format_a, t.format_b, "-" if t.snr_db is None else f"{t.snr_db:.2f}")
-            for t in result.different_tensors
-        ]
-        parts.append(table(("tensor", "in A", "in B", "SNR of B, dB"), rows))
-    if not result.same_order:
-        parts.append("the tensors that both have stand in another order")
-    parts.append(f"{result.equal_tensors} tensors equal, {len(result.different_tensors)} different")
-    return "\n".join(parts)
-
-
-def _short(value: Any) -> str:
-    return shown(value, 300)
 
 
 def reproduce(
@@ -286,7 +233,6 @@ def _wrapped(text: str, first: str, others: str) -> list[str]:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
-    "diff": diff,
     "reproduce": reproduce,
     "doctor": doctor,
 }

@@ -22,7 +22,19 @@ DownForm = Literal["full", "compact", "pooled"]
 Propagate = Literal["source", "quantised"]
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="An HFQ file.", show_default=False)]
-Tier = Annotated[str | None, typer.Option(help="The name of a tier. `mq-quant tiers` lists them.")]
+
+
+def tier_names(incomplete: str) -> list[str]:
+    """The bundled tiers that begin so, for a shell that completes a name."""
+    from ..spec.recipe import tiers
+
+    return [name for name in tiers() if name.startswith(incomplete)]
+
+
+Tier = Annotated[
+    str | None,
+    typer.Option(help="The name of a tier. `mq-quant tiers` lists them.", autocompletion=tier_names),
+]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe of your own, a YAML file.")]
 SourceName = Annotated[
     str | None,

@@ -5,7 +5,6 @@ Every probe is a plain function that returns a finding. A probe that fails is a 
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import shutil
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from ...formats import cache
 from ...formats.errors import BackendError, HubError
-from ...formats.machine import cores
+from ...formats.machine import cores, memory
 
 HUB_SECONDS = 5.0
 ENOUGH_MEMORY = 4 << 30
@@ -144,7 +143,7 @@ def _disk() -> Finding:
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = memory()
     enough = total >= ENOUGH_MEMORY
     meaning = "enough for a full-size build" if enough else "a full-size build needs 4 GiB"
     return Finding(

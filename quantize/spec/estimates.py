@@ -6,13 +6,13 @@ Everything follows from a recipe and a config.json; no weight is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...formats.hfq.totals import FormatTotals
-from ...formats.machine import cores
+from ...formats.machine import cores, memory
 from ...formats.minimax import ModelConfig, inventory, parse_config
 from .calibration_sizes import (
     BASE_MEMORY,
@@ -25,17 +25,11 @@ from .efforts import EffortCost, default_effort, effort_costs
 from .metadata import template, totals_of
 from .places import TINY, ModelFiles, choose_recipe, local_folder, model_files
 from .plan import ROW_WEIGHTS, Plan, make_plan, plan_tensors
-from .recipe import Recipe, load_tier
+from .recipe import Model, Recipe, load_tier
 from .recipe import tiers as tier_names
+from .running import NOTE, machine_for, run_bytes
 from .tally import FileSizes, file_sizes
 
-if TYPE_CHECKING:
-    pass
-
-MACHINES_GB = (16, 24, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 256)
-CONTEXT = 32768
-"""Positions of the key/value cache that a machine must have room for beside the file."""
-HEADROOM_GB = 2.0
 COPIES = 7
 """How often a worker of a build holds the weights it encodes, counted in f32."""
 _STORED_BYTES = {"fp8": 1, "bf16": 2, "f32": 4}
@@ -44,8 +38,9 @@ _STORED_BYTES = {"fp8": 1, "bf16": 2, "f32": 4}
 @dataclass(frozen=True)
 class PlanSummary:
     """What a build will take. `disk_bytes` counts the file and the shards that are streamed for it; it is None where
-    nobody has said how many shards the repository has. `metadata_complete` is false where the tokenizer is not at hand,
-    so that the file will be a little larger."""
+    nobody has said how many shards the repository has. `memory` is the smallest usual memory that the file runs in,
+    `run_bytes` what the engine takes there. `metadata_complete` is false where the tokenizer is not at hand, so that
+    the file will be a little larger."""
 
     tier: str
     model: str
@@ -54,6 +49,8 @@ class PlanSummary:
     metadata_bytes: int
     tensor_count: int
     by_format: Mapping[str, FormatTotals]
+    memory: str
+    run_bytes: int
     peak_memory_bytes: int
     disk_bytes: int | None
     calibration: CalibrationSizes
@@ -66,11 +63,12 @@ class PlanSummary:
 
 @dataclass(frozen=True)
 class Tier:
-    """One tier: the size of its file, and the smallest usual memory that it runs in."""
+    """One tier: the size of its file, the smallest usual memory that it runs in, and what it takes there."""
 
     tier: str
     total_bytes: int
     memory: str
+    run_bytes: int
     description: str
 
 
@@ -83,6 +81,26 @@ class TierTable:
 
     def as_json(self) -> dict[str, Any]:
         return {"tiers": [asdict(tier) for tier in self.tiers], "memory_note": self.memory_note}
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """What building takes, for all tiers: their sizes, and the efforts, which cost the same for each of them.
+
+    `streamed_bytes` is the disk of shards beside the file, None where it is not known; `machine_bytes` is the memory of
+    this machine.
+    """
+
+    model: str
+    table: TierTable
+    streamed_bytes: int | None
+    efforts: tuple[EffortCost, ...]
+    jobs: int
+    machine_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        mine = {key: value for key, value in asdict(self).items() if key != "table"}
+        return {**mine, **self.table.as_json()}
 
 
 def offline_plan(recipe: Recipe, files: ModelFiles) -> Plan:
@@ -103,12 +121,8 @@ def plan_summary(
     recipe = choose_recipe(tier, path, source)
     files = model_files(recipe.model)
     sizes = file_sizes(recipe, files, parse_config(files.config))
-    shards = recipe.model.place.shards
-    streamed = shard_cache * -(-source_bytes(sizes.config) // shards) if shards else 0
-    local = local_folder(recipe.model.place.address) is not None or recipe.model.place.address == TINY
-    known = shards is not None or local
+    streamed = streamed_bytes(recipe.model, sizes.config, shard_cache)
     workers = jobs or cores()
-    memory = build_memory(sizes, workers)
     return PlanSummary(
         recipe.tier,
         recipe.model.name,
@@ -117,34 +131,76 @@ def plan_summary(
         sizes.metadata_bytes,
         sizes.tensor_count,
         sizes.by_format,
-        memory,
-        sizes.total_bytes + streamed if known else None,
+        machine_for(sizes.total_bytes, sizes.config),
+        run_bytes(sizes.total_bytes, sizes.config),
+        build_memory(sizes, workers),
+        None if streamed is None else sizes.total_bytes + streamed,
         calibration_sizes(sizes.config, USUAL_TOKENS, "compact"),
-        effort_costs(
-            sizes.config,
-            workers,
-            {"imatrix": memory, "calibrated": memory + moment_bytes(sizes.config, workers)},
-            None if local else source_bytes(sizes.config),
-            default_effort(recipe, sizes.config, workers),
-        ),
+        costs(recipe, sizes, workers),
         files.complete,
     )
 
 
 def tier_table(source: str | None = None) -> TierTable:
     """The bundled tiers for the released model, or for another source."""
-    rows = []
+    return _table([(recipe, sizes) for recipe, sizes in _tiers(source)])
+
+
+def plan_table(source: str | None, jobs: int | None, shard_cache: int = 2) -> PlanTable:
+    """What building each of the bundled tiers takes, for the released model or for another source."""
+    rows, workers = list(_tiers(source)), jobs or cores()
+    recipe, sizes = rows[0]
+    streamed = streamed_bytes(recipe.model, sizes.config, shard_cache)
+    efforts = costs(recipe, sizes, workers)
+    return PlanTable(recipe.model.name, _table(rows), streamed, efforts, workers, memory())
+
+
+def _tiers(source: str | None) -> Iterator[tuple[Recipe, FileSizes]]:
     for tier in tier_names():
         recipe = choose_recipe(tier, None, source) if source else load_tier(tier)
         files = model_files(recipe.model)
-        sizes = file_sizes(recipe, files, parse_config(files.config))
-        memory = machine_for(sizes.total_bytes, sizes.config)
-        rows.append(Tier(tier, sizes.total_bytes, memory, recipe.description))
-    note = f"fits in: the file, a key/value cache of {CONTEXT} tokens, and {HEADROOM_GB:.0f} GB for the rest"
-    return TierTable(tuple(sorted(rows, key=lambda row: -row.total_bytes)), note)
+        yield recipe, file_sizes(recipe, files, parse_config(files.config))
+
+
+def _table(rows: list[tuple[Recipe, FileSizes]]) -> TierTable:
+    tiers = [
+        Tier(
+            recipe.tier,
+            sizes.total_bytes,
+            machine_for(sizes.total_bytes, sizes.config),
+            run_bytes(sizes.total_bytes, sizes.config),
+            recipe.description,
+        )
+        for recipe, sizes in rows
+    ]
+    return TierTable(tuple(sorted(tiers, key=lambda row: -row.total_bytes)), NOTE)
 
 
 # --- parts of a size ------------------------------------------------------------------------------------------------
+
+
+def is_local(model: Model) -> bool:
+    """Whether a model's weights lie on this machine."""
+    address = model.place.address
+    return address == TINY or local_folder(address) is not None
+
+
+def streamed_bytes(model: Model, config: ModelConfig, shard_cache: int) -> int | None:
+    """The disk that streamed shards take beside the file; None where nobody has said how many shards there are."""
+    shards = model.place.shards
+    if shards is None:
+        return 0 if is_local(model) else None
+    return shard_cache * -(-source_bytes(config) // shards)
+
+
+def costs(recipe: Recipe, sizes: FileSizes, workers: int) -> tuple[EffortCost, ...]:
+    """What each effort takes on this machine with so many workers."""
+    plain = build_memory(sizes, workers)
+    memories = {"imatrix": plain, "calibrated": plain + moment_bytes(sizes.config, workers)}
+    download = None if is_local(recipe.model) else source_bytes(sizes.config)
+    return effort_costs(
+        sizes.config, workers, memories, download, default_effort(recipe, sizes.config, workers)
+    )
 
 
 def source_bytes(config: ModelConfig) -> int:
@@ -156,17 +212,6 @@ def source_bytes(config: ModelConfig) -> int:
         if spec.stored == "fp8":
             total += 4 * -(-spec.shape[0] // rows) * -(-spec.shape[1] // columns)
     return total
-
-
-def kv_bytes(config: ModelConfig, positions: int) -> int:
-    """Bytes of an f16 key/value cache of that many positions."""
-    return positions * config.num_hidden_layers * 2 * config.kv_dim * 2
-
-
-def machine_for(total_bytes: int, config: ModelConfig) -> str:
-    """The smallest usual memory that holds the file, the key/value cache of CONTEXT tokens and a little more."""
-    need = (total_bytes + kv_bytes(config, CONTEXT)) / 1e9 + HEADROOM_GB
-    return next((f"{size} GB" for size in MACHINES_GB if size >= need), f"{need:.0f} GB")
 
 
 def build_memory(sizes: FileSizes, jobs: int) -> int:

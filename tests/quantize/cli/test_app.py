@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from typing import Any
 import pytest
 from mq_quant.quantize.cli import build as cli_build
 from mq_quant.quantize.cli import calibrate as cli_calibrate
+from mq_quant.quantize.cli import diff as cli_diff
 from mq_quant.quantize.cli import inspect as cli_inspect
+from mq_quant.quantize.cli import recipes as cli_recipes
 from mq_quant.quantize.cli import tune as cli_tune
 from mq_quant.quantize.cli import verify as cli_verify
 from mq_quant.quantize.cli.app import app, main
@@ -87,6 +91,19 @@ def test_the_plan_of_a_checkpoint_is_the_size_of_its_file(mq: Run, small: Path, 
     assert abs(built["total_bytes"] - planned["total_bytes"]) <= 4096
 
 
+def test_a_plan_without_a_tier_is_of_all(mq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = mq("plan")
+    assert code == 0 and max(map(len, out.splitlines())) <= 100
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("mq")}
+    assert rows["mq4"][:5] == ["123.6", "GB", "128", "GB", "no"] or rows["mq4"][4] == "yes"
+    assert list(rows) == ["mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini"]
+    assert "calibrated" in out and "5.1 h at 100 Mbit/s" in out
+    result = json.loads(mq("plan", "--json", "--jobs", "2")[1])
+    assert result["jobs"] == 2 and len(result["tiers"]) == 6 and result["streamed_bytes"] > 0
+    of_tiny = json.loads(mq("plan", "--source", "tiny", "--json")[1])
+    assert of_tiny["streamed_bytes"] == 0 and of_tiny["efforts"][0]["download_bytes"] is None
+
+
 def test_tiers_lists_all_six_with_their_memory(mq: Run, small: Path) -> None:
     code, out, _ = mq("tiers", "--source", small)
     assert code == 0
@@ -108,7 +125,10 @@ def test_inspect_diff_reproduce_agree_with_build(mq: Run, small: Path) -> None:
     mq("build", "--tier", "mq3", "--source", small, "--no-imatrix", "-o", "b", "-q")
     code, out, _ = mq("diff", "a", "b")
     assert code == 1
-    assert "MQ2-Lloyd" in out
+    assert re.search(r"experts\.w1 +MQ2-Lloyd +MQ3-Lloyd +6 ", out)
+    assert len(out.splitlines()) <= 24
+    whole = mq("diff", "a", "b", "--all")[1]
+    assert whole.count("experts.0.w1.weight") == 2
     assert json.loads(mq("diff", "a", "b", "--json")[1])["identical"] is False
     code, out, _ = mq("reproduce", "a", "--source", small)
     assert code == 0
@@ -176,7 +196,7 @@ def test_debug_shows_the_traceback(mq: Run) -> None:
 
 
 def test_every_command_of_every_module_is_there() -> None:
-    modules = (cli_build, cli_calibrate, cli_tune, cli_inspect, cli_verify)
+    modules = (cli_build, cli_calibrate, cli_tune, cli_inspect, cli_diff, cli_recipes, cli_verify)
     names = [name for module in modules for name in module.COMMANDS]
     assert sorted(names) == sorted(str(command.name) for command in app.registered_commands)
 
@@ -244,3 +264,16 @@ def test_the_installed_command_runs(tmp_path: Path) -> None:
         [command, "--version"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert done.stdout.startswith("mq-quant ")
+
+
+def test_a_shell_completes_commands_and_tiers(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("mq-quant")
+
+    def completed(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+        env = {**os.environ, **words, "_MQ_QUANT_COMPLETE": "complete_bash"}
+        done = subprocess.run([command], capture_output=True, text=True, env=env, cwd=tmp_path)
+        return done.stdout.split()
+
+    assert {"reproduce", "recipes"} <= set(completed("mq-quant re"))
+    assert completed("mq-quant plan --tier mq2") == ["mq2", "mq2-lloyd", "mq2-mini"]
