@@ -18,6 +18,7 @@ from .config_rules import (
     factor,
     inverse_root,
     last_layer,
+    no_shared_expert,
     no_window,
     off,
     one,
@@ -224,6 +225,11 @@ TABLE = (
         ".*scaling_factor route(r|d)?_scal.*",
         factor,
         "the engine uses the experts' normalised weights as they are",
+    ),
+    Rule(
+        "shared_moe_mode",
+        no_shared_expert,
+        "files for the engine cannot hold a shared expert",
     ),
     Rule(
         ".*shared?_(exp|inter|moe|mlp).* .*(num|n)_shared.* use_shared.*",

@@ -71,6 +71,11 @@ def no_window(value: Any, config: Config) -> bool:
     return off(value, config) or config.get("use_sliding_window") is False
 
 
+def no_shared_expert(value: Any, config: Config) -> bool:
+    """How a shared expert is joined, where the config has none of any size."""
+    return off(value, config) or off(config.get("shared_intermediate_size"), config)
+
+
 def last_layer(value: Any, config: Config) -> bool:
     """Null, -1, or the number of the last layer."""
     layers = config.get("num_hidden_layers")

@@ -39,6 +39,11 @@ _HEAD_LIMIT = 1 << 13
 _LARGEST = (1 << 31) - 1
 _LAYER_TENSORS = 11
 """Tensors of a layer beside its experts, the AWQ scale included."""
+_OTHERS = {
+    "minimax_m3": "MiniMax-M3 has sparse attention, a shared expert and clipped activations, which the engine does not "
+    "run"
+}
+"""What is said of relatives, by the beginning of their model_type."""
 _EXPLICIT = {"use_qk_norm": True, "use_routing_bias": True, "scoring_func": "sigmoid"}
 """Keys that a file must hold, since the engine's defaults for them are others."""
 _ROPE_KEYS = frozenset(
@@ -105,10 +110,12 @@ def normalize_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError where the model is of another type, has absurd dimensions, or where a key asks for something that
     the engine does not run.
     """
-    if raw.get("model_type") != "minimax_m2":
+    kind = raw.get("model_type")
+    if kind != "minimax_m2":
+        other = next((said for name, said in _OTHERS.items() if str(kind).startswith(name)), None)
         raise ConfigError(
-            f"model_type is {shown(raw.get('model_type'))}, not 'minimax_m2'",
-            hint="mq-quant converts MiniMax-M2 checkpoints only; check --source",
+            f"model_type is {shown(kind)}" + (f": {other}" if other else ", not 'minimax_m2'"),
+            hint="mq-quant converts MiniMax-M2, M2.1, M2.5, M2.7 and what was made of them; check --source",
         )
     out = dict(raw)
     for key, largest in _DIMENSIONS.items():

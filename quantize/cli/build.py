@@ -23,6 +23,7 @@ def build(
     tier: opt.Tier = None,
     recipe: opt.RecipeFile = None,
     source: opt.SourceName = None,
+    revision: opt.Revision = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The file to write. Default: MODEL.TIER in this folder."),
@@ -100,6 +101,7 @@ def build(
     \b
     Examples:
       mq-quant build --tier mq2-lloyd --source tiny
+      mq-quant build --tier mq2 --source MiniMaxAI/MiniMax-M2.5 --revision main
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf -o /data/m27.mq3
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort calibrated --text corpus.txt --sequences 128
@@ -125,7 +127,7 @@ def build(
         asked = opt.token_request(text, tokens, sequences, length)
         wishes = Wishes(effort, fit, imatrix, no_imatrix, calibration, asked)
         changes = RecipeChanges(fit, False if no_gain else None, awq_alpha)
-        chosen = choose_recipe(tier, recipe, source)
+        chosen = choose_recipe(tier, recipe, source, revision)
         where = best_device() if device == "auto" else device
         workers = jobs or cores()
         statistics = choose(chosen, wishes, torch_device(where, asked=device != "auto"), workers)

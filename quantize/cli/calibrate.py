@@ -52,9 +52,7 @@ def calibrate(
     device: Annotated[
         opt.TorchDevice, typer.Option(help="Where the model runs; `cuda` means an AMD GPU too.")
     ] = "cpu",
-    revision: Annotated[
-        str | None, typer.Option(help="The branch, tag or commit of a hub repository. Default: main.")
-    ] = None,
+    revision: opt.Revision = None,
     shard_cache: Annotated[
         int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
     ] = 4,

@@ -43,6 +43,12 @@ SourceName = Annotated[
         "Default: the repository that the recipe names."
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        help="The branch, tag or commit of a hub repository. Default: the one that the recipe pins, else main."
+    ),
+]
 Text = Annotated[
     Path | None,
     typer.Option(

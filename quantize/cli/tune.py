@@ -39,9 +39,7 @@ def tune(
         opt.TorchDevice, typer.Option(help="Where the model runs; `cuda` means an AMD GPU too.")
     ] = "cpu",
     jobs: opt.Jobs = None,
-    revision: Annotated[
-        str | None, typer.Option(help="The branch, tag or commit of a hub repository. Default: main.")
-    ] = None,
+    revision: opt.Revision = None,
     shard_cache: Annotated[
         int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
     ] = 4,

@@ -27,6 +27,7 @@ from .statistics import (
     OnTheFly,
     Statistics,
     begin_gathering,
+    check_pin,
     effort_of,
     find,
     imatrix_path,
@@ -144,6 +145,7 @@ def _resolve(
         check(output_name(recipe), sum(t.nbytes for t in tensors), besides)
     path = imatrix_path(recipe, statistics)
     imatrix = open_imatrix(path, config)
+    check_pin(recipe, statistics, imatrix)
     recipe = _pinned(recipe, source, path if own_imatrix(statistics) else None)
     side = side_files(source.side_file)
     if side.tokenizer is None:

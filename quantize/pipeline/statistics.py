@@ -159,6 +159,19 @@ def open_imatrix(path: Path | None, config: ModelConfig) -> ImatrixModel | None:
     return load_importance(read_imatrix(path), config) if path is not None else None
 
 
+def check_pin(recipe: Recipe, statistics: Statistics | None, imatrix: ImatrixModel | None) -> None:
+    """ImatrixError where the recipe's own imatrix is in use, and its bytes are not those that the recipe pins."""
+    ref = recipe.model.imatrix
+    if imatrix is None or ref is None or ref.sha256 is None or not own_imatrix(statistics):
+        return
+    found = imatrix.record()["sha256"]
+    if found != ref.sha256:
+        raise ImatrixError(
+            f"the recipe pins the imatrix {ref.file} by the hash {ref.sha256}, and this one has {found}",
+            hint="it was replaced since; give the old one, or the new one on purpose, as --imatrix",
+        )
+
+
 def _tuning_record(statistics: Statistics | None, gathered: GatheredImportance) -> dict[str, Any]:
     """What decides the bytes of tuning besides the calibration, and what a file says of it; empty without tuning."""
     if not isinstance(statistics, OnTheFly) or statistics.tuning is None:

@@ -19,7 +19,7 @@ from ...formats.lfs import HINT, PROBLEM, is_pointer
 from ...formats.minimax import normalize_config
 from ...formats.strictjson import EMBEDDED_DEPTH, JsonError, parse_object
 from .metadata import SideFiles
-from .recipe import DEFAULT_MODEL, Model, Place, Recipe, load_model, load_recipe, load_tier
+from .recipe import DEFAULT_MODEL, Model, Place, Recipe, load_model, load_recipe, load_tier, models
 
 if TYPE_CHECKING:
     from ...formats.checkpoint.source import Source as Checkpoint
@@ -29,10 +29,13 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _NAME = re.compile(r"[^\w.-]+")
 
 
-def choose_recipe(tier: str | None, path: Path | None, source: str | None) -> Recipe:
+def choose_recipe(
+    tier: str | None, path: Path | None, source: str | None, revision: str | None = None
+) -> Recipe:
     """The recipe of `--tier` or `--recipe`; with a source of another name it is retargeted to that source.
 
-    Raises RecipeError where neither or both are given.
+    `revision` takes the place of the one that the recipe pins. Raises RecipeError where neither or both of tier and
+    path are given, and where a revision is given for what is no hub repository.
     """
     if (tier is None) == (path is None):
         raise RecipeError("give either --tier or --recipe", hint="mq-quant tiers lists the tiers")
@@ -41,19 +44,33 @@ def choose_recipe(tier: str | None, path: Path | None, source: str | None) -> Re
     else:
         assert tier is not None
         recipe = load_tier(tier, TINY if source == TINY else DEFAULT_MODEL)
-    return recipe if source is None else retarget(recipe, source)
+    recipe = recipe if source is None else retarget(recipe, source)
+    return recipe if revision is None else at_revision(recipe, revision)
+
+
+def at_revision(recipe: Recipe, revision: str) -> Recipe:
+    """The recipe with its source at a branch, tag or commit; RecipeError where the source is no hub repository."""
+    place = recipe.model.place
+    if place.repository in (None, TINY):
+        raise RecipeError(
+            f"--revision goes with a hub repository, and {place.address} is none",
+            hint="leave --revision out, or give --source owner/name",
+        )
+    model = recipe.model.model_copy(update={"place": place.model_copy(update={"revision": revision})})
+    return recipe.model_copy(update={"model": model})
 
 
 def retarget(recipe: Recipe, source: str) -> Recipe:
     """The recipe for another source: its own model's place is left as it is, anything else replaces the model.
 
-    The model is named after the repository, also where a snapshot of huggingface_hub's cache is given, else after the
-    folder.
+    A repository that a bundled model names brings that model. Any other model is named after its repository, also where
+    a snapshot of huggingface_hub's cache is given, else after the folder.
     """
     if source == recipe.model.place.address:
         return recipe
-    if source == TINY:
-        return recipe.model_copy(update={"model": load_model(TINY), "quantization_hash": None})
+    known = next((model for model in map(load_model, models()) if model.place.repository == source), None)
+    if known is not None:
+        return recipe.model_copy(update={"model": known, "quantization_hash": None})
     local = local_folder(source)
     name = _folder_name(local) if local else source.split("/")[-1]
     where = Place(folder=str(local)) if local else Place(repository=source)

@@ -94,11 +94,15 @@ class Place(_Strict):
 
 
 class ImatrixRef(_Strict):
-    """The imatrix that belongs to a model: a file of a hub repository, or, without one, of the source itself."""
+    """The imatrix that belongs to a model: a file of a hub repository, or, without one, of the source itself.
+
+    `sha256` pins its bytes, wherever they come from.
+    """
 
     file: Annotated[str, AfterValidator(_inner_path)]
     repository: str | None = None
     revision: str | None = None
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
 class Model(_Strict):
@@ -169,7 +173,7 @@ class Recipe(_Strict):
 _NOT_RESOLVED: Any = {
     "verify": True,
     "quantization_hash": True,
-    "model": {"config": True, "place": {"folder", "shards"}},
+    "model": {"config": True, "place": {"folder", "shards"}, "imatrix": {"sha256"}},
 }
 
 

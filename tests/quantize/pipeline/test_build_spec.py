@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mq_quant.quantize.pipeline.statistics import (
     Statistics,
 )
 from mq_quant.quantize.spec.places import choose_recipe
-from mq_quant.quantize.spec.recipe import Recipe, load_tier
+from mq_quant.quantize.spec.recipe import ImatrixRef, Recipe, load_tier, parse_recipe
 
 
 @pytest.fixture
@@ -64,6 +65,29 @@ def test_a_source_is_closed_after_any_later_error(
     with pytest.raises(ImatrixError), open_build(recipe, ImatrixFile(tmp_path / "none")):
         pass
     assert closed == [True]
+
+
+def test_an_imatrix_that_is_not_the_pinned_one_is_refused(recipe: Recipe, small: Path) -> None:
+    def pinned(sha256: str) -> Recipe:
+        ref = ImatrixRef(file="imatrix.gguf", sha256=sha256)
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"imatrix": ref})})
+
+    stated = hashlib.sha256((small / "imatrix.gguf").read_bytes()).hexdigest()
+    with pytest.raises(ImatrixError, match="pins the imatrix"), open_build(pinned("0" * 64)):
+        pass
+    with open_build(pinned("0" * 64), ImatrixFile(small / "imatrix.gguf")):
+        """Another one that is given on purpose is taken."""
+    with open_build(pinned(stated)) as spec, open_build(recipe, ImatrixFile(small / "imatrix.gguf")) as plain:
+        assert spec.plan.digest() == plain.plan.digest()
+        assert "sha256" not in spec.recipe.resolved()["model"]["imatrix"]
+    with pytest.raises(RecipeError, match="sha256"):
+        parse_recipe(
+            {
+                **recipe.resolved(),
+                "model": {"name": "x", "source": {"folder": "x"}, "imatrix": {"file": "i", "sha256": "abc"}},
+            },
+            "x",
+        )
 
 
 def test_the_signature_names_arguments_inputs_and_the_code(recipe: Recipe, small: Path) -> None:
