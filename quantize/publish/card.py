@@ -14,6 +14,7 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
+from ...formats.engine_rules import CONTEXT
 from ...formats.errors import CheckError, OutputError
 from ...formats.own_file import disk_errors
 from ...formats.text import printable
@@ -21,16 +22,14 @@ from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
 from ...texts import EVALUATION_SHA256
 from ..evaluate.result import EvaluatedFile, Evaluation, read_evaluation
-from ..spec.estimates import CONTEXT, HEADROOM_GB
 from ..spec.places import local_folder
+from ..spec.running import HEADROOM
 from .base_model import README, BaseModel, base_model
 from .facts import CardFile, Origin, read_facts
 
 SUMS = "SHA256SUMS"
 LIBRARY = "hipfire"
 TAGS = ("hipfire", "hfq", "mq-quant", "quantized", "moe", "minimax_m2")
-ENGINE_CONTEXT = 12288
-"""Positions that the engine gives a MiniMax-M2, with a Q8 cache."""
 _MARKS = str.maketrans({c: f"\\{c}" for c in "|*_[]`\\"})
 
 
@@ -119,7 +118,7 @@ def render_card(
         repository=origin.repository,
         versions=sorted({f.program or "of an unknown version" for f in files}),
         files=[{**vars(f), "name": f.name, "purpose": _purpose(f)} for f in files],
-        memory_note=f"a key/value cache of {CONTEXT} tokens, and {HEADROOM_GB:.0f} GB for the rest",
+        memory_note=f"a key/value cache of {CONTEXT:,} tokens in Q8, and {HEADROOM / 1e9:.0f} GB for the rest",
         evaluation=evaluation if measured else None,
         text_note=_text_note(evaluation),
         measured=measured,
@@ -250,7 +249,7 @@ def _limits(files: Sequence[CardFile], measured: Sequence[EvaluatedFile]) -> lis
         "They run in hipfire and in no other engine."
         if len(files) > 1
         else "It runs in hipfire and in no other engine.",
-        f"hipfire clamps the context of this architecture to {ENGINE_CONTEXT:,} tokens, with a Q8 cache.",
+        f"hipfire clamps the context of this architecture to {CONTEXT:,} tokens, with a Q8 cache.",
     ]
     if wrong := [f.name for f in files if f.down == "MQ4"]:
         names = ", ".join(f"`{_code(name)}`" for name in wrong)

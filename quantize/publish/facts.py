@@ -13,8 +13,8 @@ from ...formats.hfq import HfqFile, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.hfq.stored import format_of
 from ...formats.minimax import ModelConfig, expert_name, inventory, parse_config
-from ..spec.estimates import machine_for
 from ..spec.recipe import DEFAULT_MODEL, tiers
+from ..spec.running import machine_for
 
 
 @dataclass(frozen=True)
