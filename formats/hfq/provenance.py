@@ -102,6 +102,14 @@ class Provenance:
         told = ((layer.get("layer"), _object(layer.get("tuning")).get("kept")) for layer in self.layers)
         return frozenset(layer for layer, kept in told if isinstance(layer, int) and kept is True)
 
+    @property
+    def calibration_tokens(self) -> int | None:
+        """The number of tokens that the experts' statistics were gathered on, where the record says so."""
+        tokens = _object(self.calibration.document.get("tokens")) if self.calibration else {}
+        counts = [tokens.get(key) for key in ("sequences", "length")]
+        whole = [count for count in counts if type(count) is int]
+        return whole[0] * whole[1] if len(whole) == len(counts) else None
+
     def as_json(self) -> dict[str, Any]:
         """The record as it stands in the metadata."""
         return dict(self.document)

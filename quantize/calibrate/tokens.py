@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, TokenError
 from ...formats.minimax import ModelConfig
 from ...formats.tokenizer import TextTokenizer
+from ...texts import calibration_text, evaluation_text
 from ..spec.calibration_sizes import USUAL_TOKENS
 from .text import text_tokens
 from .token_file import TOKEN_LIMIT, read_token_file
@@ -44,26 +46,38 @@ class TokenRequest:
         return self.text is None and self.tokens is None
 
 
-def load_tokens(source: Source, request: TokenRequest) -> Tokens:
+@dataclass(frozen=True)
+class OwnText:
+    """A text that travels with the package; `name` is what errors call it."""
+
+    name: str
+    read: Callable[[], str]
+
+
+CALIBRATION = OwnText("the calibration text of mq-quant", calibration_text)
+EVALUATION = OwnText("the evaluation text of mq-quant", evaluation_text)
+
+
+def load_tokens(source: Source, request: TokenRequest, own: OwnText = CALIBRATION) -> Tokens:
     """Token ids i32 [sequences, length] as they were asked for; TokenError, CheckpointError."""
     if request.tokens is not None:
         return read_tokens(request.tokens, source.config, request.sequences)
     if request.text is not None:
         return tokenize(request.text, source, request.length, request.sequences)
-    return bundled_tokens(source, request.length, request.sequences)
+    return bundled_tokens(source, request.length, request.sequences, own)
 
 
-def bundled_tokens(source: Source, length: int = LENGTH, sequences: int | None = None) -> Tokens:
-    """The beginning of the calibration text that travels with the package, as `tokenize` cuts it.
+def bundled_tokens(
+    source: Source, length: int = LENGTH, sequences: int | None = None, own: OwnText = CALIBRATION
+) -> Tokens:
+    """The beginning of a text that travels with the package, as `tokenize` cuts it.
 
     Without `sequences` it is USUAL_TOKENS, or fewer where the text has fewer, in sequences no longer than the model's
     positions.
     """
-    from ...texts import calibration_text
-
     whole = min(length, source.config.max_position_embeddings) if sequences is None else length
     wanted = USUAL_TOKENS // whole if sequences is None else sequences
-    return _cut(calibration_text(), "the calibration text of mq-quant", source, whole, wanted, sequences)
+    return _cut(own.read(), own.name, source, whole, wanted, sequences)
 
 
 def read_tokens(path: Path, config: ModelConfig, sequences: int | None = None) -> Tokens:

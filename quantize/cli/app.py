@@ -19,6 +19,7 @@ from ...formats.errors import MqError
 from . import build as cli_build
 from . import calibrate as cli_calibrate
 from . import diff as cli_diff
+from . import evaluate as cli_evaluate
 from . import inspect as cli_inspect
 from . import recipes as cli_recipes
 from . import tune as cli_tune
@@ -38,11 +39,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_MODULES = (cli_build, cli_calibrate, cli_tune, cli_inspect, cli_diff, cli_recipes, cli_verify)
+_MODULES = (cli_build, cli_calibrate, cli_tune, cli_evaluate, cli_inspect, cli_diff, cli_recipes, cli_verify)
 _COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 _ORDER = (
     "tiers", "recipes", "plan", "build", "calibrate", "tune",
-    "verify", "inspect", "diff", "reproduce", "compare-hidden", "doctor",
+    "verify", "evaluate", "inspect", "diff", "reproduce", "compare-hidden", "doctor",
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""
 

@@ -32,13 +32,16 @@ class TokensRecord:
 
 @dataclass(frozen=True)
 class EvaluatedFile:
-    """One file beside the source. `layers` is empty where the source itself was not run."""
+    """One file beside the source. `calibration_tokens` are those that its build gathered on, as far as it says so;
+    `layers` is empty where the source itself was not run.
+    """
 
     name: str
     tier: str | None
     bytes: int
     quantization_hash: str | None
     divergence: DivergenceSummary
+    calibration_tokens: int | None = None
     layers: tuple[LayerFigures, ...] = ()
 
 
@@ -53,6 +56,7 @@ class Evaluation:
     reference: ReferenceKind
     tokens: TokensRecord
     files: tuple[EvaluatedFile, ...]
+    notes: tuple[str, ...]
     resumed_layers: int
     seconds: float
     peak_rss_bytes: int
@@ -69,7 +73,7 @@ class Evaluation:
         )
 
 
-_UNKNOWN = ("kld", "ppl", "routing")
+_UNKNOWN = ("kld", "ppl", "routing", "cosine", "error")
 """How figures begin that may be unknown."""
 _ADAPTER = TypeAdapter(Evaluation)
 

@@ -23,7 +23,7 @@ from ...formats.watch import UNWATCHED, Watch
 from ...texts import EVALUATION_SHA256
 from ..evaluate.result import EvaluatedFile, Evaluation, read_evaluation
 from ..spec.places import local_folder
-from ..spec.running import HEADROOM
+from ..spec.running import NOTE
 from .base_model import README, BaseModel, base_model
 from .facts import CardFile, Origin, read_facts
 
@@ -118,7 +118,7 @@ def render_card(
         repository=origin.repository,
         versions=sorted({f.program or "of an unknown version" for f in files}),
         files=[{**vars(f), "name": f.name, "purpose": _purpose(f)} for f in files],
-        memory_note=f"a key/value cache of {CONTEXT:,} tokens in Q8, and {HEADROOM / 1e9:.0f} GB for the rest",
+        memory_note=NOTE.removeprefix("fits in: "),
         evaluation=evaluation if measured else None,
         text_note=_text_note(evaluation),
         measured=measured,

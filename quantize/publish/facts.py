@@ -112,13 +112,8 @@ def _statistics(made: Provenance) -> str:
     """What the experts were rounded under, in words."""
     parts = []
     if made.calibration is not None:
-        tokens = made.calibration.document.get("tokens")
-        counts = tokens if isinstance(tokens, Mapping) else {}
-        sequences, length = counts.get("sequences"), counts.get("length")
-        if isinstance(sequences, int) and isinstance(length, int):
-            parts.append(f"a calibration on {sequences * length:,} tokens")
-        else:
-            parts.append("a calibration")
+        count = made.calibration_tokens
+        parts.append("a calibration" if count is None else f"a calibration on {count:,} tokens")
     if made.imatrix is not None:
         sets = made.imatrix.document.get("datasets")
         names = [name for name in sets if isinstance(name, str)] if isinstance(sets, list) else []

@@ -30,10 +30,10 @@ from ..spec.metadata import Outcome
 from ..spec.provenance import code, flatten, program
 from ..write.inputs import check_no_input
 from ..write.partial_file import TUNING, Destination, PartialFile, beside
+from ..write.stream_folder import StreamFolder
 from .laid import TunedLayout
 from .layer import PLAIN, LayerTuning, TuneSettings
-from .layers import LayersTuning
-from .streams import StreamFolder
+from .layers import RESTART, LayersTuning
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def tune_file(path: Path, source: Source, tokens: Tokens, options: TuneOptions) 
         options.watch.begin("hashing the file", given.size, "bytes")
         signature = {**record, "code": code(), "file": given.sha256(options.watch), "source": fingerprint}
         with PartialFile(destination, laid, laid.pieces, dict(flatten(signature)), options.restart) as out:
-            streams = StreamFolder(beside(destination.path, TUNING), anew=out.begun_anew)
+            streams = StreamFolder(beside(destination.path, TUNING), out.begun_anew, RESTART)
             kept = out.take_over(laid.pieces, options.jobs, options.watch)
             work = LayersTuning(file, source, tokens, options.settings, device)
             records, resumed = work.run(out, laid.pieces, kept, streams, options.watch, options.on_layer)

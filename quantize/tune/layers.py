@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,25 @@ from ..calibrate.run import Reading, weights_of
 from ..calibrate.tokens import Tokens
 from ..spec.hooks import nothing
 from ..write.partial_file import PartialFile
+from ..write.stream_folder import StreamFolder
 from .laid import Piece, layer_names
 from .layer import LayerTask, LayerTuning, TuneSettings, tune_layer
-from .streams import KINDS, StreamFolder, Streams
 from .student import StoredTensor
 
 U8 = NDArray[np.uint8]
 LayerHook = Callable[[LayerTuning], None]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What enters a layer, f32 [sequences, length, hidden] each: of the source, and of the file as it is stored."""
+
+    source: NDArray[np.float32]
+    own: NDArray[np.float32]
+
+
+KINDS = tuple(field.name for field in fields(Streams))
+RESTART = "give --restart to tune the file from its first layer"
 
 
 @dataclass(frozen=True)
@@ -70,12 +82,14 @@ class LayersTuning:
                 entering = self._enter(streams, n, out.done[of_layer[n - 1][-1].key] if n else {})
             target, tuning = self._layer(n, entering)
             entering = Streams(target, tuning.leaving)
-            hashes = streams.save(n + 1, entering) if n + 1 < len(of_layer) else {}
+            last = n + 1 == len(of_layer)
+            hashes = {} if last else {k: streams.save(k, n + 1, getattr(entering, k)) for k in KINDS}
             for piece in of_layer[n]:
                 out.put(
                     piece, self._payload(piece, tuning.payloads).data, {"tuning": tuning.record(), **hashes}
                 )
-            streams.drop(n)
+            for kind in KINDS:
+                streams.drop(kind, n)
             watch.advance(weights_of(specs[n]), f"layer {n}")
             on_layer(tuning)
         return [out.done[of[-1].key]["tuning"] for of in of_layer], done
@@ -84,7 +98,7 @@ class LayersTuning:
         """What enters a layer: both models' embeddings, or what was saved."""
         if layer:
             shape = (*self.tokens.shape, self.source.config.hidden_size)
-            return streams.load(layer, shape, {kind: record.get(kind) for kind in KINDS})
+            return Streams(**{kind: streams.load(kind, layer, shape, record.get(kind)) for kind in KINDS})
         embedded = Streams(*(embed(w, self.tokens).numpy() for w in (self.source, DecodedFile(self.file))))
         self.source.release(EMBED)
         return embedded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,11 +13,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..model.metrics import TOP, Positions, joined, shared
-from .head import Head
 from .running import Running
 
-Value = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From Σ p·(a − b) / Σ p, ln Σ exp(a) and ln Σ exp(b), f64 [n] each, to the KLD f64 [n]."""
+
+@dataclass(frozen=True)
+class Sums:
+    """How a reference's numbers become figures. `floor` is the log-probability from which on a token counts.
+
+    `kld` takes Σ p·(a − b) / Σ p, ln Σ exp(a) and ln Σ exp(b), f64 [n] each, `nll` what the last but one is and the
+    logits of the tokens that follow.
+    """
+
+    kld: Callable[[Tensor, Tensor, Tensor], Tensor]
+    nll: Callable[[Tensor, Tensor], Tensor]
+    floor: float = -math.inf
+
+
+NORMALISED = Sums(lambda mean, a, b: (mean - a + b).clamp_min(0), lambda total, target: total - target)
+"""Of logits, or log-probabilities whose sum is not quite one: both distributions are normalised."""
 
 
 class DenseLogits(Protocol):
@@ -24,11 +38,6 @@ class DenseLogits(Protocol):
 
     def load(self, low: int, high: int) -> None: ...
     def logits(self, sequence: int, scored: range) -> Tensor: ...
-
-
-def normalised(mean: Tensor, reference: Tensor, test: Tensor) -> Tensor:
-    """The KLD of two distributions of which logits are known."""
-    return mean - reference + test
 
 
 @dataclass
@@ -40,17 +49,14 @@ class _Sequence:
 
 @dataclass
 class DenseComparison:
-    """Token ids [n_seq, len] of which the positions in `scored` are judged; `kept` of the reference's most likely
-    tokens are remembered.
-    """
+    """Token ids [n_seq, len] of which the positions in `scored` are judged."""
 
     source: DenseLogits
     tokens: NDArray[np.integer]
     vocabulary: int
     models: int
     scored: range
-    kept: int = TOP
-    value: Value = normalised
+    sums: Sums = NORMALISED
     _state: list[_Sequence] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +67,7 @@ class DenseComparison:
             following = sequence[self.scored.start + 1 : self.scored.stop + 1]
             self._state.append(
                 _Sequence(
-                    Running(following, count, max(top, min(self.kept, self.vocabulary))),
+                    Running(following, count, top, self.sums.floor),
                     [Running(following, count, top) for _ in range(self.models)],
                     [torch.zeros(count, dtype=torch.float64) for _ in range(self.models)],
                 )
@@ -72,9 +78,9 @@ class DenseComparison:
         return len(self._state)
 
     @property
-    def references(self) -> list[Running]:
-        """What is known of the reference, sequence by sequence."""
-        return [state.reference for state in self._state]
+    def totals(self) -> list[Tensor]:
+        """ln Σ exp(logit) f64 [positions] of the reference, sequence by sequence."""
+        return [state.reference.total for state in self._state]
 
     def begin(self, low: int, high: int) -> None:
         self.source.load(low, high)
@@ -86,7 +92,7 @@ class DenseComparison:
         state.reference.take(low, reference)
         total = state.reference.total
         share = torch.where(before == -torch.inf, 0.0, (before - total).exp())
-        weights = torch.where(reference == -torch.inf, 0.0, (reference - total[:, None]).exp())
+        weights = torch.where(reference <= self.sums.floor, 0.0, (reference - total[:, None]).exp())
         for i, (running, test) in enumerate(zip(state.tests, tests, strict=True)):
             running.take(low, test)
             apart = torch.where(weights > 0, reference - test, 0.0)  # 0 · ∞ is 0 here
@@ -97,18 +103,18 @@ class DenseComparison:
 
     def _positions(self, state: _Sequence, model: int) -> Positions:
         theirs, ours = state.reference, state.tests[model]
-        kld = self.value(state.means[model], theirs.total, ours.total).clamp_min(0)
+        kld = self.sums.kld(state.means[model], theirs.total, ours.total)
         return Positions(
             kld.numpy(),
             (theirs.first == ours.first).numpy(),
-            shared(theirs.ids[:, : ours.ids.shape[1]], ours.ids),
-            theirs.nll.numpy(),
-            ours.nll.numpy(),
+            shared(theirs.ids, ours.ids),
+            self.sums.nll(theirs.total[: len(theirs.target)], theirs.target).numpy(),
+            (ours.total[: len(ours.target)] - ours.target).numpy(),
         )
 
 
 def of_source(
-    source: Head, tokens: NDArray[np.integer], vocabulary: int, models: int, kept: int = TOP
+    source: DenseLogits, tokens: NDArray[np.integer], vocabulary: int, models: int
 ) -> DenseComparison:
-    """The source that runs beside the models: every position is judged."""
-    return DenseComparison(source, tokens, vocabulary, models, range(tokens.shape[1]), kept)
+    """The source that runs beside the models, or what was saved of it: every position is judged."""
+    return DenseComparison(source, tokens, vocabulary, models, range(tokens.shape[1]))

@@ -45,12 +45,18 @@ class Comparison(Protocol):
         ...
 
 
+class Stream(Protocol):
+    """Final hidden states, a sequence f32 [len, H] at a time."""
+
+    def __getitem__(self, sequence: int, /) -> Tensor: ...
+
+
 @dataclass
 class Head:
     """A model and the stream behind its last layer, of which any sequence f32 [len, H] can be asked for."""
 
     model: LayerModel
-    stream: Sequence[Tensor] | Tensor
+    stream: Stream
 
     def load(self, low: int, high: int) -> None:
         self._rows: Logits = self.model.head(low, high)

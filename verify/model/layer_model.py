@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ...formats.minimax import ModelConfig
 from .kernel_forward import KernelModel
-from .reference import Observer, Routing, RowWeights, embed, layer_forward, load, rms_norm
+from .reference import Observer, Routing, RowWeights, Weights, embed, layer_forward, load, rms_norm
 
 CPU = torch.device("cpu")
 Logits = Callable[[Tensor], Tensor]
@@ -62,7 +62,7 @@ class _Choices(Observer):
 class TorchModel:
     """Any weights through the reference forward, on a device of torch's."""
 
-    weights: RowWeights
+    weights: Weights
     config: ModelConfig
     device: torch.device = CPU
 
@@ -78,13 +78,21 @@ class TorchModel:
     def head(self, low: int, high: int) -> Logits:
         like = torch.empty(0, device=self.device)
         norm = load(self.weights, "model.norm.weight", like)
-        rows = torch.from_numpy(np.ascontiguousarray(self.weights.rows("lm_head.weight", low, high))).to(like)
+        rows = torch.from_numpy(np.ascontiguousarray(_rows(self.weights, low, high))).to(like)
 
         def logits(hidden: Tensor) -> Tensor:
             with torch.inference_mode():
                 return F.linear(rms_norm(hidden.to(self.device), norm, self.config.rms_norm_eps), rows).cpu()
 
         return logits
+
+
+def _rows(weights: Weights, low: int, high: int) -> NDArray[np.float32]:
+    """Rows of the vocabulary's matrix, f32 [high - low, H]."""
+    name = "lm_head.weight"
+    return (
+        weights.rows(name, low, high) if isinstance(weights, RowWeights) else weights.weight(name)[low:high]
+    )
 
 
 @dataclass(frozen=True)

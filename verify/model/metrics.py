@@ -50,6 +50,10 @@ TOP = 8
 """How many of the most likely tokens of both models are compared, besides the first."""
 
 
+FEWEST = 512
+"""Positions under which no quality is judged unless that is asked for."""
+
+
 @dataclass(frozen=True)
 class LayerFigures:
     """One layer of a model beside the source's: cosine of the residual stream over positions, the squared error of the

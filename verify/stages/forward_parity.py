@@ -29,7 +29,7 @@ from ..hidden import HiddenWriter
 from ..model.kernel_forward import KernelModel
 from ..model.layer_model import KernelLayers, TorchModel
 from ..model.metrics import DivergenceSummary, LayerFigures, layer_figures, standard_error
-from ..model.reference import RowWeights
+from ..model.reference import Weights
 from .stage import StageResult
 
 FIRM = 1024
@@ -61,7 +61,7 @@ class ForwardFigures:
 
 def check_forward(
     file: HfqFile,
-    source: RowWeights,
+    source: Weights,
     cfg: ModelConfig,
     backend: Backend,
     tokens: NDArray[np.integer],

@@ -4,44 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from mq_quant.formats.checkpoint.local import Checkpoint
-from mq_quant.formats.minimax import ModelConfig, expert_name, inventory, layer_prefix
+from mq_quant.formats.minimax import ModelConfig, expert_name
 from mq_quant.verify.model import reference
 from mq_quant.verify.model.reference import Observer, Routing, embed, layer_by_layer, logits, route
-
-
-def huggingface(checkpoint: Checkpoint) -> Any:
-    """transformers' model with this checkpoint's weights."""
-    from transformers import MiniMaxM2Config, MiniMaxM2ForCausalLM
-
-    cfg, raw = checkpoint.config, dict(checkpoint.raw_config)
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    rope["partial_rotary_factor"] = cfg.rotary_dim / cfg.head_dim
-    keep = {k: v for k, v in raw.items() if k not in ("quantization_config", "architectures", "rope_theta")}
-    model = MiniMaxM2ForCausalLM(
-        MiniMaxM2Config(**{**keep, "rope_parameters": rope, "attn_implementation": "eager"})
-    )
-    state = {}
-    for spec in inventory(cfg):
-        if spec.role != "expert":
-            name = spec.name.replace("block_sparse_moe", "mlp")
-            state[name] = torch.from_numpy(checkpoint.weight(spec.name))
-    for layer in range(cfg.num_hidden_layers):
-        moe = f"{layer_prefix(layer)}mlp.experts."
-        w1, w3, w2 = (
-            np.stack([checkpoint.weight(expert_name(layer, e, w)) for e in range(cfg.num_local_experts)])
-            for w in ("w1", "w3", "w2")
-        )
-        state[f"{moe}gate_up_proj"] = torch.from_numpy(np.concatenate([w1, w3], axis=1))
-        state[f"{moe}down_proj"] = torch.from_numpy(w2)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not missing and not unexpected
-    return model.eval()
+from transformers_model import huggingface
 
 
 class Routes(Observer):

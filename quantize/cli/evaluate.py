@@ -1,0 +1,153 @@
+"""The command that judges many files in one pass: evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...formats.text import printable
+from . import options as opt
+from .console import emit, gigabytes, note, resumable, table
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from ...verify.model.metrics import DivergenceSummary
+    from ..evaluate.reference import Reference
+    from ..evaluate.result import Evaluation
+
+Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="HFQ files.", show_default=False)]
+
+
+def evaluate(
+    files: Files,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="The checkpoint that the files were made from: a folder, a hub repository (owner/name), or `tiny`."
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with these predictions instead: a file of --save-reference, or one that llama-perplexity "
+            "wrote with --kl-divergence-base."
+        ),
+    ] = None,
+    save_reference: Annotated[
+        Path | None,
+        typer.Option(help="Save the source's predictions here, so that further files need no source."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the result is written, as JSON.")
+    ] = Path("evaluation.json"),
+    text: opt.Text = None,
+    tokens: opt.Tokens = None,
+    sequences: opt.Sequences = None,
+    length: opt.Length = 512,
+    device: Annotated[
+        opt.TorchDevice, typer.Option(help="Where the models run; `cuda` means an AMD GPU too.")
+    ] = "cpu",
+    revision: Annotated[
+        str | None, typer.Option(help="The branch, tag or commit of a hub repository. Default: main.")
+    ] = None,
+    shard_cache: Annotated[
+        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
+    ] = 2,
+    force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an unfinished evaluation and begin anew.")
+    ] = False,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure how far files are from their source.
+
+    All files and the source are run on the same text, layer by layer, in one pass: each weight of the source is read
+    once. Printed are the KL divergence of the next tokens, agreement and perplexity. The same command continues a run
+    that was interrupted, after the last finished layer.
+
+    \b
+    Examples:
+      mq-quant evaluate tiny.mq2-lloyd --source tiny --sequences 4 --length 128
+      mq-quant evaluate m27.mq2 m27.mq3 m27.mq4 --source MiniMaxAI/MiniMax-M2.7 --save-reference m27.reference
+      mq-quant evaluate m27.mq2-mini --reference m27.reference -o mini.json
+      mq-quant evaluate m27.mq2 --reference llama-base.dat -o gguf.json
+    """
+    if (source is None) == (reference is None):
+        raise typer.BadParameter("give either --source or --reference")
+    if reference is not None and (text or tokens or sequences or revision):
+        raise typer.BadParameter("--reference holds its own tokens: leave --text, --tokens, --sequences out")
+    with (
+        Progress(f"evaluate {output.name}", quiet) as progress,
+        resumable("the same command continues after the last finished layer"),
+        ExitStack() as stack,
+    ):
+        from ...formats.hfq import open_hfq
+        from ..calibrate.tokens import TokenRequest
+        from ..evaluate.reference import of_checkpoint, of_file
+        from ..evaluate.run import EvaluateOptions, evaluate_files
+        from ..spec.places import local_folder, open_place
+        from ..write.inputs import check_no_input
+
+        inputs = [*files, reference, text, tokens, local_folder(source) if source else None]
+        for written in filter(None, (output, save_reference)):
+            check_no_input(written, inputs)
+        against: Reference
+        if reference is not None:
+            with open_hfq(files[0]) as first:
+                against = of_file(reference, first)
+        else:
+            assert source is not None
+            asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
+            opened = stack.enter_context(closing(open_place(source, revision, shard_cache, output.parent)))
+            opened.validate()
+            against = of_checkpoint(opened, asked, opened.fingerprint(progress))
+        options = EvaluateOptions(output, save_reference, device, force, restart, progress)
+        result = evaluate_files(files, against, options)
+    for text_of_note in result.notes:
+        note(text_of_note)
+    if as_json or not quiet:
+        emit(result, as_json, _render, finished=True)
+
+
+def _render(result: Evaluation) -> str:
+    rows = [(printable(f.name), gigabytes(f.bytes), *_cells(f.divergence)) for f in result.files]
+    header = (
+        "file",
+        "size",
+        "KLD",
+        "±",
+        "median",
+        "95 %",
+        "99 %",
+        "99.9 %",
+        "max",
+        "top-1",
+        "top-8",
+        "perplexity",
+        "±",
+    )
+    first = result.files[0].divergence
+    whose = {"source": "the source", "saved": "the saved source", "llama.cpp": "llama.cpp's reference"}
+    tokens = result.tokens
+    return "\n".join(
+        (
+            table(header, rows),
+            f"against {whose[result.reference]} (perplexity {first.ppl_reference:.4f} "
+            f"± {first.ppl_reference_error:.2g}) at {first.positions:,} positions of {tokens.sequences} sequences "
+            f"of {tokens.length} tokens",
+        )
+    )
+
+
+def _cells(d: DivergenceSummary) -> tuple[str, ...]:
+    klds = (d.kld_mean, d.kld_error, d.kld_median, d.kld_p95, d.kld_p99, d.kld_p999, d.kld_max)
+    shares = (f"{d.top1:.4f}", f"{d.top8:.4f}")
+    return (*(f"{value:.5f}" for value in klds), *shares, f"{d.ppl_test:.4f}", f"{d.ppl_test_error:.2g}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"evaluate": evaluate}

@@ -1,0 +1,59 @@
+"""What is refused before an evaluation begins: files of other models, and outputs that cannot be written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...formats.errors import OutputError
+from ...formats.hfq import HfqFile
+from ...formats.minimax import ModelConfig
+from ...formats.own_file import disk_errors, free_bytes
+from ...verify.evaluate.saved_reference import reference_bytes
+from ...verify.model.hfq_weights import check_shapes
+from ...verify.run import check_dimensions
+from .reference import Reference, config_of
+
+
+def check_models(files: Sequence[HfqFile], reference: Reference) -> None:
+    """CheckError or HfqError where a file cannot be compared with the others or the reference, on metadata alone."""
+    expected = reference.source.config if reference.source else config_of(files[0])
+    for file in files:
+        config = config_of(file)
+        check_dimensions(file, config, expected)
+        check_shapes(file, config)
+        reference.check_vocabulary(file, config)
+
+
+def work_bytes(config: ModelConfig, tokens: int, models: int) -> int:
+    """Bytes of the streams before and behind a layer of so many models."""
+    return 2 * models * 4 * tokens * config.hidden_size
+
+
+def check_outputs(
+    output: Path, saved: Path | None, reference: Reference, config: ModelConfig, files: int, force: bool
+) -> None:
+    """OutputError where an output exists, has no folder, or the work does not fit on its disk. Touches nothing."""
+    for path in filter(None, (output, saved)):
+        if not path.parent.is_dir():
+            raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+        if path.exists() and not (force and path.is_file()):
+            raise OutputError("exists already", file=path, hint="give --force to replace it, or another name")
+    if saved is not None and reference.source is None:
+        raise OutputError(
+            "there is nothing to save: the source is not run",
+            file=saved,
+            hint="give --source in place of --reference",
+        )
+    positions = reference.tokens.size
+    needed = work_bytes(config, positions, files + (reference.source is not None))
+    needed += reference.source.disk_bytes() if reference.source else 0
+    needed += reference_bytes(positions, config.vocab_size) if saved is not None else 0
+    with disk_errors(output):
+        free = free_bytes(output.parent)
+    if free is not None and free < needed:
+        raise OutputError(
+            f"the work needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free",
+            file=output,
+            hint="free some space, give --output on another disk, or ask for less with --sequences",
+        )

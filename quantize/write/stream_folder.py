@@ -1,0 +1,83 @@
+"""Residual streams between layers, kept on the disk while a model is run through its layers for hours.
+
+Behind a layer every stream is written, then a journal names their hashes, then those before the layer go. So a run that
+was killed continues before the first layer that its journal does not hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats.errors import OutputError, ResumeError
+from ...formats.own_file import disk_errors
+from ...formats.unchanged import UnchangedFile
+from .atomic import write_atomic
+
+F32 = NDArray[np.float32]
+_OURS = re.compile(r"\.?[a-z]+\d*-\d{5}\.f32(\.partial)?")
+
+
+class StreamFolder:
+    """The folder that keeps them, beside the output; whoever holds the output's lock has it alone.
+
+    A stream is known by its name, of small letters and perhaps a number, and the layer that it enters.
+    """
+
+    def __init__(self, path: Path, anew: bool, hint: str) -> None:
+        """Take over the folder, or make it; `anew` drops what an earlier run left.
+
+        Raises OutputError where something else has its name. `hint` is what to do where a stream is damaged.
+        """
+        self.path, self._hint = path, hint
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise OutputError("is in the way of the streams between layers", file=path, hint="remove it")
+        with disk_errors(path):
+            path.mkdir(exist_ok=True)
+        if anew:
+            self.clear()
+
+    def _file(self, name: str, layer: int) -> Path:
+        return self.path / f"{name}-{layer:05d}.f32"
+
+    def save(self, name: str, layer: int, stream: F32) -> str:
+        """Make a stream that enters a layer durable; returns its SHA-256."""
+        data = np.ascontiguousarray(stream, "<f4").data.cast("B")
+        return write_atomic(self._file(name, layer), [data]).sha256
+
+    def load(self, name: str, layer: int, shape: tuple[int, ...], sha256: object) -> F32:
+        """The stream that enters a layer, as it was saved with this hash; ResumeError where it is gone or damaged."""
+        path = self._checked(name, layer, sha256)
+        return np.fromfile(path, "<f4").reshape(shape).astype(np.float32, copy=False)
+
+    def mapped(self, name: str, layer: int, shape: tuple[int, ...], sha256: object) -> F32:
+        """The same, of which only what is used comes into memory."""
+        return np.memmap(self._checked(name, layer, sha256), "<f4", "r", shape=shape)
+
+    def _checked(self, name: str, layer: int, sha256: object) -> Path:
+        path = self._file(name, layer)
+        if not path.is_file() or UnchangedFile(path, ResumeError).sha256() != sha256:
+            raise ResumeError("is not as the earlier run left it", file=path, hint=self._hint)
+        return path
+
+    def drop(self, name: str, layer: int) -> None:
+        """Remove what enters a layer."""
+        with disk_errors(self.path):
+            self._file(name, layer).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove every stream; anything else stays."""
+        with disk_errors(self.path):
+            for file in self.path.iterdir():
+                if _OURS.fullmatch(file.name):
+                    file.unlink()
+
+    def discard(self) -> None:
+        """Remove the streams and, where it is empty then, the folder."""
+        self.clear()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
