@@ -115,6 +115,27 @@ KERNEL(WAVE) answer_targets(float* __restrict__ targets, const float* __restrict
   }
 }
 
+// Of dense H f32 [groups, 256, 256]: the sum of all elements one after the other, f32 [groups], and 1 / H_cc f32 [groups, 256].
+// Grid (groups).
+KERNEL(GROUP) dense_sums(float* __restrict__ totals, float* __restrict__ inverse, const float* __restrict__ matrix) {
+  LDS(float, line, 2 * GROUP);
+  const int k = threadIdx.x;
+  const float* h = matrix + (int64_t)blockIdx.x * SQUARE;
+  inverse[blockIdx.x * GROUP + k] = 1.0f / h[k * GROUP + k];
+  float total = 0.0f, next = h[k];
+  for (int i = 0; i < GROUP; i++) {
+    float* now = line + (i & 1) * GROUP;
+    now[k] = next;
+    __syncthreads();
+    if (i + 1 < GROUP) next = h[(i + 1) * GROUP + k];
+    if (k == 0) {
+#pragma unroll 16
+      for (int c = 0; c < GROUP; c++) total = total + now[c];
+    }
+  }
+  if (k == 0) totals[blockIdx.x] = total;
+}
+
 // The transform of f64 [256] by 256 threads, in place.
 DEVICE void transform(double* x) {
   for (int stride = 1; stride < GROUP; stride *= 2) {

@@ -50,6 +50,12 @@ DRIVER = Driver(
     stream_copy_out="cuMemcpyDtoHAsync_v2",
     stream_copy="cuMemcpyDtoDAsync_v2",
     stream_wait="cuStreamSynchronize",
+    capture="cuStreamBeginCapture_v2",
+    capture_end="cuStreamEndCapture",
+    graph="cuGraphInstantiateWithFlags",
+    graph_launch="cuGraphLaunch",
+    graph_destroy="cuGraphDestroy",
+    graph_code_destroy="cuGraphExecDestroy",
 )
 NVRTC = Compiler(
     name="nvrtc",

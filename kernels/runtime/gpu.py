@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ _SMALLEST = 512
 """Bytes of the smallest piece of memory that is taken."""
 _NON_BLOCKING = 1  # …StreamNonBlocking: the stream does not wait for the default stream
 _PORTABLE = 1  # …HostAllocPortable: page-locked for all contexts
+_THIS_THREAD = 1  # …StreamCaptureModeThreadLocal: other threads may take memory meanwhile
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class Driver:
     stream_copy_out: str
     stream_copy: str
     stream_wait: str
+    capture: str
+    capture_end: str
+    graph: str
+    graph_launch: str
+    graph_destroy: str
+    graph_code_destroy: str
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,7 @@ class GpuBackend(Backend):
         self._functions: dict[Kernel, ctypes.c_void_p] = {}
         self._modules: dict[Module, ctypes.c_void_p] = {}
         self._events: list[ctypes.c_void_p] = []
+        self._graphs: list[ctypes.c_void_p] = []
         self._stream = ctypes.c_void_p(None)
         self.call(self.driver.init, ctypes.c_uint(0))
         count = ctypes.c_int(0)
@@ -191,6 +199,11 @@ class GpuBackend(Backend):
         self._select()
         if own_stream:
             self.call(self.driver.stream, ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
+
+    @property
+    def stream(self) -> int:
+        """The driver's handle of the stream in which everything runs; 0 is the default stream."""
+        return self._stream.value or 0
 
     @classmethod
     def available(cls) -> bool:
@@ -285,9 +298,33 @@ class GpuBackend(Backend):
         self.call(self.driver.elapsed, ctypes.byref(milliseconds), first, last)
         return milliseconds.value / 1000
 
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """As `Backend.record` says: one graph, which the driver launches at once. The default stream keeps a list.
+
+        Every kernel of it must have run before, since code cannot be loaded while launches are recorded.
+        """
+        if self._stream.value is None:
+            return super().record(work)
+        d, graph, ready = self.driver, ctypes.c_void_p(), ctypes.c_void_p()
+        steps = super().record(work)
+        self.call(d.capture, self._stream, ctypes.c_int(_THIS_THREAD))
+        try:
+            steps()
+        finally:
+            self.call(d.capture_end, self._stream, ctypes.byref(graph))
+        try:
+            self.call(d.graph, ctypes.byref(ready), graph, ctypes.c_ulonglong(0))
+        finally:
+            self.call(d.graph_destroy, graph)
+        self._graphs.append(ready)
+        return lambda: self.call(d.graph_launch, ready, self._stream)
+
     def _copy(self, target: int, source: int, nbytes: int) -> None:
         where = (ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(nbytes))
-        self._transfer(self.driver.copy, self.driver.stream_copy, *where)
+        if self._stream.value is None:
+            self.call(self.driver.copy, *where)
+        else:
+            self.call(self.driver.stream_copy, *where, self._stream)
 
     def _copy_in(self, address: int, array: NDArray[Any]) -> None:
         where = (ctypes.c_void_p(address), ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
@@ -329,13 +366,14 @@ class GpuBackend(Backend):
         streams = [self._stream] if self._stream.value is not None else []
         owned = (
             (self.driver.stream_wait, [self._stream]),
+            (self.driver.graph_code_destroy, self._graphs),
             (self.driver.free, held),
             (self.driver.host_free, self._pinned),
             (self.driver.event_destroy, self._events),
             (self.driver.unload, list(self._modules.values())),
             (self.driver.stream_destroy, streams),
         )
-        self._held, self._pool, self._pinned, self._events = {}, {}, [], []
+        self._held, self._pool, self._pinned, self._events, self._graphs = {}, {}, [], [], []
         self._functions, self._modules, self._stream = {}, {}, ctypes.c_void_p(None)
         errors = [
             error for destroy, things in owned for thing in things if (error := self._failure(destroy, thing))

@@ -49,6 +49,12 @@ DRIVER = Driver(
     stream_copy_out="hipMemcpyDtoHAsync",
     stream_copy="hipMemcpyDtoDAsync",
     stream_wait="hipStreamSynchronize",
+    capture="hipStreamBeginCapture",
+    capture_end="hipStreamEndCapture",
+    graph="hipGraphInstantiateWithFlags",
+    graph_launch="hipGraphLaunch",
+    graph_destroy="hipGraphDestroy",
+    graph_code_destroy="hipGraphExecDestroy",
 )
 HIPRTC = Compiler(
     name="hiprtc",

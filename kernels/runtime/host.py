@@ -17,7 +17,7 @@ import ctypes
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -86,6 +86,7 @@ class Backend(ABC):
 
     def __init__(self, sources: Sources | None = None) -> None:
         self.sources = sources or Sources()
+        self._steps: list[Callable[[], None]] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -110,9 +111,14 @@ class Backend(ABC):
 
     def alloc(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """A buffer of undefined content; BackendError where the device has too little memory."""
+        self._refuse_while_recording("memory is taken")
         kind = np.dtype(dtype)
         memory, address = self._alloc(max(1, math.prod(shape) * kind.itemsize))
         return Buffer(self, memory, address, tuple(int(n) for n in shape), kind)
+
+    def borrowed(self, memory: Any, address: int, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
+        """A buffer in device memory that somebody else took, and keeps as long as `memory` is referenced."""
+        return Buffer(self, memory, address, tuple(int(n) for n in shape), np.dtype(dtype))
 
     def upload(self, array: NDArray[Any]) -> Buffer:
         """A buffer with the content, shape and dtype of `array`."""
@@ -123,6 +129,7 @@ class Backend(ABC):
     def write(self, buffer: Buffer, array: NDArray[Any], offset: int = 0) -> None:
         """Copy `array` into a buffer of its dtype, from element `offset` of the flat buffer on."""
         self._own(buffer)
+        self._refuse_while_recording("arrays are copied")
         if array.dtype != buffer.dtype or offset < 0 or offset + array.size > buffer.size:
             raise BackendError(
                 f"{array.dtype}[{array.size}] does not fit a buffer of {buffer.dtype}[{buffer.size}] at {offset}"
@@ -133,6 +140,7 @@ class Backend(ABC):
     def download(self, buffer: Buffer, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The buffer's content, once every launch before has run; into `out`, contiguous, where it is given."""
         self._own(buffer)
+        self._refuse_while_recording("arrays are copied")
         if out is None:
             out = np.empty(buffer.shape, buffer.dtype)
         elif (out.shape, out.dtype) != (buffer.shape, buffer.dtype) or not out.flags.c_contiguous:
@@ -154,7 +162,39 @@ class Backend(ABC):
             raise BackendError(
                 f"{source.dtype}[{source.size}] cannot be copied to {target.dtype}[{target.size}]"
             )
-        self._copy(target.address, source.address, source.nbytes)
+        where = target.address, source.address, source.nbytes
+        self._do(lambda: self._copy(*where))
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What `work` launches and copies between buffers: none of it happens now, and all of it at each call of what
+        is returned.
+
+        The buffers must live as long. BackendError where `work` takes memory, or copies from or to arrays.
+        """
+        self._refuse_while_recording("another recording begins")
+        steps: list[Callable[[], None]] = []
+        self._steps = steps
+        try:
+            work()
+        finally:
+            self._steps = None
+
+        def again() -> None:
+            for step in steps:
+                step()
+
+        return again
+
+    def _do(self, step: Callable[[], None]) -> None:
+        """Take a step now, or keep it where steps are recorded."""
+        if self._steps is None:
+            step()
+        else:
+            self._steps.append(step)
+
+    def _refuse_while_recording(self, what: str) -> None:
+        if self._steps is not None:
+            raise BackendError(f"{what} while launches are recorded")
 
     def launch(
         self,
@@ -182,7 +222,7 @@ class Backend(ABC):
         if lds < 0 or (lds > MAX_LDS and lds > self.lds_for_copies(kernel)):
             raise BackendError(f"kernel {kernel.label} was given {lds} bytes of LDS, of {MAX_LDS}")
         if math.prod(full_grid):
-            self._dispatch(kernel, full_grid, full_block, values, lds)
+            self._do(lambda: self._dispatch(kernel, full_grid, full_block, values, lds))
 
     def _value(self, kernel: Kernel, parameter: Parameter, value: Argument) -> Any:
         if parameter.pointer:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from hostile_rows import HOSTILE, IMPORTANCES
 from lanes_problem import heavy_rows, unequal_weights
-from mq_quant.formats.blocks import MQ2_LLOYD, MQ4, MQ4_LLOYD
+from mq_quant.formats.blocks import MQ2_LLOYD, MQ3_LLOYD, MQ4, MQ4_LLOYD
 from mq_quant.formats.errors import BackendError
 from mq_quant.formats.fwht import rotate, unrotate
 from mq_quant.formats.hfq.stored import StoredForm
 from mq_quant.kernels.encode.device_encoder import DeviceEncoder
+from mq_quant.kernels.encode.hessians import DenseFactors
 from mq_quant.lloyd.encode import ENCODED, encode_rotated
+from mq_quant.lloyd.group_fit import expand
 from mq_quant.lloyd.hessian.row import RowHessian, from_moment, from_weights
 
 FORMATS = ENCODED
@@ -147,3 +149,43 @@ def test_the_engines_own_fit_is_refused(encoder):
 def test_a_format_that_is_only_decoded_is_refused(encoder):
     with pytest.raises(BackendError, match="MQ4-Lloyd is only decoded"):
         encoder.encode(heavy_rows(1), StoredForm(MQ4_LLOYD), "exact")
+
+
+@pytest.mark.parametrize("fmt", [MQ2_LLOYD, MQ4], ids=lambda f: f.name)
+def test_launches_that_were_recorded_give_the_same_bytes_for_other_weights_and_hessians(encoder, fmt):
+    """The first matrix of a shape is launched, the second one recorded, the third one done again from the recording;
+    a wider one in between moves memory, after which nothing recorded may be used."""
+    hessians = [from_moment(moment() + n * np.eye(K)) for n in range(5)]
+    for seed, hessian in enumerate(hessians):
+        if seed == 3:
+            encoder.encode(heavy_rows(90, 2 * K), StoredForm(fmt), "exact")
+        rows = unrotate(heavy_rows(21, K, seed))
+        want = encode_rotated(rotate(rows), fmt, "hessian", hessian)
+        np.testing.assert_array_equal(encoder.encode(rows, StoredForm(fmt), "hessian", hessian), want)
+
+
+@pytest.mark.parametrize("fmt", [MQ2_LLOYD, MQ3_LLOYD, MQ4], ids=lambda f: f.name)
+def test_factors_on_the_device_give_the_bytes_of_those_that_were_brought_there(encoder, fmt):
+    backend, fold = encoder.backend, np.float32(0.5)
+    for seed in range(3):
+        hessian = from_moment(moment() + seed * np.eye(K))
+        weights = unrotate(heavy_rows(21, K, seed))
+        scale = np.full(K, 2, np.float32)
+        want = encode_rotated(rotate(weights / fold * scale), fmt, "hessian", hessian)
+        assert hessian.coupling is not None
+        factors = DenseFactors(
+            backend.upload(np.stack([f.matrix for f in hessian.factors])),
+            backend.upload(np.stack([f.feedback for f in hessian.factors])),
+            tuple(backend.upload(np.ascontiguousarray(a.T)) for a in hessian.answers),
+            backend.upload(hessian.coupling.blocks),
+            backend.upload(np.ascontiguousarray(hessian.coupling.pulls.transpose(0, 1, 3, 2))),
+        )
+        given = backend.upload(weights / fold)
+        coded = encoder.encode_here(given, fmt, backend.upload(scale), factors)
+        np.testing.assert_array_equal(backend.download(coded.payload), want)
+        values = np.take_along_axis(
+            expand(fmt, backend.download(coded.params).reshape(-1, coded.params.shape[2])),
+            backend.download(coded.codes).reshape(-1, 256).astype(np.int64),
+            axis=1,
+        )
+        np.testing.assert_array_equal(values.reshape(-1), fmt.decode(want).reshape(-1))

@@ -1,0 +1,192 @@
+"""Hessians on a device: brought there from the machine's memory, made there from channel weights, or given there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...formats.errors import BackendError
+from ...lloyd.constants import GROUP
+from ...lloyd.hessian.row import RowHessian
+from ..runtime.host import Backend, Buffer
+from .space import Space
+
+SLOTS = 3
+"""Sets of Hessians that stay on the device: where all experts share one, it stays."""
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class DenseFactors:
+    """A dense Hessian in a device's memory: of each of the G groups `matrix`, which is symmetric, and `feedback`, both
+    f32 [G, 256, 256], and what a RowHessian calls `answers` and `coupling`, each matrix transposed.
+
+    An answer is f32 [256, columns after the group], `blocks` f32 [G, 256, 256], `pulls` f32 [G, G - 1, 256, 256].
+    """
+
+    matrix: Buffer
+    feedback: Buffer
+    answers: tuple[Buffer, ...]
+    blocks: Buffer | None = None
+    pulls: Buffer | None = None
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """A Coupling on the device: its blocks, of which no error feedback is asked, and its pulls, each transposed."""
+
+    blocks: Hessian
+    pulls: Buffer
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """The buffers of a Hessian on the device. `matrix` is transposed, `plain` is not. `white` says for each group
+    whether all channels weigh about the same, `dense` whether it came from a second moment, not from channel weights.
+    """
+
+    white: tuple[bool, ...]
+    dense: bool
+    matrix: Buffer
+    plain: Buffer
+    feedback: Buffer
+    inverse: Buffer
+    weights: Buffer
+    totals: Buffer
+    answers: tuple[Buffer, ...] = ()
+    coupling: Coupling | None = None
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Hessians that were brought to the device together; `slot` is part of their buffers' names."""
+
+    slot: int
+    found: dict[RowHessian, Hessian]
+
+
+class Hessians:
+    """The Hessians that an encoder has on its device."""
+
+    def __init__(self, backend: Backend, space: Space, signs: Buffer) -> None:
+        """`signs` f32 [2, 256] are those of the rotation."""
+        self._backend, self._space, self._signs = backend, space, signs
+        self._slots: list[_Slot] = []
+
+    def bring(self, hessians: Sequence[RowHessian]) -> None:
+        """Bring the Hessians of one call to the device together, those that are not there yet.
+
+        BackendError where one cannot be factored, which for weights that are bounded does not happen.
+        """
+        new = [h for h in dict.fromkeys(hessians) if not any(h in kept.found for kept in self._slots)]
+        if not new:
+            return
+        slot = self._slots.pop(0).slot if len(self._slots) == SLOTS else len(self._slots)
+        made = self._from_weights({h: h.weights for h in new if h.weights is not None}, slot)
+        made |= {h: self._put(h, f"{slot} {n}") for n, h in enumerate(new) if h.weights is None}
+        self._slots.append(_Slot(slot, made))
+
+    def load(self, hessian: RowHessian) -> Hessian:
+        """A Hessian's buffers on the device. Where all slots are taken, the one used longest ago makes room."""
+        self.bring([hessian])
+        slot = next(n for n, kept in enumerate(self._slots) if hessian in kept.found)
+        self._slots.append(self._slots.pop(slot))
+        return self._slots[-1].found[hessian]
+
+    def given(self, factors: DenseFactors) -> Hessian:
+        """Factors that were made on the device, until the next ones are given; always in the same memory."""
+        answers = tuple(self._space.keep(f"answer {n} given", a) for n, a in enumerate(factors.answers))
+        found = replace(self._given("given", factors.matrix, factors.feedback), answers=answers)
+        if factors.blocks is None or factors.pulls is None:
+            return found
+        blocks = self._given("given again", factors.blocks, factors.blocks)
+        return replace(found, coupling=Coupling(blocks, self._space.keep("pulls given", factors.pulls)))
+
+    def _given(self, name: str, matrix: Buffer, feedback: Buffer) -> Hessian:
+        space, groups = self._space, matrix.shape[0]
+        kept = space.keep(f"matrix {name}", matrix)
+        inverse = space.take(f"inverse {name}", (groups, GROUP), np.float32)
+        totals = space.take(f"totals {name}", (groups,), np.float32)
+        kernel = self._backend.kernel("dense_sums")
+        self._backend.launch(kernel, (groups,), (kernel.threads,), (totals, inverse, kept))
+        channels = space.put(f"channels {name}", np.ones((groups, GROUP), np.float32))
+        followed = kept if feedback is matrix else space.keep(f"feedback {name}", feedback)
+        return Hessian((False,) * groups, True, kept, kept, followed, inverse, channels, totals)
+
+    def _from_weights(self, hessians: dict[RowHessian, F64], slot: int) -> dict[RowHessian, Hessian]:
+        """Hessians of channel weights f64 [G, 256], factored on the device, all in one launch."""
+        if not hessians:
+            return {}
+        given = np.concatenate(list(hessians.values()))
+        groups = len(given)
+        square, row = (groups, GROUP, GROUP), (groups, GROUP)
+
+        def take(name: str, shape: Sequence[int]) -> Buffer:
+            return self._space.take(f"{name} {slot}", shape, np.float32)
+
+        matrix, feedback = take("matrix", square), take("feedback", square)
+        weights, inverse = take("channels", row), take("inverse", row)
+        failed = self._space.take("failed", (groups,), np.int32)
+        upper = self._space.take("upper", square, np.float64)
+        channels = self._space.put("given", given)
+        kernel = self._backend.kernel("diagonal_hessian")
+        args = (matrix, feedback, weights, inverse, failed, upper, channels, self._signs)
+        self._backend.launch(kernel, (groups,), (kernel.threads,), args)
+        broken = np.count_nonzero(self._backend.download(failed))
+        if broken:
+            raise BackendError(f"the Hessians of {broken} of {groups} groups cannot be factored")
+        found, start = {}, 0
+        for h, listed in hessians.items():
+            stop = start + len(listed)
+            m, f, w, i = (b.rows(start, stop) for b in (matrix, feedback, weights, inverse))
+            found[h] = Hessian(tuple(h.nearly_white), False, m, m, f, i, w, i)
+            start = stop
+        return found
+
+    def _put(self, hessian: RowHessian, slot: str) -> Hessian:
+        """A dense Hessian, factored on the CPU, as buffers."""
+        matrices = [factor.matrix for factor in hessian.factors]
+        found = self._put_dense(hessian, matrices, [factor.feedback for factor in hessian.factors], slot)
+        answers = tuple(
+            self._space.put(f"answer {n} {slot}", np.ascontiguousarray(a.T))
+            for n, a in enumerate(hessian.answers)
+        )
+        return replace(found, answers=answers, coupling=self._put_coupling(hessian, slot))
+
+    def _put_coupling(self, hessian: RowHessian, slot: str) -> Coupling | None:
+        if hessian.coupling is None:
+            return None
+        blocks = self._put_dense(hessian, list(hessian.coupling.blocks), None, f"{slot} again")
+        turned = np.ascontiguousarray(hessian.coupling.pulls.transpose(0, 1, 3, 2))
+        return Coupling(blocks, self._space.put(f"pulls {slot}", turned))
+
+    def _put_dense(
+        self, of: RowHessian, matrices: Sequence[F32], feedback: Sequence[F32] | None, slot: str
+    ) -> Hessian:
+        """Dense H f32 [256, 256] of each group as buffers; without `feedback` there is none to be asked of it."""
+
+        def put(name: str, arrays: Sequence[NDArray[Any]]) -> Buffer:
+            return self._space.put(f"{name} {slot}", np.stack(arrays).astype(np.float32, copy=False))
+
+        turned = put("matrix", [m.T for m in matrices])
+        plain = turned
+        if not all(np.array_equal(m, m.T) for m in matrices):
+            plain = put("plain", matrices)
+        # One after the other in f32, as the CPU adds them.
+        totals = [np.add.accumulate(m.reshape(-1), dtype=np.float32)[-1] for m in matrices]
+        return Hessian(
+            tuple(of.nearly_white),
+            True,
+            turned,
+            plain,
+            turned if feedback is None else put("feedback", feedback),
+            put("inverse", [np.float32(1) / np.diag(m) for m in matrices]),
+            put("channels", [np.ones(GROUP, np.float32)] * len(matrices)),
+            put("totals", totals),
+        )
