@@ -98,8 +98,10 @@ class DeviceEncoder:
         Raises TypeError for a format without rotation.
         """
         work = self._begin(weights, _rotated(fmt), scale)
-        here = isinstance(hessian, DenseFactors)
-        self._fit(work, self._hessians.given(hessian) if here else self._hessians.load(hessian), gain)
+        if isinstance(hessian, DenseFactors):
+            self._fit(work, self._hessians.given(hessian), gain)
+        else:
+            self._fit(work, self._hessians.load(hessian), gain)
         return self._packed(work)
 
     def _scale(self, scale: F32 | None, columns: int) -> Buffer:

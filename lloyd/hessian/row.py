@@ -25,6 +25,8 @@ from ..simd.vec import LANES
 from .group import UNUSABLE, GroupHessian, bounded, from_bounded, nearly_equal
 from .lapack import cholesky, invert_lower
 
+UNUSABLE_MOMENT = "second moment is not usable: rounded to nearest"
+
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
@@ -97,7 +99,7 @@ def from_moment(moment: NDArray[np.float64]) -> RowHessian:
     A moment that cannot be factored is damped further, and in the end replaced by the identity; `notes` says which.
     """
     ones = np.ones((len(moment) // GROUP, GROUP))
-    white = RowHessian(ones, notes=("second moment is not usable: rounded to nearest",))
+    white = RowHessian(ones, notes=(UNUSABLE_MOMENT,))
     mean = float(np.trace(moment)) / len(moment) if np.isfinite(moment).all() else 0.0
     if not mean > 0:
         return white

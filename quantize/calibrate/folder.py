@@ -118,10 +118,15 @@ class CalibrationFolder:
         return all(_holds(self.path / name, sha256) for name, sha256 in files.items() if sha256)
 
     def drop(self, layer: int) -> None:
-        """Remove a finished layer's moments and rows, and the file's own stream before it; its record stays."""
+        """Remove a finished layer's moments and rows, and the streams before it; its record stays."""
         with disk_errors(self.path):
-            for name in (layer_file(layer), row_file(layer), own_file(layer)):
+            for name in (layer_file(layer), row_file(layer), own_file(layer), hidden_file(layer)):
                 (self.path / name).unlink(missing_ok=True)
+
+    def has_hidden(self, layer: int) -> bool:
+        """Whether the residual stream that enters a layer is there as it was saved; that of the first never is."""
+        before = self.journal.done.get(f"layer.{layer - 1}")
+        return before is not None and _holds(self.path / hidden_file(layer), before["hidden"])
 
     def hidden(self, layer: int, shape: Sequence[int]) -> NDArray[np.float32]:
         """The residual stream f32 that enters a layer, as saved; ResumeError where it is damaged."""
@@ -159,14 +164,24 @@ class CalibrationFolder:
         file = open_layer_file(path, config, down, record.get("sha256"))
         return read_layer(file, config, layer, record, imatrix)
 
-    def finish_layer(self, layer: int, hidden: NDArray[np.float32] | None, record: dict[str, Any]) -> None:
-        """Make the residual stream behind a written layer durable (None after the last), then the journal's line."""
+    def finish_layer(
+        self,
+        layer: int,
+        hidden: NDArray[np.float32] | None,
+        record: dict[str, Any],
+        keep_entering: bool = False,
+    ) -> None:
+        """Make the residual stream behind a written layer durable (None after the last), then the journal's line.
+
+        The stream before the layer goes, unless it is to be kept until the layer is dropped.
+        """
         if hidden is not None:
             data = np.ascontiguousarray(hidden, "<f4").data.cast("B")
             record["hidden"] = write_atomic(self.path / hidden_file(layer + 1), [data]).sha256
         self.journal.record(f"layer.{layer}", record["sha256"], **record)
-        with disk_errors(self.path):
-            (self.path / hidden_file(layer)).unlink(missing_ok=True)
+        if not keep_entering:
+            with disk_errors(self.path):
+                (self.path / hidden_file(layer)).unlink(missing_ok=True)
 
     def complete(
         self, config: ModelConfig, manifest: Mapping[str, Any], records: Sequence[Mapping[str, Any]]

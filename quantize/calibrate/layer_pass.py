@@ -7,17 +7,20 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ...awq.importance import LayerImportance
 from ...formats.errors import BackendError
-from ...formats.minimax import ModelConfig
+from ...formats.minimax import ModelConfig, layer_inventory
 from ...formats.statistics.moment_file import DownForm
 from ...formats.statistics.moment_folder import config_record
-from ...verify.model.reference import Weights, embed, layer_forward
+from ...verify.model.device_weights import DeviceWeights, StoredWeights
+from ...verify.model.reference import TensorWeights, Weights, embed, layer_forward
 from ..spec.provenance import program
 from .folder import CalibrationFolder
 from .moments import LayerMoments
@@ -37,6 +40,17 @@ class Propagation(Protocol):
     """What turns a layer's input into the next one's, where that is not the source itself."""
 
     def forward(self, importance: LayerImportance, hidden: Tensor) -> Tensor: ...
+
+
+def layer_weights(
+    source: StoredWeights, device: torch.device, layer: int
+) -> AbstractContextManager[Weights | TensorWeights]:
+    """The weights of a layer for a forward pass on a device: on a GPU they are read ahead, and travel as FP8."""
+    if device.type == "cpu":
+        return nullcontext(source)
+    return closing(
+        DeviceWeights(source, device, [spec.name for spec in layer_inventory(source.config, layer)])
+    )
 
 
 def device_record(device: torch.device) -> dict[str, str]:
@@ -75,8 +89,22 @@ def enter(
     return embed(weights, tokens)
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """A layer that was run: the residual stream `behind` it, the inputs of its experts and who took them (f32
+    [n, hidden] and i64 [n, k], where they were to be kept), and what the journal says of it after `finish`.
+
+    Its moments are durable. `finish`, which may be called on another thread, makes the stream so, then the journal.
+    """
+
+    behind: Tensor
+    rows: tuple[Tensor, Tensor] | None
+    record: dict[str, Any]
+    finish: Callable[[], None]
+
+
 def gather_layer(
-    weights: Weights,
+    weights: Weights | TensorWeights,
     config: ModelConfig,
     layer: int,
     hidden: Tensor,
@@ -84,16 +112,17 @@ def gather_layer(
     down: DownForm,
     propagation: Propagation | None = None,
     after: Callable[[], None] = lambda: None,
-    keep_rows: bool = False,
+    keep_rows: Literal["on disk", "here"] | None = None,
     keep_last: bool = False,
-) -> Tensor:
-    """Run a layer, write its moments and the residual stream behind it, which is returned; then journal both.
+) -> Gathered:
+    """Run a layer and write its moments; what is left to be written is so by the `finish` of what is returned.
 
-    With `keep_rows` a file of what the experts saw is written too, with `keep_last` the stream behind the last layer,
-    which no layer needs. `after` is called when no weight of the layer is needed any more.
+    What the experts saw is kept in a file, or where it is; then the stream that enters the layer stays too, from which
+    it can be made again. `keep_last` keeps the stream behind the last layer, which no layer needs. `after` is called
+    when no weight of the layer is needed any more.
     """
     last = layer + 1 == config.num_hidden_layers
-    moments = LayerMoments(config, layer, down, keep_rows)
+    moments = LayerMoments(config, layer, down, keep_rows is not None)
     with torch.inference_mode():
         behind = layer_forward(weights, config, layer, hidden, moments)
         arrays = moments.finish()
@@ -103,10 +132,17 @@ def gather_layer(
             "unseen": moments.unseen,
             "notes": moments.notes,
         }
-        if keep_rows:
-            record["rows"] = out.write_rows(layer, moments.rows)
+        if keep_rows == "on disk" and moments.rows is not None:
+            inputs, experts = moments.rows
+            record["rows"] = out.write_rows(
+                layer, {"inputs": inputs.cpu().numpy(), "experts": experts.cpu().numpy()}
+            )
         if propagation and not last:
             behind = propagation.forward(out.layer(layer, config, down), hidden)
         after()
-        out.finish_layer(layer, None if last and not keep_last else behind.cpu().numpy(), record)
-    return behind
+
+    def finish() -> None:
+        kept = None if last and not keep_last else behind.cpu().numpy()
+        out.finish_layer(layer, kept, record, keep_entering=keep_rows == "here")
+
+    return Gathered(behind, moments.rows, record, finish)

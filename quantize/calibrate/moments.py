@@ -31,19 +31,20 @@ ATTENTION = {"q_proj": (0, "attn.in"), "o_proj": (1, "attn.out")}
 class LayerMoments(Observer):
     """Gathers the tensors of one layer's file; `arrays` when the layer has run, `notes` on what was left out.
 
-    With `keep_rows` the inputs of the experts are kept too, as the tensors of a file of rows.
+    With `keep_rows` the inputs of the experts are kept too, on their device.
     """
 
     def __init__(self, config: ModelConfig, layer: int, down: DownForm, keep_rows: bool = False) -> None:
         self.layer, self.down, self.keep_rows = layer, down, keep_rows
         self.notes: list[str] = []
-        self.rows: Arrays = {}
+        self.rows: tuple[Tensor, Tensor] | None = None
+        """The inputs f32 [n, hidden] of the experts and who took them, i64 [n, k], where the layer was run."""
         self._names = {"F32": np.float32, "F16": np.float16, "I64": np.int64}
         tensors = layer_tensors(config, down)
         self.arrays: Arrays = {
             name: np.zeros(shape, self._names[dtype]) for name, (dtype, shape) in tensors.items()
         }
-        self._pooled = np.zeros((config.intermediate_size, config.intermediate_size))
+        self._pooled: Tensor | None = None
 
     def dense(self, layer: int, projection: str, inputs: Tensor) -> None:
         if projection not in ATTENTION:
@@ -57,7 +58,7 @@ class LayerMoments(Observer):
         rows = self._finite(inputs, "the input of the experts")
         if self.keep_rows:
             experts = routing.ids if len(rows) == len(inputs) else _without(inputs, routing.ids)
-            self.rows = {"inputs": inputs.float().cpu().numpy(), "experts": experts.cpu().numpy()}
+            self.rows = inputs.float(), experts
         if not len(rows):
             raise CalibrationError(
                 f"layer {self.layer}: no token reaches the experts with finite activations",
@@ -73,22 +74,22 @@ class LayerMoments(Observer):
         rows = self._finite(product, f"expert {expert}, the input of down")
         if not len(rows):
             return
-        total = second_moment(rows)
-        self._pooled += total
+        total = _summed(rows)
+        self._pooled = total if self._pooled is None else self._pooled + total
         mean = total / len(rows)
         self.arrays["down.counts"][expert] = len(rows)
-        self.arrays["down.diagonal"][expert] = np.diag(mean)
+        self.arrays["down.diagonal"][expert] = mean.diagonal().cpu().numpy()
         if self.down != "pooled":
             self.arrays["down.moment"][expert] = (
                 pack_correlation if self.down == "compact" else pack_moment
-            )(mean)
+            )(mean.cpu().numpy())
 
     def finish(self) -> Arrays:
         """All tensors of the layer's file, once the layer has run; CalibrationError where down saw no row."""
         count = int(self.arrays["down.counts"].sum())
-        if not count:
+        if not count or self._pooled is None:
             raise CalibrationError(f"layer {self.layer}: no expert's down projection saw finite activations")
-        self.arrays["down.pooled"][:] = pack_moment(self._pooled / count)
+        self.arrays["down.pooled"][:] = pack_moment((self._pooled / count).cpu().numpy())
         return self.arrays
 
     @property
@@ -122,12 +123,17 @@ def _without(inputs: Tensor, ids: Tensor) -> Tensor:
 
 def second_moment(rows: Tensor) -> F64:
     """Σ x xᵀ over rows [n, K], f64 [K, K], exactly symmetric."""
+    out: F64 = _summed(rows).cpu().numpy()
+    return out
+
+
+def _summed(rows: Tensor) -> Tensor:
+    """Σ x xᵀ over rows [n, K], f64 [K, K], where the rows are."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for chunk in torch.split(rows, CHUNK):
         wide = chunk.double()
         total.addmm_(wide.T, wide)
-    out: F64 = torch.triu(total).add_(torch.triu(total, 1).T).cpu().numpy()
-    return out
+    return torch.triu(total).add_(torch.triu(total, 1).T)
 
 
 def mean_squares(rows: Tensor) -> F64:

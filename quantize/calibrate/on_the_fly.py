@@ -8,7 +8,10 @@ kept, beside the output. A layer whose moments are gone and needed again is gath
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,20 @@ from torch import Tensor
 
 from ...awq.from_imatrix import ImatrixModel
 from ...awq.from_moments import calibration_record, coverage_of
-from ...awq.own_moments import OwnMoments, with_rows
+from ...awq.importance import LayerImportance
+from ...awq.own_moments import with_rows
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
-from ...formats.minimax import ModelConfig
+from ...formats.minimax import ModelConfig, layer_inventory
 from ...formats.statistics.moment_file import DownForm
+from ...verify.model.device_weights import DeviceWeights
+from ...verify.model.reference import before_experts
+from ..encode.on_device.kept import keep_on_device
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text
 from .layer_pass import device_record, enter, gather_layer, manifest_of, open_device
+from .moments import LayerMoments
 from .own_streams import load_stream, save_stream
 from .tokens import Tokens
 
@@ -49,11 +57,14 @@ class GatheredImportance:
         device: str = "cpu",
         text: str | None = None,
         keep_outputs: bool = False,
+        stays: bool | None = None,
     ) -> None:
         """Raises BackendError where there is no such device. `bind` completes it.
 
         `text` is the sha256 of the text that travels with the package, where the tokens are of that. With
-        `keep_outputs` the stream behind the last layer is kept too, so that every layer has a `target`.
+        `keep_outputs` the stream behind the last layer is kept too, so that every layer has a `target`. Where it
+        `stays`, what the experts of a layer see is left on the device until the next layer is begun, and is not
+        written: so it is on a GPU, unless said otherwise.
         """
         self.tokens = tokens
         self._keep_outputs = keep_outputs
@@ -68,6 +79,9 @@ class GatheredImportance:
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
         self._entering: Tensor | None = None
+        self.stays = self.device.type != "cpu" if stays is None else stays
+        self._resident: Resident | None = None
+        self._writing: Future[None] | None = None
 
     def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:
         """Take the source's {origin, files}, and the imatrix that stands behind moments of too few tokens."""
@@ -113,6 +127,9 @@ class GatheredImportance:
     def close(self) -> None:
         """Let go of the folder, which stays for the next run."""
         if self._out is not None:
+            with suppress(Exception):  # the layer is run again
+                self._settle()
+            self._let_go()
             self._out.close()
             self._out = None
 
@@ -124,17 +141,24 @@ class GatheredImportance:
 
     def begin_layer(self, layer: int) -> None:
         """Have one layer's moments ready, and no others: nothing may need those of an earlier layer any more."""
+        self._settle()
         for earlier in range(layer):
             self._folder.drop(earlier)
-        if layer < len(self._folder.journal.done) and not self._folder.intact(layer):
+        if layer < len(self._folder.journal.done) and not self._intact(layer):
             self._restart()
         self._gather_up_to(layer)
+        if self.stays and (self._resident is None or self._resident.layer != layer):
+            self._resident = self._rows_again(layer)
 
-    def layer(self, layer: int) -> OwnMoments:
+    def layer(self, layer: int) -> LayerImportance:
         """The importances of the layer that was begun last."""
         behind = self._imatrix.layer(layer) if self._imatrix else None
-        gathered = self._folder.layer(layer, self.config, DOWN, self._folder.record(layer), behind)
-        return with_rows(gathered, self._folder.rows(layer, self.config, self.tokens.size))
+        if self._resident is None:
+            gathered = self._folder.layer(layer, self.config, DOWN, self._folder.record(layer), behind)
+            return with_rows(gathered, self._folder.rows(layer, self.config, self.tokens.size))
+        here = self._resident
+        gathered = self._folder.layer(layer, self.config, DOWN, here.record, behind)
+        return keep_on_device(gathered, *here.rows, here.weights.matrix)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -143,6 +167,7 @@ class GatheredImportance:
 
     def target(self, layer: int) -> NDArray[np.float32]:
         """The source's stream f32 behind a layer, until the next layer is begun; ResumeError where it is damaged."""
+        self._settle()
         return self._folder.hidden(layer + 1, self.shape)
 
     def save_own(self, layer: int, stream: NDArray[np.float32]) -> str:
@@ -156,6 +181,7 @@ class GatheredImportance:
     def finish(self) -> dict[str, Any]:
         """What a file made with it says of it, as it would of the folder of `calibrate`; all layers must be through."""
         self._gather_up_to(self.config.num_hidden_layers - 1)
+        self._settle()
         sha256 = hashlib.sha256(manifest_text(self._manifest, self._records)).hexdigest()
         self.coverage = coverage_of(self.config, self._records)
         return self._record(sha256, self.coverage)
@@ -170,28 +196,99 @@ class GatheredImportance:
     def _records(self) -> list[dict[str, Any]]:
         return [self._folder.record(n) for n in range(len(self._folder.journal.done))]
 
+    def _intact(self, layer: int) -> bool:
+        """Whether what is needed of a finished layer is still there, or, where its rows stay on the device, the stream
+        from which they are made again."""
+        if not self._folder.intact(layer):
+            return False
+        return not self.stays or self._is_here(layer) or self._folder.has_hidden(layer)
+
+    def _is_here(self, layer: int) -> bool:
+        return self._resident is not None and self._resident.layer == layer
+
     def _gather_up_to(self, layer: int) -> None:
         """Run the model to the end of `layer`, from where the last run of it stopped."""
+        self._settle()
         for n in range(len(self._folder.journal.done), layer + 1):
             hidden, self._entering = self._entering, None
             if hidden is None:
                 hidden = enter(self._source, self.config, self._folder, self.tokens, n)
-            entering = hidden.to(self.device)
-            gather_layer(
-                self._source,
+            weights = self._weights(n)
+            done = gather_layer(
+                weights or self._source,
                 self.config,
                 n,
-                entering,
+                hidden.to(self.device),
                 self._folder,
                 DOWN,
-                keep_rows=True,
+                keep_rows="here" if self.stays else "on disk",
                 keep_last=self._keep_outputs,
             )
+            if weights is None:
+                done.finish()
+            else:
+                assert done.rows is not None
+                self._resident = Resident(n, weights, done.rows, done.record)
+                self._entering = done.behind
+                self._writing = _beside(done.finish)
             if n < layer:
+                self._settle()
                 self._folder.drop(n)
+
+    def _rows_again(self, layer: int) -> Resident:
+        """What the experts of a finished layer saw, from the stream that enters the layer."""
+        weights = self._weights(layer)
+        assert weights is not None
+        moments = LayerMoments(self.config, layer, DOWN, keep_rows=True)
+        with torch.inference_mode():
+            hidden = enter(self._source, self.config, self._folder, self.tokens, layer).to(self.device)
+            before_experts(weights, self.config, layer, hidden, moments)
+        assert moments.rows is not None
+        return Resident(layer, weights, moments.rows, self._folder.record(layer))
+
+    def _weights(self, layer: int) -> DeviceWeights | None:
+        """The weights of a layer on the device, where what its experts see stays there; those of others go."""
+        self._let_go()
+        if not self.stays:
+            return None
+        return DeviceWeights(
+            self._source, self.device, [spec.name for spec in layer_inventory(self.config, layer)]
+        )
+
+    def _settle(self) -> None:
+        """Wait until what was gathered last is durable, and raise what stood in the way of that."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _let_go(self) -> None:
+        if self._resident is not None:
+            self._resident.weights.close()
+            self._resident = None
 
     def _restart(self) -> None:
         """Begin the run of the model anew: the moments of a layer are gone that has to be encoded once more."""
         assert self._path is not None
         self.discard()
         self.open(self._path)
+
+
+def _beside(work: Callable[[], None]) -> Future[None]:
+    """Some work on a thread of its own."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+    try:
+        return pool.submit(work)
+    finally:
+        pool.shutdown(wait=False)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A layer whose inputs and weights lie on the device: inputs f32 [tokens, hidden] and who took them, i64
+    [tokens, k], and what its journal line says.
+    """
+
+    layer: int
+    weights: DeviceWeights
+    rows: tuple[Tensor, Tensor]
+    record: Mapping[str, Any]

@@ -6,7 +6,10 @@ the activations of one layer.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,16 +19,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...formats.checkpoint.safetensors_file import TensorInfo
 from ...formats.checkpoint.source import Source
 from ...formats.machine import peak_rss
-from ...formats.minimax import TensorSpec, layer_inventory
+from ...formats.minimax import ModelConfig, TensorSpec, layer_inventory
 from ...formats.statistics.moment_file import DownForm
 from ...formats.watch import UNWATCHED, Watch
 from ..spec.calibration_sizes import CalibrationSizes, calibration_sizes
 from ..spec.provenance import code, flatten
 from ..spec.recipe import Recipe
 from .folder import CalibrationFolder
-from .layer_pass import EMBED, enter, gather_layer, manifest_of, open_device
+from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, open_device
 from .stored_model import StoredModelWeights
 from .tokens import Tokens
 
@@ -78,15 +82,34 @@ class Reading:
     once: bool
     read: int = 0
     released: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def weight(self, name: str) -> NDArray[np.float32]:
         values = self.source.weight(name)
-        self.read += values.size
-        self.watch.advance(values.size, f"layer {self.layer}")
-        if self.once:
-            self.source.release(name)
-            self.released.add(name)
+        self._took(name, values.size)
         return values
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.source.tensors
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.source.config
+
+    def stored(self, name: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """As `Source.stored`, on any thread."""
+        codes, scales = self.source.stored(name)
+        self._took(name, codes.size)
+        return codes, scales
+
+    def _took(self, name: str, weights: int) -> None:
+        with self._lock:
+            self.read += weights
+            self.watch.advance(weights, f"layer {self.layer}")
+            if self.once:
+                self.source.release(name)
+                self.released.add(name)
 
     def finish(self, specs: list[TensorSpec]) -> None:
         """Release what is left of the layer: experts that no token chose, or all of it."""
@@ -160,5 +183,9 @@ def _run(
     for layer in range(first, config.num_hidden_layers):
         reading = Reading(source, options.watch, layer, once=stored is None)
         finish = partial(reading.finish, layers[layer])
-        hidden = gather_layer(reading, config, layer, hidden, out, options.down, stored, finish)
+        weights = layer_weights(reading, device, layer) if stored is None else nullcontext(reading)
+        with weights as given:
+            done = gather_layer(given, config, layer, hidden, out, options.down, stored, finish)
+        done.finish()
+        hidden = done.behind
         records.append(out.record(layer))

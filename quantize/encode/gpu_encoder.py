@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from queue import LifoQueue
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from ...kernels.runtime.host import Backend, has_device, open_backend
 from .encoders import CPU, MatrixTask
 
 U8 = NDArray[np.uint8]
+T = TypeVar("T")
 
 STREAMS = 8
 """Command streams of a GPU, each with its own thread: while one copies, another computes."""
@@ -49,6 +51,10 @@ class _Stream:
         self._encoder.bring([task.hessian for task in tasks if task.hessian is not None])
         for task, out in zip(tasks, outs, strict=True):
             self._encoder.encode(task.weights, task.form, task.fit, task.hessian, task.gain, out)
+
+    def run(self, work: Callable[[DeviceEncoder], T]) -> T:
+        """What some work returns that is done on the stream's thread with its encoder."""
+        return self.thread.submit(work, self._encoder).result()
 
     def close(self) -> BaseException | None:
         """Give back what the stream holds; the error where that fails."""
@@ -99,6 +105,14 @@ class GpuEncoder:
             return [out.copy() for out in outs]
         finally:
             self._stages.put(stage)
+
+    def on_stream(self, work: Callable[[DeviceEncoder], T]) -> T:
+        """What some work returns that launches kernels itself, on the encoder of the stream that is free next."""
+        stream = self._free.get()
+        try:
+            return stream.run(work)
+        finally:
+            self._free.put(stream)
 
     def close(self) -> None:
         """Wait for what is under way and give the device back; then raise the first error of that."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ...awq.importance import Importance, LayerImportance
 from ...awq.scale import REFERENCE_ALPHA, down_fold, gate_up_scale
 from ...formats.blocks import F16_FORMAT, AffineFormat, Format, LloydFormat
+from ...formats.checkpoint.source import Source
 from ...formats.errors import WeightError
 from ...formats.fwht import GROUP
 from ...formats.hfq.stored import StoredForm, StoredLayer
@@ -75,6 +76,11 @@ def hessian_of(importance: Importance, scale: F32 | None) -> RowHessian:
     return from_moment(importance.rotated_moment(scale))
 
 
+def some_rows(full: F32) -> F32:
+    """SAMPLE_ROWS rows of a matrix f32 [R, K], evenly spaced; all of them where there are fewer."""
+    return full[:: max(1, len(full) // SAMPLE_ROWS)][:SAMPLE_ROWS]
+
+
 def output_energy(rows: F32, importance: Importance) -> float:
     """Σ over rows f32 [R, K] of the expected squared output, in f64."""
     x = rows.astype(np.float64)
@@ -94,7 +100,7 @@ class EncodedExpert:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What `prepare` chose: the AWQ exponent, the loss of each candidate, the stored form that follows, and the Hessian
     of gate and up where all experts share one moment.
     """
@@ -127,8 +133,8 @@ class LayerEncoder:
         self.settings = settings
         self.encoder = encoder
         self.fit: Fit = "exact" if importance is None and settings.fit == "hessian" else settings.fit
-        self._gain = 1 - LONE_NOISE / config.num_experts_per_tok if settings.gain else 0.0
-        self._ready: _Prepared | None = None
+        self.gain = 1 - LONE_NOISE / config.num_experts_per_tok if settings.gain else 0.0
+        self._ready: Prepared | None = None
 
     @property
     def _fixed_alpha(self) -> float | None:
@@ -155,7 +161,7 @@ class LayerEncoder:
             self._ready = self._candidate(fixed)
             return
         losses: dict[float, float] = {}
-        best: _Prepared | None = None
+        best: Prepared | None = None
         for alpha in ALPHA_GRID:
             candidate = self._candidate(alpha)
             losses[alpha] = self._sample_loss(candidate, samples)
@@ -163,20 +169,23 @@ class LayerEncoder:
                 best = candidate
         assert best is not None
         shown = {f"{alpha:g}": float(f"{loss:.6g}") for alpha, loss in losses.items()}
-        self._ready = _Prepared(best.alpha, shown, best.stored, best.shared)
+        self._ready = Prepared(best.alpha, shown, best.stored, best.shared)
 
-    def _candidate(self, alpha: float) -> _Prepared:
+    def _candidate(self, alpha: float) -> Prepared:
         """The layer under one exponent."""
         if self.importance is None or alpha == 0:
             scale = np.ones(self.config.hidden_size, np.float16)
         else:
             scale = gate_up_scale(self.importance.gate_up_energy(), alpha)
-        shared = None
-        if self.importance is not None and self.importance.shared is not None and self.fit == "hessian":
-            shared = hessian_of(self.importance.shared, scale.astype(np.float32))
-        return _Prepared(alpha, {}, StoredLayer(self.formats, scale), shared)
+        return Prepared(alpha, {}, StoredLayer(self.formats, scale), self._shared(scale.astype(np.float32)))
 
-    def _sample_loss(self, candidate: _Prepared, samples: Mapping[str, F32]) -> float:
+    def _shared(self, scale: F32) -> RowHessian | None:
+        """The Hessian of gate and up that all experts share under a scale, where they share one."""
+        if self.importance is None or self.importance.shared is None or self.fit != "hessian":
+            return None
+        return hessian_of(self.importance.shared, scale)
+
+    def _sample_loss(self, candidate: Prepared, samples: Mapping[str, F32]) -> float:
         """Share of the output energy that is lost on the sampled rows of gate and up under this exponent, f64."""
         assert self.importance is not None
         lost = kept = 0.0
@@ -186,7 +195,7 @@ class LayerEncoder:
             for p in ("w1", "w3"):
                 form = candidate.stored.form(p)
                 full = samples[expert_name(self.layer, e, p)]
-                some = full[:: max(1, len(full) // SAMPLE_ROWS)][:SAMPLE_ROWS]
+                some = some_rows(full)
                 (payload,) = self.encoder.encode([MatrixTask(some, form, self.fit, hessian)])
                 missed = form.format.decode(payload).reshape(some.shape) - form.to_stored(some)
                 lost += output_energy(form.from_stored(missed), importance)
@@ -194,7 +203,7 @@ class LayerEncoder:
         return lost / kept if kept > 0 else 0.0
 
     @property
-    def _prepared(self) -> _Prepared:
+    def _prepared(self) -> Prepared:
         if self._ready is None:
             raise RuntimeError("LayerEncoder.prepare comes first")
         return self._ready
@@ -218,6 +227,16 @@ class LayerEncoder:
     def fold(self, importance: Importance) -> F32 | None:
         """The fold f32 [intermediate] of the expert whose w2 has this importance, None where nothing is folded."""
         return down_fold(importance.diagonal, self.settings.fold_down) if self.settings.fold_down else None
+
+    def encode_from(self, expert: int, source: Source) -> EncodedExpert:
+        """Encode one expert of a source, and release its matrices there as soon as they are read: a shard that is held
+        until delivery delays the next one's download. Errors as `encode_expert`, and those of `Source.weight`.
+        """
+        names = [expert_name(self.layer, expert, p) for p in ("w1", "w3", "w2")]
+        weights = [source.weight(name) for name in names]
+        for name in names:
+            source.release(name)
+        return self.encode_expert(expert, *weights)
 
     def encode_expert(self, expert: int, w1: F32, w3: F32, w2: F32) -> EncodedExpert:
         """Encode one expert's matrices f32: w1 and w3 [intermediate, hidden], w2 [hidden, intermediate].
@@ -269,7 +288,7 @@ class LayerEncoder:
         self, weights: Mapping[str, F32], forms: Mapping[str, StoredForm], hessians: Mapping[str, RowHessian]
     ) -> dict[str, U8]:
         """The payloads u8 [bytes] of some matrices of one expert."""
-        tasks = [MatrixTask(w, forms[p], self.fit, hessians.get(p), self._gain) for p, w in weights.items()]
+        tasks = [MatrixTask(w, forms[p], self.fit, hessians.get(p), self.gain) for p, w in weights.items()]
         return dict(zip(weights, self.encoder.encode(tasks), strict=True))
 
     def report(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.blocks import Q8Format
-from ...formats.minimax import PROJECTIONS, expert_name
+from ...formats.minimax import PROJECTIONS
 from ..encode.blas import one_blas_thread
 from ..encode.encoders import CPU, Encoder
 from ..encode.layer_encoder import LayerEncoder
@@ -99,9 +99,18 @@ def prepare_layer(spec: BuildSpec, layer: int, encoder: Encoder = CPU) -> LayerE
         if t.layer == layer and t.spec and t.spec.projection and t.spec.expert == 0
     }
     importance = spec.importance.layer(layer) if spec.importance else None
-    made = LayerEncoder(spec.plan.config, layer, importance, formats, spec.rounding, encoder)
+    made = _kind(spec)(spec.plan.config, layer, importance, formats, spec.rounding, encoder)
     made.prepare({name: spec.source.weight(name) for name in made.needs_samples()})
     return made
+
+
+def _kind(spec: BuildSpec) -> type[LayerEncoder]:
+    """Who encodes layers: torch is loaded where it gathered what experts see on a device."""
+    if spec.gathered is None or not spec.gathered.stays:
+        return LayerEncoder
+    from ..encode.on_device.layer import DeviceLayerEncoder
+
+    return DeviceLayerEncoder
 
 
 def encode_unit(spec: BuildSpec, unit: WorkUnit, encoder: LayerEncoder | None) -> Encoded:
@@ -115,12 +124,7 @@ def encode_unit(spec: BuildSpec, unit: WorkUnit, encoder: LayerEncoder | None) -
         return Encoded(payload, weights=weights if tuned else None)
     if unit.expert is None:
         return Encoded(encoder.sidecar(), encoder.report())
-    assert unit.layer is not None
-    w1, w2, w3 = (spec.source.weight(expert_name(unit.layer, unit.expert, p)) for p in PROJECTIONS)
-    # Released as soon as they are read: a shard that is held until delivery delays the next one's download.
-    for tensor in unit.tensors:
-        spec.source.release(tensor.name)
-    done = encoder.encode_expert(unit.expert, w1, w3, w2)
+    done = encoder.encode_from(unit.expert, spec.source)
     return Encoded(np.concatenate([done.payloads[p] for p in PROJECTIONS]), notes=done.notes)
 
 

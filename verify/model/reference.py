@@ -169,7 +169,7 @@ def route(weights: Weights | TensorWeights, cfg: ModelConfig, layer: int, inputs
 
 
 def experts(
-    weights: Weights,
+    weights: Weights | TensorWeights,
     cfg: ModelConfig,
     layer: int,
     inputs: Tensor,
@@ -188,15 +188,33 @@ def experts(
     return out
 
 
-def layer_forward(
-    weights: Weights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = _SILENT
-) -> Tensor:
-    """One decoder layer: the residual stream [n_seq, len, H] before it to the one after it."""
+def before_experts(
+    weights: Weights | TensorWeights,
+    cfg: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    observer: Observer = _SILENT,
+) -> tuple[Tensor, Tensor, Routing]:
+    """A layer as far as its experts: the residual stream [n_seq, len, H] behind attention, and what router and experts
+    see of it, [n, H], with the router's choice.
+    """
     hidden = hidden + attention(weights, cfg, layer, hidden, observer)
     norm = load(weights, f"{layer_prefix(layer)}post_attention_layernorm.weight", hidden)
     t = rms_norm(hidden, norm, cfg.rms_norm_eps).flatten(0, 1)
     routing = route(weights, cfg, layer, t)
     observer.routed(layer, t, routing)
+    return hidden, t, routing
+
+
+def layer_forward(
+    weights: Weights | TensorWeights,
+    cfg: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    observer: Observer = _SILENT,
+) -> Tensor:
+    """One decoder layer: the residual stream [n_seq, len, H] before it to the one after it."""
+    hidden, t, routing = before_experts(weights, cfg, layer, hidden, observer)
     return hidden + experts(weights, cfg, layer, t, routing, observer).view_as(hidden)
 
 

@@ -1,0 +1,102 @@
+"""The importances of a layer whose experts' inputs lie on a device of torch's, with the layer's weights beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ....awq.from_moments import CalibratedLayer
+from ....awq.importance import F64, Importance
+from ....verify.model.device_weights import DeviceMatrix
+from .moments import Whitening, mixed, whitening
+
+
+@dataclass(frozen=True)
+class KeptOnDevice:
+    """One layer, as a calibration gathers it, and what its experts saw: an importance for any number of threads.
+
+    `rows` f32 [tokens, hidden] are the inputs of gate and up, `order` i64 the tokens sorted by expert, those of expert
+    e from starts[e] to starts[e + 1], ascending. `gate_up` f64 [hidden, hidden] and `down` f64 [I, I] are the moments
+    that all experts share, with their whitenings. `matrix` gives a weight of the layer, complete on the device.
+    """
+
+    gathered: CalibratedLayer
+    rows: Tensor
+    order: Tensor
+    starts: NDArray[np.int64]
+    gate_up: Tensor
+    down: Tensor
+    white: Whitening | None
+    white_down: Whitening | None
+    matrix: Callable[[str], DeviceMatrix | Tensor]
+
+    @property
+    def layer(self) -> int:
+        """The layer's number."""
+        return self.gathered.layer
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what could not be used and was replaced."""
+        return self.gathered.notes
+
+    @property
+    def shared(self) -> Importance:
+        """The layer's importance at gate and up, toward which experts of few tokens are drawn."""
+        return self.gathered.gate_up
+
+    def of(self, expert: int, projection: str) -> Importance:
+        """The importance of one matrix as far as it is known without its expert's rows: that of the layer."""
+        return self.gathered.of(expert, projection)
+
+    def inputs(self, expert: int) -> NDArray[np.float32]:
+        """The rows f32 [n, hidden] that one expert's gate and up see, in the machine's memory."""
+        seen: NDArray[np.float32] = self.seen(expert).cpu().numpy()
+        return seen
+
+    def from_rows(self, expert: int, projection: str, rows: NDArray[np.float32]) -> Importance:
+        """The importance of one matrix whose inputs are these rows f32 [n, K]."""
+        there = torch.from_numpy(np.require(rows, requirements=["C", "W"])).to(self.rows.device)
+        moment = self.mixed(expert, projection, there).cpu().numpy()
+        return Importance(np.diag(moment).copy(), moment, float(len(rows)))
+
+    def gate_up_energy(self) -> F64:
+        """Σ over experts of the summed squares at gate and up, f64 [hidden]."""
+        return self.gathered.gate_up_energy()
+
+    def seen(self, expert: int) -> Tensor:
+        """The rows f32 [n, hidden] that one expert's gate and up see."""
+        return self.rows[self.order[self.starts[expert] : self.starts[expert + 1]]]
+
+    def mixed(self, expert: int, projection: str, rows: Tensor) -> Tensor:
+        """The moment f64 [K, K] of one matrix whose inputs are these rows f32 [n, K]."""
+        if projection != "w2":
+            return mixed(rows, self.gate_up, self.white)
+        prior = self.gathered.of(expert, "w2").moment
+        if prior is self.gathered.down_pooled:
+            return mixed(rows, self.down, self.white_down)
+        own = torch.from_numpy(prior).to(self.rows.device)
+        return mixed(rows, own, whitening(own))
+
+
+def keep_on_device(
+    gathered: CalibratedLayer, rows: Tensor, experts: Tensor, matrix: Callable[[str], DeviceMatrix | Tensor]
+) -> KeptOnDevice:
+    """The importances of a layer whose inputs are rows f32 [tokens, hidden], taken by `experts` i64 [tokens, k]."""
+    assert gathered.gate_up.moment is not None
+    taken = experts.flatten()
+    by_expert = taken.argsort(stable=True)
+    count = len(gathered.counts["w1"])
+    starts = torch.searchsorted(taken[by_expert], torch.arange(count + 1, device=taken.device)).cpu().numpy()
+    gate_up, down = (
+        torch.from_numpy(moment).to(rows.device) for moment in (gathered.gate_up.moment, gathered.down_pooled)
+    )
+    order = by_expert // experts.shape[1]
+    return KeptOnDevice(
+        gathered, rows, order, starts, gate_up, down, whitening(gate_up), whitening(down), matrix
+    )

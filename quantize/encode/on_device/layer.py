@@ -1,0 +1,168 @@
+"""One layer's experts from weights to payloads, where their inputs lie on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....formats.blocks import AffineFormat, Format, LloydFormat
+from ....formats.checkpoint.source import Source
+from ....formats.hfq.stored import StoredForm
+from ....formats.minimax import expert_name
+from ....kernels.encode.device_encoder import DeviceEncoder
+from ....lloyd.hessian.row import RowHessian
+from ..encoders import Encoder
+from ..gpu_encoder import GpuEncoder
+from ..layer_encoder import (
+    F32,
+    OWN_DAMPING,
+    U8,
+    EncodedExpert,
+    LayerEncoder,
+    Prepared,
+    some_rows,
+)
+from ..overflow import check_levels
+from .answering import answering_down, product
+from .factors import Factors, factors_of
+from .kept import KeptOnDevice
+from .moments import rotated_moment
+from .rounding import Rounder, Streamed, ThroughMemory, on_stream, unrotated
+
+T = TypeVar("T")
+
+
+class DeviceLayerEncoder(LayerEncoder):
+    """A `LayerEncoder` whose importance is a `KeptOnDevice`, and whose fit is `hessian`."""
+
+    importance: KeptOnDevice
+
+    @property
+    def device(self) -> torch.device:
+        """Where torch works."""
+        return self.importance.rows.device
+
+    def encode_from(self, expert: int, source: Source) -> EncodedExpert:
+        """As `LayerEncoder.encode_from`; weights that lie on the device are not read again."""
+        if self.fit != "hessian":
+            return super().encode_from(expert, source)
+        names = {p: expert_name(self.layer, expert, p) for p in ("w1", "w2", "w3")}
+        given = {p: self.importance.matrix(name) for p, name in names.items()}
+        for name in names.values():
+            source.release(name)
+
+        def work(rounder: Rounder) -> EncodedExpert:
+            weights = {p: m if isinstance(m, Tensor) else m.values() for p, m in given.items()}
+            return self._rounded(expert, weights, rounder)
+
+        done = on_device(self.encoder, self.device, work)
+        for p, payload in done.payloads.items():
+            check_levels(names[p], self.formats[p], payload)
+        return done
+
+    def _rounded(self, expert: int, weights: Mapping[str, Tensor], rounder: Rounder) -> EncodedExpert:
+        """What `LayerEncoder.encode_expert` does with an expert whose inputs were kept."""
+        kept, inputs = self.importance, self.importance.seen(expert)
+        fold = self.fold(kept.of(expert, "w2")) if self.settings.fold_down else None
+        forms = {p: self.stored.form(p, fold) for p in weights}
+        scale = self._columns(forms["w1"], inputs.shape[1])
+        damping = self._damping("w1")
+        gate_up = factors_of(rotated_moment(kept.mixed(expert, "w1", inputs), damping, scale))
+        payloads: dict[str, U8] = {}
+        values: dict[str, Tensor] = {}
+        for projections in _together(self.formats):
+            folded = torch.cat([self._folded(forms[p], weights[p]) for p in projections])
+            fmt = self.formats[projections[0]]
+            packed, rounded = rounder.encode(folded, fmt, scale, gate_up, self.gain)
+            payloads |= zip(projections, np.split(packed, len(projections)), strict=True)
+            values |= zip(projections, (unrotated(rounded) / scale).chunk(len(projections)), strict=True)
+        there = product(inputs, weights["w1"], weights["w3"])
+        here = product(inputs, values["w1"], self._unfolded(forms["w3"], values["w3"]))
+        columns = self._columns(forms["w2"], here.shape[1])
+        moment = rotated_moment(kept.mixed(expert, "w2", here), self._damping("w2"), columns)
+        down = factors_of(moment)
+        fitted = answering_down(weights["w2"], there, here)
+        payloads["w2"], _ = rounder.encode(fitted, self.formats["w2"], columns, down, self.gain)
+        hessians: dict[str, Factors | RowHessian] = {"w1": gate_up, "w3": gate_up, "w2": down}
+        return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
+
+    def _sample_loss(self, candidate: Prepared, samples: Mapping[str, F32]) -> float:
+        """As `LayerEncoder` does it, with all sampled rows of a format at once."""
+        moment, form = self.importance.gate_up, candidate.stored.form("w1")
+        rows = [
+            np.concatenate(
+                [some_rows(full) for name, full in samples.items() if name.endswith(_SUFFIXES[projections])]
+            )
+            for projections in _together(self.formats)
+        ]
+
+        def work(rounder: Rounder) -> tuple[float, float]:
+            scale = self._columns(form, len(moment))
+            damping = self.importance.shared.damping
+            hessian = factors_of(rotated_moment(moment, damping, scale))
+            lost = kept = torch.zeros((), dtype=torch.float64, device=self.device)
+            for projections, given in zip(_together(self.formats), rows, strict=True):
+                some = torch.from_numpy(given).to(self.device)
+                _, values = rounder.encode(some, self.formats[projections[0]], scale, hessian, 0.0)
+                lost = lost + _energy(unrotated(values) / scale - some, moment)
+                kept = kept + _energy(some, moment)
+            return float(lost), float(kept)
+
+        lost, kept = on_device(self.encoder, self.device, work)
+        return lost / kept if kept > 0 else 0.0
+
+    def _shared(self, scale: F32) -> None:
+        """Every expert has a Hessian of its own, and `_sample_loss` makes one of the layer's on the device."""
+
+    def _damping(self, projection: str) -> float:
+        fmt = self.formats[projection]
+        assert isinstance(fmt, LloydFormat | AffineFormat)
+        return OWN_DAMPING[fmt.levels]
+
+    def _columns(self, form: StoredForm, width: int) -> Tensor:
+        """What multiplies the columns, f32 [width]."""
+        return self._there(np.ones(width, np.float32) if form.scale is None else form.scale)
+
+    def _folded(self, form: StoredForm, weights: Tensor) -> Tensor:
+        return weights if form.fold is None else weights / self._there(form.fold)[:, None]
+
+    def _unfolded(self, form: StoredForm, weights: Tensor) -> Tensor:
+        return weights if form.fold is None else weights * self._there(form.fold)[:, None]
+
+    def _there(self, array: F32) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+_SUFFIXES = {
+    ("w1", "w3"): ("w1.weight", "w3.weight"),
+    ("w1",): ("w1.weight",),
+    ("w3",): ("w3.weight",),
+}
+"""How the names of matrices end that are rounded together."""
+
+
+def _together(formats: Mapping[str, Format]) -> tuple[tuple[str, ...], ...]:
+    """Gate and up as one matrix where they have one format: they share their inputs."""
+    return (("w1", "w3"),) if formats["w1"] is formats["w3"] else (("w1",), ("w3",))
+
+
+def _energy(rows: Tensor, moment: Tensor) -> Tensor:
+    """Σ over rows f32 [R, K] of the expected squared output, in f64."""
+    x = rows.double()
+    return ((x @ moment) * x).sum()
+
+
+def on_device(encoder: Encoder, device: torch.device, work: Callable[[Rounder], T]) -> T:
+    """Do some work where torch and the encoder share a stream; with another encoder, on this thread."""
+    if not isinstance(encoder, GpuEncoder):
+        return work(ThroughMemory(encoder))
+
+    def streamed(there: DeviceEncoder) -> T:
+        with torch.inference_mode(), on_stream(there.backend, device):
+            return work(Streamed(there))
+
+    return encoder.on_stream(streamed)

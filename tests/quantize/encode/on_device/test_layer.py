@@ -1,0 +1,112 @@
+"""Builds whose experts' inputs stay on a device of torch's, here the CPU: near the files of the usual way, the same for
+any encoder, any number of workers, and after any interruption."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import small_model
+import torch
+from build_hooks import stopped
+from mq_quant.formats.blocks import LloydFormat
+from mq_quant.formats.hfq import open_hfq
+from mq_quant.formats.hfq.stored import format_of
+from mq_quant.kernels.runtime.host import open_backend
+from mq_quant.quantize.calibrate import on_the_fly
+from mq_quant.quantize.calibrate.tokens import TokenRequest
+from mq_quant.quantize.encode.gpu_encoder import GpuEncoder
+from mq_quant.quantize.pipeline.build import RunOptions, build_file
+from mq_quant.quantize.pipeline.build_spec import RecipeChanges
+from mq_quant.quantize.pipeline.statistics import OnTheFly
+from mq_quant.quantize.spec.places import choose_recipe
+from mq_quant.quantize.write.partial_file import CALIBRATION
+
+CONFIG = {**small_model.CONFIG, "num_hidden_layers": 2, "hidden_size": 512}
+TOKENS = np.random.default_rng(0).integers(0, 300, (4, 40)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Two layers; no token reaches expert 1 of layer 0."""
+    content = small_model.tensors(config=CONFIG)
+    content["model.layers.0.block_sparse_moe.e_score_correction_bias"] = torch.tensor([9.0, -9.0, 9.0])
+    folder = small_model.save(tmp_path_factory.mktemp("models") / "small", content, config=CONFIG)
+    np.save(folder / "tokens.npy", TOKENS)
+    return folder
+
+
+@pytest.fixture
+def stays(monkeypatch):
+    monkeypatch.setattr(on_the_fly, "GatheredImportance", partial(on_the_fly.GatheredImportance, stays=True))
+
+
+def built(source, out, tier="mq2", alpha=0.3, **given):
+    own = OnTheFly(TokenRequest(tokens=source / "tokens.npy"))
+    options = RunOptions(**{"output": out, "jobs": 2} | given)
+    return build_file(choose_recipe(tier, None, str(source)), own, options, RecipeChanges(alpha=alpha))
+
+
+@pytest.fixture(scope="module")
+def usual(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("usual") / "out"
+    built(source, out)
+    return out
+
+
+def codes_of(path):
+    """The body of every group of every expert, levels left out."""
+    out = []
+    with open_hfq(path) as file:
+        for entry in file.entries:
+            fmt = format_of(file, entry)
+            if isinstance(fmt, LloydFormat):
+                payload = np.frombuffer(file.read_range(entry, 0, entry.nbytes), np.uint8)
+                out.append(fmt.groups(payload)[:, 2 * fmt.levels :])
+    return np.concatenate([np.concatenate([part.reshape(-1) for part in out])])
+
+
+def test_the_file_is_nearly_that_of_the_usual_way(source, usual, tmp_path, stays):
+    """Sums in another order round a few weights to a neighbouring level."""
+    result = built(source, tmp_path / "out")
+    assert result.fallbacks == ("layer 0 w2: experts 1 (1) without tokens took the layer's moment",)
+    assert np.mean(codes_of(tmp_path / "out") == codes_of(usual)) > 0.97
+
+
+def test_the_exponent_that_is_found_is_that_of_the_usual_way(source, tmp_path, monkeypatch):
+    reports = []
+    for name in ("usual", "stays"):
+        built(source, tmp_path / name, alpha=None)
+        with open_hfq(tmp_path / name) as file:
+            reports.append(file.metadata["mq_quant"]["layers"])
+        kind = partial(on_the_fly.GatheredImportance, stays=True)
+        monkeypatch.setattr(on_the_fly, "GatheredImportance", kind)
+    for mine, theirs in zip(*reports, strict=True):
+        assert mine["alpha"] == theirs["alpha"]
+        for alpha, loss in mine["alpha_losses"].items():
+            assert loss == pytest.approx(theirs["alpha_losses"][alpha], rel=1e-3)
+
+
+@pytest.mark.parametrize("tier", ["mq2", "mq3-lloyd"])
+def test_kernels_and_loops_give_one_file_for_any_number_of_workers(source, tmp_path, stays, tier):
+    built(source, tmp_path / "loops", tier, jobs=1)
+    encoder = GpuEncoder(lambda: open_backend("cpu", threads=1), streams=2)
+    built(source, tmp_path / "kernels", tier, jobs=3, encoder=encoder)
+    encoder.close()
+    assert (tmp_path / "loops").read_bytes() == (tmp_path / "kernels").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "key", ["layer 0 expert 2", "model.layers.1.self_attn.q_proj.weight", "layer 1 expert 1"]
+)
+def test_an_interrupted_build_gives_the_same_file(source, tmp_path, stays, key):
+    """The rows are gone with the process that held them, and are made again from the stream that enters the layer."""
+    built(source, tmp_path / "whole", jobs=1)
+    with stopped(at=key) as hook:
+        built(source, tmp_path / "out", jobs=1, on_begin=hook)
+    beside = sorted(path.name for path in (tmp_path / f"out{CALIBRATION}").iterdir())
+    assert not any(name.startswith("rows") for name in beside)
+    built(source, tmp_path / "out", jobs=1)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
