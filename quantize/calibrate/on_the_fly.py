@@ -142,7 +142,7 @@ class GatheredImportance:
     def begin_layer(self, layer: int) -> None:
         """Have one layer's moments ready, and no others: nothing may need those of an earlier layer any more."""
         self._settle()
-        for earlier in range(layer):
+        for earlier in range(min(layer, len(self._folder.journal.done))):
             self._folder.drop(earlier)
         if layer < len(self._folder.journal.done) and not self._intact(layer):
             self._restart()

@@ -52,15 +52,39 @@ int hipModuleGetFunction(void **function, void *module, const char *name) {
   *function = "add";
   return module && strcmp(name, "add") ? 500 : 0;
 }
+// A graph holds the additions that were launched while the stream was captured; the one graph is 32, made ready it is 33.
+static struct {
+  float *h;
+  const float *x;
+  int64_t n;
+} steps[8];
+static int count, capturing;
+int hipStreamBeginCapture(void *stream, int mode) { return capturing = 1, count = 0, stream == (void *)64 && mode == 1 ? 0 : 1; }
+int hipStreamEndCapture(void *stream, void **graph) {
+  return capturing = 0, *graph = (void *)32, stream == (void *)64 ? 0 : 1;
+}
+int hipGraphInstantiateWithFlags(void **ready, void *graph, unsigned long long flags) {
+  return held++, *ready = (void *)33, graph == (void *)32 && !flags ? 0 : 1;
+}
+int hipGraphDestroy(void *graph) { return graph == (void *)32 ? 0 : 1; }
+int hipGraphExecDestroy(void *ready) { return ready == (void *)33 ? give_back("hipGraphExecDestroy") : 1; }
+static void add(float *h, const float *x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) h[i] += x[i];
+}
+int hipGraphLaunch(void *ready, void *stream) {
+  for (int i = 0; i < count; i++) add(steps[i].h, steps[i].x, steps[i].n);
+  return ready == (void *)33 && stream == (void *)64 ? 0 : 1;
+}
 int hipModuleLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned lds, void *stream, void **args, void **extra) {
   if (strcmp(function, "add") || gy * gz * by * bz != 1 || lds || extra) return 1;
   if (stream && stream != (void *)64) return 1;
   float *h = *(float **)args[0];
   const float *x = *(const float **)args[1];
-  const int64_t n = *(int64_t *)args[2];
-  for (int64_t i = 0; i < n && i < (int64_t)gx * bx; i++) h[i] += x[i];
-  return 0;
+  const int64_t given = *(int64_t *)args[2], most = (int64_t)gx * bx, n = given < most ? given : most;
+  if (!capturing) return add(h, x, n), 0;
+  steps[count].h = h, steps[count].x = x, steps[count].n = n;
+  return count++, 0;
 }
 int hipDeviceSynchronize(void) { return 0; }
 int hipEventCreateWithFlags(void **event, unsigned flags) { return held++, *event = malloc(8), (int)flags; }

@@ -171,6 +171,26 @@ def test_a_launch_passes_its_arguments_as_hip_takes_them(runtime, hipcc, own_str
         assert gpu.seconds_between(gpu.mark(), gpu.mark()) == pytest.approx(0.002)
 
 
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_what_is_recorded_happens_at_each_call_and_not_before(runtime, hipcc, own_stream):
+    with backend_with(runtime)(own_stream=own_stream) as gpu:
+        h, x = gpu.upload(np.zeros(300, np.float32)), gpu.upload(np.ones(300, np.float32))
+        ops.add(gpu, h, x)
+
+        def twice():
+            ops.add(gpu, h, x)
+            ops.add(gpu, h, x)
+
+        again = gpu.record(twice)
+        assert gpu.download(h)[0] == 1
+        again()
+        again()
+        assert gpu.download(h)[299] == 5
+        held = gpu.library.function("fake_held")
+        before = held()
+    assert before - held() == 3 + 2 * own_stream  # two buffers and a module; the stream and the graph
+
+
 def test_page_locked_memory_is_plain_memory_to_numpy(runtime):
     with backend_with(runtime)() as gpu:
         memory = gpu.pinned(64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mq_quant.formats.errors import BackendError
+from mq_quant.kernels.forward import ops
 from mq_quant.kernels.runtime import host
 from mq_quant.kernels.runtime.host import open_backend
 
@@ -142,3 +143,38 @@ def test_auto_opens_the_first_back_end_that_has_a_device(monkeypatch):
 def test_a_back_end_that_does_not_exist_is_refused():
     with pytest.raises(BackendError, match="no back end 'opencl'\n  choose one of auto, hip, cuda, cpu"):
         open_backend("opencl")
+
+
+def test_what_is_recorded_happens_at_each_call_and_not_before(cpu):
+    x, y = (cpu.upload(np.full(8, n, np.float32)) for n in (1, 2))
+
+    def work():
+        ops.add(cpu, x, y)
+        cpu.copy(y, x)
+
+    again = cpu.record(work)
+    assert cpu.download(x)[0] == 1
+    again()
+    assert cpu.download(x)[0] == cpu.download(y)[0] == 3
+    again()
+    assert cpu.download(x)[0] == cpu.download(y)[0] == 6
+
+
+@pytest.mark.parametrize("what", ["memory is taken", "arrays are copied", "another recording begins"])
+def test_a_recording_takes_no_memory_and_no_arrays(cpu, what):
+    x = cpu.upload(np.zeros(8, np.float32))
+    does = {
+        "memory is taken": lambda: cpu.alloc((8,), np.float32),
+        "arrays are copied": lambda: cpu.write(x, np.ones(8, np.float32)),
+        "another recording begins": lambda: cpu.record(lambda: None),
+    }[what]
+    with pytest.raises(BackendError, match=f"{what} while launches are recorded"):
+        cpu.record(does)
+    cpu.write(x, np.ones(8, np.float32))
+    assert cpu.download(x)[0] == 1
+
+
+def test_memory_that_somebody_else_took_is_a_buffer_too(cpu):
+    array = np.arange(8, dtype=np.float32)
+    borrowed = cpu.borrowed(array, array.ctypes.data, (2, 4), np.float32)
+    assert np.array_equal(cpu.download(borrowed), array.reshape(2, 4))

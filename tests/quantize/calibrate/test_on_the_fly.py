@@ -226,10 +226,10 @@ def test_a_stop_while_a_layer_is_gathered_costs_that_layer(
 ) -> None:
     real = getattr(gather.CalibrationFolder, step)
 
-    def stopping(self: Any, at: int, *rest: Any) -> Any:
+    def stopping(self: Any, at: int, *rest: Any, **named: Any) -> Any:
         if at == layer:
             raise StopError
-        return real(self, at, *rest)
+        return real(self, at, *rest, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(gather.CalibrationFolder, step, stopping)
