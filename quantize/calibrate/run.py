@@ -185,7 +185,7 @@ def _run(
         finish = partial(reading.finish, layers[layer])
         weights = layer_weights(reading, device, layer) if stored is None else nullcontext(reading)
         with weights as given:
-            done = gather_layer(given, config, layer, hidden, out, options.down, stored, finish)
-        done.finish()
-        hidden = done.behind
+            gathered = gather_layer(given, config, layer, hidden, out, options.down, stored, finish)
+        gathered.finish()
+        hidden = gathered.behind
         records.append(out.record(layer))
