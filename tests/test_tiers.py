@@ -17,6 +17,7 @@ from mq_quant.quantize.inspect.verify_inputs import VerifyOptions, inputs_of
 from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import UNCHANGED, RecipeChanges
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, NoStatistics, Statistics
+from mq_quant.quantize.spec.layer_hashes import bundled_table, file_hashes
 from mq_quant.quantize.spec.places import TINY, choose_recipe
 from mq_quant.quantize.spec.recipe import load_tier
 from mq_quant.quantize.tiny.folder import ensure_tiny
@@ -104,8 +105,11 @@ def check(path: Path, tier: str, source: Weights, floor: dict[int, float]) -> No
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_tier_is_rebuilt_to_its_committed_hash(tier: str, tiny_tier: Callable[[str], Any]) -> None:
-    _, result = tiny_tier(tier)
+    path, result = tiny_tier(tier)
     assert result.quantization_hash == load_tier(tier, TINY).quantization_hash, "see `make hashes`"
+    table = bundled_table(TINY)
+    with open_hfq(path) as file:
+        assert table is not None and file_hashes(file) == table.tiers[tier]
     assert result.coverage == 1.0
 
 

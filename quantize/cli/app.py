@@ -22,6 +22,7 @@ from . import diff as cli_diff
 from . import evaluate as cli_evaluate
 from . import inspect as cli_inspect
 from . import recipes as cli_recipes
+from . import regenerate as cli_regenerate
 from . import tune as cli_tune
 from . import verify as cli_verify
 from .console import complain
@@ -39,11 +40,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_MODULES = (cli_build, cli_calibrate, cli_tune, cli_evaluate, cli_inspect, cli_diff, cli_recipes, cli_verify)
+_MODULES = (
+    cli_build,
+    cli_calibrate,
+    cli_tune,
+    cli_evaluate,
+    cli_inspect,
+    cli_diff,
+    cli_recipes,
+    cli_regenerate,
+    cli_verify,
+)
 _COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 _ORDER = (
-    "tiers", "recipes", "plan", "build", "calibrate", "tune",
-    "verify", "evaluate", "inspect", "diff", "reproduce", "compare-hidden", "doctor",
+    "tiers", "recipes", "plan", "build", "calibrate", "tune", "verify", "evaluate",
+    "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "doctor",
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""
 

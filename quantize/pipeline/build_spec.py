@@ -131,12 +131,20 @@ def open_build(
     where = recipe.model.place
     with closing(open_place(where.address, where.revision, shard_cache, scratch)) as source:
         source.validate()
-        yield _resolve(recipe, statistics, source, check, watch)
+        yield resolve(recipe, statistics, source, check, watch)
 
 
-def _resolve(
-    recipe: Recipe, statistics: Statistics | None, source: Source, check: SpaceCheck | None, watch: Watch
+def resolve(
+    recipe: Recipe,
+    statistics: Statistics | None,
+    source: Source,
+    check: SpaceCheck | None = None,
+    watch: Watch = UNWATCHED,
 ) -> BuildSpec:
+    """The spec of a recipe for a source that is open and validated; the changes of a build are applied to it already.
+
+    Raises as `open_build`.
+    """
     config = source.config
     tensors = plan_tensors(recipe, config)
     gathered = begin_gathering(statistics, source)

@@ -245,7 +245,12 @@ def load_tier(tier: str, model: str = DEFAULT_MODEL) -> Recipe:
 
 def bundled_path(tier: str, model: str) -> Path:
     """The file of a bundled tier."""
-    return Path(str(_root() / model / f"{tier}.yaml"))
+    return bundled_file(model, f"{tier}.yaml")
+
+
+def bundled_file(model: str, name: str) -> Path:
+    """A file that stands, or could stand, beside the recipes of a model."""
+    return Path(str(_root() / model / name))
 
 
 def load_recipe(path: Path) -> Recipe:
