@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mq_quant.quantize.cli import build as cli_build
-from mq_quant.quantize.cli import calibrate as cli_calibrate
-from mq_quant.quantize.cli import diff as cli_diff
-from mq_quant.quantize.cli import inspect as cli_inspect
-from mq_quant.quantize.cli import recipes as cli_recipes
-from mq_quant.quantize.cli import regenerate as cli_regenerate
-from mq_quant.quantize.cli import tune as cli_tune
-from mq_quant.quantize.cli import verify as cli_verify
+from mq_quant.quantize import cli
 from mq_quant.quantize.cli.app import app, main
 from mq_quant.quantize.tiny.folder import ensure_tiny
 
@@ -197,17 +192,8 @@ def test_debug_shows_the_traceback(mq: Run) -> None:
 
 
 def test_every_command_of_every_module_is_there() -> None:
-    modules = (
-        cli_build,
-        cli_calibrate,
-        cli_tune,
-        cli_inspect,
-        cli_diff,
-        cli_recipes,
-        cli_regenerate,
-        cli_verify,
-    )
-    names = [name for module in modules for name in module.COMMANDS]
+    modules = [import_module(f"{cli.__name__}.{found.name}") for found in pkgutil.iter_modules(cli.__path__)]
+    names = [name for module in modules for name in getattr(module, "COMMANDS", ())]
     assert sorted(names) == sorted(str(command.name) for command in app.registered_commands)
 
 
