@@ -145,8 +145,8 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def open_gpu(device: str) -> Backend:
+def open_gpu(device: str, own_stream: bool = True) -> Backend:
     """The back end of `hip`, or of `cuda`, which is HIP's where there is only an AMD GPU; BackendError without one."""
     if device == "cuda" and not has_device("cuda") and has_device("hip"):
         device = "hip"
-    return open_backend(device, own_stream=True)
+    return open_backend(device, own_stream=own_stream)

@@ -16,6 +16,24 @@ _FILL = "fill_uninitialized_memory"
 
 
 @contextmanager
+def coarse_products(device: torch.device) -> Iterator[None]:
+    """In the whole process, torch's products on a GPU take ten bits of what they multiply where it has units for that.
+
+    Good enough for the direction of a step; what is judged and what is stored is computed in full. A CPU goes on as
+    before.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
 def deterministic() -> Iterator[None]:
     """In the whole process, torch takes algorithms with a fixed order of sums, and products in full f32.
 

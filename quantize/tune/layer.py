@@ -23,7 +23,7 @@ from torch import Tensor
 from ...formats.blocks import AffineFormat, FloatFormat, LloydFormat, Q8Format
 from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_inventory
 from ..encode.overflow import encode_tensor
-from .deterministic import deterministic
+from .deterministic import coarse_products, deterministic
 from .rounding import with_heads, within_f16, within_scales
 from .student import Matrices, StoredTensor, Student
 
@@ -265,9 +265,11 @@ class _Training:
         adam = torch.optim.Adam([{"params": [part.moved], "lr": part.step} for part in parts], betas=BETAS)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
         order = torch.Generator().manual_seed(self.settings.seed)
-        for _ in range(self.settings.epochs):
-            shuffled = chosen[torch.randperm(len(chosen), generator=order).numpy()]
-            for some in self._batches(shuffled):
+        epochs = (
+            chosen[torch.randperm(len(chosen), generator=order).numpy()] for _ in range(self.settings.epochs)
+        )
+        with coarse_products(self.device):
+            for some in (batch for shuffled in epochs for batch in self._batches(shuffled)):
                 moved = student.changed(*({k: p.value for k, p in of.items()} for of in (dense, heads)))
                 out = moved.forward(self._of(self.task.entering, some))
                 missed = (out - self._of(self.task.target, some)).square().sum(-1)

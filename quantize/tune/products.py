@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 from ...formats.fwht import GROUP, rotate
+from ...kernels.runtime.host import Backend
+from ...kernels.train.levels import level_gradients, spread_levels
+from ..encode.gpu_encoder import open_gpu
+from ..encode.on_device.factors import borrowed
 from .placement import Placement
 
 
@@ -29,11 +33,22 @@ def unpacked(body: Tensor, bits: int) -> Tensor:
     return torch.stack(codes, -1).flatten(-2)
 
 
+@cache
+def _kernels() -> Backend:
+    """A back end whose kernels run in torch's own stream, in turn with what torch does."""
+    return open_gpu("cuda", own_stream=False)
+
+
 def dequantised(heads: Tensor, codes: Tensor, even: bool) -> Tensor:
     """Values f32 [G, 256] of codes u8 [G, 256]; `heads` f32 [G, n] are levels or, of an even grid, (scale, zero).
 
     The bits are those of `Format.decode`.
     """
+    if heads.is_cuda:
+        values = torch.empty(codes.shape, device=codes.device)
+        there = _kernels()
+        spread_levels(there, *(borrowed(there, t.contiguous()) for t in (values, codes, heads)), even)
+        return values
     if even:
         return heads[:, 1:] + heads[:, :1] * codes.float()
     groups, count = heads.shape
@@ -44,12 +59,14 @@ def dequantised(heads: Tensor, codes: Tensor, even: bool) -> Tensor:
 
 def head_gradient(gradient: Tensor, codes: Tensor, count: int, even: bool) -> Tensor:
     """The gradient f32 [G, n] of a matrix's heads, from that of its values f32 [G, 256]."""
+    if gradient.is_cuda:
+        out = torch.empty(len(gradient), count, device=codes.device)
+        there = _kernels()
+        level_gradients(there, *(borrowed(there, t.contiguous()) for t in (out, gradient, codes)), even)
+        return out
     if even:
         return torch.stack([(gradient * codes.float()).sum(-1), gradient.sum(-1)], -1)
-    if gradient.device.type == "cpu":  # scatter_add_ of matrices has no fixed order on a GPU
-        return gradient.new_zeros(len(gradient), count).scatter_add_(1, codes.long(), gradient)
-    nothing = gradient.new_zeros(())
-    return torch.stack([torch.where(codes == k, gradient, nothing).sum(-1) for k in range(count)], -1)
+    return gradient.new_zeros(len(gradient), count).scatter_add_(1, codes.long(), gradient)
 
 
 class _Products(torch.autograd.Function):
