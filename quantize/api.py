@@ -93,7 +93,7 @@ def build_file(
         place = None if given is None else Path(given)
         folder = place if place is not None and place.is_dir() else None
         wishes = Wishes(effort, imatrix=None if folder else place, calibration=folder)
-        given = choose(recipe, wishes, torch_device(device, asked=True), jobs or cores())
+        given = choose(recipe, wishes, lambda: torch_device(device, asked=True), jobs or cores())
     with open_encoder(device) as encoder:
         options = build.RunOptions(
             output=None if output is None else Path(output),

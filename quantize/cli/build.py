@@ -130,7 +130,7 @@ def build(
         chosen = choose_recipe(tier, recipe, source, revision)
         where = best_device() if device == "auto" else device
         workers = jobs or cores()
-        statistics = choose(chosen, wishes, torch_device(where, asked=device != "auto"), workers)
+        statistics = choose(chosen, wishes, lambda: torch_device(where, asked=device != "auto"), workers)
         with open_encoder(where) as encoder:
             options = RunOptions(
                 output=output,

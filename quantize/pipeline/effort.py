@@ -60,7 +60,11 @@ def check(wishes: Wishes) -> None:
             raise RecipeError(sentence, hint="give one of the two")
 
 
-def chosen_effort(recipe: Recipe, wishes: Wishes, device: str = "cpu", jobs: int = 1) -> Effort:
+def _cpu() -> str:
+    return "cpu"
+
+
+def chosen_effort(recipe: Recipe, wishes: Wishes, device: Callable[[], str] = _cpu, jobs: int = 1) -> Effort:
     """The effort of a build: the one asked for, the recipe's, what follows from the statistics given, or what so many
     workers do in one night.
 
@@ -74,12 +78,15 @@ def chosen_effort(recipe: Recipe, wishes: Wishes, device: str = "cpu", jobs: int
     if wishes.imatrix or (wishes.fit or recipe.fit) != "hessian":
         return "imatrix"
     config = parse_config(model_files(recipe.model).config)
-    return default_effort(recipe, config, jobs, device)
+    return default_effort(recipe, config, jobs, device())
 
 
-def choose(recipe: Recipe, wishes: Wishes, device: str = "cpu", jobs: int = 1) -> Statistics | None:
+def choose(
+    recipe: Recipe, wishes: Wishes, device: Callable[[], str] = _cpu, jobs: int = 1
+) -> Statistics | None:
     """The statistics of a build on a device of torch's with so many workers; None for the recipe's own imatrix.
 
+    `device` is asked only where it matters, since the answer may take as long as torch takes to load.
     Raises RecipeError where wishes contradict each other, and ConfigError where the model's config is needed and wrong.
     """
     check(wishes)
@@ -90,8 +97,9 @@ def choose(recipe: Recipe, wishes: Wishes, device: str = "cpu", jobs: int = 1) -
     effort = chosen_effort(recipe, wishes, device, jobs)
     if effort == "imatrix":
         return None if wishes.imatrix is None else ImatrixFile(wishes.imatrix)
-    tokens = wishes.tokens or TokenRequest(sequences=_sequences(device))
-    calibrated = OnTheFly(tokens, device, wishes.imatrix)
+    where = device()
+    tokens = wishes.tokens or TokenRequest(sequences=_sequences(where))
+    calibrated = OnTheFly(tokens, where, wishes.imatrix)
     if effort != "tuned":
         return calibrated
     from ..tune.layer import TuneSettings

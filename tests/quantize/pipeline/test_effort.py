@@ -58,7 +58,7 @@ def test_a_recipe_may_say_its_effort_and_the_person_has_the_last_word() -> None:
 )
 def test_without_wishes_it_is_what_the_machine_does_in_a_night(jobs: int, effort: str) -> None:
     assert chosen_effort(RELEASED, Wishes(), jobs=jobs) == effort
-    assert chosen_effort(RELEASED, Wishes(), "cuda") == "tuned"
+    assert chosen_effort(RELEASED, Wishes(), lambda: "cuda") == "tuned"
     config = parse_config(RELEASED.model.config or {})
     unknown = RELEASED.model_copy(update={"model": RELEASED.model.model_copy(update={"imatrix": None})})
     assert default_effort(unknown, config, 1) == "calibrated", "there is no imatrix to do less with"
@@ -74,8 +74,8 @@ def test_an_effort_that_does_more_takes_longer() -> None:
 
 def test_more_of_our_own_text_is_taken_on_a_gpu() -> None:
     own = TokenRequest(sequences=GPU_TOKENS // LENGTH)
-    assert choose(RELEASED, Wishes(), "cuda") == OnTheFly(own, "cuda", tuning=TuneSettings())
-    assert choose(RELEASED, Wishes("calibrated", tokens=OWN), "cuda") == OnTheFly(OWN, "cuda")
+    assert choose(RELEASED, Wishes(), lambda: "cuda") == OnTheFly(own, "cuda", tuning=TuneSettings())
+    assert choose(RELEASED, Wishes("calibrated", tokens=OWN), lambda: "cuda") == OnTheFly(OWN, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,13 @@ def test_the_file_says_the_effort_that_its_statistics_are() -> None:
     assert effort_of(None) == effort_of(ImatrixFile(FILE)) == "imatrix"
     assert effort_of(OnTheFly()) == effort_of(MomentFolder(FILE)) == "calibrated"
     assert effort_of(NoStatistics()) is None
+
+
+def test_nobody_asks_for_the_device_where_it_does_not_matter():
+    """The answer may take as long as torch takes to load."""
+
+    def device():
+        raise AssertionError("asked")
+
+    for wishes in (Wishes("imatrix"), Wishes(imatrix=FILE), Wishes(no_imatrix=True), Wishes(fit="exact")):
+        choose(RELEASED, wishes, device)
