@@ -47,7 +47,8 @@ def dequantised(heads: Tensor, codes: Tensor, even: bool) -> Tensor:
     if heads.is_cuda:
         values = torch.empty(codes.shape, device=codes.device)
         there = _kernels()
-        spread_levels(there, *(borrowed(there, t.contiguous()) for t in (values, codes, heads)), even)
+        out, given, levels = (borrowed(there, t.contiguous()) for t in (values, codes, heads))
+        spread_levels(there, out, given, levels, even)
         return values
     if even:
         return heads[:, 1:] + heads[:, :1] * codes.float()
@@ -60,10 +61,11 @@ def dequantised(heads: Tensor, codes: Tensor, even: bool) -> Tensor:
 def head_gradient(gradient: Tensor, codes: Tensor, count: int, even: bool) -> Tensor:
     """The gradient f32 [G, n] of a matrix's heads, from that of its values f32 [G, 256]."""
     if gradient.is_cuda:
-        out = torch.empty(len(gradient), count, device=codes.device)
+        sums = torch.empty(len(gradient), count, device=codes.device)
         there = _kernels()
-        level_gradients(there, *(borrowed(there, t.contiguous()) for t in (out, gradient, codes)), even)
-        return out
+        out, given, chosen = (borrowed(there, t.contiguous()) for t in (sums, gradient, codes))
+        level_gradients(there, out, given, chosen, even)
+        return sums
     if even:
         return torch.stack([(gradient * codes.float()).sum(-1), gradient.sum(-1)], -1)
     return gradient.new_zeros(len(gradient), count).scatter_add_(1, codes.long(), gradient)
