@@ -18,6 +18,7 @@ from typer.main import get_command
 from ...formats.errors import MqError
 from . import build as cli_build
 from . import calibrate as cli_calibrate
+from . import card as cli_card
 from . import diff as cli_diff
 from . import evaluate as cli_evaluate
 from . import inspect as cli_inspect
@@ -45,6 +46,7 @@ _MODULES = (
     cli_calibrate,
     cli_tune,
     cli_evaluate,
+    cli_card,
     cli_inspect,
     cli_diff,
     cli_recipes,
@@ -54,7 +56,7 @@ _MODULES = (
 _COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 _ORDER = (
     "tiers", "recipes", "plan", "build", "calibrate", "tune", "verify", "evaluate",
-    "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "doctor",
+    "card", "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "doctor",
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""
 

@@ -44,6 +44,9 @@ def evaluate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where the result is written, as JSON.")
     ] = Path("evaluation.json"),
+    pictures: Annotated[
+        Path | None, typer.Option(help="Draw KLD against size, and the error by layer, into this folder.")
+    ] = None,
     text: opt.Text = None,
     tokens: opt.Tokens = None,
     sequences: opt.Sequences = None,
@@ -108,6 +111,10 @@ def evaluate(
             against = of_checkpoint(opened, asked, opened.fingerprint(progress))
         options = EvaluateOptions(output, save_reference, device, force, restart, progress)
         result = evaluate_files(files, against, options)
+        if pictures is not None:
+            from ..evaluate.pictures import pictures_of, write_pictures
+
+            write_pictures(pictures, pictures_of(result.files))
     for text_of_note in result.notes:
         note(text_of_note)
     if as_json or not quiet:

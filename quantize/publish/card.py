@@ -21,6 +21,7 @@ from ...formats.text import printable
 from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
 from ...texts import EVALUATION_SHA256
+from ..evaluate.pictures import BY_SIZE, BY_TOKENS, pictures_of, write_pictures
 from ..evaluate.result import EvaluatedFile, Evaluation, read_evaluation
 from ..spec.places import local_folder
 from ..spec.running import NOTE
@@ -30,6 +31,12 @@ from .facts import CardFile, Origin, read_facts
 SUMS = "SHA256SUMS"
 LIBRARY = "hipfire"
 TAGS = ("hipfire", "hfq", "mq-quant", "quantized", "moe", "minimax_m2")
+SPACE = "\u00a0"
+"""A space at which no line is broken."""
+_CAPTIONS = {
+    BY_SIZE: "KL divergence against file size",
+    BY_TOKENS: "KL divergence against calibration tokens",
+}
 _MARKS = str.maketrans({c: f"\\{c}" for c in "|*_[]`\\"})
 
 
@@ -86,13 +93,15 @@ def write_card(
     base = _declared(origin, options)
     watch.begin("hashing", sum(f.bytes for f in found), "bytes")
     sums = [f"{UnchangedFile(f.path, CheckError).sha256(watch)}  {f.name}" for f in found]
-    text = render_card(found, origin, base, evaluation, measured)
+    drawn = {name: f for name, f in pictures_of(measured).items() if name in (BY_SIZE, BY_TOKENS)}
+    pictures = write_pictures(folder, drawn)
+    text = render_card(found, origin, base, evaluation, measured, pictures)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         readme.write_text(text, encoding="utf-8")
         checksums.write_text("".join(f"{line}\n" for line in sums), encoding="utf-8")
     return CardResult(
-        folder, readme, checksums, tuple(f.name for f in found), (), _notes(found, measured, base)
+        folder, readme, checksums, tuple(f.name for f in found), pictures, _notes(found, measured, base)
     )
 
 
@@ -102,13 +111,15 @@ def render_card(
     base: BaseModel,
     evaluation: Evaluation | None = None,
     measured: Sequence[EvaluatedFile] = (),
-    picture: str | None = None,
+    pictures: Sequence[str] = (),
 ) -> str:
     """The text of README.md; `files` and `measured` stand in the card in their order."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    environment.filters.update(md=_md, code=_code, sh=shlex.quote, n=_number, gb=_gb, percent=_percent)
+    environment.filters.update(
+        md=_md, code=_code, sh=shlex.quote, n=_number, pm=_with_error, gb=_gb, percent=_percent
+    )
     template = environment.from_string(
         resources(__name__.rpartition(".")[0]).joinpath("card.md.jinja").read_text("utf-8")
     )
@@ -122,7 +133,7 @@ def render_card(
         evaluation=evaluation if measured else None,
         text_note=_text_note(evaluation),
         measured=measured,
-        picture=picture,
+        pictures=[(p, _CAPTIONS[p.removesuffix(".png")]) for p in pictures if p.endswith(".png")],
         limits=_limits(files, measured),
         license_note=_license_note(base),
     )
@@ -237,7 +248,7 @@ def _text_note(evaluation: Evaluation | None) -> str:
         return ""
     tokens = evaluation.tokens
     whose = (
-        "the evaluation text that comes with mq-quant (prose, code, mathematics, chat, eleven languages)"
+        "the evaluation text that comes with mq-quant (prose, code, mathematics, chat, nine languages)"
         if tokens.text == EVALUATION_SHA256
         else f"a text of the publisher's (token ids with SHA-256 `{tokens.sha256[:16]}…`)"
     )
@@ -283,13 +294,21 @@ def _code(text: str) -> str:
     return printable(text).replace("`", "'").replace("|", "\\|")
 
 
-def _number(value: float, digits: int = 4) -> str:
-    return f"{value:#.{digits}g}" if math.isfinite(value) and value else "0" if value == 0 else "–"
+def _number(value: float) -> str:
+    return f"{value:#.4g}" if math.isfinite(value) and value else "0" if value == 0 else "–"
+
+
+def _with_error(value: float, error: float) -> str:
+    """A figure with its standard error, to the second digit of that."""
+    if not (math.isfinite(error) and error > 0):
+        return _number(value)
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f}{SPACE}±{SPACE}{error:.{decimals}f}"
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+    return f"{100 * share:.2f}{SPACE}%"
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.1f}{SPACE}GB" if size >= 1e9 else f"{size / 1e6:.1f}{SPACE}MB"
