@@ -25,10 +25,10 @@ from mq_quant.formats.blocks import BY_NAME, AffineFormat, LloydFormat
 from mq_quant.formats.fwht import SIGNS2, rotate
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.lloyd import encode
-from mq_quant.lloyd.constants import ROUNDS
+from mq_quant.lloyd.constants import INDEPENDENT
 from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.group import Problem, fit_rows, settle_rows
-from mq_quant.lloyd.group_fit import SHAKES, as_stored, expand, initial_levels
+from mq_quant.lloyd.group_fit import SIGNS, as_stored, expand, initial_levels
 from mq_quant.lloyd.hessian.group import from_diagonal
 from mq_quant.lloyd.hessian.row import from_weights
 from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
@@ -80,15 +80,16 @@ def stages_of(fmt: LloydFormat | AffineFormat, runs: int) -> dict[str, Any]:
     levels = expand(fmt, start)
     codes, gains = np.empty((len(rows), 256), np.uint8), np.empty(len(rows), np.float32)
     grid = isinstance(fmt, AffineFormat)
-    problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, SHAKES, grid)
+    problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, SIGNS, grid)
 
     def took(work: Callable[[], object]) -> float:
         return median_time(work, runs) / rows.size * 1e9
 
     def fit(rounds: int) -> float:
-        return took(lambda: fit_rows(rows, 0, problem, rounds, rounds - 1, levels.copy(), codes))
+        shakes = np.array(INDEPENDENT[len(INDEPENDENT) - rounds :], np.float32)
+        return took(lambda: fit_rows(rows, 0, problem, shakes, levels.copy(), codes))
 
-    first, cold, whole = fit(0), fit(1), fit(ROUNDS)
+    first, cold, whole = fit(0), fit(1), fit(len(INDEPENDENT))
     return {
         "format": fmt.name,
         "Hessian": took(lambda: from_diagonal(weights)),

@@ -15,7 +15,7 @@ import numpy as np
 from ..formats.blocks import AffineFormat
 from ..formats.fwht import SIGNS2
 from .codes.feedback import residual
-from .constants import GROUP, PASSES, SHAKE, WHOLE_ROUNDS
+from .constants import GROUP, PASSES, SHAKE, WHOLE
 from .group import (
     Problem,
     gather_levels,
@@ -27,7 +27,7 @@ from .group import (
     total_of,
     write_gains,
 )
-from .group_fit import F32, SHAKES, GroupFit, Rotated, as_stored, even_levels, expand
+from .group_fit import F32, SIGNS, GroupFit, Rotated, as_stored, even_levels, expand
 from .hessian.row import Coupling
 from .levels.refit import multiply, weighted_dot
 from .loops import compiled
@@ -47,10 +47,10 @@ def fit_again(rows: F32, fmt: Rotated, coupling: Coupling, fits: Sequence[GroupF
     targets, turned = (np.empty((tiles, GROUP, LANES), np.float32) for _ in range(2))
     for g, fit in enumerate(found):
         error_tiles(rows, g * GROUP, expand(fmt, fit.stored), fit.codes, errors[g])
-    for turn in range(WHOLE_ROUNDS - 1, WHOLE_ROUNDS - 1 - PASSES, -1):
+    for turn in range(len(WHOLE) - 1, len(WHOLE) - 1 - PASSES, -1):
         for g, old in enumerate(found):
             matrix = coupling.blocks[g]
-            problem = Problem(matrix, matrix, _DENSE, SIGNS2, SHAKES, isinstance(fmt, AffineFormat))
+            problem = Problem(matrix, matrix, _DENSE, SIGNS2, SIGNS, isinstance(fmt, AffineFormat))
             before = expand(fmt, old.stored)
             levels, codes = before.copy(), old.codes.copy()
             target_tiles(rows, g * GROUP, errors, g, coupling.pulls[g], targets)

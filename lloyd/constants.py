@@ -14,18 +14,22 @@ from ..formats.fwht import GROUP
 __all__ = ["GROUP"]
 
 # Rounds of the Hessian fit.
-ROUNDS = 4
-"""Rounds of descent and refit after the first refit, where groups are independent. All but the last are warm."""
 SWEEPS = 8
 """Sweeps over the columns in one round of descent."""
 SHAKE = np.float32(0.25)
 """How far warm sweeps shift a target, as a share of the root mean square error of a row's columns under H."""
 SHAKE_SEED = 77
 """Seed of the signs by which warm sweeps shift targets up or down."""
-WHOLE_ROUNDS = 5
+INDEPENDENT = (SHAKE, SHAKE, SHAKE, np.float32(0))
+"""The shakes of the rounds of descent and refit that follow the first refit, where groups are independent."""
+WHOLE = (SHAKE,) * 5
 """The same where every group is fitted again once all are rounded. All are warm: the final codes come after them."""
+LONE = tuple(np.float32(0.35 * (1 - n / 12)) for n in range(12))
+"""The same where a row is one group under a second moment, and there is nothing to fit again. Shakes that fade find
+lower minima than equal ones, and more rounds lower ones yet.
+"""
 PASSES = 1
-"""Passes in which the groups of whole rows are fitted again, with one warm round each; at most WHOLE_ROUNDS."""
+"""Passes in which the groups of whole rows are fitted again, with one warm round each; at most the rounds of WHOLE."""
 MOST_ENERGY = np.float32(1e38)
 """An error energy of a row beyond this has overflown f32, and shifts nothing."""
 SIGNAL_FLOOR = np.float32(0.5)

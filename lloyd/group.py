@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .codes.descent import descend, heat
 from .codes.feedback import feedback, residual
-from .constants import GROUP, SHAKE, SIGNAL_FLOOR, SWEEPS
+from .constants import GROUP, SIGNAL_FLOOR, SWEEPS
 from .levels.refit import (
     dense_equations,
     indicator,
@@ -153,11 +153,11 @@ def gradient(problem, errors, out):
 
 
 @compiled
-def fit_rows(rows, column, problem, rounds, warm, levels_io, codes_out):
+def fit_rows(rows, column, problem, shakes, levels_io, codes_out):
     """Codes u8 [R, 256] and levels f32 [R, K] of the group that starts at `column` of rows f32 [R, K_in].
 
-    levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded. The first `warm` of
-    the `rounds` of descent and refit are warm.
+    levels_io holds the initial levels, ascending, and receives the fitted ones, not yet rounded. There is a
+    round of descent and refit for each of shakes f32 [n]; it is warm where that is not 0.
     """
     problem = Problem(lined_up(problem.matrix), *problem[1:])
     s = scratch_for(levels_io.shape[1], problem.grid)
@@ -169,8 +169,8 @@ def fit_rows(rows, column, problem, rounds, warm, levels_io, codes_out):
         midpoints(s.levels, s.mids)
         feedback(s.y, problem.feedback, s.levels, s.mids, s.codes, s.work, s.errors)
         refit_levels(problem, total, s)
-        for n in range(rounds):
-            improve(problem, total, n, SHAKE if n < warm else np.float32(0), s)
+        for n in range(shakes.shape[0]):
+            improve(problem, total, n, shakes[n], s)
         scatter_levels(s.levels, levels_io, first)
         scatter(s.codes, codes_out, first)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from ..formats.blocks import AffineFormat, LloydFormat
 from ..formats.fwht import SIGNS2
 from .codes.descent import shake_signs
-from .constants import F16_MAX, GRID_STEPS, GROUP, ROUNDS, SWEEPS, WHOLE_ROUNDS
+from .constants import F16_MAX, GRID_STEPS, GROUP, INDEPENDENT, LONE, SWEEPS, WHOLE
 from .group import Problem, fit_rows, settle_rows
 from .hessian.group import GroupHessian
 from .levels.affine import affine_rows
@@ -21,7 +22,7 @@ U8 = NDArray[np.uint8]
 
 Rotated = LloydFormat | AffineFormat
 WARM, FIRST = 1, True
-SHAKES = shake_signs(WHOLE_ROUNDS * SWEEPS)
+SIGNS = shake_signs(max(map(len, (INDEPENDENT, WHOLE, LONE))) * SWEEPS)
 _NO_CODES = np.empty((0, GROUP), np.uint8)
 
 
@@ -37,17 +38,17 @@ class GroupFit:
 
 
 def fit_group(
-    rows: F32, column: int, fmt: Rotated, h: GroupHessian, rounds: int = ROUNDS, warm: int = ROUNDS - 1
+    rows: F32, column: int, fmt: Rotated, h: GroupHessian, shakes: Sequence[np.float32] = INDEPENDENT
 ) -> GroupFit:
     """The group of rows f32 [R, K_in] that begins at `column`, fitted under its Hessian.
 
-    The first `warm` of the `rounds` are warm.
+    There is a round of descent and refit for each of the `shakes`.
     """
     grid = isinstance(fmt, AffineFormat)
     levels = expand(fmt, initial_levels(rows, column, fmt, exact=h.nearly_white))
-    problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, SHAKES, grid)
+    problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, SIGNS, grid)
     codes, gains = np.empty((len(rows), GROUP), np.uint8), np.empty(len(rows), np.float32)
-    fit_rows(rows, column, problem, rounds, warm, levels, codes)
+    fit_rows(rows, column, problem, np.array(shakes), levels, codes)
     stored = as_stored(fmt, even_levels(levels) if grid else levels)
     settle_rows(rows, column, problem, expand(fmt, stored), codes, gains)
     return GroupFit(stored, codes, gains)

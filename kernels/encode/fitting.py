@@ -8,20 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...formats.blocks import AffineFormat, LloydFormat
-from ...lloyd.codes.descent import shake_signs
 from ...lloyd.constants import (
     BOTH_ENDS,
     GRID_STEPS,
     GROUP,
     ONE_END,
     PASSES,
-    ROUNDS,
     SHAKE,
     SWEEPS,
-    WHOLE_ROUNDS,
+    WHOLE,
 )
 from ...lloyd.encode import ENCODED
-from ...lloyd.group_fit import Rotated
+from ...lloyd.group_fit import SIGNS, Rotated
 from ...lloyd.levels.kmeans import gaussian_bounds
 from ..runtime.block_table import BLOCK_THREADS, WAVE
 from ..runtime.host import Argument, Backend, Buffer
@@ -52,7 +50,7 @@ class Fitting:
     def __init__(self, backend: Backend, space: Space, signs: Buffer) -> None:
         """`signs` f32 [2, 256] are those of the rotation."""
         self._backend, self._space, self._signs = backend, space, signs
-        self._shakes = backend.upload(shake_signs(WHOLE_ROUNDS * SWEEPS).reshape(WHOLE_ROUNDS, -1))
+        self._shakes = backend.upload(SIGNS.reshape(len(SIGNS) // SWEEPS, -1))
         self._both_ends, self._one_end = (
             backend.upload(np.array(ends, np.float32)) for ends in (BOTH_ENDS, ONE_END)
         )
@@ -143,9 +141,8 @@ class Fitting:
             self._multiply(work, pulled, work.rows, h, 1.0, first, number)
         self.launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
         self._refit(work, h, pulled, first, number)
-        rounds, warm = (WHOLE_ROUNDS, WHOLE_ROUNDS) if h.coupling else (ROUNDS, ROUNDS - 1)
-        for n in range(rounds):
-            self._descend(work, h, n, float(SHAKE) if n < warm else 0.0, first, number)
+        for n, shake in enumerate(h.of.shakes):
+            self._descend(work, h, n, float(shake), first, number)
             self._refit(work, h, pulled, first, number)
         self._settle(work, h, first, number)
         if h.answers and first + 1 < work.groups:
@@ -168,7 +165,7 @@ class Fitting:
         new = (work.params, work.codes)
         aimed = replace(work, rows=targets)
         self.launch("residual_rows", (work.count, groups), (errors, work.rows, *new, groups, 0), work.fmt)
-        for turn in range(WHOLE_ROUNDS - 1, WHOLE_ROUNDS - 1 - PASSES, -1):
+        for turn in range(len(WHOLE) - 1, len(WHOLE) - 1 - PASSES, -1):
             for target, source in zip(old, new, strict=True):
                 self._backend.copy(target, source)
             for g in range(groups):
@@ -186,7 +183,7 @@ class Fitting:
                 self._multiply(aimed, turned, sums, h, -1.0, g, 1)
                 self.launch("keep_better", one, (*new, targets, turned, *old, *at), work.fmt)
                 self.launch("residual_rows", one, (errors, work.rows, *new, *at), work.fmt)
-                if gain and turn == WHOLE_ROUNDS - PASSES:
+                if gain and turn == len(WHOLE) - PASSES:
                     self._gain(aimed, h, pulled, gain, g, 1)
 
     def _settle(self, work: Work, h: Hessian, first: int, number: int) -> None:

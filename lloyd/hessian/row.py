@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..constants import EXTRA_DAMPING, GROUP
+from ..constants import EXTRA_DAMPING, GROUP, INDEPENDENT, LONE, WHOLE
 from ..loops import compiled
 from ..simd.lanes import PANEL, gather, product, scatter_at
 from ..simd.vec import LANES
@@ -62,6 +62,13 @@ class RowHessian:
     notes: tuple[str, ...] = ()
     _factored: list[GroupHessian] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @property
+    def shakes(self) -> tuple[np.float32, ...]:
+        """The shakes of the rounds in which each group is fitted."""
+        if self.coupling is not None:
+            return WHOLE
+        return LONE if self.weights is None and len(self.factors) == 1 else INDEPENDENT
 
     @property
     def groups(self) -> tuple[GroupHessian, ...]:

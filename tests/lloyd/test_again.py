@@ -11,10 +11,10 @@ from mq_quant.formats.blocks import MQ2_LLOYD, MQ4, AffineFormat, LloydFormat
 from mq_quant.formats.fwht import SIGNS2, rotate
 from mq_quant.lloyd import again
 from mq_quant.lloyd.again import error_tiles, improve_tiles, keep_better, target_tiles
-from mq_quant.lloyd.constants import PASSES, WHOLE_ROUNDS
+from mq_quant.lloyd.constants import PASSES, WHOLE
 from mq_quant.lloyd.encode import ENCODED, encode_rotated
 from mq_quant.lloyd.group import Problem
-from mq_quant.lloyd.group_fit import SHAKES, Rotated, expand
+from mq_quant.lloyd.group_fit import SIGNS, Rotated, expand
 from mq_quant.lloyd.hessian.row import Coupling, RowHessian, from_moment
 from mq_quant.lloyd.whole_row import fit_whole_rows
 
@@ -52,7 +52,7 @@ def costs(rows: np.ndarray, fmt: Rotated, h: np.ndarray, given: RowHessian) -> n
 
 
 def test_every_pass_has_shakes_of_its_own() -> None:
-    assert 1 <= PASSES <= WHOLE_ROUNDS
+    assert 1 <= PASSES <= len(WHOLE)
 
 
 @pytest.mark.parametrize("width", [512, 768, 1536])
@@ -123,7 +123,7 @@ def test_errors_are_what_the_decoder_lacks(count: int) -> None:
 def test_what_does_not_cost_less_is_put_back() -> None:
     """Where new and old are equal, the new is far worse, or the target is not a number, the old codes stand."""
     fmt, matrix = MQ2_LLOYD, coupling(512).blocks[0]
-    problem = Problem(matrix, matrix, EMPTY, SIGNS2, SHAKES, False)
+    problem = Problem(matrix, matrix, EMPTY, SIGNS2, SIGNS, False)
     rows = heavy_rows(16)
     rows[3, 7] = np.nan
     fits = fit_whole_rows(np.nan_to_num(np.concatenate([rows, rows], axis=1)), fmt, hessian(512))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mq_quant.lloyd import constants
-from mq_quant.lloyd.constants import BOTH_ENDS, ONE_END, ROUNDS, SHAKE, SHAKE_SEED, SWEEPS
+from mq_quant.lloyd.constants import BOTH_ENDS, INDEPENDENT, LONE, ONE_END, SHAKE, SHAKE_SEED, SWEEPS, WHOLE
 
 ROOM = Path(constants.__file__).parent
 NUMBERS = {name: value for name, value in vars(constants).items() if name.isupper()}
@@ -45,8 +45,10 @@ def test_no_loop_repeats_a_number_of_the_table(literal: str) -> None:
 
 
 def test_numbers_that_decide_bytes_are_what_they_were() -> None:
-    assert (4, 8, np.float32(0.25), 77) == (ROUNDS, SWEEPS, SHAKE, SHAKE_SEED)
-    assert (constants.WHOLE_ROUNDS, constants.PASSES) == (5, 1)
+    assert (8, np.float32(0.25), 77) == (SWEEPS, SHAKE, SHAKE_SEED)
+    assert INDEPENDENT == (0.25, 0.25, 0.25, 0)
+    assert (WHOLE, constants.PASSES) == (5 * (0.25,), 1)
+    assert [round(float(shake) * 1200) for shake in LONE] == list(range(420, 0, -35))
     assert (BOTH_ENDS, ONE_END) == ((0.06, 0.14), (0.03, 0.015))
     assert (np.float32(1e-3), np.float32(0.01)) == (constants.RIDGE, constants.PIVOT_FLOOR)
     assert np.finfo(np.float16).max == constants.F16_MAX

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from lanes_problem import EMPTY, NO_CODES, heavy_rows, unequal_weights
 from mq_quant.formats.fwht import SIGNS2
-from mq_quant.lloyd.constants import GRID_STEPS, ROUNDS
+from mq_quant.lloyd.constants import GRID_STEPS, INDEPENDENT
 from mq_quant.lloyd.group import Problem, fit_rows, nearest_rows, settle_rows
-from mq_quant.lloyd.group_fit import SHAKES
+from mq_quant.lloyd.group_fit import SIGNS
 from mq_quant.lloyd.hessian.group import GroupHessian, from_diagonal
 from mq_quant.lloyd.levels.affine import affine_rows
 from mq_quant.lloyd.levels.kmeans import kmeans_rows
@@ -33,14 +33,19 @@ def energy(rows: np.ndarray, levels: np.ndarray, codes: np.ndarray, h: GroupHess
 
 
 def problem_of(h: GroupHessian, grid: bool, dense: bool = False) -> Problem:
-    return Problem(h.matrix, h.feedback, EMPTY if dense else h.diagonal, SIGNS2, SHAKES, grid)
+    return Problem(h.matrix, h.feedback, EMPTY if dense else h.diagonal, SIGNS2, SIGNS, grid)
+
+
+def shakes(rounds: int) -> np.ndarray:
+    """Those of a build's last rounds: warm but for the last one."""
+    return np.array(INDEPENDENT[len(INDEPENDENT) - rounds :], np.float32)
 
 
 def fitted(
     rows: np.ndarray, h: GroupHessian, count: int, grid: bool, rounds: int, dense: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     levels, codes = initial(rows, count, grid), np.full((len(rows), 256), 255, np.uint8)
-    fit_rows(rows, 0, problem_of(h, grid, dense), rounds, rounds - 1, levels, codes)
+    fit_rows(rows, 0, problem_of(h, grid, dense), shakes(rounds), levels, codes)
     return levels, codes
 
 
@@ -80,7 +85,7 @@ def test_the_energy_falls_from_stage_to_stage(count: int, grid: bool, sigma: flo
 def test_warm_rounds_find_a_lower_minimum(count: int, grid: bool) -> None:
     """On the whole, by more than 1 %, though not in every row."""
     rows, h = heavy_rows(200), from_diagonal(unequal_weights(0.6))
-    one, more = (energy(rows, *fitted(rows, h, count, grid, n), h) for n in (1, ROUNDS))
+    one, more = (energy(rows, *fitted(rows, h, count, grid, n), h) for n in (1, len(INDEPENDENT)))
     assert more.sum() < 0.99 * one.sum() and (more < one * 1.5).all()
 
 
@@ -127,7 +132,7 @@ def test_no_row_beyond_the_last_is_read_or_written(count: int) -> None:
         levels = np.full((40, 4), -7, np.float32)
         levels[:count] = initial(np.ascontiguousarray(rows[:count, 256:512]), 4, False)
         codes = np.full((40, 256), 99, np.uint8)
-        fit_rows(wide[:count], 256, problem_of(h, False), 1, 0, levels[:count], codes[:count])
+        fit_rows(wide[:count], 256, problem_of(h, False), shakes(1), levels[:count], codes[:count])
         assert (codes[count:] == 99).all() and (levels[count:] == -7).all()
         assert codes[:count].max() < 4
         want = codes if want is None else want

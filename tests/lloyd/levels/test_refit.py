@@ -8,7 +8,7 @@ from lanes_problem import EMPTY, Problem, problem
 from mq_quant.formats.fwht import SIGNS2
 from mq_quant.lloyd import group as lloyd
 from mq_quant.lloyd.constants import RIDGE
-from mq_quant.lloyd.group_fit import SHAKES
+from mq_quant.lloyd.group_fit import SIGNS
 from mq_quant.lloyd.levels.refit import dense_equations, multiply
 from mq_quant.lloyd.simd.vec import LANES
 
@@ -16,7 +16,7 @@ from mq_quant.lloyd.simd.vec import LANES
 def refit(p: Problem, codes: np.ndarray, grid: bool, dense: bool) -> tuple[np.ndarray, np.ndarray]:
     """Levels f32 [K, 16] and codes after one refit."""
     weights = EMPTY if dense else p.h.diagonal
-    hessian = lloyd.Problem(p.h.matrix, p.h.feedback, weights, SIGNS2, SHAKES, grid)
+    hessian = lloyd.Problem(p.h.matrix, p.h.feedback, weights, SIGNS2, SIGNS, grid)
     s = lloyd.scratch_for(len(p.levels), grid)
     s.levels[:], s.codes[:] = p.levels, codes
     lloyd.pulled(hessian, p.y, s.ys)
