@@ -20,6 +20,7 @@ from ...lloyd.constants import (
 )
 from ...lloyd.encode import ENCODED
 from ...lloyd.group_fit import SIGNS, Rotated
+from ...lloyd.hessian.row import shakes_of
 from ...lloyd.levels.kmeans import gaussian_bounds
 from ..runtime.block_table import BLOCK_THREADS, WAVE
 from ..runtime.host import Argument, Backend, Buffer
@@ -141,7 +142,8 @@ class Fitting:
             self._multiply(work, pulled, work.rows, h, 1.0, first, number)
         self.launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
         self._refit(work, h, pulled, first, number)
-        for n, shake in enumerate(h.of.shakes):
+        shakes = shakes_of(work.groups if h.dense else 0, h.coupling is not None)
+        for n, shake in enumerate(shakes):
             self._descend(work, h, n, float(shake), first, number)
             self._refit(work, h, pulled, first, number)
         self._settle(work, h, first, number)

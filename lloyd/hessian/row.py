@@ -28,6 +28,13 @@ from .lapack import cholesky, invert_lower
 UNUSABLE_MOMENT = "second moment is not usable: rounded to nearest"
 
 
+def shakes_of(dense: int, coupled: bool) -> tuple[np.float32, ...]:
+    """The shakes of the rounds in which each group of a row is fitted, where so many groups have a dense Hessian."""
+    if coupled:
+        return WHOLE
+    return LONE if dense == 1 else INDEPENDENT
+
+
 @dataclass(frozen=True, eq=False)
 class Coupling:
     """How the G groups of a row answer each other once all are rounded (lloyd/again.py).
@@ -66,9 +73,7 @@ class RowHessian:
     @property
     def shakes(self) -> tuple[np.float32, ...]:
         """The shakes of the rounds in which each group is fitted."""
-        if self.coupling is not None:
-            return WHOLE
-        return LONE if self.weights is None and len(self.factors) == 1 else INDEPENDENT
+        return shakes_of(len(self.factors), self.coupling is not None)
 
     @property
     def groups(self) -> tuple[GroupHessian, ...]:

@@ -179,7 +179,7 @@ def _tuning_record(statistics: Statistics | None, gathered: GatheredImportance) 
     from torch import get_num_threads
 
     threads = get_num_threads() if gathered.device.type == "cpu" else None
-    return {"tuning": {**statistics.tuning.record(), "threads": threads}}
+    return {"tuning": {"settings": statistics.tuning.record(), "threads": threads}}
 
 
 def find(
