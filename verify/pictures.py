@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, BLUE, ORANGE, GREEN = "#767d88", "#3578bd", "#c2571a", "#2a8f58"
+WRITTEN = 16
+"""Columns of a heat map up to which each value is written out."""
 FLOOR = 1e-9
 """The smallest value that a logarithmic axis shows."""
 
@@ -133,7 +135,7 @@ def heat_map(names: Sequence[str], layers: Sequence[int], values: Any) -> Figure
     axes.set_xlabel("layer")
     step = max(1, len(layers) // 16)
     axes.set_xticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
-    if values.size <= 200:
+    if len(layers) <= WRITTEN:
         middle = (np.nanmin(values) + np.nanmax(values)) / 2
         for (i, j), value in np.ndenumerate(values):
             if not np.isnan(value):

@@ -1,23 +1,20 @@
-"""A verification as one self-contained HTML page: the stages, their figures, and plots as inline SVG.
-
-Everything that comes from a file is escaped. matplotlib is imported only here.
-"""
+"""A verification as one self-contained page: what the file says of itself, the stages, their figures, and pictures."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterable, Sequence
-from html import escape
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import yaml
 
-from ..formats.errors import BackendError, OutputError
-from ..formats.text import printable
-from .model.metrics import LayerFigures
+from ..formats.errors import OutputError
+from ..formats.minimax import PROJECTIONS
+from . import pictures
+from .bars import Bars
+from .facts import FileFacts
+from .page import escaped, figure, fold, page, table
 from .run import Verification
 from .stages.fidelity import FidelityFigures, ProjectionFidelity
 from .stages.forward_parity import ForwardFigures
@@ -27,70 +24,82 @@ from .stages.stage import LISTED
 PROMPT_SHOWN = 400
 """Characters of the prompt, its last ones, that stand above a continuation."""
 FLOATS = ("F16", "F32")
-_BLUE, _ORANGE, _GREY = "#2563a8", "#c2571a", "#8a8f98"
-_STYLE = """
-:root { color-scheme: light }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2330; background: #fff; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere }
-h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #e2e5ea }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left }
-th { font-weight: 600; color: #5a6270 }
-td.n, th.n { text-align: right }
-.ok { color: #1a7f4b } .bad { color: #b3261e } ul.bad { padding-left: 1.1rem; overflow-wrap: anywhere }
-p.note, figcaption { color: #5a6270; font-size: .85rem }
-figure { margin: 1rem 0 } figure svg { max-width: 100%; height: auto }
-blockquote { border-left: 3px solid #e2e5ea; margin: 1rem 0; padding-left: 1rem; white-space: pre-wrap;
-  overflow-wrap: anywhere }
-.wide { overflow-x: auto }
-"""
+UNKNOWN = "not said"
 _FIGURES = (
     ("kld_mean", "KL divergence, mean (nats)"),
+    ("kld_error", "standard error of the mean"),
     ("kld_median", "median"),
+    ("kld_p95", "95 %"),
     ("kld_p99", "99 %"),
+    ("kld_p999", "99.9 %"),
     ("kld_max", "maximum"),
-    ("top1", "top-1 agreement"),
+    ("top1", "same most likely token"),
+    ("top8", "same eight most likely tokens"),
     ("ppl_reference", "perplexity of the source"),
     ("ppl_test", "perplexity of the file"),
+    ("ppl_test_error", "its standard error"),
     ("positions", "positions"),
 )
 """What is shown of the KL divergence's summary; a figure that is not finite is left out."""
+_BARS = (
+    ("cosine_mean", "mean cosine of every layer", "at least"),
+    ("cosine_min", "cosine at any position", "at least"),
+    ("routing", "share of equally routed experts", "at least"),
+    ("kld_mean", "mean KL divergence", "at most"),
+    ("top1", "same most likely token", "at least"),
+)
 
 
 def check_report(path: Path) -> None:
-    """Before the work: BackendError where matplotlib is missing, OutputError where the page's folder is."""
-    if find_spec("matplotlib") is None:
-        raise BackendError("--report needs matplotlib", hint="pip install matplotlib")
+    """Before the work: OutputError where the page's folder is missing."""
     if not path.parent.is_dir():
         raise OutputError(f"no such folder: {path.parent}", hint="make it, or give --report another path")
 
 
 def render(verification: Verification) -> str:
-    """The page; `check_report` comes first."""
+    """The page of a verification; the same for the same one."""
     word, kind = ("passed", "ok") if verification.ok else ("failed", "bad")
-    path = _escaped(verification.path)
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        '<meta name=viewport content="width=device-width">',
-        f"<title>{path}: {word}</title><style>{_STYLE}</style>",
-        f"<h1>{path}: <span class={kind}>{word}</span></h1>",
-        _overview(verification),
-    ]
-    if forward := verification.figures(ForwardFigures):
+    parts = [f"<h1>{escaped(verification.path)}: <span class={kind}>{word}</span></h1>"]
+    if verification.facts is not None:
+        parts += _facts(verification.facts)
+    forward = verification.figures(ForwardFigures)
+    parts += [_overview(verification), _thresholds(verification.bars, forward)]
+    if forward is not None:
         parts += _forward(forward)
     if (fidelity := verification.figures(FidelityFigures)) and fidelity.rows:
         parts += _fidelity(fidelity)
     made = verification.figures(Continuation)
     if made and made.text is not None:
-        prompt = _escaped((made.prompt or "")[-PROMPT_SHOWN:], keep="\n")
+        prompt = escaped((made.prompt or "")[-PROMPT_SHOWN:], keep="\n")
         parts.append(f"<h2>Greedy continuation</h2><p class=note>after: {prompt}</p>")
-        parts.append(f"<blockquote>{_escaped(made.text, keep=chr(10))}</blockquote>")
-    return "\n".join(parts) + "\n"
+        parts.append(f"<blockquote>{escaped(made.text, keep=chr(10))}</blockquote>")
+    return page(f"{verification.path}: {word}", parts)
 
 
-def _escaped(text: object, keep: str = "") -> str:
-    return escape(printable(str(text), keep=keep))
+def _facts(facts: FileFacts) -> list[str]:
+    origin = " at ".join(str(value) for value in facts.origin.values()) or UNKNOWN
+    calibration = facts.calibration or "none"
+    if facts.calibration_tokens is not None:
+        calibration += f", on {facts.calibration_tokens:,} tokens"
+    rows = [
+        ("tier", facts.tier or UNKNOWN),
+        ("model", facts.model or UNKNOWN),
+        ("size", f"{facts.bytes:,} bytes in {facts.tensors:,} tensors"),
+        ("made by", facts.program or UNKNOWN),
+        ("source", origin),
+        ("imatrix (SHA-256)", facts.imatrix or "none"),
+        ("calibration (SHA-256)", calibration),
+        ("quantization hash", facts.quantization_hash or UNKNOWN),
+        ("checksum of the metadata", facts.metadata_checksum or UNKNOWN),
+    ]
+    parts = ["<h2>The file</h2>", table(("", ""), rows, "What the file says of itself")]
+    if facts.recipe:
+        text = yaml.safe_dump(dict(facts.recipe), sort_keys=False, allow_unicode=True, width=100)
+        parts.append(fold("The recipe", f"<pre>{escaped(text, keep=chr(10))}</pre>"))
+    if facts.source_files:
+        hashes = table(("file", "SHA-256"), facts.source_files.items(), "Files of the source", sortable=True)
+        parts.append(fold("The files of the source", hashes))
+    return parts
 
 
 def _overview(verification: Verification) -> str:
@@ -99,29 +108,58 @@ def _overview(verification: Verification) -> str:
         for s in verification.stages
     ]
     rows += [(name, "skipped", why, "") for name, why in verification.skipped.items()]
-    out = [_table(("stage", "result", "looked at", "time"), rows)]
+    out = ["<h2>Stages</h2>", table(("stage", "result", "looked at", "time"), rows, "What was judged")]
     for stage in verification.stages:
         if stage.complaints:
-            items = "".join(f"<li>{_escaped(problem)}</li>" for problem in stage.complaints[:LISTED])
+            items = "".join(f"<li>{escaped(problem)}</li>" for problem in stage.complaints[:LISTED])
             more = len(stage.complaints) - LISTED
             items += f"<li>and {more} more</li>" if more > 0 else ""
-            out.append(f"<p><b>{_escaped(stage.name)}</b></p><ul class=bad>{items}</ul>")
-        out += [f"<p class=note>{_escaped(stage.name)}: {_escaped(note)}</p>" for note in stage.notes]
+            out.append(f"<p><b>{escaped(stage.name)}</b></p><ul class=bad>{items}</ul>")
+        out += [f"<p class=note>{escaped(stage.name)}: {escaped(note)}</p>" for note in stage.notes]
     return "\n".join(out)
+
+
+def _thresholds(bars: Bars, forward: ForwardFigures | None) -> str:
+    """What the tier demands, and what was measured of it."""
+    found = {} if forward is None else _reached(forward)
+    rows = [
+        (label, f"{word} {bar:g}", f"{found[name]:.6g}" if name in found else "not measured")
+        for name, label, word in _BARS
+        if (bar := getattr(bars, name)) is not None
+    ]
+    if bars.coherence:
+        rows.append(("a continuation in words", "demanded", "see the stage generation"))
+    if not rows:
+        return "<h2>Thresholds</h2><p class=note>No threshold is known for this file's tier.</p>"
+    return "<h2>Thresholds</h2>" + table(("what", "demanded", "measured"), rows, "What the tier demands")
+
+
+def _reached(forward: ForwardFigures) -> dict[str, float]:
+    """The measured value that each bar is held against: of layers the worst one."""
+    worst = {n: min((getattr(row, n) for row in forward.layers), default=math.nan) for n, _, _ in _BARS[:3]}
+    return {**worst, "kld_mean": forward.divergence.kld_mean, "top1": forward.divergence.top1}
 
 
 def _forward(forward: ForwardFigures) -> list[str]:
     summary = {key: getattr(forward.divergence, key) for key, _ in _FIGURES}
     figures = [(label, _number(summary[key])) for key, label in _FIGURES if math.isfinite(summary[key])]
+    layers = [
+        (r.layer, *(f"{v:.6g}" for v in (r.cosine_mean, r.cosine_min, r.error, r.routing)))
+        for r in forward.layers
+    ]
+    header = ("layer", "mean cosine", "lowest cosine", "error / energy", "same experts")
     return [
-        f"<h2>Forward pass on {_escaped(forward.device)}</h2>",
-        _table(("against the source", ""), figures),
-        _figure(
-            "cosine", _plot_cosine(forward.layers), "Hidden state after each layer, against the source's."
+        f"<h2>Forward pass on {escaped(forward.device)}</h2>",
+        table(("", ""), figures, "Next-token predictions against the source"),
+        figure(
+            "cosine",
+            pictures.svg(pictures.cosine_by_layer(forward.layers)),
+            "Distance of the hidden state from the source's after each layer.",
         ),
-        _figure(
+        fold("Every layer", table(header, layers, "Layers against the source", sortable=True)),
+        figure(
             "kld",
-            _plot_kld(forward.kld),
+            pictures.svg(pictures.kld_histogram(forward.kld)),
             "KL divergence of next-token distributions, one value per position.",
         ),
     ]
@@ -129,101 +167,45 @@ def _forward(forward: ForwardFigures) -> list[str]:
 
 def _fidelity(fidelity: FidelityFigures) -> list[str]:
     what = "Output-weighted" if fidelity.weighted else "Plain weight"
-    worst = sorted(fidelity.rows, key=lambda row: row.worst_db)[:8]
-    table = [(r.worst, r.format, f"{r.worst_db:.1f}", f"{r.slope:.4f}") for r in worst]
-    return [
-        "<h2>Fidelity of the weights</h2>",
-        _figure("snr", _plot_snr(fidelity.rows), f"{what} signal to noise of each projection, in dB."),
-        "<p>The weakest tensors:</p>",
-        _table(("tensor", "format", "dB", "slope of its projection"), table),
+    rows = [
+        (
+            r.projection,
+            "" if r.layer is None else r.layer,
+            r.format,
+            f"{r.output_snr_db:.2f}",
+            f"{r.worst_db:.2f}",
+            f"{r.slope:.4f}",
+            r.worst,
+        )
+        for r in fidelity.rows
     ]
+    header = ("projection", "layer", "format", "dB", "worst dB", "slope", "worst tensor")
+    weakest = sorted(fidelity.rows, key=lambda row: row.worst_db)[:8]
+    worst = [(r.worst, r.format, f"{r.worst_db:.1f}", f"{r.slope:.4f}") for r in weakest]
+    parts = ["<h2>Fidelity of the weights</h2>"]
+    if drawn := _heat_map(fidelity.rows):
+        parts.append(figure("snr", drawn, f"{what} signal to noise of the experts' projections, in dB."))
+    return [
+        *parts,
+        table(("tensor", "format", "dB", "slope"), worst, "The weakest tensors", sortable=True),
+        fold("Every projection", table(header, rows, f"{what} signal to noise", sortable=True)),
+    ]
+
+
+def _heat_map(rows: Sequence[ProjectionFidelity]) -> str | None:
+    """Layers across, experts' projections down: a scale that reached to Q8 would show them in one colour."""
+    kept = [r for r in rows if r.layer is not None and r.projection.split(".")[-1] in PROJECTIONS]
+    if not kept:
+        return None
+    names = sorted({r.projection for r in kept})
+    layers = sorted({r.layer for r in kept if r.layer is not None})
+    grid = np.full((len(names), len(layers)), np.nan)
+    for r in kept:
+        assert r.layer is not None
+        grid[names.index(r.projection), layers.index(r.layer)] = r.output_snr_db
+    labels = [name.split(".")[-1] for name in names]
+    return pictures.svg(pictures.heat_map(labels, layers, grid))
 
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    def cells(row: Sequence[object], tag: str) -> str:
-        numeric = [str(cell)[:1].isdigit() and i > 0 for i, cell in enumerate(row)]
-        marks = [" class=n" if n else "" for n in numeric]
-        return "".join(f"<{tag}{m}>{_escaped(c)}</{tag}>" for m, c in zip(marks, row, strict=True))
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{cells(header, 'th')}</tr>{body}</table></div>"
-
-
-def _figure(name: str, svg: str, caption: str) -> str:
-    return f"<figure id={name}>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-# --- plots ----------------------------------------------------------------------------------------------------------
-
-
-def _new(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "mq-quant", "svg.fonttype": "path"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _plot_cosine(layers: Sequence[LayerFigures]) -> str:
-    figure, axes = _new(8, 3)
-    x = [row.layer for row in layers]
-    means, minima = [row.cosine_mean for row in layers], [row.cosine_min for row in layers]
-    for cosines, label, color in ((means, "mean", _BLUE), (minima, "minimum", _ORANGE)):
-        distance = [max(1 - cosine, 1e-9) for cosine in cosines]
-        axes.plot(x, distance, marker="o", markersize=4, color=color, label=label)
-    axes.set(xlabel="layer", ylabel="1 - cosine", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="y", color="#e2e5ea")
-    axes.legend(frameon=False)
-    return _svg(figure)
-
-
-def _plot_kld(values: Sequence[float]) -> str:
-    figure, axes = _new(8, 3)
-    kld = np.maximum(np.asarray(values), 1e-9)
-    low, high = np.log10(kld.min()), np.log10(kld.max())
-    axes.hist(kld, bins=np.logspace(low - 0.05, high + 0.05, 40), color=_BLUE)
-    axes.axvline(kld.mean(), color=_ORANGE, label=f"mean {kld.mean():.4g}")
-    axes.axvline(np.median(kld), color=_GREY, linestyle="--", label=f"median {np.median(kld):.4g}")
-    axes.set(xscale="log", xlabel="KL divergence (nats)", ylabel="positions")
-    axes.legend(frameon=False)
-    return _svg(figure)
-
-
-def _plot_snr(rows: Sequence[ProjectionFidelity]) -> str:
-    """Layers across, projections down: those that are quantised, experts first."""
-    kept = [(r.projection, r.layer, r) for r in rows if r.layer is not None and r.format not in FLOATS]
-    names = sorted({name for name, _, _ in kept}, key=lambda name: (len(name) > 2, name))
-    layers = sorted({layer for _, layer, _ in kept})
-    grid = np.full((len(names), len(layers)), np.nan)
-    for name, layer, r in kept:
-        grid[names.index(name), layers.index(layer)] = r.output_snr_db
-    figure, axes = _new(8, 0.4 * len(names) + 1.2)
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
-    axes.set_yticks(range(len(names)), [name.split(".")[-1] for name in names])
-    axes.set_xlabel("layer")
-    step = max(1, len(layers) // 16)
-    axes.set_xticks(range(0, len(layers), step), layers[::step])
-    if grid.size <= 200:
-        middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-        for (i, j), value in np.ndenumerate(grid):
-            if not np.isnan(value):
-                ink = "white" if value < middle else "black"
-                axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
-    figure.colorbar(image, ax=axes, label="dB")
-    return _svg(figure)

@@ -26,6 +26,7 @@ from ..formats.text import shown
 from ..formats.watch import UNWATCHED, Watch
 from ..kernels.runtime.host import Backend
 from .bars import Bars
+from .facts import FileFacts
 from .stages.decode_parity import check_decode, sampled
 from .stages.fidelity import check_fidelity
 from .stages.forward_parity import check_forward
@@ -62,13 +63,18 @@ class VerifyInputs:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of all stages that ran, in order, and why others did not; `seconds` is what each stage took."""
+    """The result of all stages that ran, in order, and why others did not; `seconds` is what each stage took.
+
+    `facts` are what the file says of itself, `bars` what it was held to.
+    """
 
     path: Path
     stages: tuple[StageResult, ...]
     skipped: Mapping[str, str]
     seconds: Mapping[str, float]
     peak_rss_bytes: int
+    facts: FileFacts | None = None
+    bars: Bars = field(default_factory=Bars)
 
     @property
     def ok(self) -> bool:
@@ -85,6 +91,8 @@ class Verification:
             "stages": [{**s.as_json(), "seconds": round(self.seconds[s.name], 3)} for s in self.stages],
             "skipped": dict(self.skipped),
             "peak_rss_bytes": self.peak_rss_bytes,
+            "file": self.facts.as_json() if self.facts else None,
+            "bars": self.bars.model_dump(exclude_none=True),
         }
 
     def raise_if_failed(self) -> None:
@@ -149,7 +157,7 @@ def verify(
             "generation",
             lambda: check_generation(file, cfg, backend, prompt, inputs.generate, bars.coherence, watch),
         )
-    return Verification(file.path, tuple(stages), skipped, seconds, peak_rss())
+    return Verification(file.path, tuple(stages), skipped, seconds, peak_rss(), FileFacts.of(file), bars)
 
 
 def _noted(stage: StageResult, notes: tuple[str, ...]) -> StageResult:
