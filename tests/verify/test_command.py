@@ -136,15 +136,6 @@ def test_what_is_judged_is_not_written_over(
         assert path.read_bytes() == before
 
 
-def test_a_report_that_cannot_be_drawn_is_refused_before_the_work(
-    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("mq_quant.verify.report.find_spec", lambda name: None)
-    assert run(["verify", str(build()), "--report", str(tmp_path / "r.html")]) in (1, 2)
-    err = capsys.readouterr().err
-    assert "--report needs matplotlib" in err and "structure" not in err
-
-
 def test_dumps_that_differ_are_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mq_quant.verify.hidden import HiddenWriter
 
