@@ -22,6 +22,7 @@ from . import card as cli_card
 from . import diff as cli_diff
 from . import evaluate as cli_evaluate
 from . import inspect as cli_inspect
+from . import publish as cli_publish
 from . import recipes as cli_recipes
 from . import regenerate as cli_regenerate
 from . import tune as cli_tune
@@ -49,14 +50,20 @@ _MODULES = (
     cli_card,
     cli_inspect,
     cli_diff,
+    cli_publish,
     cli_recipes,
     cli_regenerate,
     cli_verify,
 )
 _COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 _ORDER = (
+<<<<<<< Updated upstream
     "tiers", "recipes", "plan", "build", "calibrate", "tune", "verify", "evaluate",
     "card", "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "doctor",
+=======
+    "tiers", "recipes", "plan", "build", "calibrate", "tune", "verify", "evaluate", "publish",
+    "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "doctor",
+>>>>>>> Stashed changes
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""
 
