@@ -57,13 +57,8 @@ _MODULES = (
 )
 _COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 _ORDER = (
-<<<<<<< Updated upstream
-    "tiers", "recipes", "plan", "build", "calibrate", "tune", "verify", "evaluate",
-    "card", "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "doctor",
-=======
-    "tiers", "recipes", "plan", "build", "calibrate", "tune", "verify", "evaluate", "publish",
+    "tiers", "recipes", "plan", "build", "calibrate", "tune", "verify", "evaluate", "card", "publish",
     "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "doctor",
->>>>>>> Stashed changes
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""
 
