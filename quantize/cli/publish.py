@@ -79,11 +79,11 @@ def publish(
 
 def _render_listing(result: Listing) -> str:
     rows = [
-        (item.name, gigabytes(item.bytes), item.sha256[:16], "made" if item.file is None else "")
+        (item.name, gigabytes(item.size), item.sha256[:16], "made" if item.file is None else "")
         for item in result.items
     ]
     parts = [
-        f"to {result.repository}: {len(rows)} files, {gigabytes(result.bytes)} ({result.bytes} bytes)",
+        f"to {result.repository}: {len(rows)} files, {gigabytes(result.size)} ({result.size} bytes)",
         table(("file", "size", "sha256", ""), rows),
         *(f"not sent: {line}" for line in result.left_out),
         *(f"problem: {line}" for line in result.problems),

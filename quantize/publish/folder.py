@@ -37,7 +37,7 @@ class Item:
     """One file of the repository: `file` is the one in the folder, None where `content` was made for it."""
 
     name: str
-    bytes: int
+    size: int
     sha256: str
     file: UnchangedFile | None = None
     content: bytes | None = None
@@ -48,7 +48,7 @@ class Item:
         return self.file is not None and _is_hfq(self.file.path)
 
     def as_json(self) -> dict[str, Any]:
-        return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256, "made": self.file is None}
+        return {"name": self.name, "bytes": self.size, "sha256": self.sha256, "made": self.file is None}
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,16 @@ class Listing:
     problems: tuple[str, ...]
 
     @property
-    def bytes(self) -> int:
-        return sum(item.bytes for item in self.items)
+    def size(self) -> int:
+        """The bytes of all items."""
+        return sum(item.size for item in self.items)
 
     def as_json(self) -> dict[str, Any]:
         """What `publish --dry-run --json` prints."""
         return {
             "folder": str(self.folder),
             "repository": self.repository,
-            "bytes": self.bytes,
+            "bytes": self.size,
             "files": [item.as_json() for item in self.items],
             "left_out": list(self.left_out),
             "problems": list(self.problems),
@@ -159,9 +160,9 @@ def _structure(path: Path, watch: Watch) -> Iterator[str]:
     """What the structure stage finds in a file: a sentence, or none."""
     try:
         with open_hfq(path) as file:
-            complaints = check_structure(file, watch).complaints
+            complaints = list(check_structure(file, watch).complaints)
     except MqError as e:
-        complaints = (e.problem,)
+        complaints = [e.problem]
     if complaints:
         more = f" (and {len(complaints) - 1} more)" if len(complaints) > 1 else ""
         yield f"{printable(path.name)}: {complaints[0]}{more}"

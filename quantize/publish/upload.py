@@ -68,12 +68,12 @@ def upload(listing: Listing, options: UploadOptions = UploadOptions(), watch: Wa
         there = _there(api, repository)
         todo = [item for item in listing.items if there.get(item.name) not in _names_of(item)]
         kept = [item for item in listing.items if item not in todo]
-        done = sum(item.bytes for item in kept)
-        watch.begin("uploading", listing.bytes, "bytes", done)
+        done = sum(item.size for item in kept)
+        watch.begin("uploading", listing.size, "bytes", done)
         for batch in _batches(todo):
             _send(api, repository, batch, options.message or _message(batch), watch)
     names = tuple(item.name for item in todo)
-    sizes = sum(item.bytes for item in todo)
+    sizes = sum(item.size for item in todo)
     return Published(repository, address, private, names, tuple(item.name for item in kept), sizes)
 
 
@@ -95,7 +95,7 @@ def _api(endpoint: Endpoint) -> HfApi:
 def _repository(api: HfApi, repository: str, public: bool, address: str) -> bool:
     """Make the repository where there is none; whether it is private."""
     api.create_repo(repository, private=not public, exist_ok=True)
-    private = bool(api.repo_info(repository).private)
+    private = bool(api.model_info(repository).private)
     if not private and not public:
         raise HubError(
             "is public, and a private upload was asked for",
@@ -107,13 +107,13 @@ def _repository(api: HfApi, repository: str, public: bool, address: str) -> bool
 
 def _there(api: HfApi, repository: str) -> dict[str, str | None]:
     """{name: hash} of what the repository holds: the SHA-256 of large files, git's name of small ones."""
-    siblings = api.repo_info(repository, files_metadata=True).siblings or []
+    siblings = api.model_info(repository, files_metadata=True).siblings or []
     return {s.rfilename: s.lfs.sha256 if s.lfs else s.blob_id for s in siblings}
 
 
 def _names_of(item: Item) -> tuple[str, ...]:
     """Under which hashes the hub would know an item: its SHA-256, and, for what is made or small, git's name."""
-    from huggingface_hub.utils.sha import git_hash  # type: ignore[attr-defined]
+    from huggingface_hub.utils.sha import git_hash
 
     if item.is_model:
         return (item.sha256,)
@@ -146,7 +146,7 @@ def _send(api: HfApi, repository: str, batch: list[Item], message: str, watch: W
             item.file.check()
     api.create_commit(repository, additions, commit_message=message)
     for item in batch:
-        watch.advance(item.bytes, item.name)
+        watch.advance(item.size, item.name)
 
 
 def _addition(item: Item) -> CommitOperationAdd:

@@ -161,10 +161,10 @@ def test_exactly_what_is_listed_is_sent(folder: Path, hub: PublishServer) -> Non
     )
     for item in listing.items:
         assert hashlib.sha256(files[item.name]).hexdigest() == item.sha256
-        assert len(files[item.name]) == item.bytes
+        assert len(files[item.name]) == item.size
     assert hub.commits == [["tiny.mq2"], ["tiny.mq3"], [item.name for item in listing.items[2:]]]
-    assert result.private and hub.private[REPO] and result.sent_bytes == listing.bytes
-    assert heard.phase("uploading") == (listing.bytes, 0, listing.bytes)
+    assert result.private and hub.private[REPO] and result.sent_bytes == listing.size
+    assert heard.phase("uploading") == (listing.size, 0, listing.size)
     assert sorted(path.name for path in folder.iterdir()) == before
     sums = files["SHA256SUMS"].decode().splitlines()
     assert sorted(sums) == [f"{digest(folder / name)}  {name}" for name in ("tiny.mq2", "tiny.mq3")]
