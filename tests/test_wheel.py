@@ -36,7 +36,8 @@ def test_it_holds_every_source_recipe_and_kernel(wheel: Path) -> None:
     for room in ROOMS:
         for path in (ROOT / room).rglob("*"):
             if (
-                path.suffix in (".py", ".yaml", ".hip", ".h", ".typed", ".cpp", ".inc", ".xz", ".jinja")
+                path.suffix
+                in (".py", ".yaml", ".hip", ".h", ".typed", ".cpp", ".inc", ".xz", ".jinja", ".toml")
                 and path.is_file()
             ):
                 assert f"mq_quant/{path.relative_to(ROOT)}" in held

@@ -209,6 +209,7 @@ def _render_plan(result: PlanSummary) -> str:
             *_render_efforts(result.efforts),
             f"to calibrate on {sizes.tokens} tokens into a folder: memory about {gigabytes(sizes.memory_bytes)}, "
             f"disk {folder}",
+            *(paragraph(f"warning: {text}") for text in result.warnings),
         )
     )
 
@@ -249,8 +250,16 @@ def _render_table(result: PlanTable) -> str:
             "",
             f"by effort, for any of them, with {result.jobs} workers and no GPU, the disk beside the file:",
             *_render_efforts(result.efforts),
+            *_render_warnings(result.table),
         )
     )
+
+
+def _render_warnings(table: TierTable) -> Iterator[str]:
+    """What the engine does with files of these tiers, each warning once."""
+    for text in dict.fromkeys(text for row in table.tiers for text in row.warnings):
+        names = ", ".join(row.tier for row in table.tiers if text in row.warnings)
+        yield f"\n{paragraph(f'warning for {names}: {text}')}"
 
 
 def tiers(
@@ -276,7 +285,8 @@ def tiers(
 
 def _render_tiers(result: TierTable) -> str:
     rows = [(row.tier, gigabytes(row.total_bytes), row.memory, row.description) for row in result.tiers]
-    return table(("tier", "size", "fits in", "what"), rows) + f"\n\n{paragraph(result.memory_note)}"
+    listing = table(("tier", "size", "fits in", "what"), rows)
+    return "\n".join((listing, "", paragraph(result.memory_note), *_render_warnings(result)))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"build": build, "plan": plan, "tiers": tiers}

@@ -23,6 +23,7 @@ from ..encode.encoders import CPU, Encoder
 from ..spec.hooks import nothing
 from ..spec.metadata import Outcome, complete
 from ..spec.places import local_folder
+from ..spec.plan import engine_warnings
 from ..spec.recipe import Recipe
 from ..write.inputs import check_no_input
 from ..write.partial_file import CALIBRATION, Destination, PartialFile, beside
@@ -43,7 +44,7 @@ class RunOptions:
     `shard_cache` is the most shards of a hub source on the disk at once (default: 2, and 4 where the build calibrates
     itself). Hooks watch the build, and end it where they raise; it can be continued then:
 
-    - `on_note(sentence)` hears what the source has to say, before the work;
+    - `on_note(sentence)` hears what the source has to say, and what the engine does with such a file, before the work;
     - `watch` each phase of the build, in which it counts bytes that are hashed and weights that are encoded;
     - `on_begin(unit)` is called on the worker's thread before a unit is encoded;
     - `on_done(unit)` once the unit's bytes and its journal line stand.
@@ -232,6 +233,6 @@ def build_file(
         watch=options.watch,
     )
     with opened as spec, Build(spec, options) as build:
-        for sentence in spec.source.notes:
+        for sentence in (*spec.source.notes, *engine_warnings(spec.plan)):
             options.on_note(sentence)
         return build.run()

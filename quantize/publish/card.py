@@ -262,12 +262,9 @@ def _limits(files: Sequence[CardFile], measured: Sequence[EvaluatedFile]) -> lis
         else "It runs in hipfire and in no other engine.",
         f"hipfire clamps the context of this architecture to {CONTEXT:,} tokens, with a Q8 cache.",
     ]
-    if wrong := [f.name for f in files if f.down == "MQ4"]:
-        names = ", ".join(f"`{_code(name)}`" for name in wrong)
-        limits.append(
-            f"hipfire versions since 11 July 2026 add up only the first 512 columns of down in MQ4, which {names} "
-            f"{'uses' if len(wrong) == 1 else 'use'}; older versions are right."
-        )
+    for fact in dict.fromkeys(fact for f in files for fact in f.concerns):
+        names = ", ".join(f"`{_code(f.name)}`" for f in files if fact in f.concerns)
+        limits.append(f"{names}: {_md(fact.warning)}.")
     if measured:
         limits.append(
             "KLD was measured in short sequences, with the weights as they are stored and sums in f32. It says "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...formats.engine_facts import EngineFact, concerns
 from ...formats.errors import CheckError, HfqError
 from ...formats.hfq import HfqFile, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
@@ -20,7 +21,8 @@ from ..spec.running import machine_for
 @dataclass(frozen=True)
 class CardFile:
     """One file. `bits` are those of a weight of its experts; `statistics` says what its experts were rounded under;
-    `build` is the command that makes it again, None where its recipe is not bundled.
+    `build` is the command that makes it again, None where its recipe is not bundled; `concerns` is what the engine
+    does with its experts that a user should know.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class CardFile:
     build: str | None
     quantization_hash: str | None
     program: str | None
+    concerns: tuple[EngineFact, ...]
 
     @property
     def name(self) -> str:
@@ -64,7 +67,7 @@ def _facts(file: HfqFile, config: ModelConfig) -> CardFile:
     made = Provenance.of(file)
     recipe = made.recipe
     formats = {p: format_of(file, file.entry(expert_name(0, 0, p))).name for p in ("w1", "w2")}
-    experts = [file.entry(spec.name).nbytes for spec in inventory(config) if spec.role == "expert"]
+    experts = [(spec, file.entry(spec.name)) for spec in inventory(config) if spec.role == "expert"]
     weights = (
         3
         * config.hidden_size
@@ -82,12 +85,13 @@ def _facts(file: HfqFile, config: ModelConfig) -> CardFile:
         formats["w1"],
         formats["w2"],
         _rest(file),
-        8 * sum(experts) / weights,
+        8 * sum(entry.nbytes for _, entry in experts) / weights,
         machine_for(size, config),
         _statistics(made),
         _build(made, file.path.name) if tier in tiers(DEFAULT_MODEL) else None,
         stated_quantization_hash(file.metadata),
         made.program.version,
+        concerns((spec, entry.quant_type) for spec, entry in experts),
     )
 
 

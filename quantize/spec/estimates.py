@@ -40,7 +40,7 @@ class PlanSummary:
     """What a build will take. `disk_bytes` counts the file and the shards that are streamed for it; it is None where
     nobody has said how many shards the repository has. `memory` is the smallest usual memory that the file runs in,
     `run_bytes` what the engine takes there. `metadata_complete` is false where the tokenizer is not at hand, so that
-    the file will be a little larger."""
+    the file will be a little larger. `warnings` say what the engine does with such a file."""
 
     tier: str
     model: str
@@ -56,6 +56,7 @@ class PlanSummary:
     calibration: CalibrationSizes
     efforts: tuple[EffortCost, ...]
     metadata_complete: bool
+    warnings: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,13 +64,16 @@ class PlanSummary:
 
 @dataclass(frozen=True)
 class Tier:
-    """One tier: the size of its file, the smallest usual memory that it runs in, and what it takes there."""
+    """One tier: the size of its file, the smallest usual memory that it runs in, what it takes there, and what the
+    engine does with it that one should know.
+    """
 
     tier: str
     total_bytes: int
     memory: str
     run_bytes: int
     description: str
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ def plan_summary(
         calibration_sizes(sizes.config, USUAL_TOKENS, "compact"),
         costs(recipe, sizes, workers),
         files.complete,
+        tuple(fact.warning for fact in sizes.concerns),
     )
 
 
@@ -170,6 +175,7 @@ def _table(rows: list[tuple[Recipe, FileSizes]]) -> TierTable:
             machine_for(sizes.total_bytes, sizes.config),
             run_bytes(sizes.total_bytes, sizes.config),
             recipe.description,
+            tuple(fact.warning for fact in sizes.concerns),
         )
         for recipe, sizes in rows
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...formats.blocks import BY_NAME, Format
+from ...formats.engine_facts import concerns
 from ...formats.engine_rules import ONE_FORMAT, refused, uneven
 from ...formats.errors import RecipeError, WeightError
 from ...formats.hfq import TensorMeta, layout
@@ -130,3 +131,9 @@ def make_plan(
     """Lay the file out; `metadata` must already have the length that it will have in the finished file."""
     laid = layout(metadata, [t.meta() for t in tensors])
     return Plan(recipe, config, tensors, laid.data_offset, laid.total_bytes, len(dump_object(metadata)))
+
+
+def engine_warnings(plan: Plan) -> tuple[str, ...]:
+    """What the engine does with the file of a plan that its user should know, and the way out: one sentence each."""
+    experts = ((t.spec, t.format.quant_type) for t in plan.tensors if t.spec)
+    return tuple(fact.warning for fact in concerns(experts))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...formats.blocks import Format
+from ...formats.engine_facts import EngineFact, concerns
 from ...formats.hfq.layout import ALIGNMENT, METADATA_OFFSET, SMALLEST_ENTRY
 from ...formats.hfq.totals import FormatTotals
 from ...formats.minimax import (
@@ -50,7 +51,9 @@ class Kind:
 
 @dataclass(frozen=True)
 class FileSizes:
-    """Sizes of a file before it is built; `largest` is the number of weights in its largest tensor."""
+    """Sizes of a file before it is built; `largest` is the number of weights in its largest tensor, and
+    `concerns` is what the engine does with its experts.
+    """
 
     config: ModelConfig
     total_bytes: int
@@ -59,6 +62,7 @@ class FileSizes:
     tensor_count: int
     by_format: Mapping[str, FormatTotals]
     largest: int
+    concerns: tuple[EngineFact, ...]
 
 
 def file_sizes(recipe: Recipe, files: ModelFiles, config: ModelConfig) -> FileSizes:
@@ -85,6 +89,7 @@ def file_sizes(recipe: Recipe, files: ModelFiles, config: ModelConfig) -> FileSi
         totals.tensors,
         sums,
         max(math.prod(kind.first.shape) for kind in found),
+        concerns((kind.first, fmt.quant_type) for kind, fmt in zip(found, formats, strict=True)),
     )
 
 
