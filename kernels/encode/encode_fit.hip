@@ -148,6 +148,9 @@ constexpr int COLUMN = GROUP + 4;
 constexpr int WAVES = GRID ? GRID_WAVES : WAVE / LEVELS;
 constexpr int ROW_WAVES = WAVE * WAVES;
 constexpr int DENSE_COLUMNS = GRID ? 4 : LEVELS + 1;
+constexpr int DENSE_WAVES = GRID ? GRID_WAVES : BOOK_WAVES;
+// Rows of a wave of refit_dense: a codebook's sums of rows of H stay in registers, and each row of H is read for all of them.
+constexpr int DENSE_ROWS = GRID || LEVELS > BOOK_SUMS ? 1 : BOOK_SUMS / LEVELS;
 
 // The end of a sum of products in the order of lloyd.levels.refit.weighted_dot: lane c of a quartet of lanes has summed
 // elements c, c + 4, c + 8 … of the columns, and every lane gets the sum of the four.
@@ -315,29 +318,51 @@ KERNEL(REFIT_THREADS) refit(float* __restrict__ params, uint8_t* __restrict__ co
   }
 }
 
+// columns[k] += the rows of H whose code is k, of each of a wave's rows; `letters` holds their codes, column by column.
+DEVICE void sum_by_code(float (&columns)[DENSE_ROWS][LEVELS][PER_LANE], const float* h, const uint8_t* letters) {
+#pragma unroll 2
+  for (int i = 0; i < GROUP; i++) {
+    float line[PER_LANE];
+    load_group(line, h + i * GROUP);
+#pragma unroll
+    for (int r = 0; r < DENSE_ROWS; r++) {
+      const int code = letters[i * DENSE_ROWS + r];
+#pragma unroll
+      for (int k = 0; k < LEVELS; k++) {
+        if (code == k) {
+#pragma unroll
+          for (int j = 0; j < PER_LANE; j++) columns[r][k][j] += line[j];
+        }
+      }
+    }
+  }
+}
+
+// Element `entry` of what a codebook's refit solves: first the lower gram row by row, then the right side.
+DEVICE void place_of(int entry, int& k, int& m) {
+  k = 0;
+  m = entry;
+  while (k < LEVELS && m > k) m -= ++k;
+}
+
 // New levels under a dense H: pulled f32 [count, 256·groups] holds H·y. For a grid `turned` holds -H·codes, and totals f32
-// [groups] the sums over H; for a codebook rows of H are summed by code. A wave per row.
+// [groups] the sums over H; for a codebook rows of H are summed by code. A wave has DENSE_ROWS rows.
 KERNEL(REFIT_THREADS) refit_dense(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ pulled,
                                   const float* __restrict__ turned, const float* __restrict__ matrix,
                                   const float* __restrict__ totals, int count, int groups, int first) {
-  LDS(float, shared, WAVES* DENSE_COLUMNS* COLUMN);
-  LDS(float, systems, WAVES* PARAMS*(PARAMS + 1));
-  LDS(int, ranks, WAVES* PARAMS);
-  LDS(uint8_t, letters, WAVES* GROUP);
-  const int group = first + blockIdx.y, r = blockIdx.x * WAVES + wave(), t = lane();
-  const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
+  LDS(float, shared, DENSE_WAVES* DENSE_COLUMNS* COLUMN);
+  LDS(float, systems, DENSE_WAVES* PARAMS*(PARAMS + 1));
+  LDS(int, ranks, DENSE_WAVES* PARAMS);
+  LDS(uint8_t, all_letters, DENSE_WAVES* DENSE_ROWS* GROUP);
+  const int group = first + blockIdx.y, r = (blockIdx.x * DENSE_WAVES + wave()) * DENSE_ROWS, t = lane();
   float* columns = shared + wave() * DENSE_COLUMNS * COLUMN;
-  float* system = systems + wave() * PARAMS * (PARAMS + 1);
-  uint8_t* letter = letters + wave() * GROUP;
   float* ys = columns + PARAMS * COLUMN;
-  float* param = params + (row * groups + group) * PARAMS;
-  const bool live = r < count;
-  const Codes mine = load_codes(codes + at + PER_LANE * t);
   float v[PER_LANE];
-  load_group(v, pulled + at);
-  store_group(ys, v);
-  *reinterpret_cast<Codes*>(letter + PER_LANE * t) = mine;
   if constexpr (GRID) {
+    const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
+    const Codes mine = load_codes(codes + at + PER_LANE * t);
+    load_group(v, pulled + at);
+    store_group(ys, v);
     load_group(v, turned + at);
     store_group(columns, v);
 #pragma unroll
@@ -355,31 +380,38 @@ KERNEL(REFIT_THREADS) refit_dense(float* __restrict__ params, uint8_t* __restric
     for (int i = 0; i < GROUP; i += 4) sum = fmaf(a[i], b[i], sum);
     sum = join_chains(sum);
     const float b0 = __shfl(sum, 0), b1 = __shfl(sum, 4), g11 = -__shfl(sum, 8), g10 = -__shfl(sum, 12);
-    refit_grid(param, totals[group], g10, g11, b0, b1, live);
+    refit_grid(params + (row * groups + group) * PARAMS, totals[group], g10, g11, b0, b1, r < count);
   } else {
-    const float* h = matrix + (int64_t)group * SQUARE;
-    for (int k = 0; k < LEVELS; k++) {
+    uint8_t* letters = all_letters + wave() * DENSE_ROWS * GROUP;
+    float* system = systems + wave() * PARAMS * (PARAMS + 1);
+    for (int n = 0; n < DENSE_ROWS; n++) {
+      const int64_t at = ((int64_t)min(r + n, count - 1) * groups + group) * GROUP;
+      const Codes mine = load_codes(codes + at + PER_LANE * t);
 #pragma unroll
-      for (int j = 0; j < PER_LANE; j++) columns[k * COLUMN + t + WAVE * j] = 0.0f;
+      for (int j = 0; j < PER_LANE; j++) letters[(PER_LANE * t + j) * DENSE_ROWS + n] = (uint8_t)code_of(mine, j);
     }
     __syncthreads();
-    float rhs = 0.0f;
-#pragma unroll 4
-    for (int i = 0; i < GROUP; i++) {
-      const int code = letter[i];
-      rhs = code == t ? rhs + ys[i] : rhs;
+    float sums[DENSE_ROWS][LEVELS][PER_LANE] = {};
+    sum_by_code(sums, matrix + (int64_t)group * SQUARE, letters);
 #pragma unroll
-      for (int j = 0; j < PER_LANE; j++) columns[code * COLUMN + t + WAVE * j] += h[i * GROUP + t + WAVE * j];
+    for (int n = 0; n < DENSE_ROWS; n++) {
+      const int64_t row = min(r + n, count - 1), at = (row * groups + group) * GROUP;
+#pragma unroll
+      for (int k = 0; k < LEVELS; k++) store_group(columns + k * COLUMN, sums[n][k]);
+      load_group(v, pulled + at);
+      store_group(ys, v);
+      __syncthreads();
+      for (int entry = t; entry < LEVELS * (LEVELS + 3) / 2; entry += WAVE) {
+        int k, m;
+        place_of(entry, k, m);
+        float sum = 0.0f;
+        for (int i = 0; i < GROUP; i++) sum = letters[i * DENSE_ROWS + n] == m ? sum + columns[k * COLUMN + i] : sum;
+        system[k < LEVELS ? k * (LEVELS + 1) + m : m * (LEVELS + 1) + LEVELS] = sum;
+      }
+      __syncthreads();
+      float* param = params + (row * groups + group) * PARAMS;
+      refit_book(param, codes + at, system, ranks + wave() * LEVELS, r + n < count);
+      __syncthreads();
     }
-    if (t < LEVELS) system[t * (LEVELS + 1) + LEVELS] = rhs;
-    __syncthreads();
-    for (int entry = t; entry < LEVELS * LEVELS; entry += WAVE) {
-      const int k = entry / LEVELS, m = entry % LEVELS;
-      float sum = 0.0f;
-      for (int i = 0; i < GROUP; i++) sum = letter[i] == m ? sum + columns[k * COLUMN + i] : sum;
-      if (m <= k) system[k * (LEVELS + 1) + m] = sum;
-    }
-    __syncthreads();
-    refit_book(param, codes + at, system, ranks + wave() * LEVELS, live);
   }
 }

@@ -23,31 +23,19 @@ KERNEL(WAVE) rotate_rows(float* __restrict__ out, const float* __restrict__ weig
 }
 
 // out = sign · matrix · y for y f32 [count, 256·groups], with `matrix` f32 [groups, 256, 256] transposed. The CPU computes
-// -matrix · y, so sign is -1 for its bits, or +1 for their opposite. Grid (tiles, panels, groups from `first` on).
-KERNEL(WAVE) multiply_rows(float* __restrict__ out, const float* __restrict__ y, const float* __restrict__ matrix,
-                           float sign, int count, int groups, int first) {
-  LDS(float, block, GROUP* PITCH);
-  LDS(Quad, panel, 2 * GROUP);
-  const int group = first + blockIdx.z, tile = blockIdx.x * TILE, t = lane();
+// -matrix · y, so sign is -1 for its bits, or +1 for their opposite. Grid (tiles of rows, of columns, groups from `first` on).
+KERNEL(PRODUCT_THREADS) multiply_rows(float* __restrict__ out, const float* __restrict__ y, const float* __restrict__ matrix,
+                                      float sign, int count, int groups, int first) {
+  LDS(ProductTiles, tiles, 1);
+  const int group = first + blockIdx.z, row = blockIdx.x * PRODUCT_ROWS, column = blockIdx.y * PRODUCT_COLUMNS;
   const int64_t width = (int64_t)groups * GROUP;
-  for (int r = 0; r < TILE; r++) {
-    const float* row = y + min(tile + r, count - 1) * width + group * GROUP;
-#pragma unroll
-    for (int m = 0; m < GROUP / WAVE; m++) block[(t + WAVE * m) * PITCH + r] = row[t + WAVE * m];
-  }
-  float* mine = out + min(tile + t, count - 1) * width + group * GROUP;
-  for (int at = blockIdx.y * PANEL; at < GROUP; at += gridDim.y * PANEL) {
-    __syncthreads();
-    stage_panel(panel, matrix + (int64_t)group * SQUARE, GROUP, at, 0);
-    __syncthreads();
-    float sums[PANEL];
-#pragma unroll
-    for (int n = 0; n < PANEL; n++) sums[n] = 0.0f;
-    subtract_product(sums, panel, block);
-#pragma unroll
-    for (int n = 0; n < PANEL; n++) {
-      if (tile + t < count) mine[at + n] = -sign * sums[n];
-    }
+  float sums[SIDE][SIDE] = {};
+  subtract_products(sums, tiles[0], y + min(row + (int)threadIdx.x, count - 1) * width + group * GROUP,
+                    matrix + (int64_t)group * SQUARE + column, GROUP);
+  for (int i = 0; i < SIDE; i++) {
+    if (row + tile_row(i) >= count) continue;
+    float* mine = out + (row + tile_row(i)) * width + group * GROUP + column;
+    for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = -sign * sums[i][j];
   }
 }
 
@@ -58,60 +46,50 @@ KERNEL(BLOCK_THREADS) widen_codes(float* __restrict__ out, const uint8_t* __rest
 }
 
 // The columns of rows f32 [count, 256·groups] after `group` answer its errors: rows -= errors · answerᵀ. `errors` has the shape
-// of rows, and `answer` comes transposed, f32 [256, columns after the group]. Grid (tiles, blocks that share the columns).
-KERNEL(WAVE) answer_errors(float* __restrict__ rows, const float* __restrict__ errors, const float* __restrict__ answer,
-                           int count, int groups, int group) {
-  LDS(float, block, GROUP* PITCH);
-  LDS(Quad, panel, 2 * GROUP);
-  const int tile = blockIdx.x * TILE, t = lane(), after = (groups - group - 1) * GROUP;
-  for (int r = 0; r < TILE; r++) {
-    const float* row = errors + ((int64_t)min(tile + r, count - 1) * groups + group) * GROUP;
-#pragma unroll
-    for (int m = 0; m < GROUP / WAVE; m++) block[(t + WAVE * m) * PITCH + r] = row[t + WAVE * m];
+// of rows, and `answer` comes transposed, f32 [256, columns after the group]. Grid (tiles of rows, of columns).
+KERNEL(PRODUCT_THREADS) answer_errors(float* __restrict__ rows, const float* __restrict__ errors,
+                                      const float* __restrict__ answer, int count, int groups, int group) {
+  LDS(ProductTiles, tiles, 1);
+  const int row = blockIdx.x * PRODUCT_ROWS, column = blockIdx.y * PRODUCT_COLUMNS, after = (groups - group - 1) * GROUP;
+  const int64_t width = (int64_t)groups * GROUP;
+  float* first = rows + (group + 1) * GROUP + column;
+  float sums[SIDE][SIDE];
+  for (int i = 0; i < SIDE; i++) {
+    const float* mine = first + min(row + tile_row(i), count - 1) * width;
+    for (int j = 0; j < SIDE; j++) sums[i][j] = mine[tile_column(j)];
   }
-  float* mine = rows + ((int64_t)min(tile + t, count - 1) * groups + group + 1) * GROUP;
-  for (int at = blockIdx.y * PANEL; at < after; at += gridDim.y * PANEL) {
-    __syncthreads();
-    stage_panel(panel, answer, after, at, 0);
-    __syncthreads();
-    float sums[PANEL];
-#pragma unroll
-    for (int n = 0; n < PANEL; n++) sums[n] = mine[at + n];
-    subtract_product(sums, panel, block);
-#pragma unroll
-    for (int n = 0; n < PANEL; n++) {
-      if (tile + t < count) mine[at + n] = sums[n];
-    }
+  const float* error = errors + min(row + (int)threadIdx.x, count - 1) * width + group * GROUP;
+  subtract_products(sums, tiles[0], error, answer + column, after);
+  for (int i = 0; i < SIDE; i++) {
+    if (row + tile_row(i) >= count) continue;
+    float* mine = first + (row + tile_row(i)) * width;
+    for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = sums[i][j];
   }
 }
 
 // targets = rows, of one group, moved by the errors of all other groups: minus errors · pullᵀ of each other group in order. rows,
 // errors and targets f32 [count, 256·groups]; pulls f32 [groups - 1, 256, 256] leave out the group, and come transposed. Grid
-// (tiles, panels of the group).
-KERNEL(WAVE) answer_targets(float* __restrict__ targets, const float* __restrict__ rows, const float* __restrict__ errors,
-                            const float* __restrict__ pulls, int count, int groups, int group) {
-  LDS(float, block, GROUP* PITCH);
-  LDS(Quad, panel, 2 * GROUP);
-  const int tile = blockIdx.x * TILE, t = lane(), at = blockIdx.y * PANEL;
-  const int64_t width = (int64_t)groups * GROUP, mine = min(tile + t, count - 1) * width + group * GROUP + at;
-  float sums[PANEL];
-#pragma unroll
-  for (int n = 0; n < PANEL; n++) sums[n] = rows[mine + n];
+// (tiles of rows, of columns).
+KERNEL(PRODUCT_THREADS) answer_targets(float* __restrict__ targets, const float* __restrict__ rows,
+                                       const float* __restrict__ errors, const float* __restrict__ pulls, int count,
+                                       int groups, int group) {
+  LDS(ProductTiles, tiles, 1);
+  const int row = blockIdx.x * PRODUCT_ROWS, column = blockIdx.y * PRODUCT_COLUMNS;
+  const int64_t width = (int64_t)groups * GROUP;
+  float sums[SIDE][SIDE];
+  for (int i = 0; i < SIDE; i++) {
+    const float* mine = rows + min(row + tile_row(i), count - 1) * width + group * GROUP + column;
+    for (int j = 0; j < SIDE; j++) sums[i][j] = mine[tile_column(j)];
+  }
+  const float* error = errors + min(row + (int)threadIdx.x, count - 1) * width;
   for (int other = 0; other < groups - 1; other++) {
     const int from = other < group ? other : other + 1;
-    __syncthreads();
-    for (int r = 0; r < TILE; r++) {
-      const float* row = errors + min(tile + r, count - 1) * width + from * GROUP;
-#pragma unroll
-      for (int m = 0; m < GROUP / WAVE; m++) block[(t + WAVE * m) * PITCH + r] = row[t + WAVE * m];
-    }
-    stage_panel(panel, pulls + (int64_t)other * SQUARE, GROUP, at, 0);
-    __syncthreads();
-    subtract_product(sums, panel, block);
+    subtract_products(sums, tiles[0], error + from * GROUP, pulls + (int64_t)other * SQUARE + column, GROUP);
   }
-#pragma unroll
-  for (int n = 0; n < PANEL; n++) {
-    if (tile + t < count) targets[mine + n] = sums[n];
+  for (int i = 0; i < SIDE; i++) {
+    if (row + tile_row(i) >= count) continue;
+    float* mine = targets + (row + tile_row(i)) * width + group * GROUP + column;
+    for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = sums[i][j];
   }
 }
 

@@ -69,17 +69,64 @@ DEVICE void stage_panel(Quad* panel, const float* matrix, int64_t pitch, int fir
   }
 }
 
-// sums[n] -= Σ_b panel[b][n] · tile[b][lane], b ascending.
-DEVICE void subtract_product(float (&sums)[PANEL], const Quad* panel, const float* tile) {
-  const float* mine = tile + lane();
-#pragma unroll 8
-  for (int b = 0; b < GROUP; b++) {
-    const float e = mine[b * PITCH];
-    const Quad low = panel[2 * b], high = panel[2 * b + 1];
+// A tile of PRODUCT_ROWS × PRODUCT_COLUMNS of rows minus products, by a block of PRODUCT_THREADS. A thread has eight rows and
+// eight columns, four and four that lie 32 apart. What it adds to an element, it adds in the order of the CPU.
+constexpr int SIDE = 8, HALF_TILE = PRODUCT_ROWS / 2;
+static_assert(PRODUCT_ROWS == PRODUCT_COLUMNS && PRODUCT_THREADS == PRODUCT_ROWS && PRODUCT_DEPTH == 16, "shape of a tile");
+
+DEVICE int tile_place(int part, int n) { return n < 4 ? 4 * part + n : HALF_TILE + 4 * part + n - 4; }
+DEVICE int tile_row(int i) { return tile_place(threadIdx.x / SIDE, i); }
+DEVICE int tile_column(int j) { return tile_place(threadIdx.x % SIDE, j); }
+
+struct ProductTiles {                // what a block works on: a run of PRODUCT_DEPTH of the sums
+  Quad errors[PRODUCT_DEPTH * PRODUCT_ROWS / 4], factors[PRODUCT_DEPTH * PRODUCT_COLUMNS / 4];
+};
+
+// sums[i][j] -= Σ_b factors[b][tile_column(j)] · errors[tile_row(i)][b], b from 0 to 255. `error` is 256 floats of the tile's row
+// threadIdx.x; `factors` begins at the tile's first column, its rows are `pitch` floats apart.
+DEVICE void subtract_products(float (&sums)[SIDE][SIDE], ProductTiles& tiles, const float* error, const float* factors,
+                              int64_t pitch) {
+  constexpr int QUADS = PRODUCT_DEPTH / 4;
+  const int t = threadIdx.x;
+  const float* mine = factors + t / 4 * pitch + t % 4 * PRODUCT_DEPTH;
+  Quad error_next[QUADS], factor_next[QUADS];
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-      sums[n] = fmaf(-low.v[n], e, sums[n]);
-      sums[4 + n] = fmaf(-high.v[n], e, sums[4 + n]);
+  for (int q = 0; q < QUADS; q++) {
+    error_next[q] = load_quad(error + 4 * q);
+    factor_next[q] = load_quad(mine + 4 * q);
+  }
+  for (int at = 0; at < GROUP; at += PRODUCT_DEPTH) {
+    __syncthreads();
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        reinterpret_cast<float*>(tiles.errors)[(4 * q + n) * PRODUCT_ROWS + t] = error_next[q].v[n];
+      }
+      tiles.factors[t * QUADS + q] = factor_next[q];
+    }
+    __syncthreads();
+    if (at + PRODUCT_DEPTH < GROUP) {
+#pragma unroll
+      for (int q = 0; q < QUADS; q++) {
+        error_next[q] = load_quad(error + at + PRODUCT_DEPTH + 4 * q);
+        factor_next[q] = load_quad(mine + (at + PRODUCT_DEPTH) * pitch + 4 * q);
+      }
+    }
+#pragma unroll 4
+    for (int b = 0; b < PRODUCT_DEPTH; b++) {
+      Quad e[2], f[2];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int quads = (b * PRODUCT_ROWS + half * HALF_TILE) / 4;
+        e[half] = tiles.errors[quads + t / SIDE];
+        f[half] = tiles.factors[quads + t % SIDE];
+      }
+#pragma unroll
+      for (int i = 0; i < SIDE; i++) {
+#pragma unroll
+        for (int j = 0; j < SIDE; j++) sums[i][j] = fmaf(-f[j / 4].v[j % 4], e[i / 4].v[i % 4], sums[i][j]);
+      }
     }
   }
 }

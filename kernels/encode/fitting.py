@@ -24,7 +24,7 @@ from ...lloyd.hessian.row import shakes_of
 from ...lloyd.levels.kmeans import gaussian_bounds
 from ..runtime.block_table import BLOCK_THREADS, WAVE
 from ..runtime.host import Argument, Backend, Buffer
-from .geometry import DESCENT_WAVES, KMEANS_ROWS, PANEL, PANELS, TILE, refit_waves
+from .geometry import DESCENT_WAVES, KMEANS_ROWS, PRODUCT_SIDE, TILE, dense_refit, refit_waves
 from .hessians import Coupling, Hessian
 from .space import Space
 
@@ -40,9 +40,9 @@ class Work:
     params: Buffer
     codes: Buffer
 
-    @property
-    def tiles(self) -> int:
-        return -(-self.count // TILE)
+    def blocks(self, rows: int) -> int:
+        """Blocks of so many rows."""
+        return -(-self.count // rows)
 
 
 class Fitting:
@@ -100,9 +100,9 @@ class Fitting:
             shape = (work.count, work.groups, first)
             ends = (self._both_ends, len(BOTH_ENDS), self._one_end, len(ONE_END))
             args = (work.params, work.rows, *ends, GRID_STEPS, *shape)
-            self.launch("affine_levels", (work.tiles, len(exact)), args, work.fmt)
+            self.launch("affine_levels", (work.blocks(TILE), len(exact)), args, work.fmt)
             return
-        blocks = -(-work.count // KMEANS_ROWS)
+        blocks = work.blocks(KMEANS_ROWS)
         for wanted, name in ((True, "kmeans_exact"), (False, "kmeans_pairs")):
             chosen = [first + n for n, is_exact in enumerate(exact) if is_exact == wanted]
             if not chosen:
@@ -129,13 +129,13 @@ class Fitting:
             self.launch(name, (blocks, len(chosen)), searched, work.fmt)
 
     def _round(self, work: Work, first: int, number: int, fitted: bool) -> None:
-        grid = (-(-work.count // BLOCK_THREADS), number)
+        grid = (work.blocks(BLOCK_THREADS), number)
         args = (work.params, int(fitted), work.count, work.groups, first)
         self.launch("round_levels", grid, args, work.fmt)
 
     def _fit_groups(self, work: Work, h: Hessian, first: int, number: int, gain: float) -> None:
         fmt, shape = work.fmt, (work.count, work.groups, first)
-        grid = (work.tiles, number)
+        grid = (work.blocks(TILE), number)
         pulled = work.rows
         if h.dense:
             pulled = self._space.take("pulled", work.rows.shape, np.float32)
@@ -173,9 +173,9 @@ class Fitting:
             for g in range(groups):
                 one, at = (work.count, 1), (groups, g)
                 pulls = coupling.pulls.rows(g, g + 1)
-                panels = (work.tiles, GROUP // PANEL)
+                tiles = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE)
                 self.launch(
-                    "answer_targets", panels, (targets, work.rows, errors, pulls, work.count, groups, g)
+                    "answer_targets", tiles, (targets, work.rows, errors, pulls, work.count, groups, g)
                 )
                 self._multiply(aimed, pulled, targets, h, 1.0, g, 1)
                 self._descend(aimed, h, turn, float(SHAKE), g, 1)
@@ -205,15 +205,14 @@ class Fitting:
         importance = (h.plain, h.inverse, h.weights, turned, self._signs)
         shakes = (self._shakes.rows(turn, turn + 1), int(h.dense), SWEEPS, share)
         args = (work.codes, work.rows, work.params, *importance, *shakes, work.count, work.groups, first)
-        self.launch("descend", (-(-work.count // DESCENT_WAVES), number), args, fmt)
+        self.launch("descend", (work.blocks(DESCENT_WAVES), number), args, fmt)
 
     def _refit(self, work: Work, h: Hessian, pulled: Buffer, first: int, number: int) -> None:
         fmt, shape = work.fmt, (work.count, work.groups, first)
-        waves = refit_waves(fmt)
-        grid, threads = (-(-work.count // waves), number), waves * WAVE
         if not h.dense:
-            args = (work.params, work.codes, work.rows, h.weights, self._signs)
-            self.launch("refit", grid, (*args, *shape), fmt, threads)
+            waves = refit_waves(fmt)
+            args = (work.params, work.codes, work.rows, h.weights, self._signs, *shape)
+            self.launch("refit", (work.blocks(waves), number), args, fmt, waves * WAVE)
             return
         turned = pulled
         if isinstance(fmt, AffineFormat):
@@ -221,13 +220,14 @@ class Fitting:
             turned = self._space.take("turned", work.codes.shape, np.float32)
             self.launch("widen_codes", (-(-wide.size // BLOCK_THREADS),), (wide, work.codes, wide.size))
             self._multiply(work, turned, wide, h, -1.0, first, number)
-        given = (work.params, work.codes, pulled, turned, h.plain, h.totals)
-        self.launch("refit_dense", grid, (*given, *shape), fmt, threads)
+        waves, rows = dense_refit(fmt)
+        given = (work.params, work.codes, pulled, turned, h.plain, h.totals, *shape)
+        self.launch("refit_dense", (work.blocks(waves * rows), number), given, fmt, waves * WAVE)
 
     def _multiply(
         self, work: Work, out: Buffer, y: Buffer, h: Hessian, sign: float, first: int, number: int
     ) -> None:
-        grid = (work.tiles, PANELS, number)
+        grid = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE, number)
         self.launch("multiply_rows", grid, (out, y, h.matrix, sign, work.count, work.groups, first))
 
     def _errors(self, work: Work, first: int, number: int) -> Buffer:
@@ -240,6 +240,6 @@ class Fitting:
     def _answer(self, work: Work, h: Hessian, group: int) -> None:
         """Let the columns after a group answer its errors, in place."""
         errors = self._errors(work, group, 1)
-        grid = (work.tiles, PANELS * (work.groups - group - 1))
+        grid = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE * (work.groups - group - 1))
         answered = (work.rows, errors, h.answers[group], work.count, work.groups, group)
         self.launch("answer_errors", grid, answered)

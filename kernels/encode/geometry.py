@@ -17,26 +17,38 @@ TILE = 32
 """Rows of a tile: lane t of the one wave has row t."""
 PANEL = 8
 """Columns of a matrix that a wave holds at a time."""
-PANELS = 8
-"""Blocks that share the 256 columns of a product."""
+PRODUCT_SIDE = 64
+"""Rows, and columns, of a tile of a product, by a block of as many threads."""
+PRODUCT_DEPTH = 16
+"""Elements of its sums that a block holds at a time."""
 KMEANS_ROWS = 8
 """Rows of a block of the k-means kernels, a wave each."""
 DESCENT_WAVES = 4
 """Rows of a block of the descent, a wave each."""
 GRID_WAVES = 8
 """Rows of a block of the refits of a grid, a wave each; a codebook's are fewer, the more levels it has."""
+BOOK_WAVES = 4
+"""Waves of a block of the dense refit of a codebook, and"""
+BOOK_SUMS = 16
+"""the levels, those of several rows together, whose sums such a wave keeps."""
 STRIP = 8
 """Rows of a Hessian's factor that a block works on at a time."""
 
 CONSTANTS: Mapping[str, Number] = {
     "TILE": TILE,
     "PANEL": PANEL,
+    "PRODUCT_ROWS": PRODUCT_SIDE,
+    "PRODUCT_COLUMNS": PRODUCT_SIDE,
+    "PRODUCT_THREADS": PRODUCT_SIDE,
+    "PRODUCT_DEPTH": PRODUCT_DEPTH,
     "KMEANS_ROWS": KMEANS_ROWS,
     "KMEANS_THREADS": KMEANS_ROWS * WAVE,
     "DESCENT_WAVES": DESCENT_WAVES,
     "DESCENT_THREADS": DESCENT_WAVES * WAVE,
     "GRID_WAVES": GRID_WAVES,
     "REFIT_THREADS": GRID_WAVES * WAVE,
+    "BOOK_WAVES": BOOK_WAVES,
+    "BOOK_SUMS": BOOK_SUMS,
     "STRIP": STRIP,
     **{
         name: getattr(constants, name)
@@ -53,6 +65,13 @@ CONSTANTS: Mapping[str, Number] = {
 def refit_waves(fmt: Format) -> int:
     """Rows of a block of the refits, a wave each: WAVES in encode_fit.hip."""
     return GRID_WAVES if isinstance(fmt, AffineFormat) else WAVE // fmt.levels
+
+
+def dense_refit(fmt: Format) -> tuple[int, int]:
+    """Waves of a block of the dense refit, and rows of each wave: DENSE_WAVES and DENSE_ROWS in encode_fit.hip."""
+    if isinstance(fmt, AffineFormat):
+        return GRID_WAVES, 1
+    return BOOK_WAVES, max(1, BOOK_SUMS // fmt.levels)
 
 
 def header() -> str:

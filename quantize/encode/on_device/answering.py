@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ..answering import CHUNK, RIDGE
+from .moments import eye
 
 
 def product(inputs: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
@@ -33,5 +34,6 @@ def answering_down(w2: Tensor, there: Tensor, here: Tensor) -> Tensor:
     across.diagonal().add_(tie)
     within.diagonal().add_(tie)
     lower, failed = torch.linalg.cholesky_ex(within)
-    fitted = w2.double() @ torch.cholesky_solve(across.mT, lower).mT
+    inverse = torch.linalg.solve_triangular(lower, eye(width, w2.device), upper=False)
+    fitted = w2.double() @ across @ inverse.mT @ inverse
     return torch.where(usable & (failed == 0), fitted.float(), w2)

@@ -131,7 +131,9 @@ def _mean_one(matrices: Tensor) -> Tensor:
 def _pulls(roots: Tensor, lines: Tensor) -> Tensor:
     """-H_gg⁻¹ H_gr for each group g and every other group r, transposed: f32 [G, G - 1, 256, 256]."""
     groups = len(lines)
-    pull = torch.cholesky_solve(lines, roots).neg_().float().view(groups, GROUP, groups, GROUP)
+    # Not by cholesky_solve: what solves several systems there waits for the whole device.
+    lower = torch.linalg.solve_triangular(roots, eye(GROUP, roots.device).expand_as(roots), upper=False)
+    pull = ((lower.mT @ -lower) @ lines).float().view(groups, GROUP, groups, GROUP)
     each = torch.arange(groups, device=roots.device)[:, None]
     others = torch.arange(groups - 1, device=roots.device).expand(groups, -1)
     others = others + (others >= each)
