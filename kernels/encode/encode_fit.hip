@@ -51,11 +51,64 @@ KERNEL(WAVE) feedback(uint8_t* __restrict__ codes, const float* __restrict__ row
   }
 }
 
+// The eight columns of a lane under descent: what they stand for and their codes, H · error, 1 / H_cc, and the shifts of their
+// targets. Of a codebook, a column stays while its target lies beyond `low` and not beyond `high`, the midpoints around its
+// level; bit j of `floors` says whether column j has a level below.
+struct Columns {
+  float now[PER_LANE], pull[PER_LANE], reciprocal[PER_LANE], shift[PER_LANE], low[PER_LANE], high[PER_LANE];
+  int code[PER_LANE];
+  uint32_t floors;
+};
+
+DEVICE float target_of(const Columns& c, int j) { return c.now[j] + c.pull[j] * c.reciprocal[j] + c.shift[j]; }
+
+DEVICE void bound(Columns& c, const Levels<true>&, int) {}
+DEVICE bool moves(const Columns& c, const Levels<true>& levels, int j) {
+  int nearest;
+  return assign(levels, target_of(c, j), nearest) != c.now[j];
+}
+
+template <class Book>
+DEVICE void bound(Columns& c, const Book& levels, int j) {
+  const float now = c.now[j], never = __int_as_float(0x7f800000);
+  float low = never, high = never;
+  bool floor = now != now;           // no number: such a column always moves
+#pragma unroll
+  for (int k = 0; k < LEVELS - 1; k++) {
+    const bool below = levels.level[k] < now;
+    low = below ? levels.mid[k] : low;
+    floor = floor || below;
+  }
+#pragma unroll
+  for (int k = LEVELS - 2; k >= 0; k--) high = levels.level[k + 1] > now ? levels.mid[k] : high;
+  c.low[j] = low;
+  c.high[j] = high;
+  c.floors = floor ? c.floors | 1u << j : c.floors & ~(1u << j);
+}
+
+template <class Book>
+DEVICE bool moves(const Columns& c, const Book&, int j) {
+  const float target = target_of(c, j);
+  return (target > c.low[j]) != ((c.floors >> j & 1) != 0) || target > c.high[j];
+}
+
+// What column j gives up as it takes its nearest level; it does so where `owner` says that it is this lane's turn.
+DEVICE float take(Columns& c, const Levels<GRID>& levels, int j, bool owner) {
+  int nearest;
+  const float value = assign(levels, target_of(c, j), nearest), moved = c.now[j] - value;
+  if (owner) {
+    c.now[j] = value;
+    c.code[j] = nearest;
+    bound(c, levels, j);
+  }
+  return moved;
+}
+
 // Sweeps of coordinate descent: each column takes the level that is best given all others. Targets are shifted by `share` of
 // the row's error under H, up or down as signs f32 [sweeps, 256] say. `matrix` is H, `inverse` f32 [256] holds 1 / H_cc. For
 // a `dense` H, turned f32 [count, 256·groups] holds H·(rows - levels); otherwise it is not read, and H is that of `weights`.
 // A wave has a row, and its lane t columns 8t .. 8t+7. All lanes look for the next column that moves, so that columns that
-// stay cost nothing.
+// stay cost little. Which of a lane's eight it is, is a branch that the whole wave takes: registers have no index.
 KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows,
                                 const float* __restrict__ params, const float* __restrict__ matrix,
                                 const float* __restrict__ inverse, const float* __restrict__ weights,
@@ -69,78 +122,75 @@ KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __rest
   Levels<GRID> levels;
   load_levels(levels, param);
   const Codes before = load_codes(codes + at + PER_LANE * t);
-  float pull[PER_LANE], now[PER_LANE], reciprocal[PER_LANE];
-  int code[PER_LANE];
+  Columns c;
+  c.floors = 0;
 #pragma unroll
   for (int j = 0; j < PER_LANE; j++) {
-    code[j] = code_of(before, j);
-    now[j] = level_of(param, code[j]);
+    c.code[j] = code_of(before, j);
+    c.now[j] = level_of(param, c.code[j]);
+    bound(c, levels, j);
   }
   float error[PER_LANE];
   load_group(error, rows + at);
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++) error[j] = error[j] - now[j];
+  for (int j = 0; j < PER_LANE; j++) error[j] = error[j] - c.now[j];
   if (dense) {
-    load_group(pull, turned + at);
+    load_group(c.pull, turned + at);
   } else {
     float factor[PER_LANE], sign[PER_LANE];
     load_group(sign, rotation + GROUP);
     load_group(factor, weights + group * GROUP);
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) pull[j] = error[j] * sign[j];
-    hadamard(pull);
+    for (int j = 0; j < PER_LANE; j++) c.pull[j] = error[j] * sign[j];
+    hadamard(c.pull);
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) pull[j] = pull[j] * (factor[j] / (float)GROUP);
-    hadamard(pull);
+    for (int j = 0; j < PER_LANE; j++) c.pull[j] = c.pull[j] * (factor[j] / (float)GROUP);
+    hadamard(c.pull);
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) pull[j] = pull[j] * sign[j];
+    for (int j = 0; j < PER_LANE; j++) c.pull[j] = c.pull[j] * sign[j];
   }
   float part = 0.0f;
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++) part = fmaf(error[j], pull[j], part);
+  for (int j = 0; j < PER_LANE; j++) part = fmaf(error[j], c.pull[j], part);
   const float energy = wave_sum(part) * (1.0f / (float)GROUP);
   const float heat = share * sqrtf(energy > 0.0f && energy < MOST_ENERGY ? energy : 0.0f);
-  load_group(reciprocal, inverse + group * GROUP);
+  load_group(c.reciprocal, inverse + group * GROUP);
   for (int sweep = 0; sweep < sweeps; sweep++) {
-    float shift[PER_LANE];
-    load_group(shift, signs + sweep * GROUP);
+    load_group(c.shift, signs + sweep * GROUP);
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) shift[j] = heat * shift[j];
-    int start = 0, moves = 0;
+    for (int j = 0; j < PER_LANE; j++) c.shift[j] = heat * c.shift[j];
+    bool moved = false;
+    uint32_t left = 0xff;            // columns of this lane that come after the one that moved last
     for (;;) {
-      int mine = PER_LANE, best_code = 0;
-      float best = 0.0f, moved = 0.0f;
+      uint32_t open = 0;
 #pragma unroll
-      for (int j = PER_LANE - 1; j >= 0; j--) {
-        int nearest;
-        const float value = assign(levels, now[j] + pull[j] * reciprocal[j] + shift[j], nearest);
-        if (value != now[j] && PER_LANE * t + j >= start) {
-          mine = j;
-          best_code = nearest;
-          best = value;
-          moved = now[j] - value;
-        }
-      }
-      const int owner = first_lane(mine < PER_LANE);
+      for (int j = 0; j < PER_LANE; j++) open |= moves(c, levels, j) ? 1u << j : 0u;
+      open &= left;
+      const int owner = first_lane(open != 0);
       if (owner == WAVE) break;
-      moves++;
-      const int column = PER_LANE * owner + __shfl(mine, owner);
-      const float step = __shfl(moved, owner);
-      float line[PER_LANE];
-      load_eight(h + column * GROUP, t, line);
-#pragma unroll
-      for (int j = 0; j < PER_LANE; j++) {
-        if (PER_LANE * t + j == column) {
-          code[j] = best_code;
-          now[j] = best;
-        }
-        pull[j] = fmaf(line[j], step, pull[j]);
+      moved = true;
+      const int j = first_bit((uint32_t)__shfl((int)open, owner));
+      const float* line = h + (PER_LANE * owner + j) * GROUP;
+      float step = 0.0f, eight[PER_LANE];
+      load_eight(line, t, eight);
+      switch (j) {
+        case 0: step = take(c, levels, 0, t == owner); break;
+        case 1: step = take(c, levels, 1, t == owner); break;
+        case 2: step = take(c, levels, 2, t == owner); break;
+        case 3: step = take(c, levels, 3, t == owner); break;
+        case 4: step = take(c, levels, 4, t == owner); break;
+        case 5: step = take(c, levels, 5, t == owner); break;
+        case 6: step = take(c, levels, 6, t == owner); break;
+        default: step = take(c, levels, 7, t == owner);
       }
-      start = column + 1;
+      step = __shfl(step, owner);
+#pragma unroll
+      for (int n = 0; n < PER_LANE; n++) c.pull[n] = fmaf(eight[n], step, c.pull[n]);
+      left = t < owner ? 0u : t > owner ? 0xffu : 0xffu << (j + 1) & 0xffu;
     }
-    if (moves == 0 && heat == 0.0f) break;
+    if (!moved && heat == 0.0f) break;
   }
-  if (r < count) store_codes(codes + at + PER_LANE * t, code);
+  if (r < count) store_codes(codes + at + PER_LANE * t, c.code);
 }
 
 // Floats from one vector of 256 to the next in LDS: not a multiple of 32, so that eight vectors begin in different banks.

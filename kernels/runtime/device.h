@@ -37,6 +37,11 @@ DEVICE int first_lane(bool found) {
 }
 #endif
 
+// The number of the lowest bit that is set in a word that is not 0.
+#ifndef MQ_FIRST_BIT
+DEVICE int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
+#endif
+
 DEVICE float wave_sum(float v) {
   for (int mask = WAVE / 2; mask > 0; mask /= 2) v += __shfl_xor(v, mask);
   return v;
