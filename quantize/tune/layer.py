@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,10 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...formats.blocks import AffineFormat, FloatFormat, LloydFormat, Q8Format
+from ...formats.machine import cores
 from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_inventory
 from ..encode.overflow import encode_tensor
 from .deterministic import coarse_products, deterministic
 from .rounding import with_heads, within_f16, within_scales
+from .stream import Stream
 from .student import Matrices, StoredTensor, Student
 
 F32 = NDArray[np.float32]
@@ -138,7 +141,7 @@ def tune_layer(
     same number of threads. Raises WeightError where a trained matrix cannot be stored.
     """
     with deterministic():
-        training = _Training(task, settings, device)
+        training = _Training.of(task, settings, device)
         student = Student.read(task.config, task.layer, task.stored, device)
         held, trained = training.divided()
         payloads: dict[str, U8] = {}
@@ -168,7 +171,7 @@ def run_layer(task: LayerTask, settings: TuneSettings = PLAIN, device: torch.dev
     """The file's own stream f32 [sequences, length, hidden] behind a layer as it is stored; the bits of `leaving`."""
     with deterministic():
         student = Student.read(task.config, task.layer, task.stored, device)
-        return _Training(task, settings, device).run(student, np.empty_like(task.entering))
+        return _Training.of(task, settings, device).run(student, np.empty_like(task.entering))
 
 
 @dataclass
@@ -196,6 +199,12 @@ class _Training:
     task: LayerTask
     settings: TuneSettings
     device: torch.device
+    entering: Stream
+    target: Stream
+
+    @classmethod
+    def of(cls, task: LayerTask, settings: TuneSettings, device: torch.device) -> _Training:
+        return cls(task, settings, device, Stream.on(device, task.entering), Stream.on(device, task.target))
 
     def payloads(self, candidate: Mapping[str, StoredTensor]) -> dict[str, U8]:
         """The payloads that are not those that the layer has."""
@@ -218,14 +227,11 @@ class _Training:
         for first in range(0, len(chosen), size):
             yield chosen[first : first + size]
 
-    def _of(self, stream: F32, chosen: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.asarray(stream[chosen], np.float32)).to(self.device)
-
     def energy(self, chosen: NDArray[np.int64]) -> float:
         """The square, in f64, of what the source's layer adds to a token of these sequences, in the mean."""
         total = 0.0
         for some in self._batches(chosen):
-            added = self._of(self.task.target, some) - self._of(self.task.entering, some)
+            added = self.target.of(some) - self.entering.of(some)
             total += float(added.double().square().sum())
         return total / (len(chosen) * int(self.task.entering.shape[1]))
 
@@ -234,7 +240,7 @@ class _Training:
         """The squared error of the layer's output at each token of these sequences, f64 [tokens]."""
         return torch.cat(
             [
-                (student.forward(self._of(self.task.entering, some)) - self._of(self.task.target, some))
+                (student.forward(self.entering.of(some)) - self.target.of(some))
                 .double()
                 .square()
                 .sum(-1)
@@ -247,7 +253,7 @@ class _Training:
     def run(self, student: Student, leaving: F32) -> F32:
         """The stream behind the layer, written into `leaving`."""
         for some in self._batches(np.arange(len(self.task.entering))):
-            leaving[some] = student.forward(self._of(self.task.entering, some)).cpu().numpy()
+            leaving[some] = student.forward(self.entering.of(some)).cpu().numpy()
         return leaving
 
     def train(
@@ -271,8 +277,8 @@ class _Training:
         with coarse_products(self.device):
             for some in (batch for shuffled in epochs for batch in self._batches(shuffled)):
                 moved = student.changed(*({k: p.value for k, p in of.items()} for of in (dense, heads)))
-                out = moved.forward(self._of(self.task.entering, some))
-                missed = (out - self._of(self.task.target, some)).square().sum(-1)
+                out = moved.forward(self.entering.of(some))
+                missed = (out - self.target.of(some)).square().sum(-1)
                 adam.zero_grad()
                 (missed.mean() / energy).backward()  # type: ignore[no-untyped-call]
                 if not adam.state:
@@ -315,12 +321,17 @@ class _Training:
 
     def _experts(self, projection: str, value: Tensor) -> Iterator[tuple[str, StoredTensor]]:
         """Every expert's matrix of one projection with its trained heads, as it would be stored."""
-        for e, heads in enumerate(value):
-            name = expert_name(self.task.layer, e, projection)
+        trained = value.cpu().numpy()
+
+        def stored(expert: int) -> tuple[str, StoredTensor]:
+            name = expert_name(self.task.layer, expert, projection)
             before = self.task.stored[name]
             assert isinstance(before.format, LloydFormat | AffineFormat)
-            payload = with_heads(before.format, before.payload, heads.cpu().numpy())
-            yield name, StoredTensor(before.format, before.shape, payload)
+            payload = with_heads(before.format, before.payload, trained[expert])
+            return name, StoredTensor(before.format, before.shape, payload)
+
+        with ThreadPoolExecutor(cores()) as pool:
+            yield from pool.map(stored, range(len(trained)))
 
 
 def _set_divisors(adam: torch.optim.Adam) -> None:

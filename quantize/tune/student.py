@@ -31,8 +31,8 @@ from .products import permuted, products, returned, rotated, spread, unpacked
 
 U8 = NDArray[np.uint8]
 EXPERT_PROJECTIONS = ("w1", "w3", "w2")
-BLOCK_WEIGHTS = 1 << 25
-"""Weights of one projection that a GPU dequantises at a time (128 MiB in f32). Launching work for one expert after the
+BLOCK_WEIGHTS = 1 << 27
+"""Weights of one projection that a GPU dequantises at a time (512 MiB in f32). Launching work for one expert after the
 other would take longer than the work.
 """
 

@@ -133,7 +133,7 @@ def _pulls(roots: Tensor, lines: Tensor) -> Tensor:
     groups = len(lines)
     # Not by cholesky_solve: what solves several systems there waits for the whole device.
     lower = torch.linalg.solve_triangular(roots, eye(GROUP, roots.device).expand_as(roots), upper=False)
-    pull = ((lower.mT @ -lower) @ lines).float().view(groups, GROUP, groups, GROUP)
+    pull: Tensor = ((lower.mT @ -lower) @ lines).float().view(groups, GROUP, groups, GROUP)
     each = torch.arange(groups, device=roots.device)[:, None]
     others = torch.arange(groups - 1, device=roots.device).expand(groups, -1)
     others = others + (others >= each)
