@@ -67,6 +67,19 @@ def test_console_examples_run(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != "README.md" and "```python" in PAGES[page]]
+)
+def test_python_examples_run(page: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a page's in one session, as they are read; that of the README is run with the module's."""
+    monkeypatch.chdir(folders[page])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names: dict[str, object] = {}
+    for kind, block in BLOCK.findall(PAGES[page]):
+        if kind == "python":
+            exec(block, names)
+
+
 @pytest.mark.parametrize(("page", "line"), lines("sh"))
 def test_other_examples_name_real_commands_and_options(page: str, line: str) -> None:
     program, name, *arguments = shlex.split(line, comments=True)
@@ -101,4 +114,7 @@ def test_links_lead_somewhere(page: str) -> None:
         if target.startswith("#"):
             assert target[1:] in headings, target
         elif not target.startswith("http"):
-            assert ((ROOT / page).parent / target).exists(), target
+            name, _, heading = target.partition("#")
+            path = (ROOT / page).parent / name
+            assert path.exists(), target
+            assert not heading or f"# {heading.replace('-', ' ')}" in path.read_text().lower(), target

@@ -109,7 +109,8 @@ def list_folder(folder: Path, repository: str, watch: Watch = UNWATCHED) -> List
     if not {README, SUMS} <= there:
         card = _card(folder, models, there, watch)
         known = _read_sums(card[SUMS])
-        made |= {name: content for name, content in card.items() if name not in there}
+        wanted = {SUMS} if README in there else card.keys()
+        made |= {name: content for name, content in card.items() if name in wanted - there}
     files = {path.name: UnchangedFile(path, CheckError) for path in paths}
     unknown = [file for name, file in files.items() if name not in known]
     watch.begin("hashing", sum(file.size for file in unknown), "bytes")

@@ -117,7 +117,7 @@ def test_a_user_without_a_home_has_none(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_page_of_the_machine_has_the_table() -> None:
-    page = (ROOT / "docs" / "machine.md").read_text()
+    page = (ROOT / "docs" / "first-file.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE)
     assert dict(rows) == VARIABLES
 
