@@ -146,13 +146,13 @@ def verify_file(
     path: str | Path,
     *,
     source: str | Path | None = None,
-    tokens: int = 64,
+    tokens: int | None = None,
     backend: BackendName = "auto",
     sample: bool = False,
 ) -> Verification:
     """Judge a file by its structure and decoding, and against a source, which is found as `mq-quant verify` finds it.
 
-    `tokens` held-out tokens go through the forward pass; `sample` looks at a fixed sample of the tensors.
+    About `tokens` held-out tokens are run (None: 512, and no fewer); `sample` looks at a fixed sample of the tensors.
     `Verification.raise_if_failed()` raises CheckError where a stage missed its bar.
     """
     from ..formats.hfq import open_hfq

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from mq_quant.formats.checkpoint.streamed import HEADER_GUESS
+
 REPO = "acme/small-m2"
 MAIN = "1" * 40
 
@@ -308,3 +310,21 @@ def serve(repositories: dict[str, dict[str, dict[str, bytes]]], **options: Any) 
 def repository(folder: Path) -> dict[str, bytes]:
     """The files of a checkpoint folder, as a repository's content."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def served_bytes(hub: HubServer, name: str) -> int:
+    """Bytes of one large file that the hub was asked for."""
+    size, total = len(hub.repositories[REPO][MAIN][name]), 0
+    for request in hub.requests:
+        if request.path.startswith("/storage/") and request.path.endswith(name) and request.method == "GET":
+            match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "bytes=0-")
+            assert match is not None
+            total += min(int(match[2] or size - 1) + 1, size) - int(match[1])
+    return total
+
+
+def check_each_shard_was_fetched_once(hub: HubServer) -> None:
+    """Every shard, and besides it no more than what is read of a header."""
+    for name, data in hub.repositories[REPO][MAIN].items():
+        if name.endswith(".safetensors"):
+            assert len(data) <= served_bytes(hub, name) <= len(data) + HEADER_GUESS < 2 * len(data)

@@ -131,7 +131,8 @@ def test_a_tier_passes_verification(tier: str, tiny_tier: Callable[[str], Any]) 
     path, result = tiny_tier(tier)
     verdict = verdict_on(path, VerifyOptions(tokens=24, generate=1))
     verdict.raise_if_failed()
-    assert [s.name for s in verdict.stages] == ["structure", "decode", "fidelity", "forward", "generation"]
+    names = [s.name for s in verdict.stages]
+    assert names == ["structure", "decode", "forward", "fidelity", "predictions", "generation"]
     assert verdict.as_json()["stages"][0]["quantization_hash"] == result.quantization_hash
     assert verdict.as_json()["stages"][1]["tensors"] == result.tensor_count
 

@@ -19,6 +19,7 @@ from .run import Verification
 from .stages.fidelity import FidelityFigures, ProjectionFidelity
 from .stages.forward_parity import ForwardFigures
 from .stages.generation import Continuation
+from .stages.predictions import PredictionFigures
 from .stages.stage import LISTED
 
 PROMPT_SHOWN = 400
@@ -62,9 +63,11 @@ def render(verification: Verification) -> str:
     parts = [f"<h1>{escaped(verification.path)}: <span class={kind}>{word}</span></h1>"]
     if verification.facts is not None:
         parts += _facts(verification.facts)
-    forward = verification.figures(ForwardFigures)
-    parts += [_overview(verification), _thresholds(verification.bars, forward)]
-    if forward is not None:
+    predictions = verification.figures(PredictionFigures)
+    parts += [_overview(verification), _thresholds(verification.bars, predictions)]
+    if predictions is not None:
+        parts += _predictions(predictions)
+    if forward := verification.figures(ForwardFigures):
         parts += _forward(forward)
     if (fidelity := verification.figures(FidelityFigures)) and fidelity.rows:
         parts += _fidelity(fidelity)
@@ -119,9 +122,9 @@ def _overview(verification: Verification) -> str:
     return "\n".join(out)
 
 
-def _thresholds(bars: Bars, forward: ForwardFigures | None) -> str:
+def _thresholds(bars: Bars, predictions: PredictionFigures | None) -> str:
     """What the tier demands, and what was measured of it."""
-    found = {} if forward is None else _reached(forward)
+    found = {} if predictions is None else _reached(predictions)
     rows = [
         (label, f"{word} {bar:g}", f"{found[name]:.6g}" if name in found else "not measured")
         for name, label, word in _BARS
@@ -134,35 +137,48 @@ def _thresholds(bars: Bars, forward: ForwardFigures | None) -> str:
     return "<h2>Thresholds</h2>" + table(("what", "demanded", "measured"), rows, "What the tier demands")
 
 
-def _reached(forward: ForwardFigures) -> dict[str, float]:
+def _reached(predictions: PredictionFigures) -> dict[str, float]:
     """The measured value that each bar is held against: of layers the worst one."""
-    worst = {n: min((getattr(row, n) for row in forward.layers), default=math.nan) for n, _, _ in _BARS[:3]}
-    return {**worst, "kld_mean": forward.divergence.kld_mean, "top1": forward.divergence.top1}
+    worst = {
+        n: min((getattr(row, n) for row in predictions.layers), default=math.nan) for n, _, _ in _BARS[:3]
+    }
+    return {**worst, "kld_mean": predictions.divergence.kld_mean, "top1": predictions.divergence.top1}
 
 
-def _forward(forward: ForwardFigures) -> list[str]:
-    summary = {key: getattr(forward.divergence, key) for key, _ in _FIGURES}
+def _predictions(found: PredictionFigures) -> list[str]:
+    summary = {key: getattr(found.divergence, key) for key, _ in _FIGURES}
     figures = [(label, _number(summary[key])) for key, label in _FIGURES if math.isfinite(summary[key])]
     layers = [
         (r.layer, *(f"{v:.6g}" for v in (r.cosine_mean, r.cosine_min, r.error, r.routing)))
-        for r in forward.layers
+        for r in found.layers
     ]
     header = ("layer", "mean cosine", "lowest cosine", "error / energy", "same experts")
     return [
-        f"<h2>Forward pass on {escaped(forward.device)}</h2>",
+        "<h2>Predictions</h2>",
         table(("", ""), figures, "Next-token predictions against the source"),
         figure(
             "cosine",
-            pictures.svg(pictures.cosine_by_layer(forward.layers)),
+            pictures.svg(pictures.cosine_by_layer(found.layers)),
             "Distance of the hidden state from the source's after each layer.",
         ),
         fold("Every layer", table(header, layers, "Layers against the source", sortable=True)),
         figure(
             "kld",
-            pictures.svg(pictures.kld_histogram(forward.kld)),
+            pictures.svg(pictures.kld_histogram(found.kld)),
             "KL divergence of next-token distributions, one value per position.",
         ),
     ]
+
+
+def _forward(forward: ForwardFigures) -> list[str]:
+    worst = min((row.cosine_mean for row in forward.layers), default=math.nan)
+    rows = [
+        ("positions", f"{forward.positions:,}"),
+        ("lowest mean cosine of a layer", f"{worst:.6f}"),
+        ("mean KL divergence (nats)", _number(forward.divergence.kld_mean)),
+    ]
+    title = f"<h2>The kernels on {escaped(forward.device)}</h2>"
+    return [title, table(("", ""), rows, "The kernels against the same weights in torch")]
 
 
 def _fidelity(fidelity: FidelityFigures) -> list[str]:

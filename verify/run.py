@@ -6,10 +6,8 @@ is said of what was not looked at.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,24 +23,29 @@ from ..formats.statistics.imatrix import Imatrix
 from ..formats.text import shown
 from ..formats.watch import UNWATCHED, Watch
 from ..kernels.runtime.host import Backend
+from .against_source import SourceComparison, Stage
 from .bars import Bars
 from .facts import FileFacts
+from .model.metrics import FEWEST
 from .stages.decode_parity import check_decode, sampled
-from .stages.fidelity import check_fidelity
-from .stages.forward_parity import check_forward
+from .stages.forward_parity import POSITIONS, check_forward
 from .stages.generation import check_generation
 from .stages.stage import Figures, StageResult
 from .stages.structure import check_structure
 
 F = TypeVar("F", bound=Figures)
+T = TypeVar("T")
+NO_TOKENS = "no tokens to run; give --tokens, --prompt or --token-file"
 
 
 @dataclass(frozen=True)
 class VerifyInputs:
     """What to verify a file against.
 
-    `tokens` i64 [n_seq, len] go through the forward pass, and `prompt` i64 [n] is continued by `generate` tokens; None
-    where there are none. `notes` say where the tokens come from, and are handed on with the forward stage.
+    `tokens` i64 [n_seq, len] go through the file, the first ones by the kernels, and through the source; `prompt` i64
+    [n] is continued by `generate` tokens; None where there are none. Fewer than `fewest` positions are not judged by.
+    `notes` say where the tokens come from, and are handed on with the predictions; `unjudged` says why these
+    are not to be judged.
     """
 
     source: Source | None = None
@@ -53,7 +56,9 @@ class VerifyInputs:
     sample: bool = False
     generate: int = 0
     dump: Path | None = None
+    fewest: int = FEWEST
     notes: tuple[str, ...] = ()
+    unjudged: str | None = None
 
     def close(self) -> None:
         """Close the source."""
@@ -118,38 +123,42 @@ def verify(
     watch: Watch = UNWATCHED,
 ) -> Verification:
     """Run every stage that there are inputs for; `on_stage` hears of each as it ends, `watch` of the work in it."""
-    stages: list[StageResult] = []
-    seconds: dict[str, float] = {}
+    done: list[Stage] = []
     skipped: dict[str, str] = {}
     cfg = _config(file)
 
-    def run(name: str, stage: Callable[[], StageResult], before: Callable[[], None] = lambda: None) -> None:
-        began = time.monotonic()
-        try:
-            before()
-            result = stage()
-        except MqError as e:
-            result = StageResult(name, 0, "results", (str(e),))
-        seconds[name] = time.monotonic() - began
-        stages.append(result)
-        on_stage(result)
+    def finish(*stages: Stage) -> None:
+        for stage in stages:
+            done.append(stage)
+            on_stage(stage.result)
+
+    def run(name: str, work: Callable[[], StageResult]) -> None:
+        stage = Stage(name)
+        stage.end(work)
+        finish(stage)
 
     source, tokens, prompt, bars = inputs.source, inputs.tokens, inputs.prompt, inputs.bars
     run("structure", lambda: _structure(file, source, watch))
     run("decode", lambda: check_decode(file, backend, inputs.sample, watch))
-    if source is None:
-        skipped["fidelity"] = skipped["forward"] = "no source to compare with; give --source"
-    elif cfg is None:
-        skipped["fidelity"] = skipped["forward"] = "the file's config cannot be read"
+    if cfg is None:
+        skipped |= dict.fromkeys(("forward", "fidelity", "predictions"), "the file's config cannot be read")
     else:
-        chosen = sampled(file) if inputs.sample else None
-        alike = partial(check_dimensions, file, cfg, source.config)
-        run("fidelity", lambda: check_fidelity(file, source, cfg, inputs.imatrix, chosen, watch), alike)
         if tokens is None:
-            skipped["forward"] = "no tokens to run; give --tokens, --prompt or --token-file"
+            skipped["forward"] = skipped["predictions"] = NO_TOKENS
         else:
-            forward = partial(check_forward, file, source, cfg, backend, tokens, bars, inputs.dump, watch)
-            run("forward", lambda: _noted(forward(), inputs.notes), alike)
+            few = tokens if inputs.dump else tokens[:1, :POSITIONS]
+            run("forward", lambda: check_forward(file, cfg, backend, few, inputs.dump, watch))
+        if source is None:
+            skipped["fidelity"] = "no source to compare with; give --source"
+            skipped.setdefault("predictions", skipped["fidelity"])
+        else:
+            comparison = SourceComparison(
+                file, source, cfg, inputs.imatrix, sampled(file) if inputs.sample else None
+            )
+            judged = None if inputs.unjudged else tokens
+            finish(*comparison.run(judged, bars, inputs.fewest, inputs.notes, watch))
+            if inputs.unjudged:
+                skipped["predictions"] = inputs.unjudged
     if cfg is None or inputs.generate == 0 or prompt is None or not prompt.size:
         skipped["generation"] = "no prompt, or no tokens were asked for"
     else:
@@ -157,36 +166,9 @@ def verify(
             "generation",
             lambda: check_generation(file, cfg, backend, prompt, inputs.generate, bars.coherence, watch),
         )
-    return Verification(file.path, tuple(stages), skipped, seconds, peak_rss(), FileFacts.of(file), bars)
-
-
-def _noted(stage: StageResult, notes: tuple[str, ...]) -> StageResult:
-    return replace(stage, notes=(*notes, *stage.notes))
-
-
-DIMENSIONS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "num_local_experts",
-    "num_experts_per_tok",
-)
-"""The keys of a config that decide how many tensors there are, their shapes, and the shapes of what flows through."""
-
-
-def check_dimensions(file: HfqFile, cfg: ModelConfig, source: ModelConfig) -> None:
-    """CheckError where a file is of a model of other dimensions than the source: nothing can be compared then."""
-    different = [
-        f"{name} is {getattr(cfg, name)}, the source's {getattr(source, name)}"
-        for name in DIMENSIONS
-        if getattr(cfg, name) != getattr(source, name)
-    ]
-    if different:
-        raise CheckError(f"cannot be compared with the source: {'; '.join(different)}", file=file.path)
+    seconds = {stage.name: stage.seconds for stage in done}
+    stages = tuple(stage.result for stage in done)
+    return Verification(file.path, stages, skipped, seconds, peak_rss(), FileFacts.of(file), bars)
 
 
 def _config(file: HfqFile) -> ModelConfig | None:

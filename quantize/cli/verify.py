@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ...verify.hidden import HiddenComparison
     from ...verify.run import Verification
     from ...verify.stages.fidelity import FidelityFigures
-    from ...verify.stages.forward_parity import ForwardFigures
+    from ...verify.stages.predictions import PredictionFigures
     from ...verify.stages.stage import StageResult
 
 Dump = Annotated[Path, typer.Argument(help="A dump of hidden states (HFHS).", show_default=False)]
@@ -29,7 +29,9 @@ def verify(
     file: opt.File,
     source: Annotated[
         str | None,
-        typer.Option(help="The checkpoint that the file was made from: a folder, or `tiny`."),
+        typer.Option(
+            help="The checkpoint that the file was made from: a folder, a hub repository (owner/name), or `tiny`."
+        ),
     ] = None,
     imatrix: Annotated[
         Path | None,
@@ -39,8 +41,13 @@ def verify(
         Path | None, typer.Option(help="Take the bars from this recipe instead of the file's tier.")
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=0, help="Run about this many held-out tokens (eval_tokens.npy of the source).")
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Judge by about this many positions, fewer than 512 only where this says so: of eval_tokens.npy "
+            "beside the source, else of our own evaluation text. Default: 512.",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(help="Run this text instead. Its continuation must be coherent."),
@@ -69,12 +76,18 @@ def verify(
     dump_hidden: Annotated[
         Path | None, typer.Option(help="Write the kernels' hidden states to this file (HFHS).")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="The branch, tag or commit of a hub repository. Default: main.")
+    ] = None,
+    shard_cache: Annotated[
+        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
+    ] = 2,
     as_json: opt.Json = False,
 ) -> None:
     """Judge a file.
 
-    Its structure is checked, it is decoded, and its weights and outputs are compared with those of the checkpoint.
-    Without a checkpoint only structure, decoding and a continuation are judged. The bars are those of the file's tier.
+    Its structure is checked, it is decoded and run by the kernels, and its weights and predictions are compared with
+    those of the checkpoint. Without a checkpoint the latter is left out. The bars are those of the file's tier.
     The exit code is 1 where one of them is missed.
 
     \b
@@ -105,7 +118,18 @@ def verify(
         if report is not None:
             check_report(report)
         options = VerifyOptions(
-            source, imatrix, recipe, tokens, prompt, chat, token_file, sample, generate, dump_hidden
+            source,
+            imatrix,
+            recipe,
+            tokens,
+            prompt,
+            chat,
+            token_file,
+            sample,
+            generate,
+            dump_hidden,
+            revision,
+            shard_cache,
         )
         with (
             open_hfq(file) as opened,
@@ -125,8 +149,8 @@ def _line(stage: StageResult) -> str:
 
 def _render(result: Verification) -> str:
     from ...verify.stages.fidelity import FidelityFigures
-    from ...verify.stages.forward_parity import ForwardFigures
     from ...verify.stages.generation import Continuation
+    from ...verify.stages.predictions import PredictionFigures
     from ...verify.stages.stage import LISTED
 
     rows = [(s.name, "ok" if s.ok else "FAILED", f"{s.seen:,} {s.unit}") for s in result.stages]
@@ -145,8 +169,8 @@ def _render(result: Verification) -> str:
         parts.append("\n".join(said))
     if (fidelity := result.figures(FidelityFigures)) and fidelity.rows:
         parts.append(_render_fidelity(fidelity))
-    if forward := result.figures(ForwardFigures):
-        parts.append(_render_forward(forward))
+    if predictions := result.figures(PredictionFigures):
+        parts.append(_render_predictions(predictions))
     if (made := result.figures(Continuation)) and made.text is not None:
         parts.append(f"continuation: {printable(repr(made.text))}")
     return "\n\n".join(parts)
@@ -168,15 +192,15 @@ def _render_fidelity(figures: FidelityFigures) -> str:
     return table(("projection", "format", "dB", "worst dB", "worst tensor"), rows)
 
 
-def _render_forward(figures: ForwardFigures) -> str:
+def _render_predictions(figures: PredictionFigures) -> str:
     rows = [
         (r.layer, f"{r.cosine_mean:.6f}", f"{r.cosine_min:.6f}", f"{r.routing:.4f}") for r in figures.layers
     ]
     layers = table(("layer", "cosine", "minimum", "routing"), rows)
     d = figures.divergence
     kld = (
-        f"KLD over {figures.positions} positions: mean {d.kld_mean:.6f}, median {d.kld_median:.6f}, "
-        f"99 % {d.kld_p99:.6f}, max {d.kld_max:.6f}; top-1 {d.top1:.4f}"
+        f"KLD over {figures.positions} positions: mean {d.kld_mean:.6f} ± {d.kld_error:.2g}, "
+        f"median {d.kld_median:.6f}, 99 % {d.kld_p99:.6f}, max {d.kld_max:.6f}; top-1 {d.top1:.4f}"
     )
     if math.isfinite(d.ppl_test) and math.isfinite(d.ppl_reference):
         kld += f"; perplexity {d.ppl_test:.4f}, the source {d.ppl_reference:.4f}"

@@ -9,9 +9,9 @@ from ...formats.errors import OutputError
 from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig
 from ...formats.own_file import disk_errors, free_bytes
+from ...verify.against_source import check_dimensions
 from ...verify.evaluate.saved_reference import reference_bytes
 from ...verify.model.hfq_weights import check_shapes
-from ...verify.run import check_dimensions
 from .reference import Reference, config_of
 
 

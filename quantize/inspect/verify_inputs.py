@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.checkpoint.local import open_checkpoint
-from ...formats.checkpoint.source import Source
-from ...formats.errors import CheckpointError, MqError, TokenError
+from ...formats.errors import MqError, TokenError
 from ...formats.hfq import HfqFile
 from ...formats.hfq.provenance import Provenance, RecipeRecord
 from ...formats.minimax import parse_config
 from ...formats.statistics.imatrix import read_imatrix
 from ...verify.bars import Bars
+from ...verify.model.metrics import FEWEST
 from ...verify.run import VerifyInputs
-from ..spec.places import TINY, local_folder
+from ...verify.stages.generation import tokenizer_of
+from ..spec.places import TINY, local_folder, open_place
 from ..spec.recipe import DEFAULT_MODEL, load_recipe, load_tier, tiers
-from .verify_tokens import EVAL_TOKENS, held_out_tokens, prompt_tokens, read_tokens
+from .verify_tokens import held_out_tokens, prompt_tokens, read_tokens
 
 CONTEXT = 16
 """Held-out tokens that a continuation begins with."""
@@ -28,42 +28,48 @@ IMATRIX = "imatrix.gguf"
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What the user says about what to compare a file with, as the options of `verify`."""
+    """What the user says about what to compare a file with, as the options of `verify`.
+
+    `tokens` is about how many tokens are run; None means FEWEST, and that fewer are not judged by.
+    """
 
     source: str | None = None
     imatrix: Path | None = None
     recipe: Path | None = None
-    tokens: int = 64
+    tokens: int | None = None
     prompt: str | None = None
     chat: bool = False
     token_file: Path | None = None
     sample: bool = False
     generate: int = 16
     dump: Path | None = None
+    revision: str | None = None
+    shard_cache: int = 2
 
 
 def inputs_of(file: HfqFile, options: VerifyOptions) -> VerifyInputs:
     """Open and read what the options name, for one file; raises the error of whatever cannot be used."""
     built_with = Provenance.of(file).recipe
     bars = _bars(built_with, options.recipe)
-    folder = _source_folder(built_with, options.source)
-    source: Source | None = None
-    if folder is not None:
-        checkpoint = open_checkpoint(folder)
-        checkpoint.validate()
-        source = checkpoint
+    place = _place(built_with, options.source)
+    folder = local_folder(place) if place else None
+    source = open_place(place, options.revision, options.shard_cache, Path()) if place else None
+    if source is not None:
+        source.validate()
     imatrix = options.imatrix or (folder / IMATRIX if folder and (folder / IMATRIX).is_file() else None)
     tokens = _tokens(file, options, folder)
     return VerifyInputs(
         source=source,
         imatrix=read_imatrix(imatrix) if imatrix else None,
-        tokens=tokens if source else None,
+        tokens=tokens,
         prompt=None if tokens is None else tokens[0] if options.prompt is not None else tokens[0, :CONTEXT],
         bars=bars.model_copy(update={"coherence": bars.coherence or options.prompt is not None}),
         sample=options.sample,
         generate=options.generate,
         dump=options.dump,
-        notes=_notes(tokens, options, folder),
+        fewest=FEWEST if options.tokens is None else min(FEWEST, options.tokens),
+        notes=_notes(file, tokens, options),
+        unjudged=_unjudged(tokens, options),
     )
 
 
@@ -77,17 +83,11 @@ def _bars(built_with: RecipeRecord | None, path: Path | None) -> Bars:
     return load_tier(built_with.tier, model).verify if built_with.tier in tiers(model) else Bars()
 
 
-def _source_folder(built_with: RecipeRecord | None, source: str | None) -> Path | None:
-    """The folder to compare with; a file of the tiny source is compared with it unasked."""
+def _place(built_with: RecipeRecord | None, source: str | None) -> str | None:
+    """The source to compare with; a file of the tiny source is compared with it unasked."""
     if source is None:
-        return local_folder(TINY) if built_with and built_with.repository == TINY else None
-    folder = local_folder(source)
-    if folder is None:
-        raise CheckpointError(
-            f"verify compares with a checkpoint on this machine, and {source} is a hub repository",
-            hint="fetch it with `hf download` and give its folder, or leave --source out",
-        )
-    return folder
+        return TINY if built_with and built_with.repository == TINY else None
+    return source
 
 
 def _tokens(file: HfqFile, options: VerifyOptions, folder: Path | None) -> NDArray[np.int64] | None:
@@ -108,18 +108,23 @@ def _tokens(file: HfqFile, options: VerifyOptions, folder: Path | None) -> NDArr
         return read_tokens(options.token_file, config)
     if options.prompt is not None:
         return prompt_tokens(file, config, options.prompt, options.chat)
-    return held_out_tokens(file, config, options.tokens, folder) if options.tokens else None
+    wanted = FEWEST if options.tokens is None else options.tokens
+    return held_out_tokens(file, config, wanted, folder) if wanted else None
 
 
-def _notes(tokens: NDArray[np.int64] | None, options: VerifyOptions, folder: Path | None) -> tuple[str, ...]:
-    """What should be known of tokens that the user has not chosen: that they are no text of the model's, or few."""
+def _notes(file: HfqFile, tokens: NDArray[np.int64] | None, options: VerifyOptions) -> tuple[str, ...]:
+    """What should be known of tokens that the user has not chosen: that they are no text."""
     if tokens is None or options.token_file is not None or options.prompt is not None:
         return ()
-    notes = []
-    if folder is None or not (folder / EVAL_TOKENS).is_file():
-        notes.append(
-            f"the source has no {EVAL_TOKENS}, so a few fixed tokens were run; --token-file takes others"
+    if tokenizer_of(file) is None:
+        return (
+            "the file has no tokenizer, so fixed ids were run, which are no text; --token-file takes others",
         )
-    if 2 * tokens.size < options.tokens:
-        notes.append(f"there are only {tokens.size} of the {options.tokens} tokens that were asked for")
-    return tuple(notes)
+    return ()
+
+
+def _unjudged(tokens: NDArray[np.int64] | None, options: VerifyOptions) -> str | None:
+    """Why the predictions at a prompt's positions are not judged; None where they are."""
+    if tokens is None or options.prompt is None or options.tokens is not None or tokens.size >= FEWEST:
+        return None
+    return f"the prompt has {tokens.size} positions, and fewer than {FEWEST} judge nothing; --tokens {tokens.size} does"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,16 @@ from numpy.typing import NDArray
 from ...formats.errors import TokenError
 from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig
-from ...formats.tokenizer import render_chat
+from ...formats.tokenizer import TextTokenizer, render_chat
+from ...texts import evaluation_text
 from ...verify.stages.generation import tokenizer_of
+from ..calibrate.text import text_tokens
 from ..calibrate.token_file import read_token_file
 from ..calibrate.tokens import check_tokens
 
 SEQUENCE = 128
-PROMPT = "The quick brown fox"
+WINDOW = 1 << 16
+"""Characters of the text that are tokenised at a time: most of it is not needed."""
 EVAL_TOKENS = "eval_tokens.npy"
 
 Ids = NDArray[np.int64]
@@ -62,18 +66,35 @@ def chat_text(file: HfqFile, prompt: str) -> str:
 
 
 def held_out_tokens(file: HfqFile, config: ModelConfig, count: int, folder: Path | None) -> Ids:
-    """About `count` token ids i64 [sequences, length] to compare with the source on.
+    """About `count` token ids i64 [sequences, length] to judge by.
 
-    They are those of EVAL_TOKENS beside the source, or else of a fixed text, or, without a tokenizer, fixed ids.
+    They are those of EVAL_TOKENS beside the source where there are so many, else of the evaluation text that comes with
+    mq-quant, or, without a tokenizer, fixed ids.
     """
     if folder is not None and (folder / EVAL_TOKENS).is_file():
-        return cut(read_tokens(folder / EVAL_TOKENS, config), count)
+        held_out = read_tokens(folder / EVAL_TOKENS, config)
+        if held_out.size >= count:
+            return cut(held_out, count)
+    length = min(count, SEQUENCE, config.max_position_embeddings)
+    needed = -(-count // length) * length
     tokenizer = tokenizer_of(file)
-    ids = tokenizer.ids(PROMPT, True)[:count] if tokenizer else []
-    if not ids:
-        length = min(count, config.max_position_embeddings)
-        return (np.arange(length, dtype=np.int64) * 7919 % config.vocab_size).reshape(1, -1)
-    return check_tokens(np.array([ids]), config, f"{file.path}: tokens of its tokenizer").astype(np.int64)
+    if tokenizer is None:
+        ids = np.arange(needed, dtype=np.int64) * 7919 % config.vocab_size
+    else:
+        ids = _beginning(tokenizer, needed)
+    whole = ids[: ids.size // length * length].reshape(-1, length)
+    return check_tokens(whole, config, f"{file.path}: tokens of its tokenizer").astype(np.int64)
+
+
+def _beginning(tokenizer: TextTokenizer, count: int) -> Ids:
+    """At least `count` tokens of the evaluation text, or all of them."""
+    parts = [np.empty(0, np.int64)]
+    with closing(text_tokens(evaluation_text(), tokenizer, WINDOW)) as found:
+        for ids in found:
+            parts.append(ids.astype(np.int64))
+            if sum(map(len, parts)) >= count:
+                break
+    return np.concatenate(parts)
 
 
 def cut(tokens: Ids, count: int) -> Ids:

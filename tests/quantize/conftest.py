@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import pytest
 import small_model
+from hub_server import MAIN, REPO
+from huggingface_hub import constants
 from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import RecipeChanges
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, Statistics
@@ -49,3 +52,15 @@ def run(small: Path, tmp_path: Path) -> Run:
         return build_file(folded, statistics, options, changes)
 
     return run_build
+
+
+@pytest.fixture
+def small_hub(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.HubServer]:
+    """A hub on loopback that serves the smallest checkpoint; no cache and no token of this machine's is used."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with hub_server.serve({REPO: {MAIN: hub_server.repository(small)}}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,14 @@ def test_a_sound_file(
     assert [s["stage"] for s in result["stages"]] == [
         "structure",
         "decode",
-        "fidelity",
         "forward",
+        "fidelity",
+        "predictions",
         "generation",
     ]
     assert all(stage["seen"] > 0 and stage["ok"] for stage in result["stages"])
-    forward = result["stages"][3]
-    assert forward["positions"] == 4 and 0 < forward["kld_mean"] < 5
+    predictions = result["stages"][4]
+    assert predictions["positions"] == 4 and 0 < predictions["kld_mean"] < 5
     assert "forward: ok (4 positions)" in err
     assert (tmp_path / "r.html").read_text().count("<figure") == 3
     assert run(["compare-hidden", str(tmp_path / "a.hfhs"), str(tmp_path / "a.hfhs"), "--json"]) == 0
@@ -73,14 +73,14 @@ def test_a_bar_that_does_not_hold_is_exit_code_1(
     assert run(["verify", str(build()), *options]) == 1
     out, err = capsys.readouterr()
     assert "FAILED" in out and "layer 0: cosine_mean is" in out
-    assert "error: " in err and "forward: layer 0: cosine_mean is" in err and "Traceback" not in err
+    assert "error: " in err and "predictions: layer 0: cosine_mean is" in err and "Traceback" not in err
 
 
 def test_without_a_source_only_the_file_is_judged(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(build()), *FEW, "--sample", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result["skipped"]) == {"fidelity", "forward"}
-    assert [s["stage"] for s in result["stages"]] == ["structure", "decode", "generation"]
+    assert set(result["skipped"]) == {"fidelity", "predictions"}
+    assert [s["stage"] for s in result["stages"]] == ["structure", "decode", "forward", "generation"]
 
 
 def test_a_damaged_file_is_named_and_json_stays_one_object(
@@ -105,7 +105,6 @@ def test_a_truncated_file_is_bad_input(build: Build, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--source", "MiniMaxAI/MiniMax-M2.7"], "is a hub repository"),
         (["--source", "./nowhere"], "no such folder"),
         (["--backend", "abacus"], "'abacus' is not one of"),
         (["--token-file", "./nowhere"], "cannot be read"),
@@ -162,22 +161,72 @@ def test_tokens_of_prompt_file_and_source(build: Build, checkpoint: Checkpoint, 
         end = file.metadata["config"]["vocab_size"]
         assert chat is not None and [i - end for i in chat[0].tolist() if i >= end - 3] == [-2, -3, -1]
         assert asked.tokens[0].tolist() == chat[0, 1:-2].tolist()
-        assert inputs_of(file, VerifyOptions(tokens=8)).tokens is None, "nothing to compare with"
         assert inputs_of(file, VerifyOptions(source=folder, tokens=0)).tokens is None
 
 
-def test_tokens_that_nobody_chose_are_told(build: Build, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Held-out tokens are fewer than asked for, or there are none and fixed ones take their place."""
-    folder = tmp_path / "source"
-    shutil.copytree(checkpoint.path, folder)
+def test_tokens_that_nobody_chose_are_enough_to_judge_by(
+    build: Build, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Those beside the source where there are so many, else our own text, or, without a tokenizer, fixed ids."""
+
+    def change(metadata: dict[str, Any], _: Tensors) -> None:
+        del metadata["tokenizer"]
+
+    folder = str(checkpoint.path)
+    held_out = np.load(checkpoint.path / "eval_tokens.npy")
     with open_hfq(build()) as file:
-        assert inputs_of(file, VerifyOptions(source=str(folder), tokens=64)).notes == ()
-        (few,) = inputs_of(file, VerifyOptions(source=str(folder), tokens=512)).notes
-        assert "only 64 of the 512 tokens" in few
-        (folder / "eval_tokens.npy").unlink()
-        fixed, few = inputs_of(file, VerifyOptions(source=str(folder), tokens=512)).notes
-        assert "has no eval_tokens.npy" in fixed and "of the 512 tokens" in few
-        assert inputs_of(file, VerifyOptions(source=str(folder), prompt="bab")).notes == ()
+        some = inputs_of(file, VerifyOptions(source=folder, tokens=64))
+        assert some.fewest == 64 and some.notes == () and np.array_equal(some.tokens, held_out)  # type: ignore[arg-type]
+        enough = inputs_of(file, VerifyOptions(source=folder))
+        assert enough.tokens is not None and enough.tokens.size >= 512 == enough.fewest and enough.notes == ()
+        assert (
+            enough.tokens.max() < file.metadata["config"]["vocab_size"] and len(np.unique(enough.tokens)) > 50
+        )
+        assert inputs_of(file, VerifyOptions(source=folder, tokens=1000)).fewest == 512
+    with open_hfq(build(change=change)) as file:
+        fixed = inputs_of(file, VerifyOptions())
+        assert fixed.tokens is not None and fixed.tokens.size >= 512
+        assert "no tokenizer, so fixed ids were run" in fixed.notes[0]
+
+
+def test_a_short_prompt_is_continued_and_judges_nothing_unless_told_so(
+    build: Build, checkpoint: Checkpoint, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--source",
+        str(checkpoint.path),
+        "--recipe",
+        str(recipe),
+        "--prompt",
+        "bab cab",
+        "--generate",
+        "2",
+    ]
+    run(["verify", str(build()), *options, "--backend", "cpu", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert "positions, and fewer than 512 judge nothing" in result["skipped"]["predictions"]
+    assert result["stages"][-1]["stage"] == "generation"
+    run(["verify", str(build()), *options, "--backend", "cpu", "--json", "--tokens", "1"])
+    assert "predictions" not in json.loads(capsys.readouterr().out)["skipped"]
+
+
+def test_a_short_file_of_tokens_is_refused_unless_told_so(
+    build: Build, checkpoint: Checkpoint, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids.txt").write_text("1 2 3\n4 5 6\n")
+    options = [
+        "--source",
+        str(checkpoint.path),
+        "--recipe",
+        str(recipe),
+        "--token-file",
+        str(tmp_path / "ids.txt"),
+    ]
+    assert run(["verify", str(build()), *options, "--generate", "0", "--backend", "cpu"]) == 1
+    assert "there are 6 positions, too few to judge by: 512 are the fewest" in capsys.readouterr().err
+    assert (
+        run(["verify", str(build()), *options, "--generate", "0", "--backend", "cpu", "--tokens", "6"]) == 0
+    )
 
 
 @pytest.mark.parametrize(

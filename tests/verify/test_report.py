@@ -18,6 +18,7 @@ from mq_quant.verify.run import Verification
 from mq_quant.verify.stages.fidelity import FidelityFigures, ProjectionFidelity
 from mq_quant.verify.stages.forward_parity import ForwardFigures
 from mq_quant.verify.stages.generation import Coherence, Continuation
+from mq_quant.verify.stages.predictions import PredictionFigures
 from mq_quant.verify.stages.stage import Figures, StageResult
 
 EVIL = "<script>alert(1)</script>"
@@ -47,7 +48,8 @@ def verification(ok: bool = True, broken: bool = False) -> Verification:
     figures: dict[str, Figures | None] = {
         "structure": None,
         "fidelity": FidelityFigures(True, rows),
-        "forward": ForwardFigures(300, "cpu", "CPU", layers, divergence, kld, 1, 1, 1.0),
+        "forward": ForwardFigures(64, "cpu", "CPU", layers, divergence, 1, 1, 1.0),
+        "predictions": PredictionFigures(300, layers, divergence, kld, 1.0),
         "generation": Continuation((1,), (2,), EVIL, EVIL, False, Coherence(1)),
     }
     problems = () if ok else (f"{EVIL}: is wrong",) * 49

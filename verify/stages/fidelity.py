@@ -1,9 +1,9 @@
-"""Stage 3: every stored tensor against the dequantised source: weight SNR, output-weighted SNR, and the slope.
+"""Stage 4: every stored tensor against the dequantised source: weight SNR, output-weighted SNR, and the slope.
 
 Output-weighted energies count each input channel with its E[x²] from the imatrix: Σ d·(w − ŵ)² is the expected error
 of the output. The slope of ŵ on w, weighted too, is 1 but for the encoder's shrinkage; swapped tensors have a slope of
-0, and a wrong scale shows in the slope directly. The bounds below only tell faults from noise; the forward stage judges
-quality. Zeros that equal the source's zeros prove nothing and are not scored.
+0, and a wrong scale shows in the slope directly. The bounds below only tell faults from noise; quality is judged by the
+stage predictions. Zeros that equal the source's zeros prove nothing and are not scored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from ...formats.hfq.provenance import Provenance
 from ...formats.hfq.stored import RecoveredFolds, folds_down, format_of
 from ...formats.minimax import ModelConfig, TensorSpec, awq_scale_name, inventory
 from ...formats.statistics.imatrix import Imatrix, expert_entry
-from ...formats.watch import UNWATCHED, Watch, watched
 from ..model.hfq_weights import DecodedFile
 from ..model.metrics import snr_db
 from ..model.reference import Weights, blocks
@@ -47,8 +46,8 @@ SLOPE = (0.97, 1.03)
 TUNED_FLOORS: Mapping[str, float] = {**FLOORS, "F16": 20.0, "Q8F16": 20.0}
 TUNED_SLACK = 0.05
 """Tuning moves norms, attention and levels away from the source's on purpose. In layers that the file says are tuned,
-only gross faults are looked for here, under these floors and with slopes so much wider; the forward stage judges what
-comes out of the layers."""
+only gross faults are looked for here, under these floors and with slopes so much wider; what comes out of the layers is
+judged by the stage predictions."""
 
 
 @dataclass(frozen=True)
@@ -164,69 +163,91 @@ class FidelityFigures:
         return {"weighted": self.weighted, "rows": [asdict(row) for row in self.rows]}
 
 
+class FidelityCheck:
+    """Measures tensors one after the other, as the source gives them; `tensors` limits what is looked at.
+
+    A tensor under its format's floor is a problem, and so is one of nothing but zeros, but for a routing bias: a fresh
+    model's may be zero. Such a bias is noted and not scored.
+    """
+
+    def __init__(
+        self,
+        file: HfqFile,
+        source: Weights,
+        cfg: ModelConfig,
+        imatrix: Imatrix | None,
+        tensors: Sequence[TensorEntry] | None = None,
+    ) -> None:
+        self._file, self._source, self._stored = file, source, DecodedFile(file)
+        self._chosen = {entry.name for entry in (file.entries if tensors is None else tensors)}
+        self._weighted, self._importance = imatrix is not None, ChannelImportance(imatrix, cfg)
+        self._tuned = Provenance.of(file).tuned_layers
+        self._folds = RecoveredFolds(source.weight, self._stored.weight) if folds_down(file) else None
+        self._problems: list[str] = []
+        self._rows: dict[tuple[int, str], _Row] = {}
+        self._seen = self._zero_biases = 0
+
+    def looks_at(self, spec: TensorSpec) -> bool:
+        """Whether the tensor is one of those that are measured."""
+        return spec.name in self._chosen and spec.name in self._file
+
+    def add(self, spec: TensorSpec) -> None:
+        """Measure one tensor; its weights must be at hand."""
+        entry, parts = self._file.entry(spec.name), []
+        if entry.shape != spec.shape:
+            self._problems.append(
+                f"{spec.name}: has shape {list(entry.shape)}, the config calls for {list(spec.shape)}"
+            )
+            return
+        for weight, decoded in _pairs(self._stored, self._source, spec, self._folds):
+            if weight.shape != decoded.shape:
+                self._problems.append(
+                    f"{spec.name}: has shape {list(decoded.shape)}, the source {list(weight.shape)}"
+                )
+                return
+            parts.append(measure(weight, decoded, self._importance.of(spec)))
+        fidelity, fmt = reduce(add, parts), format_of(self._file, entry).name
+        self._seen += 1
+        if fidelity.only_zeros and spec.role == "bias":
+            self._zero_biases += 1
+            return
+        found = _problems(fidelity, fmt, _sidecar(self._file, spec), spec.layer in self._tuned)
+        self._problems += [f"{spec.name}: {text}" for text in found]
+        key = (-1 if spec.layer is None else spec.layer, _projection(spec))
+        self._rows.setdefault(key, _Row(fmt)).add(spec.name, fidelity)
+
+    def result(self) -> StageResult:
+        """The stage, of all tensors that were measured."""
+        table = tuple(
+            row.done(None if layer < 0 else layer, projection)
+            for (layer, projection), row in sorted(self._rows.items())
+        )
+        notes = []
+        if self._zero_biases:
+            notes.append(
+                f"{self._zero_biases} routing biases hold only zeros, as in the source; they are not scored"
+            )
+        if self._tuned:
+            notes.append(
+                f"{len(self._tuned)} layers were tuned, so that their weights differ from the source's on purpose: "
+                "look at what the stage predictions says of their outputs"
+            )
+        figures = FidelityFigures(self._weighted, table)
+        return StageResult("fidelity", self._seen, "tensors", tuple(self._problems), tuple(notes), figures)
+
+
 def check_fidelity(
     file: HfqFile,
     source: Weights,
     cfg: ModelConfig,
     imatrix: Imatrix | None,
     tensors: Sequence[TensorEntry] | None = None,
-    watch: Watch = UNWATCHED,
 ) -> StageResult:
-    """Measure the file's tensors (or only `tensors`) against the source.
-
-    A tensor under its format's floor is a problem, and so is one of nothing but zeros, but for a routing bias: a fresh
-    model's may be zero. Such a bias is noted and not scored.
-    """
-    chosen = {entry.name for entry in (file.entries if tensors is None else tensors)}
-    importance, stored, tuned = (
-        ChannelImportance(imatrix, cfg),
-        DecodedFile(file),
-        Provenance.of(file).tuned_layers,
-    )
-    folds = RecoveredFolds(source.weight, stored.weight) if folds_down(file) else None
-    problems: list[str] = []
-    rows: dict[tuple[int, str], _Row] = {}
-    seen = zero_biases = 0
-    specs = [spec for spec in inventory(cfg) if spec.name in chosen and spec.name in file]
-    for spec in watched(specs, watch, "fidelity", "tensors", lambda spec: spec.name):
-        entry, parts = file.entry(spec.name), []
-        fmt = format_of(file, entry).name
-        if entry.shape != spec.shape:
-            problems.append(
-                f"{spec.name}: has shape {list(entry.shape)}, the config calls for {list(spec.shape)}"
-            )
-            continue
-        for weight, decoded in _pairs(stored, source, spec, folds):
-            if weight.shape != decoded.shape:
-                problems.append(
-                    f"{spec.name}: has shape {list(decoded.shape)}, the source {list(weight.shape)}"
-                )
-                break
-            parts.append(measure(weight, decoded, importance.of(spec)))
-        else:
-            fidelity = reduce(add, parts)
-            seen += 1
-            if fidelity.only_zeros and spec.role == "bias":
-                zero_biases += 1
-                continue
-            found = _problems(fidelity, fmt, _sidecar(file, spec), spec.layer in tuned)
-            problems += [f"{spec.name}: {text}" for text in found]
-            key = (-1 if spec.layer is None else spec.layer, _projection(spec))
-            rows.setdefault(key, _Row(fmt)).add(spec.name, fidelity)
-    table = tuple(
-        row.done(None if layer < 0 else layer, projection)
-        for (layer, projection), row in sorted(rows.items())
-    )
-    figures = FidelityFigures(imatrix is not None, table)
-    notes = []
-    if zero_biases:
-        notes.append(f"{zero_biases} routing biases hold only zeros, as in the source; they are not scored")
-    if tuned:
-        notes.append(
-            f"{len(tuned)} layers were tuned, so that their weights differ from the source's on purpose: look at what "
-            "the forward stage says of their outputs"
-        )
-    return StageResult("fidelity", seen, "tensors", tuple(problems), tuple(notes), figures)
+    """Measure all of the file's tensors, or only `tensors`."""
+    check = FidelityCheck(file, source, cfg, imatrix, tensors)
+    for spec in filter(check.looks_at, inventory(cfg)):
+        check.add(spec)
+    return check.result()
 
 
 def _pairs(

@@ -1,4 +1,4 @@
-"""Stage 5: a greedy continuation through the kernels, and the gate that tells words from a repetition loop."""
+"""Stage 6: a greedy continuation through the kernels, and the gate that tells words from a repetition loop."""
 
 from __future__ import annotations
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,8 @@ import numpy as np
 import pytest
 import small_model
 import torch
-from hub_server import MAIN, REPO
-from huggingface_hub import constants
+from hub_server import MAIN, REPO, check_each_shard_was_fetched_once
 from mq_quant.formats.checkpoint.local import open_checkpoint
-from mq_quant.formats.checkpoint.streamed import HEADER_GUESS
 from mq_quant.formats.errors import CheckError, OutputError, ResumeError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import awq_scale_name
@@ -83,30 +80,8 @@ def test_figures_are_those_of_transformers(
         assert getattr(found, name) == pytest.approx(value, abs=1e-4, rel=1e-4), name
 
 
-@pytest.fixture
-def hub(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.HubServer]:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    with hub_server.serve({REPO: {MAIN: hub_server.repository(small)}}) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        yield server
-
-
-def served_bytes(hub: hub_server.HubServer, name: str) -> int:
-    """Bytes of one file that the hub was asked for."""
-    size, total = len(hub.repositories[REPO][MAIN][name]), 0
-    for request in hub.requests:
-        if request.path.startswith("/storage/") and request.path.endswith(name) and request.method == "GET":
-            match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "bytes=0-")
-            assert match is not None
-            total += min(int(match[2] or size - 1) + 1, size) - int(match[1])
-    return total
-
-
 def test_the_source_is_downloaded_once_for_six_files(
-    hub: hub_server.HubServer,
+    small_hub: hub_server.HubServer,
     evaluate: Evaluate,
     made: Made,
     against: Callable[..., Reference],
@@ -117,11 +92,7 @@ def test_the_source_is_downloaded_once_for_six_files(
     local = evaluate(paths, name="local.json")
     assert [f.divergence for f in streamed.files] == [f.divergence for f in local.files]
     assert streamed.source == {"repository": REPO, "revision": MAIN}
-    shards = [name for name in hub.repositories[REPO][MAIN] if name.endswith(".safetensors")]
-    assert len(shards) == 2
-    for name in shards:
-        size = len(hub.repositories[REPO][MAIN][name])
-        assert size <= served_bytes(hub, name) <= size + HEADER_GUESS < 2 * size
+    check_each_shard_was_fetched_once(small_hub)
 
 
 def test_further_files_need_no_source(evaluate: Evaluate, made: Made, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from mq_quant.formats.errors import HfqError, HfqKind
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import expert_name
 from mq_quant.kernels.runtime.host import Backend
+from mq_quant.verify.against_source import check_dimensions
 from mq_quant.verify.model.hfq_weights import DecodedFile, check_shapes
 from mq_quant.verify.model.kernel_forward import KernelModel
-from mq_quant.verify.run import VerifyInputs, check_dimensions, verify
+from mq_quant.verify.run import VerifyInputs, verify
 from plainfile import Build, Change, Tensors
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -80,11 +81,13 @@ def test_a_file_of_other_shapes_than_its_config_is_judged_and_never_run(
                 use(file, checkpoint.config)
             assert (e.value.tensor, e.value.kind) == (name, HfqKind.OTHER_SHAPE)
         judged = verify(
-            file, backend, VerifyInputs(source=checkpoint, tokens=ids, prompt=ids[0], generate=1, sample=True)
+            file,
+            backend,
+            VerifyInputs(source=checkpoint, tokens=ids, prompt=ids[0], generate=1, sample=True, fewest=1),
         )
     judged = {stage.name: stage for stage in judged.stages}
-    assert set(judged) == {"structure", "decode", "fidelity", "forward", "generation"}
-    for stage in ("structure", "forward", "generation"):
+    assert set(judged) == {"structure", "decode", "forward", "fidelity", "predictions", "generation"}
+    for stage in ("structure", "forward", "predictions", "generation"):
         assert any(name in text for text in judged[stage].complaints), stage
 
 
@@ -100,7 +103,7 @@ def test_models_of_other_dimensions_are_not_compared(
         judged = verify(file, backend, VerifyInputs(source=checkpoint, tokens=ids, sample=True))
     judged = {stage.name: stage.complaints for stage in judged.stages}
     was = getattr(checkpoint.config, key)
-    for stage in ("fidelity", "forward"):
+    for stage in ("fidelity", "predictions"):
         assert any(f"{key} is {value}, the source's {was}" in text for text in judged[stage])
 
 
