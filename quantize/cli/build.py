@@ -183,12 +183,14 @@ def plan(
       mq-quant plan --source MiniMaxAI/MiniMax-M2.5
       mq-quant plan --tier mq3 --source ./MiniMax-M2 --json
     """
+    from ..encode.encoders import best_device
     from ..spec.estimates import plan_summary, plan_table
 
     if tier is None and recipe is None:
-        emit(plan_table(source, jobs, shard_cache), as_json, _render_table)
+        emit(plan_table(source, jobs, shard_cache, best_device()), as_json, _render_table)
     else:
-        emit(plan_summary(tier, recipe, source, jobs, shard_cache), as_json, _render_plan)
+        result = plan_summary(tier, recipe, source, jobs, shard_cache, best_device())
+        emit(result, as_json, _render_plan)
 
 
 def _render_plan(result: PlanSummary) -> str:
@@ -205,7 +207,7 @@ def _render_plan(result: PlanSummary) -> str:
             table(("format", "tensors", "weights", "size"), rows),
             f"to run it: {gigabytes(result.run_bytes)}, which a machine of {result.memory} has",
             f"disk for the build: {disk}",
-            "on this machine, without a GPU, with the disk that is taken beside the file:",
+            f"on this machine, {_where(result.device)}, with the disk that is taken beside the file:",
             *_render_efforts(result.efforts),
             f"to calibrate on {sizes.tokens} tokens into a folder: memory about {gigabytes(sizes.memory_bytes)}, "
             f"disk {folder}",
@@ -234,6 +236,10 @@ def _render_efforts(costs: tuple[EffortCost, ...]) -> Iterator[str]:
         yield f"the download alone takes {slow} at 100 Mbit/s, and {fast} at 1 Gbit/s"
 
 
+def _where(device: str) -> str:
+    return "without a GPU" if device == "cpu" else "on its GPU"
+
+
 def _render_table(result: PlanTable) -> str:
     rows = []
     for row in result.table.tiers:
@@ -248,7 +254,7 @@ def _render_table(result: PlanTable) -> str:
                 f"{result.table.memory_note}; this machine has {gigabytes(result.machine_bytes)} of memory"
             ),
             "",
-            f"by effort, for any of them, with {result.jobs} workers and no GPU, the disk beside the file:",
+            f"by effort, for any of them, {_where(result.device)}, with {result.jobs} workers, the disk beside the file:",
             *_render_efforts(result.efforts),
             *_render_warnings(result.table),
         )

@@ -76,6 +76,14 @@ def moment_bytes(config: ModelConfig, jobs: int) -> int:
     return 8 * (5 * h * h + 3 * i * i + jobs * (8 * h * h + 4 * i * i))
 
 
+def tuning_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of memory that tuning a layer takes: its payloads, a byte for each code, levels with their gradients and
+    Adam's two moments, and the stream behind the layer.
+    """
+    weights = 3 * config.hidden_size * config.intermediate_size * config.num_local_experts
+    return BASE_MEMORY + round(2.2 * weights) + 4 * tokens * config.hidden_size
+
+
 def inline_sizes(config: ModelConfig, tokens: int, build_bytes: int = 0, tuned: bool = False) -> InlineSizes:
     """What a build that calibrates itself takes, where its encoding alone takes `build_bytes` of memory.
 

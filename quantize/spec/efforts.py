@@ -14,6 +14,8 @@ from ...formats.minimax import ModelConfig
 from .calibration_sizes import inline_sizes, usual_tokens
 from .recipe import Effort, Recipe
 
+EPOCHS = 6
+"""How often tuning goes through the tokens."""
 NIGHT = 12.0
 """Hours: an effort that takes longer is no machine's default."""
 
@@ -23,17 +25,22 @@ class Rates:
     """What one core, or one GPU with its cores, does in a second.
 
     Multiply-adds of products in f32 and of products and factorisations in f64; weights rounded under an imatrix and
-    under moments, whole rows twice.
+    under moments, whole rows twice; multiply-adds of training, in which matrices are dequantised on the way.
     """
 
     f32: float
     f64: float
     by_imatrix: float
     by_moments: float
+    training: float
 
 
-CPU_CORE = Rates(f32=6.0e10, f64=2.5e10, by_imatrix=16e6, by_moments=3.3e6)
-"""Measured on one core of an AMD EPYC with AVX-512 at M2.7's width: `python benchmarks/whole_row.py`."""
+CPU_CORE = Rates(f32=6.0e10, f64=2.5e10, by_imatrix=16e6, by_moments=3.3e6, training=1.6e10)
+"""Measured on one core of an AMD EPYC with AVX-512: rounding at M2.7's width (`python benchmarks/whole_row.py`), training
+on a model of 47 million weights.
+"""
+GPU = Rates(f32=1.5e13, f64=4e11, by_imatrix=1.4e9, by_moments=4.3e7, training=1.5e12)
+"""Measured on one NVIDIA H200 at M2.7's width."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,22 @@ def own_products(config: ModelConfig, tokens: int) -> tuple[float, float]:
     return float(config.num_hidden_layers * f32), float(config.num_hidden_layers * f64)
 
 
-def hours(config: ModelConfig, effort: Effort, tokens: int, cores: int, rates: Rates = CPU_CORE) -> float:
-    """Hours of a build on so many cores, reading and writing left out."""
+def training_products(config: ModelConfig, tokens: int) -> float:
+    """Multiply-adds in f32 of tuning: each epoch once forward and twice back, and three times forward to judge."""
+    forward, _ = gather_products(config, tokens)
+    return (3 * EPOCHS + 3) * forward
+
+
+def hours(config: ModelConfig, effort: Effort, tokens: int, cores: int, device: str = "cpu") -> float:
+    """Hours of a build on so many cores, or on one GPU, reading and writing left out."""
+    rates, cores = (CPU_CORE, cores) if device == "cpu" else (GPU, 1)
     weights = expert_weights(config)
     if effort == "imatrix":
         return weights / (rates.by_imatrix * cores) / 3600
     gathered, own = gather_products(config, tokens), own_products(config, tokens)
     products = (gathered[0] + own[0]) / rates.f32 + (gathered[1] + own[1]) / rates.f64
-    return (products + weights / rates.by_moments) / cores / 3600
+    trained = training_products(config, tokens) / rates.training if effort == "tuned" else 0.0
+    return (products + weights / rates.by_moments + trained) / cores / 3600
 
 
 def default_effort(recipe: Recipe, config: ModelConfig, cores: int, device: str = "cpu") -> Effort:
@@ -103,15 +118,20 @@ def default_effort(recipe: Recipe, config: ModelConfig, cores: int, device: str 
 
 
 def effort_costs(
-    config: ModelConfig, cores: int, memory: Mapping[str, int], download: int | None, default: Effort
+    config: ModelConfig,
+    cores: int,
+    memory: Mapping[Effort, int],
+    download: int | None,
+    default: Effort,
+    device: str = "cpu",
 ) -> tuple[EffortCost, ...]:
-    """One row per effort on the CPU; `memory` is that of encoding, by effort."""
+    """One row per effort on so many cores or on one GPU; `memory` is what each effort takes besides gathering."""
     rows = []
-    for effort in ("imatrix", "calibrated"):
-        tokens = 0 if effort == "imatrix" else usual_tokens("cpu")
-        sizes = inline_sizes(config, tokens, memory[effort])
+    for effort, most in memory.items():
+        tokens = 0 if effort == "imatrix" else usual_tokens(device)
+        sizes = inline_sizes(config, tokens, most, tuned=effort == "tuned")
         disk = sizes.disk_bytes if tokens else 0
-        used = sizes.memory_bytes if tokens else memory[effort]
-        spent = round(hours(config, effort, tokens, cores), 2)
+        used = sizes.memory_bytes if tokens else most
+        spent = round(hours(config, effort, tokens, cores, device), 2)
         rows.append(EffortCost(effort, tokens, spent, used, disk, download, effort == default))
     return tuple(rows)

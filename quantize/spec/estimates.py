@@ -20,12 +20,14 @@ from .calibration_sizes import (
     CalibrationSizes,
     calibration_sizes,
     moment_bytes,
+    tuning_bytes,
+    usual_tokens,
 )
 from .efforts import EffortCost, default_effort, effort_costs
 from .metadata import template, totals_of
 from .places import TINY, ModelFiles, choose_recipe, local_folder, model_files
 from .plan import ROW_WEIGHTS, Plan, make_plan, plan_tensors
-from .recipe import Model, Recipe, load_tier
+from .recipe import Effort, Model, Recipe, load_tier
 from .recipe import tiers as tier_names
 from .running import NOTE, machine_for, run_bytes
 from .tally import FileSizes, file_sizes
@@ -55,6 +57,7 @@ class PlanSummary:
     disk_bytes: int | None
     calibration: CalibrationSizes
     efforts: tuple[EffortCost, ...]
+    device: str
     metadata_complete: bool
     warnings: tuple[str, ...]
 
@@ -99,6 +102,7 @@ class PlanTable:
     table: TierTable
     streamed_bytes: int | None
     efforts: tuple[EffortCost, ...]
+    device: str
     jobs: int
     machine_bytes: int
 
@@ -116,9 +120,14 @@ def offline_plan(recipe: Recipe, files: ModelFiles) -> Plan:
 
 
 def plan_summary(
-    tier: str | None, path: Path | None, source: str | None, jobs: int | None, shard_cache: int = 2
+    tier: str | None,
+    path: Path | None,
+    source: str | None,
+    jobs: int | None,
+    shard_cache: int = 2,
+    device: str = "cpu",
 ) -> PlanSummary:
-    """The sizes of a build with so many worker threads and shards on the disk.
+    """The sizes of a build with so many worker threads and shards on the disk; efforts are counted for `device`.
 
     Raises RecipeError, ConfigError or WeightError where the recipe and the model do not fit each other.
     """
@@ -140,7 +149,8 @@ def plan_summary(
         build_memory(sizes, workers),
         None if streamed is None else sizes.total_bytes + streamed,
         calibration_sizes(sizes.config, USUAL_TOKENS, "compact"),
-        costs(recipe, sizes, workers),
+        costs(recipe, sizes, workers, device),
+        device,
         files.complete,
         tuple(fact.warning for fact in sizes.concerns),
     )
@@ -151,13 +161,13 @@ def tier_table(source: str | None = None) -> TierTable:
     return _table([(recipe, sizes) for recipe, sizes in _tiers(source)])
 
 
-def plan_table(source: str | None, jobs: int | None, shard_cache: int = 2) -> PlanTable:
+def plan_table(source: str | None, jobs: int | None, shard_cache: int = 2, device: str = "cpu") -> PlanTable:
     """What building each of the bundled tiers takes, for the released model or for another source."""
     rows, workers = list(_tiers(source)), jobs or cores()
     recipe, sizes = rows[0]
     streamed = streamed_bytes(recipe.model, sizes.config, shard_cache)
-    efforts = costs(recipe, sizes, workers)
-    return PlanTable(recipe.model.name, _table(rows), streamed, efforts, workers, memory())
+    efforts = costs(recipe, sizes, workers, device)
+    return PlanTable(recipe.model.name, _table(rows), streamed, efforts, device, workers, memory())
 
 
 def _tiers(source: str | None) -> Iterator[tuple[Recipe, FileSizes]]:
@@ -199,14 +209,20 @@ def streamed_bytes(model: Model, config: ModelConfig, shard_cache: int) -> int |
     return shard_cache * -(-source_bytes(config) // shards)
 
 
-def costs(recipe: Recipe, sizes: FileSizes, workers: int) -> tuple[EffortCost, ...]:
-    """What each effort takes on this machine with so many workers."""
+def costs(recipe: Recipe, sizes: FileSizes, workers: int, device: str) -> tuple[EffortCost, ...]:
+    """What each effort takes on this machine with so many workers, or on a GPU of it."""
+    config = sizes.config
     plain = build_memory(sizes, workers)
-    memories = {"imatrix": plain, "calibrated": plain + moment_bytes(sizes.config, workers)}
-    download = None if is_local(recipe.model) else source_bytes(sizes.config)
-    return effort_costs(
-        sizes.config, workers, memories, download, default_effort(recipe, sizes.config, workers)
-    )
+    rounding = plain + moment_bytes(config, workers)
+    training = tuning_bytes(config, usual_tokens(device))
+    memories: dict[Effort, int] = {
+        "imatrix": plain,
+        "calibrated": rounding,
+        "tuned": max(rounding, training),
+    }
+    download = None if is_local(recipe.model) else source_bytes(config)
+    default = default_effort(recipe, config, workers, device)
+    return effort_costs(config, workers, memories, download, default, device)
 
 
 def source_bytes(config: ModelConfig) -> int:
