@@ -115,7 +115,8 @@ def build(
         resumable("the same command continues the build, with --restart it begins anew"),
     ):
         from ...formats.machine import cores
-        from ..encode.encoders import best_device, open_encoder, torch_device
+        from ...kernels.runtime.host import best_device
+        from ..encode.encoders import open_encoder, torch_device
         from ..pipeline.build import RunOptions, build_file
         from ..pipeline.build_spec import RecipeChanges
         from ..pipeline.effort import Wishes, choose
@@ -183,7 +184,7 @@ def plan(
       mq-quant plan --source MiniMaxAI/MiniMax-M2.5
       mq-quant plan --tier mq3 --source ./MiniMax-M2 --json
     """
-    from ..encode.encoders import best_device
+    from ...kernels.runtime.host import best_device
     from ..spec.estimates import plan_summary, plan_table
 
     if tier is None and recipe is None:
@@ -254,7 +255,8 @@ def _render_table(result: PlanTable) -> str:
                 f"{result.table.memory_note}; this machine has {gigabytes(result.machine_bytes)} of memory"
             ),
             "",
-            f"by effort, for any of them, {_where(result.device)}, with {result.jobs} workers, the disk beside the file:",
+            f"by effort, for any of them, {_where(result.device)}, with {result.jobs} workers, "
+            "the disk beside the file:",
             *_render_efforts(result.efforts),
             *_render_warnings(result.table),
         )

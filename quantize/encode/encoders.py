@@ -71,13 +71,6 @@ def encode_matrix(task: MatrixTask) -> U8:
     return encode_rotated(rows, task.form.format, task.fit, task.hessian, task.gain)
 
 
-def best_device() -> str:
-    """`cuda`, for either make of GPU, where one can encode here; else `cpu`."""
-    from ...kernels.runtime.host import has_device
-
-    return "cuda" if has_device("cuda") or has_device("hip") else "cpu"
-
-
 def torch_device(device: str, asked: bool) -> str:
     """Where torch runs the model beside an encoder on `device`: `cuda` for either make of GPU, or `cpu`.
 

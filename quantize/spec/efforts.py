@@ -36,8 +36,8 @@ class Rates:
 
 
 CPU_CORE = Rates(f32=6.0e10, f64=2.5e10, by_imatrix=16e6, by_moments=3.3e6, training=1.6e10)
-"""Measured on one core of an AMD EPYC with AVX-512: rounding at M2.7's width (`python benchmarks/whole_row.py`), training
-on a model of 47 million weights.
+"""Measured on one core of an AMD EPYC with AVX-512: rounding at M2.7's width (`python benchmarks/whole_row.py`),
+training on a model of 47 million weights.
 """
 GPU = Rates(f32=1.5e13, f64=4e11, by_imatrix=1.4e9, by_moments=4.3e7, training=1.5e12)
 """Measured on one NVIDIA H200 at M2.7's width."""

@@ -58,7 +58,7 @@ def test_a_plan_says_what_calibrating_takes() -> None:
     """Inside a build that is what one layer's experts see of 65536 tokens, and the residual streams around it."""
     few, many = (plan_summary("mq2", None, None, jobs) for jobs in (1, 64))
     assert few.calibration.tokens == 65536
-    plain, inline = few.efforts
+    plain, inline, tuned = few.efforts
     assert (plain.effort, plain.tokens, plain.disk_bytes) == ("imatrix", 0, 0)
     assert plain.memory_bytes == few.peak_memory_bytes
     assert (inline.effort, inline.tokens) == ("calibrated", 65536)
@@ -66,9 +66,18 @@ def test_a_plan_says_what_calibrating_takes() -> None:
     assert 3 * stream < inline.disk_bytes < 1.03 * 3 * stream
     assert inline.memory_bytes > plain.memory_bytes and inline.hours > plain.hours
     assert many.efforts[1].memory_bytes > many.peak_memory_bytes
-    assert [cost.default for cost in few.efforts] == [True, False]
-    assert [cost.default for cost in many.efforts] == [False, True]
+    assert (tuned.effort, tuned.tokens) == ("tuned", 65536)
+    assert tuned.hours > inline.hours and tuned.disk_bytes == inline.disk_bytes + 2 * stream
+    assert [cost.default for cost in few.efforts] == [True, False, False]
+    assert [cost.default for cost in many.efforts] == [False, True, False]
     assert few.efforts[0].download_bytes == pytest.approx(230e9, rel=0.01)
+
+
+def test_on_a_gpu_a_plan_counts_more_tokens_and_fewer_hours() -> None:
+    slow, fast = (plan_summary("mq2", None, None, 2, device=device).efforts for device in ("cpu", "cuda"))
+    assert [cost.tokens for cost in fast] == [0, 524288, 524288]
+    assert [cost.default for cost in fast] == [False, False, True]
+    assert all(quick.hours < long.hours for quick, long in zip(fast, slow, strict=True))
 
 
 def test_tensors_follow_each_other_without_holes_and_each_layer_has_its_sidecar() -> None:
