@@ -17,46 +17,11 @@ import numpy as np
 from ...formats.errors import BackendError
 from .block_table import COUNTED
 from .cache import code, key
-from .gpu import Compiler, Driver, GpuBackend, Library, compile_program, load_library
+from .drivers import CUDA, Library, load_library
+from .gpu import Compiler, GpuBackend, compile_program
 from .host import arguments
 from .sources import INCLUDE, Kernel, Module, Sources
 
-DRIVER = Driver(
-    vendor="NVIDIA",
-    libraries=("libcuda.so.1", "libcuda.so"),
-    init="cuInit",
-    count="cuDeviceGetCount",
-    alloc="cuMemAlloc_v2",
-    free="cuMemFree_v2",
-    host_alloc="cuMemHostAlloc",
-    host_free="cuMemFreeHost",
-    copy_in="cuMemcpyHtoD_v2",
-    copy_out="cuMemcpyDtoH_v2",
-    copy="cuMemcpyDtoD_v2",
-    event="cuEventCreate",
-    record="cuEventRecord",
-    wait="cuEventSynchronize",
-    elapsed="cuEventElapsedTime",
-    load="cuModuleLoadData",
-    function="cuModuleGetFunction",
-    launch="cuLaunchKernel",
-    synchronize="cuCtxSynchronize",
-    error="cuGetErrorString",
-    stream="cuStreamCreate",
-    stream_destroy="cuStreamDestroy_v2",
-    event_destroy="cuEventDestroy_v2",
-    unload="cuModuleUnload",
-    stream_copy_in="cuMemcpyHtoDAsync_v2",
-    stream_copy_out="cuMemcpyDtoHAsync_v2",
-    stream_copy="cuMemcpyDtoDAsync_v2",
-    stream_wait="cuStreamSynchronize",
-    capture="cuStreamBeginCapture_v2",
-    capture_end="cuStreamEndCapture",
-    graph="cuGraphInstantiateWithFlags",
-    graph_launch="cuGraphLaunch",
-    graph_destroy="cuGraphDestroy",
-    graph_code_destroy="cuGraphExecDestroy",
-)
 NVRTC = Compiler(
     name="nvrtc",
     libraries=("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"),
@@ -134,7 +99,7 @@ class CudaBackend(GpuBackend):
     """Runs kernels on the first NVIDIA GPU."""
 
     name = "cuda"
-    driver = DRIVER
+    driver = CUDA
     counted: ClassVar[Mapping[str, int]] = {name: slice_ for name, (slice_, _) in COUNTED.items()}
     """`slices` of devices whose tensor cores count bits, sm_80 and later."""
 

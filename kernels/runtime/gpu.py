@@ -9,16 +9,15 @@ from __future__ import annotations
 import ctypes
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.errors import BackendError
+from .drivers import Driver, Library, device_count, load_library
 from .host import Backend, arguments
 from .sources import Kernel, Module, Sources
 
@@ -32,46 +31,6 @@ _THIS_THREAD = 1  # …StreamCaptureModeThreadLocal: other threads may take memo
 
 
 @dataclass(frozen=True)
-class Driver:
-    """The names under which a vendor's driver library offers what a back end needs."""
-
-    vendor: str
-    libraries: tuple[str, ...]
-    init: str
-    count: str
-    alloc: str
-    free: str
-    host_alloc: str
-    host_free: str
-    copy_in: str
-    copy_out: str
-    copy: str
-    event: str
-    record: str
-    wait: str
-    elapsed: str
-    load: str
-    function: str
-    launch: str
-    synchronize: str
-    error: str
-    stream: str
-    stream_destroy: str
-    event_destroy: str
-    unload: str
-    stream_copy_in: str
-    stream_copy_out: str
-    stream_copy: str
-    stream_wait: str
-    capture: str
-    capture_end: str
-    graph: str
-    graph_launch: str
-    graph_destroy: str
-    graph_code_destroy: str
-
-
-@dataclass(frozen=True)
 class Compiler:
     """The names of a vendor's run-time compiler: `prefix`CreateProgram and so on, and the calls that give the code."""
 
@@ -80,49 +39,6 @@ class Compiler:
     prefix: str
     code_size: str
     code: str
-
-
-@dataclass(frozen=True, eq=False)
-class Library:
-    """A vendor's library, loaded from `name`."""
-
-    name: str
-    loaded: ctypes.CDLL
-
-    def has(self, symbol: str) -> bool:
-        return hasattr(self.loaded, symbol)
-
-    def function(self, symbol: str) -> Any:
-        """The function of that name; BackendError where the library lacks it."""
-        try:
-            return getattr(self.loaded, symbol)
-        except AttributeError:
-            raise BackendError(
-                f"{self.name} has no function {symbol}",
-                hint="the library is too old or incomplete; install the vendor's driver anew, or use the CPU",
-            ) from None
-
-    def call(self, symbol: str, *args: Any) -> int:
-        """The status that a function returns."""
-        return int(self.function(symbol)(*args))
-
-
-def load_library(names: Iterable[str | Path]) -> Library | None:
-    """The first of `names` that loads."""
-    for name in names:
-        with suppress(OSError):
-            return Library(str(name), ctypes.CDLL(str(name)))
-    return None
-
-
-def device_count(driver: Driver) -> int:
-    """Devices that the driver sees; 0 where there is no driver, or one that lacks the functions that count."""
-    library, count = load_library(driver.libraries), ctypes.c_int(0)
-    if library is None or not (library.has(driver.init) and library.has(driver.count)):
-        return 0
-    if library.call(driver.init, ctypes.c_uint(0)) or library.call(driver.count, ctypes.byref(count)):
-        return 0
-    return count.value
 
 
 def compile_program(

@@ -16,49 +16,13 @@ from ...formats.errors import BackendError
 from ...formats.machine import words
 from .cache import code, key
 from .command import run
-from .gpu import Compiler, Driver, GpuBackend, compile_program, load_library
+from .drivers import HIP, SUFFIXES, load_library
+from .gpu import Compiler, GpuBackend, compile_program
 from .sources import Module, Sources
 
-_SUFFIXES = ("", ".7", ".6", ".5")
-DRIVER = Driver(
-    vendor="AMD",
-    libraries=tuple(f"libamdhip64.so{s}" for s in _SUFFIXES),
-    init="hipInit",
-    count="hipGetDeviceCount",
-    alloc="hipMalloc",
-    free="hipFree",
-    host_alloc="hipHostMalloc",
-    host_free="hipHostFree",
-    copy_in="hipMemcpyHtoD",
-    copy_out="hipMemcpyDtoH",
-    copy="hipMemcpyDtoD",
-    event="hipEventCreateWithFlags",
-    record="hipEventRecord",
-    wait="hipEventSynchronize",
-    elapsed="hipEventElapsedTime",
-    load="hipModuleLoadData",
-    function="hipModuleGetFunction",
-    launch="hipModuleLaunchKernel",
-    synchronize="hipDeviceSynchronize",
-    error="hipGetErrorString",
-    stream="hipStreamCreateWithFlags",
-    stream_destroy="hipStreamDestroy",
-    event_destroy="hipEventDestroy",
-    unload="hipModuleUnload",
-    stream_copy_in="hipMemcpyHtoDAsync",
-    stream_copy_out="hipMemcpyDtoHAsync",
-    stream_copy="hipMemcpyDtoDAsync",
-    stream_wait="hipStreamSynchronize",
-    capture="hipStreamBeginCapture",
-    capture_end="hipStreamEndCapture",
-    graph="hipGraphInstantiateWithFlags",
-    graph_launch="hipGraphLaunch",
-    graph_destroy="hipGraphDestroy",
-    graph_code_destroy="hipGraphExecDestroy",
-)
 HIPRTC = Compiler(
     name="hiprtc",
-    libraries=tuple(f"libhiprtc.so{s}" for s in _SUFFIXES),
+    libraries=tuple(f"libhiprtc.so{s}" for s in SUFFIXES),
     prefix="hiprtc",
     code_size="GetCodeSize",
     code="GetCode",
@@ -135,7 +99,7 @@ class HipBackend(GpuBackend):
     """Runs kernels on the first AMD GPU."""
 
     name = "hip"
-    driver = DRIVER
+    driver = HIP
 
     def _select(self) -> None:
         self.call("hipSetDevice", ctypes.c_int(0))

@@ -331,11 +331,6 @@ def has_device(name: str) -> bool:
     return _load(name).available()
 
 
-def best_device() -> str:
-    """`cuda`, for either make of GPU, where one can encode here; else `cpu`."""
-    return "cuda" if has_device("cuda") or has_device("hip") else "cpu"
-
-
 def _load(name: str) -> type[Backend]:
     if name not in BACKENDS:
         raise BackendError(

@@ -115,7 +115,7 @@ def build(
         resumable("the same command continues the build, with --restart it begins anew"),
     ):
         from ...formats.machine import cores
-        from ...kernels.runtime.host import best_device
+        from ...kernels.runtime.drivers import best_device
         from ..encode.encoders import open_encoder, torch_device
         from ..pipeline.build import RunOptions, build_file
         from ..pipeline.build_spec import RecipeChanges
@@ -184,7 +184,7 @@ def plan(
       mq-quant plan --source MiniMaxAI/MiniMax-M2.5
       mq-quant plan --tier mq3 --source ./MiniMax-M2 --json
     """
-    from ...kernels.runtime.host import best_device
+    from ...kernels.runtime.drivers import best_device
     from ..spec.estimates import plan_summary, plan_table
 
     if tier is None and recipe is None:

@@ -8,13 +8,14 @@ import pytest
 from mq_quant.formats.errors import BackendError
 from mq_quant.kernels.runtime import cuda
 from mq_quant.kernels.runtime.cuda import CudaBackend
+from mq_quant.kernels.runtime.drivers import CUDA
 from mq_quant.kernels.runtime.sources import Module, Sources
 
 needs_nvrtc = pytest.mark.skipif(cuda.nvrtc() is None, reason="needs nvrtc (pip install nvidia-cuda-nvrtc)")
 
 
 def test_a_machine_without_the_driver_is_told_so():
-    kind = type("OtherCuda", (CudaBackend,), {"driver": replace(cuda.DRIVER, libraries=("libno-cuda.so.1",))})
+    kind = type("OtherCuda", (CudaBackend,), {"driver": replace(CUDA, libraries=("libno-cuda.so.1",))})
     assert not kind.available()
     with pytest.raises(BackendError, match=r"libno-cuda\.so\.1 does not load\n  install the NVIDIA driver"):
         kind()

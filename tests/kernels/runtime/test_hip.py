@@ -12,8 +12,8 @@ import pytest
 from mq_quant.formats.errors import BackendError
 from mq_quant.kernels.forward import ops
 from mq_quant.kernels.runtime import hip
-from mq_quant.kernels.runtime.gpu import device_count
-from mq_quant.kernels.runtime.hip import DRIVER, HipBackend
+from mq_quant.kernels.runtime.drivers import HIP, device_count
+from mq_quant.kernels.runtime.hip import HipBackend
 from mq_quant.kernels.runtime.sources import Module, Sources
 
 HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ VECTOR = Module("vector.hip")
 
 
 def backend_with(*libraries):
-    return type("OtherHip", (HipBackend,), {"driver": replace(DRIVER, libraries=libraries)})
+    return type("OtherHip", (HipBackend,), {"driver": replace(HIP, libraries=libraries)})
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_machine_without_rocm_is_told_so():
 
 
 def test_the_library_is_looked_for_under_every_name():
-    assert DRIVER.libraries == (
+    assert HIP.libraries == (
         "libamdhip64.so",
         "libamdhip64.so.7",
         "libamdhip64.so.6",
