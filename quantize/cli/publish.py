@@ -86,6 +86,7 @@ def _render_listing(result: Listing) -> str:
         f"to {result.repository}: {len(rows)} files, {gigabytes(result.size)} ({result.size} bytes)",
         table(("file", "size", "sha256", ""), rows),
         *(f"not sent: {line}" for line in result.left_out),
+        *(f"note: {line}" for line in result.notes),
         *(f"problem: {line}" for line in result.problems),
     ]
     return "\n".join(parts)

@@ -53,13 +53,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Listing:
-    """All that would be sent, and nothing else: models first, the card last. `problems` speak against sending it."""
+    """All that would be sent, and nothing else: models first, the card last.
+
+    `problems` speak against sending it, `notes` say what a card that was made for it lacks.
+    """
 
     folder: Path
     repository: str
     items: tuple[Item, ...]
     left_out: tuple[str, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -75,6 +79,7 @@ class Listing:
             "files": [item.as_json() for item in self.items],
             "left_out": list(self.left_out),
             "problems": list(self.problems),
+            "notes": list(self.notes),
         }
 
     def raise_if_bad(self) -> None:
@@ -106,10 +111,11 @@ def list_folder(folder: Path, repository: str, watch: Watch = UNWATCHED) -> List
     there = {path.name for path in paths}
     made = dict(_recipes(models, there))
     known: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
     if not {README, SUMS} <= there:
-        card = _card(folder, models, there, watch)
+        card, notes = _card(folder, models, there, watch)
         known = _read_sums(card[SUMS])
-        wanted = {SUMS} if README in there else card.keys()
+        wanted, notes = ({SUMS}, ()) if README in there else (card.keys(), notes)
         made |= {name: content for name, content in card.items() if name in wanted - there}
     files = {path.name: UnchangedFile(path, CheckError) for path in paths}
     unknown = [file for name, file in files.items() if name not in known]
@@ -123,7 +129,7 @@ def list_folder(folder: Path, repository: str, watch: Watch = UNWATCHED) -> List
     ]
     problems += _sums_problems(folder, items, there)
     items.sort(key=lambda item: (not item.is_model, item.name == README, item.name))
-    return Listing(folder, repository, tuple(items), tuple(left_out), tuple(problems))
+    return Listing(folder, repository, tuple(items), tuple(left_out), tuple(problems), notes)
 
 
 def _sorted_out(folder: Path) -> tuple[list[Path], list[str]]:
@@ -182,12 +188,14 @@ def _recipes(models: Sequence[Path], there: set[str]) -> Iterator[tuple[str, byt
             yield name, yaml.safe_dump(dict(recipe.document), sort_keys=False).encode()
 
 
-def _card(folder: Path, models: Sequence[Path], there: set[str], watch: Watch) -> dict[str, bytes]:
-    """The card and the checksums as they are made of these files, and pictures that go with the card."""
+def _card(
+    folder: Path, models: Sequence[Path], there: set[str], watch: Watch
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The card, the checksums and the pictures as they are made of these files, and what the card lacks."""
     evaluation = folder / EVALUATION if EVALUATION in there else None
     with tempfile.TemporaryDirectory(prefix="mq-quant-") as made:
-        write_card(models, Path(made), CardOptions(evaluation=evaluation), watch)
-        return {path.name: path.read_bytes() for path in sorted(Path(made).iterdir())}
+        card = write_card(models, Path(made), CardOptions(evaluation=evaluation), watch)
+        return {path.name: path.read_bytes() for path in sorted(Path(made).iterdir())}, card.notes
 
 
 def _read_sums(raw: bytes) -> dict[str, str]:

@@ -171,9 +171,11 @@ def test_exactly_what_is_listed_is_sent(folder: Path, hub: PublishServer) -> Non
 
 
 def test_what_lies_in_the_folder_is_taken_as_it_is(folder: Path, hub: PublishServer) -> None:
-    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")
     (folder / "tiny.mq2.recipe.yaml").write_text("mine")
+    assert any("licence" in note for note in list_folder(folder, REPO).notes)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")
     listing = list_folder(folder, REPO)
+    assert listing.notes == ()
     assert {item.name for item in listing.items if item.file is None} == MADE - {
         "README.md", "tiny.mq2.recipe.yaml",
     }  # fmt: skip
