@@ -167,7 +167,7 @@ def test_exactly_what_is_listed_is_sent(folder: Path, hub: PublishServer) -> Non
     assert heard.phase("uploading") == (listing.size, 0, listing.size)
     assert sorted(path.name for path in folder.iterdir()) == before
     sums = files["SHA256SUMS"].decode().splitlines()
-    assert sorted(sums) == [f"{digest(folder / name)}  {name}" for name in ("tiny.mq2", "tiny.mq3")]
+    assert set(sums) == {f"{digest(folder / name)}  {name}" for name in ("tiny.mq2", "tiny.mq3")}
 
 
 def test_what_lies_in_the_folder_is_taken_as_it_is(folder: Path, hub: PublishServer) -> None:
