@@ -93,6 +93,10 @@ class RecipeError(MqError):
     """A recipe that does not follow the schema."""
 
 
+class PartError(MqError):
+    """Parts of a build that cannot be put together, or a file that is none."""
+
+
 class HfqKind(StrEnum):
     """Why an HFQ file is refused, or cannot be used as asked: one kind for each reason."""
 

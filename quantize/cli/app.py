@@ -22,6 +22,7 @@ from . import card as cli_card
 from . import diff as cli_diff
 from . import evaluate as cli_evaluate
 from . import inspect as cli_inspect
+from . import merge as cli_merge
 from . import publish as cli_publish
 from . import recipes as cli_recipes
 from . import regenerate as cli_regenerate
@@ -45,6 +46,7 @@ app = typer.Typer(
 _MODULES = (
     cli_build,
     cli_calibrate,
+    cli_merge,
     cli_tune,
     cli_evaluate,
     cli_card,
@@ -57,7 +59,7 @@ _MODULES = (
 )
 _COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 _ORDER = (
-    "tiers", "recipes", "plan", "build", "calibrate", "tune", "verify", "evaluate", "card", "publish",
+    "tiers", "recipes", "plan", "build", "merge", "calibrate", "tune", "verify", "evaluate", "card", "publish",
     "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "doctor",
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""

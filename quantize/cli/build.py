@@ -87,6 +87,16 @@ def build(
             help="Shards of a hub source that may lie on the disk at once. Default: 2, where a text is used 4.",
         ),
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Encode these layers alone, as in 8-15, into a part, which `mq-quant merge` takes."
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Encode one of several equal parts of the layers, as in 3/8."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard the unfinished build of this output and begin anew.")
@@ -106,10 +116,13 @@ def build(
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort calibrated --text corpus.txt --sequences 128
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort imatrix --imatrix imatrix.gguf --device cuda
+      mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf --part 3/8
       mq-quant build --recipe mine.yaml --jobs 8 --json
     """
     if no_imatrix and (fit == "hessian" or awq_alpha):
         raise typer.BadParameter("--no-imatrix leaves nothing for --fit hessian or --awq-alpha to work with")
+    if layers and part:
+        raise typer.BadParameter("--layers and --part both say what is encoded: give one of the two")
     with (
         Progress(f"build {output.name if output else tier or recipe}", quiet) as progress,
         resumable("the same command continues the build, with --restart it begins anew"),
@@ -120,6 +133,7 @@ def build(
         from ..pipeline.build import RunOptions, build_file
         from ..pipeline.build_spec import RecipeChanges
         from ..pipeline.effort import Wishes, choose
+        from ..pipeline.parts import part_of
         from ..spec.places import choose_recipe
         from ..write.inputs import check_no_input
 
@@ -143,7 +157,7 @@ def build(
                 on_note=lambda sentence: note(f"note: {sentence}"),
                 watch=progress,
             )
-            result = build_file(chosen, statistics, options, changes)
+            result = build_file(chosen, statistics, options, changes, part_of(chosen, layers, part))
     if as_json or not quiet:
         emit(result, as_json, _render_build, finished=True)
 

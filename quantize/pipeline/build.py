@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...formats.errors import OutputError
+from ...formats.errors import OutputError, RecipeError
 from ...formats.hfq import layout
 from ...formats.machine import peak_rss
 from ...formats.watch import UNWATCHED, Watch
@@ -29,6 +29,7 @@ from ..write.inputs import check_no_input
 from ..write.partial_file import CALIBRATION, Destination, PartialFile, beside
 from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_build, output_name
 from .notes import Notes, with_notes
+from .parts import LayerRange, PartLayout, sealed
 from .statistics import OnTheFly, Statistics, input_paths
 from .work_units import WorkUnit, whole_layers, work_order
 from .worker_pool import Encoded, UnitHook, Workers, run_units
@@ -107,16 +108,22 @@ class Build:
     unfinished build there is of another spec.
     """
 
-    def __init__(self, spec: BuildSpec, options: RunOptions) -> None:
+    def __init__(self, spec: BuildSpec, options: RunOptions, part: LayerRange | None = None) -> None:
         self.spec, self.options = spec, options
         self.order = work_order(spec)
+        self._part = None if part is None else PartLayout.of(spec, self.order, part)
+        if self._part is not None:
+            self.order = self._part.units
         self._tuned: TunedLayers | None = None
         self._began = time.monotonic()
 
     def __enter__(self) -> Build:
-        spec, destination = self.spec, self.options.destination(self.spec.output_name, self.spec.disk_bytes())
+        spec, part = self.spec, self._part
+        name = default_name(spec.recipe, part.layers if part else None)
+        destination = self.options.destination(name, spec.disk_bytes())
         self._moments = beside(destination.path, CALIBRATION)
-        self._file = PartialFile(destination, spec.plan, self.order, spec.signature, self.options.restart)
+        signature = spec.signature if part is None else {**spec.signature, "layers": str(part.layers)}
+        self._file = PartialFile(destination, part or spec.plan, self.order, signature, self.options.restart)
         try:
             if self._file.begun_anew:
                 discard_folder(self._moments)
@@ -156,14 +163,13 @@ class Build:
 
             self._tuned = TunedLayers(spec, spec.tuning, spec.gathered, self._file, todo)
         run_units(spec, todo, self._deliver, Workers(options.jobs, options.encoder, options.on_begin, before))
-        outcome = self._outcome()
-        header = layout(complete(spec.metadata, outcome), [t.meta() for t in spec.plan.tensors]).header
-        path = self._file.commit(header)
+        laid, outcome = self._part or spec.plan, self._outcome()
+        path = self._commit(outcome)
         seconds = time.monotonic() - self._began
         return BuildResult(
             path=path,
-            total_bytes=spec.plan.total_bytes,
-            tensor_count=len(spec.plan.tensors),
+            total_bytes=path.stat().st_size,
+            tensor_count=len(laid.tensors),
             quantization_hash=outcome.quantization_hash,
             seconds=round(seconds, 3),
             weights_per_second=round(weights / seconds),
@@ -189,9 +195,20 @@ class Build:
         self.options.watch.advance(0, f"running layer {layer} of the source")
         self.spec.gathered.begin_layer(layer)
 
+    def _commit(self, outcome: Outcome) -> Path:
+        """Complete the file, or the part with the record that a merge needs."""
+        spec, part = self.spec, self._part
+        if part is not None:
+            before, after = sealed(spec, part, self._file.done, outcome.layers, outcome.calibration)
+            return self._file.commit(before, after)
+        metas = [t.meta() for t in spec.plan.tensors]
+        return self._file.commit(layout(complete(spec.metadata, outcome), metas).header)
+
     def _outcome(self) -> Outcome:
-        gathered = self.spec.gathered
-        calibration = gathered.finish() if gathered else self.spec.calibration
+        gathered, part = self.spec.gathered, self._part
+        calibration = self.spec.calibration
+        if gathered is not None and (part is None or part.layers.last == part.layers.of - 1):
+            calibration = gathered.finish()
         running = self._file.hash
         return Outcome(running.quantization_hash, running.checksums, self._reports(), calibration)
 
@@ -207,32 +224,46 @@ class Build:
         return [with_notes(report, notes[layer], experts) for layer, report in reports]
 
 
+def default_name(recipe: Recipe, part: LayerRange | None) -> str:
+    """The name of what a build makes, where the user gives none."""
+    return output_name(recipe) if part is None else f"{output_name(recipe)}.layers-{part}"
+
+
 def build_file(
     recipe: Recipe,
     statistics: Statistics | None = None,
     options: RunOptions = RunOptions(),
     changes: RecipeChanges = UNCHANGED,
+    part: LayerRange | None = None,
 ) -> BuildResult:
-    """Build a recipe's file, or continue its unfinished build. Without `statistics` the recipe's own imatrix is used.
+    """Build a recipe's file, or one `part` of it, or continue its unfinished build.
+
+    Without `statistics` the recipe's own imatrix is used.
 
     The final name appears only when every byte is written and synced. Raises the errors of `open_build` and `Build`,
     before any work where the inputs show what is wrong.
     """
-    options.check(output_name(recipe), 0, 0)
+    name = default_name(recipe, part)
+    options.check(name, 0, 0)
     inputs = local_folder(recipe.model.place.address), *input_paths(statistics)
-    check_no_input(options.destination(output_name(recipe)).path, inputs)
+    check_no_input(options.destination(name).path, inputs)
+    if part is not None and isinstance(statistics, OnTheFly) and statistics.tuning is not None:
+        raise RecipeError(
+            "a tuned layer follows from all layers before it, so it cannot be built without them",
+            hint="build the parts with --effort calibrated, merge them, and tune the file with `mq-quant tune`",
+        )
     shards = options.shard_cache or (4 if isinstance(statistics, OnTheFly) else 2)
     scratch = options.output.parent if options.output else Path()
     opened = open_build(
         recipe,
         statistics,
         changes,
-        check=options.check,
+        check=options.check if part is None else lambda _, __, besides: options.check(name, 0, besides),
         shard_cache=shards,
         scratch=scratch,
         watch=options.watch,
     )
-    with opened as spec, Build(spec, options) as build:
+    with opened as spec, Build(spec, options, part) as build:
         for sentence in (*spec.source.notes, *engine_warnings(spec.plan)):
             options.on_note(sentence)
         return build.run()

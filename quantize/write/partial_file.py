@@ -222,12 +222,14 @@ class PartialFile:
         with disk_errors(self.path):
             sync(self._fd)
 
-    def commit(self, header: bytes | memoryview) -> Path:
-        """Write what stands before the payloads, give the open file its final name, and make the name durable.
+    def commit(self, header: bytes | memoryview, after: bytes = b"") -> Path:
+        """Write what stands before the payloads, and behind them, give the open file its final name, and make the name
+        durable.
 
         Raises OutputError where that fails; then everything stays as it is, and the next run has only this to do.
         """
         with disk_errors(self.path):
+            write_all(self._fd, memoryview(after), self._laid.total_bytes)
             write_all(self._fd, memoryview(header), 0)
         self.sync()
         if self._is_replaced():
