@@ -97,10 +97,8 @@ def build(
         str | None,
         typer.Option(help="Encode one of several equal parts of the layers, as in 3/8."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard the unfinished build of this output and begin anew.")
-    ] = False,
+    force: opt.Force = False,
+    restart: opt.Restart = False,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -181,9 +179,7 @@ def plan(
     recipe: opt.RecipeFile = None,
     source: opt.SourceName = None,
     jobs: opt.Jobs = None,
-    shard_cache: Annotated[
-        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
-    ] = 2,
+    shard_cache: opt.Shards = 2,
     as_json: opt.Json = False,
 ) -> None:
     """Show what a build will take.

@@ -49,21 +49,14 @@ def calibrate(
         Path | None, typer.Option("--recipe", help="For --propagate quantised: a recipe of your own (YAML).")
     ] = None,
     jobs: opt.Jobs = None,
-    device: Annotated[
-        opt.TorchDevice, typer.Option(help="Where the model runs; `cuda` means an AMD GPU too.")
-    ] = "cpu",
+    device: opt.ModelDevice = "cpu",
     revision: opt.Revision = None,
-    shard_cache: Annotated[
-        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
-    ] = 4,
+    shard_cache: opt.Shards = 4,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print what it will take, and stop.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a finished calibration.")] = False,
-    restart: Annotated[
-        bool,
-        typer.Option("--restart", help="Discard the unfinished calibration of this folder and begin anew."),
-    ] = False,
+    force: opt.Force = False,
+    restart: opt.Restart = False,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

@@ -51,19 +51,13 @@ def evaluate(
     tokens: opt.Tokens = None,
     sequences: opt.Sequences = None,
     length: opt.Length = 512,
-    device: Annotated[
-        opt.TorchDevice, typer.Option(help="Where the models run; `cuda` means an AMD GPU too.")
-    ] = "cpu",
+    device: opt.ModelDevice = "cpu",
     revision: Annotated[
         str | None, typer.Option(help="The branch, tag or commit of a hub repository. Default: main.")
     ] = None,
-    shard_cache: Annotated[
-        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
-    ] = 2,
-    force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard an unfinished evaluation and begin anew.")
-    ] = False,
+    shard_cache: opt.Shards = 2,
+    force: opt.Force = False,
+    restart: opt.Restart = False,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

@@ -25,10 +25,8 @@ def merge(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)],
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard the unfinished output and begin anew.")
-    ] = False,
+    force: opt.Force = False,
+    restart: opt.Restart = False,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

@@ -49,6 +49,14 @@ Revision = Annotated[
         help="The branch, tag or commit of a hub repository. Default: the one that the recipe pins, else main."
     ),
 ]
+ModelDevice = Annotated[TorchDevice, typer.Option(help="Where the model runs; `cuda` means an AMD GPU too.")]
+Shards = Annotated[
+    int, typer.Option("--shard-cache", min=1, help="Shards of a hub source that may lie on the disk at once.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Discard the unfinished work on this output and begin anew.")
+]
 Text = Annotated[
     Path | None,
     typer.Option(

@@ -49,9 +49,7 @@ def regenerate(
     write: Annotated[
         bool, typer.Option("--write", help="Put the hashes into the table of --hashes, in place of its own.")
     ] = False,
-    shard_cache: Annotated[
-        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
-    ] = 4,
+    shard_cache: opt.Shards = 4,
     jobs: opt.Jobs = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")] = False,
     as_json: opt.Json = False,

@@ -35,18 +35,12 @@ def tune(
     sequences: opt.Sequences = None,
     length: opt.Length = 512,
     epochs: Annotated[int, typer.Option(min=1, help="How often the tokens are gone through.")] = 6,
-    device: Annotated[
-        opt.TorchDevice, typer.Option(help="Where the model runs; `cuda` means an AMD GPU too.")
-    ] = "cpu",
+    device: opt.ModelDevice = "cpu",
     jobs: opt.Jobs = None,
     revision: opt.Revision = None,
-    shard_cache: Annotated[
-        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
-    ] = 4,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard the unfinished output and begin anew.")
-    ] = False,
+    shard_cache: opt.Shards = 4,
+    force: opt.Force = False,
+    restart: opt.Restart = False,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

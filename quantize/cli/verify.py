@@ -79,9 +79,7 @@ def verify(
     revision: Annotated[
         str | None, typer.Option(help="The branch, tag or commit of a hub repository. Default: main.")
     ] = None,
-    shard_cache: Annotated[
-        int, typer.Option(min=1, help="Shards of a hub source that may lie on the disk at once.")
-    ] = 2,
+    shard_cache: opt.Shards = 2,
     as_json: opt.Json = False,
 ) -> None:
     """Judge a file.
