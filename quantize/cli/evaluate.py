@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ...verify.model.metrics import DivergenceSummary
     from ..evaluate.reference import Reference
     from ..evaluate.result import Evaluation
+    from ..spec.calibration_sizes import EvaluationSizes
 
 Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="HFQ files.", show_default=False)]
 
@@ -85,8 +86,9 @@ def evaluate(
     ):
         from ...formats.hfq import open_hfq
         from ..calibrate.tokens import TokenRequest
-        from ..evaluate.reference import of_checkpoint, of_file
+        from ..evaluate.reference import config_of, of_checkpoint, of_file
         from ..evaluate.run import EvaluateOptions, evaluate_files
+        from ..spec.calibration_sizes import evaluation_sizes
         from ..spec.places import local_folder, open_place
         from ..write.inputs import check_no_input
 
@@ -103,6 +105,10 @@ def evaluate(
             opened = stack.enter_context(closing(open_place(source, revision, shard_cache, output.parent)))
             opened.validate()
             against = of_checkpoint(opened, asked, opened.fingerprint(progress))
+        if not (quiet or as_json):
+            with open_hfq(files[0]) as first:
+                models = len(files) + (against.source is not None)
+                note(_render_sizes(evaluation_sizes(config_of(first), against.tokens.size, models)))
         options = EvaluateOptions(output, save_reference, device, force, restart, progress)
         result = evaluate_files(files, against, options)
         if pictures is not None:
@@ -113,6 +119,14 @@ def evaluate(
         note(text_of_note)
     if as_json or not quiet:
         emit(result, as_json, _render, finished=True)
+    result.raise_if_broken()
+
+
+def _render_sizes(sizes: EvaluationSizes) -> str:
+    return (
+        f"{sizes.tokens:,} tokens: memory about {gigabytes(sizes.memory_bytes)}, "
+        f"disk {gigabytes(sizes.disk_bytes)} while it works"
+    )
 
 
 def _render(result: Evaluation) -> str:

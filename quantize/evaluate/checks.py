@@ -12,6 +12,7 @@ from ...formats.own_file import disk_errors, free_bytes
 from ...verify.against_source import check_dimensions
 from ...verify.evaluate.saved_reference import reference_bytes
 from ...verify.model.hfq_weights import check_shapes
+from ..spec.calibration_sizes import evaluation_sizes
 from .reference import Reference, config_of
 
 
@@ -23,11 +24,6 @@ def check_models(files: Sequence[HfqFile], reference: Reference) -> None:
         check_dimensions(file, config, expected)
         check_shapes(file, config)
         reference.check_vocabulary(file, config)
-
-
-def work_bytes(config: ModelConfig, tokens: int, models: int) -> int:
-    """Bytes of the streams before and behind a layer of so many models."""
-    return 2 * models * 4 * tokens * config.hidden_size
 
 
 def check_outputs(
@@ -46,7 +42,7 @@ def check_outputs(
             hint="give --source in place of --reference",
         )
     positions = reference.tokens.size
-    needed = work_bytes(config, positions, files + (reference.source is not None))
+    needed = evaluation_sizes(config, positions, files + (reference.source is not None)).disk_bytes
     needed += reference.source.disk_bytes() if reference.source else 0
     needed += reference_bytes(positions, config.vocab_size) if saved is not None else 0
     with disk_errors(output):

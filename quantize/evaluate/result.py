@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,6 +66,15 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """What `evaluate --json` prints and its output holds."""
         return dict(finite(asdict(self)))
+
+    def raise_if_broken(self) -> None:
+        """CheckError that names the files whose predictions are not numbers."""
+        broken = [f.name for f in self.files if not math.isfinite(f.divergence.kld_mean)]
+        if broken:
+            raise CheckError(
+                f"the predictions of {', '.join(broken)} are not numbers",
+                hint="mq-quant verify FILE says more",
+            )
 
     def of(self, quantization_hash: str | None) -> EvaluatedFile | None:
         """What was found of the file with this quantization hash."""

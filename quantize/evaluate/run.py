@@ -7,8 +7,8 @@ and the same command continues after the last layer that all models have passed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,7 @@ def evaluate_files(paths: Sequence[Path], reference: Reference, options: Evaluat
             "code": code(),
             "files": [_identity(file) for file in files],
         }
-        work = beside(options.output, WORK)
-        with disk_errors(work):
-            work.mkdir(exist_ok=True)
-        journal = Journal(work / JOURNAL, EVALUATION)
-        stack.callback(journal.close)
-        streams = StreamFolder(work, journal.begin(dict(flatten(signature)), options.restart), RESTART)
+        journal, streams = stack.enter_context(_work(options, dict(flatten(signature))))
         layers = LayersRun(models, reference.tokens, journal, streams, options.watch)
         resumed = layers.run()
         found = _heads(layers, reference, options)
@@ -105,10 +100,27 @@ def evaluate_files(paths: Sequence[Path], reference: Reference, options: Evaluat
             peak_rss_bytes=peak_rss(),
         )
         write_atomic(options.output, [memoryview(compact(result.as_json()) + b"\n")])
-        streams.clear()
-        journal.remove()
-        streams.discard()
+        journal.done.clear()
     return result
+
+
+@contextmanager
+def _work(options: EvaluateOptions, signature: dict[str, Any]) -> Iterator[tuple[Journal, StreamFolder]]:
+    """The locked folder beside the output; it goes where nothing is left to continue."""
+    folder = beside(options.output, WORK)
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    journal = Journal(folder / JOURNAL, EVALUATION)
+    try:
+        streams = StreamFolder(folder, journal.begin(signature, options.restart), RESTART)
+        try:
+            yield journal, streams
+        finally:
+            if not journal.done:
+                journal.remove()
+                streams.discard()
+    finally:
+        journal.close()
 
 
 def _heads(layers: LayersRun, reference: Reference, options: EvaluateOptions) -> list[Positions]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ...formats.minimax import ModelConfig
+from ...verify.evaluate import HEAD_ROWS
 
 if TYPE_CHECKING:
     from ...formats.statistics.moment_file import DownForm
@@ -63,6 +64,35 @@ def calibration_sizes(config: ModelConfig, tokens: int, down: DownForm) -> Calib
     running = stream + max(attention, 3 * stream + expert + moments) + layer
     memory = BASE_MEMORY + max(table + 2 * stream, running)
     return CalibrationSizes(tokens, memory, layer, layer * config.num_hidden_layers, stream)
+
+
+@dataclass(frozen=True)
+class EvaluationSizes:
+    """Bytes that an evaluation of so many models takes: of memory at its peak, and of disk beside its output."""
+
+    tokens: int
+    memory_bytes: int
+    disk_bytes: int
+
+    def as_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def evaluation_sizes(config: ModelConfig, tokens: int, models: int) -> EvaluationSizes:
+    """What running `models` models on so many tokens takes, the source among them where it runs.
+
+    Memory is that of one layer of one model, as a calibration has it without its moments, the source's stream behind
+    the layer, and some rows of the vocabulary of each model at the head. The streams before and behind a layer lie on
+    the disk.
+    """
+    h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
+    stream = 4 * tokens * h
+    attention = 2 * stream + 4 * tokens * (3 * config.q_dim + 2 * config.kv_dim)
+    busiest = min(tokens, 8 * -(-tokens * config.num_experts_per_tok // e))
+    expert = 4 * busiest * (2 * h + 3 * i) + 4 * 6 * h * i
+    layer = 3 * stream + max(attention, 3 * stream + expert)
+    head = 4 * HEAD_ROWS * h * (models + 1) + stream
+    return EvaluationSizes(tokens, BASE_MEMORY + max(layer, head), 2 * models * stream)
 
 
 def usual_tokens(device: str) -> int:

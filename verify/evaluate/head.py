@@ -15,9 +15,9 @@ from torch import Tensor
 from ...formats.watch import UNWATCHED, Watch
 from ..model.layer_model import LayerModel, Logits
 from ..model.metrics import Positions
+from . import HEAD_ROWS
 
-ROWS = 1 << 12
-"""Rows of the vocabulary that are taken at a time."""
+ROWS = HEAD_ROWS
 
 
 class Comparison(Protocol):
