@@ -124,12 +124,16 @@ class LayerDistance:
 
 @dataclass(frozen=True)
 class HiddenComparison:
-    """Two dumps, layer by layer; `bar` is the mean cosine that every layer must reach."""
+    """Two dumps, layer by layer; `bar` is the mean cosine that every layer must reach.
+
+    `findings` are sentences on where one departs from what a conformance kit asks for.
+    """
 
     a: Path
     b: Path
     bar: float
     layers: tuple[LayerDistance, ...]
+    findings: tuple[str, ...] = ()
 
     @property
     def under(self) -> tuple[int, ...]:
@@ -138,10 +142,19 @@ class HiddenComparison:
 
     def as_json(self) -> dict[str, Any]:
         layers = [asdict(row) for row in self.layers]
-        return {"a": str(self.a), "b": str(self.b), "bar": self.bar, "ok": not self.under, "layers": layers}
+        return {
+            "a": str(self.a),
+            "b": str(self.b),
+            "bar": self.bar,
+            "ok": not (self.under or self.findings),
+            "layers": layers,
+            "findings": list(self.findings),
+        }
 
     def raise_if_failed(self) -> None:
-        """CheckError that names the layers under the bar."""
+        """CheckError with the findings, or the layers under the bar."""
+        if self.findings:
+            raise CheckError("; ".join(self.findings), file=self.b)
         if self.under:
             raise CheckError(f"the mean cosine of layers {list(self.under)} is under {self.bar}", file=self.a)
 

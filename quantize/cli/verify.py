@@ -215,16 +215,19 @@ def compare_hidden(
 ) -> None:
     """Compare two dumps of hidden states.
 
-    Both must be of the same tokens. The exit code is 1 where a layer is under the bar.
+    Both must be of the same tokens. The exit code is 1 where a layer is under the bar. Where one of them is what a
+    model of a conformance kit must give (`mq-quant kit`), the fault that the other shows is named.
 
     \b
     Examples:
       mq-quant compare-hidden ours.hfhs engine.hfhs
       mq-quant compare-hidden ours.hfhs engine.hfhs --bar 0.9995 --json
+      mq-quant compare-hidden kit/mq4/eight.hfhs engine.hfhs
     """
     from ...verify.hidden import compare_dumps
+    from ..publish.kit.compare import with_kit
 
-    result = compare_dumps(a, b, bar)
+    result = with_kit(compare_dumps(a, b, bar))
     emit(result, as_json, _render_dumps, finished=True)
     result.raise_if_failed()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import get_args
 
 import pytest
 from mq_quant.formats.blocks import BY_NAME, EXPERT_FORMATS
 from mq_quant.formats.engine_facts import (
+    WARNED,
     EngineFact,
     EngineFactError,
     Projection,
@@ -120,3 +122,10 @@ def test_ranges_of_versions_in_words(
 ) -> None:
     seen = datetime.date(2026, 8, 22)
     assert EngineFact("down", ("MQ4",), "wrong", seen, "x", "y", since, until, "any", "z").when == said
+
+
+def test_the_page_on_the_engine_tells_every_fact_that_warns() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+    for fact in engine_facts():
+        if fact.state in WARNED:
+            assert fact.what in page and fact.source in page
