@@ -23,6 +23,7 @@ class Driver:
     libraries: tuple[str, ...]
     init: str
     count: str
+    total: str
     alloc: str
     free: str
     host_alloc: str
@@ -103,6 +104,7 @@ CUDA = Driver(
     libraries=("libcuda.so.1", "libcuda.so"),
     init="cuInit",
     count="cuDeviceGetCount",
+    total="cuDeviceTotalMem_v2",
     alloc="cuMemAlloc_v2",
     free="cuMemFree_v2",
     host_alloc="cuMemHostAlloc",
@@ -143,6 +145,7 @@ HIP = Driver(
     libraries=tuple(f"libamdhip64.so{s}" for s in SUFFIXES),
     init="hipInit",
     count="hipGetDeviceCount",
+    total="hipDeviceTotalMem",
     alloc="hipMalloc",
     free="hipFree",
     host_alloc="hipHostMalloc",
@@ -174,6 +177,18 @@ HIP = Driver(
     graph_destroy="hipGraphDestroy",
     graph_code_destroy="hipGraphExecDestroy",
 )
+
+
+def gpu_memory() -> int:
+    """Bytes of memory of the first GPU; 0 where there is none, or its driver does not say."""
+    for driver in (CUDA, HIP):
+        if device_count(driver):
+            library, size = load_library(driver.libraries), ctypes.c_size_t(0)
+            if library is None or not library.has(driver.total):
+                return 0
+            status = library.call(driver.total, ctypes.byref(size), ctypes.c_int(0))
+            return 0 if status else size.value
+    return 0
 
 
 def best_device() -> str:

@@ -98,7 +98,7 @@ def choose(
     if effort == "imatrix":
         return None if wishes.imatrix is None else ImatrixFile(wishes.imatrix)
     where = device()
-    tokens = wishes.tokens or TokenRequest(sequences=_sequences(where))
+    tokens = wishes.tokens or TokenRequest(sequences=_sequences(recipe, where))
     calibrated = OnTheFly(tokens, where, wishes.imatrix)
     if effort != "tuned":
         return calibrated
@@ -107,6 +107,8 @@ def choose(
     return replace(calibrated, tuning=TuneSettings())
 
 
-def _sequences(device: str) -> int | None:
+def _sequences(recipe: Recipe, device: str) -> int | None:
     """How much of the package's own text is taken; None on a CPU, where it is the usual amount."""
-    return None if device == "cpu" else usual_tokens(device) // LENGTH
+    if device == "cpu":
+        return None
+    return usual_tokens(parse_config(model_files(recipe.model).config), device) // LENGTH

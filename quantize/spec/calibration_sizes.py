@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ...formats.minimax import ModelConfig
+from ...kernels.runtime.drivers import gpu_memory
 from ...verify.evaluate import HEAD_ROWS
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ CHUNK = 4096
 """Rows of activations turned to f64 at a time by a calibration."""
 USUAL_TOKENS = 128 * 512
 GPU_TOKENS = 1024 * 512
-"""Tokens that a build calibrates on where nothing else is asked, on a CPU and on a GPU."""
+"""Tokens that a build calibrates on where nothing else is asked, on a CPU and on a GPU that has room for them."""
+GPU_ROWS = 15.5
+"""How often a layer's stream lies on a GPU in f32 while the layer runs and its experts are rounded."""
 _BYTES = {"F32": 4, "F16": 2, "I64": 8}
 
 
@@ -95,9 +98,25 @@ def evaluation_sizes(config: ModelConfig, tokens: int, models: int) -> Evaluatio
     return EvaluationSizes(tokens, BASE_MEMORY + max(layer, head), 2 * models * stream)
 
 
-def usual_tokens(device: str) -> int:
-    """Tokens that a build calibrates on where nothing else is asked."""
-    return USUAL_TOKENS if device == "cpu" else GPU_TOKENS
+def gpu_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of a GPU's memory that a build takes which calibrates itself on so many tokens.
+
+    A layer of M2.7 took 19.5 GiB at 65,536 tokens and 99 GiB at 524,288 (`benchmarks/layer_pass.py`).
+    """
+    weights = 3 * config.hidden_size * config.intermediate_size * config.num_local_experts
+    return round(2.2 * weights + GPU_ROWS * 4 * tokens * config.hidden_size)
+
+
+def usual_tokens(config: ModelConfig, device: str) -> int:
+    """Tokens that a build calibrates on where nothing else is asked: on a GPU as many as its memory holds, up to
+    GPU_TOKENS in halves.
+    """
+    if device == "cpu":
+        return USUAL_TOKENS
+    tokens, room = GPU_TOKENS, gpu_memory() or math.inf
+    while tokens > USUAL_TOKENS and gpu_bytes(config, tokens) > 0.95 * room:
+        tokens //= 2
+    return tokens
 
 
 def moment_bytes(config: ModelConfig, jobs: int) -> int:

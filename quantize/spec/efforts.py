@@ -39,8 +39,8 @@ CPU_CORE = Rates(f32=6.0e10, f64=2.5e10, by_imatrix=16e6, by_moments=3.3e6, trai
 """Measured on one core of an AMD EPYC with AVX-512: rounding at M2.7's width (`python benchmarks/whole_row.py`),
 training on a model of 47 million weights.
 """
-GPU = Rates(f32=1.5e13, f64=4e11, by_imatrix=1.4e9, by_moments=4.3e7, training=1.5e12)
-"""Measured on one NVIDIA H200 at M2.7's width."""
+GPU = Rates(f32=1.95e13, f64=5e13, by_imatrix=1.9e9, by_moments=3.8e8, training=1.5e12)
+"""Measured on one NVIDIA H200 at M2.7's width, on 65,536 and 524,288 tokens: `python benchmarks/layer_pass.py`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def default_effort(recipe: Recipe, config: ModelConfig, cores: int, device: str 
         return "tuned"
     if recipe.model.imatrix is None:
         return "calibrated"
-    night = hours(config, "calibrated", usual_tokens(device), cores) <= NIGHT
+    night = hours(config, "calibrated", usual_tokens(config, device), cores) <= NIGHT
     return "calibrated" if night else "imatrix"
 
 
@@ -128,7 +128,7 @@ def effort_costs(
     """One row per effort on so many cores or on one GPU; `memory` is what each effort takes besides gathering."""
     rows = []
     for effort, most in memory.items():
-        tokens = 0 if effort == "imatrix" else usual_tokens(device)
+        tokens = 0 if effort == "imatrix" else usual_tokens(config, device)
         sizes = inline_sizes(config, tokens, most, tuned=effort == "tuned")
         disk = sizes.disk_bytes if tokens else 0
         used = sizes.memory_bytes if tokens else most

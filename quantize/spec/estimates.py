@@ -214,7 +214,7 @@ def costs(recipe: Recipe, sizes: FileSizes, workers: int, device: str) -> tuple[
     config = sizes.config
     plain = build_memory(sizes, workers)
     rounding = plain + moment_bytes(config, workers)
-    training = tuning_bytes(config, usual_tokens(device))
+    training = tuning_bytes(config, usual_tokens(config, device))
     memories: dict[Effort, int] = {
         "imatrix": plain,
         "calibrated": rounding,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from mq_quant.formats.errors import RecipeError, WeightError
 from mq_quant.formats.minimax import ModelConfig, parse_config
+from mq_quant.quantize.spec import calibration_sizes
 from mq_quant.quantize.spec.estimates import plan_summary
 from mq_quant.quantize.spec.plan import plan_tensors
 from mq_quant.quantize.spec.recipe import Recipe, Rule, load_tier
@@ -130,3 +131,16 @@ def test_layers_may_differ_from_each_other() -> None:
 def test_rows_that_do_not_fill_groups_are_refused(changes: dict[str, int]) -> None:
     with pytest.raises(WeightError, match="do not fill groups of 256"):
         plan_tensors(load_tier("mq4"), config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "tokens"),
+    [(16, 65536), (24, 65536), (48, 131072), (80, 262144), (141, 524288), (0, 524288)],
+)
+def test_a_gpu_is_given_the_tokens_that_it_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: int, tokens: int
+) -> None:
+    monkeypatch.setattr(calibration_sizes, "gpu_memory", lambda: gigabytes * 10**9)
+    released = parse_config(load_tier("mq2").model.config)
+    assert calibration_sizes.usual_tokens(released, "cuda") == tokens
+    assert calibration_sizes.usual_tokens(released, "cpu") == 65536
