@@ -18,18 +18,17 @@ from numpy.typing import NDArray
 
 from ....formats.engine_facts import WARNED, engine_facts
 from ....formats.errors import OutputError
-from ....formats.hfq import HfqFile, open_hfq
+from ....formats.hfq import open_hfq
 from ....formats.minimax import ModelConfig, parse_config
 from ....formats.own_file import disk_errors
 from ....formats.watch import UNWATCHED, Watch
 from ....kernels.runtime.host import Backend
-from ....verify.model.hfq_weights import DecodedFile
 from ....verify.model.metrics import cosine
 from ....verify.model.reference import layer_by_layer, logits
 from .dump import write_hidden
 from .run import run_model
 from .shapes import PROMPTS, KitModel, kit_models
-from .suspects import FAULTS, Fault, faulty_states
+from .suspects import FAULTS, Fault, HeldFile, faulty_states
 from .vectors import FORMATS, KERNELS, ROWS, vectors
 from .weights import write_model
 
@@ -127,7 +126,8 @@ def _model(folder: Path, model: KitModel, backend: Backend) -> dict[str, Any]:
     write_model(model, path)
     config = parse_config(model.config())
     with open_hfq(path) as file:
-        prompts = [_prompt(folder, name, file, config, backend) for name in PROMPTS]
+        held = HeldFile(file)
+        prompts = [_prompt(folder, name, held, config, backend) for name in PROMPTS]
     return {
         "name": model.name,
         "file": path.name,
@@ -140,13 +140,12 @@ def _model(folder: Path, model: KitModel, backend: Backend) -> dict[str, Any]:
     }
 
 
-def _prompt(folder: Path, name: str, file: HfqFile, config: ModelConfig, backend: Backend) -> dict[str, Any]:
+def _prompt(folder: Path, name: str, held: HeldFile, config: ModelConfig, backend: Backend) -> dict[str, Any]:
     tokens = np.array(PROMPTS[name])
     with torch.inference_mode():
-        weights = DecodedFile(file)
-        ((_, stream),) = layer_by_layer(weights, config, tokens[None], dtype=torch.float64)
-        (values,) = logits(weights, config, stream)
-    right, ours = stream[0].float().numpy(), run_model(file, config, backend, tokens)
+        ((_, stream),) = layer_by_layer(held, config, tokens[None], dtype=torch.float64)
+        (values,) = logits(held, config, stream)
+    right, ours = stream[0].float().numpy(), run_model(held.file, config, backend, tokens)
     write_hidden(folder / f"{name}.hfhs", right)
     write_hidden(folder / f"{name}.kernels.hfhs", ours.states)
     values.float().numpy().astype("<f4").tofile(folder / f"{name}.logits.f32")
@@ -159,18 +158,18 @@ def _prompt(folder: Path, name: str, file: HfqFile, config: ModelConfig, backend
         "logits": f"{name}.logits.f32",
         "kernels_logits": f"{name}.kernels.logits.f32",
         "suspect_positions": min(POSITIONS, len(tokens)),
-        "suspects": _suspects(folder, name, file, config, tokens, right),
+        "suspects": _suspects(folder, name, held, config, tokens, right),
     }
 
 
 def _suspects(
-    folder: Path, prompt: str, file: HfqFile, config: ModelConfig, tokens: NDArray[np.int64], right: F32
+    folder: Path, prompt: str, held: HeldFile, config: ModelConfig, tokens: NDArray[np.int64], right: F32
 ) -> list[dict[str, Any]]:
     """The faults that show on a prompt; those that give the same states share one entry."""
     found: list[tuple[F32, list[Fault]]] = []
     last = min(POSITIONS, len(tokens))
     for fault in FAULTS:
-        states = faulty_states(file, config, tokens, fault)[-last:]
+        states = faulty_states(held, config, tokens, fault)[-last:]
         if cosine(torch.from_numpy(states), torch.from_numpy(right[-last:])).min() >= VISIBLE:
             continue
         same = next((faults for other, faults in found if np.allclose(other, states, atol=1e-4)), None)

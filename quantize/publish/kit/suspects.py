@@ -203,11 +203,29 @@ FAULTS = (
 """Every fault that a kit knows by name."""
 
 
+class HeldFile(DecodedFile):
+    """A decoded file that keeps what it has decoded, for many passes through a small one."""
+
+    def __init__(self, file: HfqFile) -> None:
+        super().__init__(file)
+        self._stored: dict[str, F32] = {}
+        self._weights: dict[str, F32] = {}
+
+    def stored(self, name: str) -> F32:
+        if name not in self._stored:
+            self._stored[name] = super().stored(name)
+        return self._stored[name]
+
+    def weight(self, name: str, fold: F32 | None = None) -> F32:
+        if name not in self._weights:
+            self._weights[name] = super().weight(name, fold)
+        return self._weights[name]
+
+
 @dataclass(frozen=True)
 class Misread:
     """The weights of a file as an engine with a fault in effect multiplies by them."""
 
-    file: HfqFile
     decoded: DecodedFile
     fault: Fault
 
@@ -218,13 +236,13 @@ class Misread:
         if place is None or read is None:
             return self.decoded.weight(name)
         stored = self.decoded.stored(name)
-        scale = None if place[2] == "w2" else awq_scale(self.file, place[0], stored.shape[1])
+        scale = None if place[2] == "w2" else awq_scale(self.decoded.file, place[0], stored.shape[1])
         return read(stored, np.ones(stored.shape[1], np.float32) if scale is None else scale)
 
 
-def faulty_states(file: HfqFile, cfg: ModelConfig, tokens: NDArray[np.integer], fault: Fault) -> F32:
+def faulty_states(decoded: DecodedFile, cfg: ModelConfig, tokens: NDArray[np.integer], fault: Fault) -> F32:
     """The residual stream f32 [len, hidden] after layer 0 that an engine with this fault has for token ids [len]."""
-    weights = Misread(file, DecodedFile(file), fault)
+    weights = Misread(decoded, fault)
     with torch.inference_mode():
         hidden = embed(weights, np.asarray(tokens)[None], torch.float64)[0]
         hidden = hidden + _attention(weights, cfg, hidden, fault.norm or _flat_norm, fault.turn or _halves)
