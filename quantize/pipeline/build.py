@@ -161,7 +161,7 @@ class Build:
         if spec.tuning is not None and spec.gathered is not None:
             from .tuned_layers import TunedLayers
 
-            self._tuned = TunedLayers(spec, spec.tuning, spec.gathered, self._file, todo)
+            self._tuned = TunedLayers(spec, spec.tuning, spec.gathered, self._file, todo, options.watch)
         run_units(spec, todo, self._deliver, Workers(options.jobs, options.encoder, options.on_begin, before))
         laid, outcome = self._part or spec.plan, self._outcome()
         path = self._commit(outcome)

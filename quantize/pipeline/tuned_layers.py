@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.hfq.stored import StoredForm
+from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.reference import embed
 from ..calibrate.layer_pass import EMBED
 from ..calibrate.on_the_fly import GatheredImportance
@@ -42,17 +43,20 @@ class TunedLayers:
         gathered: GatheredImportance,
         file: PartialFile,
         todo: Sequence[WorkUnit],
+        watch: Watch = UNWATCHED,
     ) -> None:
-        """`todo` are the units that will be encoded: whole layers, in order."""
+        """`todo` are the units that will be encoded: whole layers, in order. `watch` hears what is done to a layer."""
         self._spec, self._settings, self._gathered, self._file = spec, settings, gathered, file
         self._missing = Counter(unit.layer for unit in todo)
         self._held: Held = []
+        self._watch = watch
 
     def add(self, unit: WorkUnit, done: Encoded) -> Held:
         """Take an encoded unit; returns those that are to be written now, in order."""
         if unit.layer is None:
             return [(unit, done)]
         self._held.append((unit, done))
+        self._watch.advance(0, unit.key)
         self._missing[unit.layer] -= 1
         if self._missing[unit.layer]:
             return []
@@ -61,6 +65,7 @@ class TunedLayers:
 
     def _tuned(self, layer: int, held: Held) -> Held:
         """The units of a whole layer after tuning; the stream behind the layer is durable when this returns."""
+        self._watch.advance(0, f"tuning layer {layer}")
         stored = {name: tensor for unit, done in held for name, tensor in tensors_of(unit, done.payload)}
         source = {unit.tensors[0].name: done.weights for unit, done in held if done.weights is not None}
         task = LayerTask(
