@@ -220,7 +220,7 @@ class Build:
             if unit.expert is not None and (found := done[unit.key].get("notes")):
                 notes[unit.layer][unit.expert] = found
         experts = self.spec.plan.config.num_local_experts
-        reports = [(unit.layer, done[unit.key]["report"]) for unit in in_file if unit.is_sidecar]
+        reports = [(unit.layer, found) for unit in in_file if (found := done[unit.key].get("report"))]
         return [with_notes(report, notes[layer], experts) for layer, report in reports]
 
 

@@ -146,7 +146,7 @@ def resolve(
     Raises as `open_build`.
     """
     config = source.config
-    tensors = plan_tensors(recipe, config)
+    tensors = plan_tensors(recipe, config, scales=not isinstance(statistics, NoStatistics))
     gathered = begin_gathering(statistics, source)
     if check is not None:
         besides = source.disk_bytes() + (gathered.disk_bytes if gathered else 0)

@@ -36,8 +36,8 @@ UnitHook = Callable[[WorkUnit], None]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A finished unit: its bytes, for a layer's AWQ scale what the encoder reports of the layer, for an expert what
-    its rounding fell back on.
+    """A finished unit: its bytes, for a layer's AWQ scale, or its first expert where there is none, what the encoder
+    reports of the layer, for an expert what its rounding fell back on.
 
     Where layers are tuned, `weights` f32 are those of a matrix that is tuned before it is rounded, and the last unit of
     a layer says in `stream` what the file's own stream behind that layer is.
@@ -125,7 +125,11 @@ def encode_unit(spec: BuildSpec, unit: WorkUnit, encoder: LayerEncoder | None) -
     if unit.expert is None:
         return Encoded(encoder.sidecar(), encoder.report())
     done = encoder.encode_from(unit.expert, spec.source)
-    return Encoded(np.concatenate([done.payloads[p] for p in PROJECTIONS]), notes=done.notes)
+    first = (
+        spec.importance is None and unit.expert == 0
+    )  # without importances no AWQ scale carries the report
+    payload = np.concatenate([done.payloads[p] for p in PROJECTIONS])
+    return Encoded(payload, encoder.report() if first else None, done.notes)
 
 
 @one_blas_thread()

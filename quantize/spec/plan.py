@@ -100,10 +100,10 @@ def check_layers(recipe: Recipe, tensors: Iterable[tuple[TensorSpec, Format]]) -
 _Row = tuple[str, Format, tuple[int, ...], int | None, TensorSpec | None]
 
 
-def _rows(recipe: Recipe, config: ModelConfig) -> Iterator[_Row]:
+def _rows(recipe: Recipe, config: ModelConfig, scales: bool) -> Iterator[_Row]:
     """Every tensor in file order: the inventory, with each layer's AWQ sidecar before its first expert."""
     for spec in inventory(config):
-        if spec.role == "expert" and (spec.expert, spec.projection) == (0, PROJECTIONS[0]):
+        if scales and spec.role == "expert" and (spec.expert, spec.projection) == (0, PROJECTIONS[0]):
             assert spec.layer is not None
             yield awq_scale_name(spec.layer), SIDECAR, (config.hidden_size,), spec.layer, None
         fmt = recipe.format_of(spec.name)
@@ -111,14 +111,14 @@ def _rows(recipe: Recipe, config: ModelConfig) -> Iterator[_Row]:
         yield spec.name, fmt, spec.shape, spec.layer, spec
 
 
-def plan_tensors(recipe: Recipe, config: ModelConfig) -> tuple[PlannedTensor, ...]:
-    """Every tensor of the file with its format, size and start.
+def plan_tensors(recipe: Recipe, config: ModelConfig, scales: bool = True) -> tuple[PlannedTensor, ...]:
+    """Every tensor of the file with its format, size and start; without `scales` no layer has an AWQ sidecar.
 
     Raises RecipeError where a format is one that the engine cannot run, WeightError where rows do not fill groups.
     """
     out: list[PlannedTensor] = []
     start = 0
-    for name, fmt, shape, layer, spec in _rows(recipe, config):
+    for name, fmt, shape, layer, spec in _rows(recipe, config, scales):
         out.append(PlannedTensor(name, fmt, shape, start, fmt.nbytes(math.prod(shape)), layer, spec))
         start += out[-1].nbytes
     check_layers(recipe, ((t.spec, t.format) for t in out if t.spec))

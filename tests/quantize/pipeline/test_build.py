@@ -224,14 +224,14 @@ def test_a_build_that_did_nothing_leaves_nothing(run: Run, tmp_path: Path) -> No
     assert names(tmp_path) == []
 
 
-def test_without_an_imatrix_the_file_says_so_and_its_scales_are_one(run: Run, tmp_path: Path) -> None:
+def test_without_an_imatrix_the_file_says_so_and_has_no_scales(run: Run, tmp_path: Path) -> None:
     result = run("out", **PLAIN)
     assert result.coverage is None
     with open_hfq(tmp_path / "out") as file:
         assert file.metadata["mq_quant"]["imatrix"] is None
         assert file.metadata["mq_quant"]["recipe"]["fit"] == "exact"
-        scale = file.read("model.layers.1.block_sparse_moe.awq_scale_gate_up.weight").view("<f2")
-        assert np.array_equal(scale, np.ones(256))
+        assert not any("awq_scale" in entry.name for entry in file.entries)
+        assert [report["alpha"] for report in file.metadata["mq_quant"]["layers"]] == [0.0, 0.0]
 
 
 def test_a_missing_imatrix_is_an_error(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -144,3 +145,10 @@ def test_a_gpu_is_given_the_tokens_that_it_has_room_for(
     released = parse_config(load_tier("mq2").model.config)
     assert calibration_sizes.usual_tokens(released, "cuda") == tokens
     assert calibration_sizes.usual_tokens(released, "cpu") == 65536
+
+
+def test_without_scales_no_layer_has_a_sidecar() -> None:
+    recipe = load_tier("mq2-lloyd")
+    plain = plan_tensors(recipe, config(), scales=False)
+    assert [t.name for t in plain] == [t.name for t in plan_tensors(recipe, config()) if t.spec is not None]
+    assert all(a.start + a.nbytes == b.start for a, b in pairwise(plain))
