@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .formats.hfq import open_hfq as open_hfq
     from .quantize.api import build_file as build_file
     from .quantize.api import calibrate as calibrate
+    from .quantize.api import evaluate_files as evaluate_files
     from .quantize.api import load_recipe as load_recipe
     from .quantize.api import open_source as open_source
     from .quantize.api import plan_file as plan_file
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _API = (
-    "build_file", "calibrate", "load_recipe", "open_source", "plan_file", "reproduce_file",
+    "build_file", "calibrate", "evaluate_files", "load_recipe", "open_source", "plan_file", "reproduce_file",
     "tiers", "verify_file",
 )  # fmt: skip
 _PLACES = {
@@ -42,8 +43,8 @@ _PLACES = {
     "MqError": ".formats.errors",
 }
 __all__ = [
-    "MqError", "__version__", "build_file", "calibrate", "diff_files", "load_recipe", "open_hfq", "open_source",
-    "plan_file", "reproduce_file", "tiers", "verify_file",
+    "MqError", "__version__", "build_file", "calibrate", "diff_files", "evaluate_files", "load_recipe", "open_hfq",
+    "open_source", "plan_file", "reproduce_file", "tiers", "verify_file",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ when it is called, so that `tiers` and `plan_file` wait for no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..formats.statistics.moment_file import DownForm
     from ..verify.run import Verification
     from .calibrate.run import CalibrationResult
+    from .evaluate.result import Evaluation
     from .inspect.reproduce import Reproduction
     from .pipeline.build import BuildResult
     from .pipeline.statistics import Statistics
@@ -167,6 +168,45 @@ def verify_file(
         closing(inputs_of(file, options)) as inputs,
     ):
         return verify(file, opened, inputs)
+
+
+def evaluate_files(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    source: str | Path | None = None,
+    reference: str | Path | None = None,
+    tokens: NDArray[np.integer] | None = None,
+    sequences: int | None = None,
+    length: int = 512,
+    device: Literal["cpu", "cuda"] = "cpu",
+    force: bool = False,
+) -> Evaluation:
+    """Measure how far files are from their source, all in one pass, and write the result to `output` as JSON.
+
+    `source` is run beside them on token ids [sequences, length], or on the evaluation text of mq-quant; `reference`, a
+    file of saved predictions, stands in place of it and holds its own tokens. Continues an evaluation that was
+    interrupted. Raises CheckError where neither or both are given.
+    """
+    from ..formats.errors import CheckError
+    from ..formats.hfq import open_hfq
+    from .calibrate.tokens import TokenRequest, check_tokens
+    from .evaluate.reference import of_checkpoint, of_file
+    from .evaluate.run import EvaluateOptions
+    from .evaluate.run import evaluate_files as run
+
+    files, options = [Path(path) for path in paths], EvaluateOptions(Path(output), device=device, force=force)
+    if (source is None) == (reference is None):
+        raise CheckError("give either source or reference")
+    if source is None:
+        with open_hfq(files[0]) as first:
+            against = of_file(Path(str(reference)), first)
+        return run(files, against, options)
+    with closing(open_source(source)) as opened:
+        opened.validate()
+        ids = None if tokens is None else check_tokens(tokens, opened.config, "tokens")
+        request = TokenRequest(sequences=sequences, length=length)
+        return run(files, of_checkpoint(opened, request, opened.fingerprint(), ids), options)
 
 
 def reproduce_file(

@@ -77,14 +77,25 @@ class Reference:
         return {"reference": self.kind, "tokens": token_record(self.tokens), "of": dict(self.record), **base}
 
 
-def of_checkpoint(source: Source, request: TokenRequest, files: Mapping[str, Any]) -> Reference:
-    """The source, on a text or token ids; `files` is its fingerprint. Raises TokenError, CheckpointError."""
-    tokens = load_tokens(source, request, EVALUATION)
+def of_checkpoint(
+    source: Source, request: TokenRequest, files: Mapping[str, Any], ids: Tokens | None = None
+) -> Reference:
+    """The source, on what is requested or on token ids; `files` is its fingerprint.
+
+    Raises TokenError or CheckpointError where there are no such tokens.
+    """
+    tokens = load_tokens(source, request, EVALUATION) if ids is None else ids
     record = {
         "source": {"origin": dict(source.origin), "files": dict(files)},
         "config": config_record(source.config),
     }
-    return Reference("source", tokens, EVALUATION_SHA256 if request.bundled else None, record, source=source)
+    return Reference(
+        "source",
+        tokens,
+        EVALUATION_SHA256 if request.bundled and ids is None else None,
+        record,
+        source=source,
+    )
 
 
 def of_file(path: Path, first: HfqFile) -> Reference:

@@ -27,7 +27,8 @@ from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import RecipeChanges
 from mq_quant.quantize.pipeline.statistics import NoStatistics
 from mq_quant.quantize.publish.base_model import BaseModel, base_model
-from mq_quant.quantize.publish.card import CardOptions, render_card, write_card
+from mq_quant.quantize.publish.card import CardOptions, write_card
+from mq_quant.quantize.publish.card_text import render_card
 from mq_quant.quantize.publish.facts import read_facts
 from mq_quant.quantize.spec.places import choose_recipe, open_place
 
