@@ -26,6 +26,7 @@ def test_every_kernel_of_the_sources_is_found():
             "answer_targets",
             "diagonal_hessian",
         ),
+        *("dense_sums", "spread_levels", "level_gradients"),
     }
     books, grids = ("MQ2-Lloyd", "MQ3-Lloyd"), ("MQ4", "MQ6")
     per_format = {
