@@ -11,6 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import small_model
+from fuzz_evaluation import (
+    evaluation,
+    llama_base,
+    read_llama_base,
+    read_result,
+    read_saved_reference,
+    saved_reference,
+)
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.hfq import Provenance, TensorMeta, layout, open_hfq, quantization_hash
 from mq_quant.formats.minimax import inventory, parse_config
@@ -226,6 +234,9 @@ TARGETS: dict[str, Target] = {
         mutate_bytes,
         lambda f: read_token_file(f / "tokens.txt"),
     ),
+    "saved-reference": Target("x.reference", saved_reference, mutate_bytes, read_saved_reference),
+    "llama-base": Target("x.base", llama_base, mutate_bytes, read_llama_base),
+    "evaluation": Target("x.json", evaluation, _BYTES_OR_JSON, read_result),
     "recipe": Target("x.yaml", _recipe, mutate_bytes, lambda f: load_recipe(f / "x.yaml")),
 }
 

@@ -123,6 +123,7 @@ def open_llama_base(path: Path) -> LlamaBase:
     ranges = np.frombuffer(stated, "<f4").reshape(chunks, rows, 2).astype(np.float32)
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise refuse("it holds token ids outside its vocabulary")
-    if not np.isfinite(ranges).all() or ranges[..., 0].min() < 0 or ranges[..., 1].max() > math.log(2):
+    scale, minimum = ranges[..., 0], ranges[..., 1]
+    if not np.isfinite(ranges).all() or scale.min() < 0 or scale.max() > 1 or minimum.max() > math.log(2):
         raise refuse("its log-probabilities are none")
     return LlamaBase(file, vocabulary, tokens, ranges)

@@ -7,42 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from linear_heads import VOCABULARY, heads
+from linear_heads import VOCABULARY
+from llama_base_file import LENGTH, ROWS, logits_of, written
 from mq_quant.formats.errors import CheckError
 from mq_quant.verify.evaluate import head
 from mq_quant.verify.evaluate.head import judge
 from mq_quant.verify.evaluate.llama_base import open_llama_base
-
-LENGTH = 11
-ROWS = LENGTH - 1 - LENGTH // 2
-
-
-def logits_of(model: object, sequence: int) -> np.ndarray:
-    model.load(0, VOCABULARY)  # type: ignore[attr-defined]
-    values: np.ndarray = model.logits(sequence, range(LENGTH)).numpy().astype(np.float32)  # type: ignore[attr-defined]
-    return values
-
-
-def coded(logits: np.ndarray) -> bytes:
-    """One position as `log_softmax` of tools/perplexity writes it: scale, minimum and an even number of codes."""
-    top, low = logits.max(), max(logits.min(), logits.max() - np.float32(16))
-    log_sum = np.float32(np.log(np.exp(logits - top).astype(np.float64).sum()))
-    scale = (top - low) / np.float32(65535)
-    codes = np.where(logits > low, np.rint((logits - low) / scale), 0).astype("<u2")
-    return struct.pack("<ff", scale, low - top - log_sum) + codes.tobytes() + b"\0\0" * (codes.size % 2)
-
-
-def written(path: Path, scale: float) -> tuple[Path, object, np.ndarray]:
-    """The reference's predictions in llama.cpp's form, a model near it, and the tokens."""
-    reference, test, tokens = heads(scale=scale)
-    out = bytearray(struct.pack("<8siii", b"_logits_", LENGTH, VOCABULARY, len(tokens)))
-    out += tokens.astype("<i4").tobytes()
-    for s in range(len(tokens)):
-        values = logits_of(reference, s)
-        for at in range(LENGTH // 2, LENGTH - 1):
-            out += coded(values[at])
-    path.write_bytes(out)
-    return path, test, tokens
 
 
 def llama_numbers(path: Path, test: object, tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -100,6 +70,7 @@ def test_a_text_that_begins_with_a_bos_has_one_before_each_chunk(tmp_path: Path)
         (16, struct.pack("<i", 2), "what it states takes"),
         (20, struct.pack("<i", VOCABULARY), "outside its vocabulary"),
         (20 + 4 * 33, struct.pack("<f", float("nan")), "log-probabilities are none"),
+        (20 + 4 * 33, struct.pack("<f", 1e30), "log-probabilities are none"),
         (24 + 4 * 33, struct.pack("<f", 3.0), "log-probabilities are none"),
     ],
 )

@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mq_quant.formats.errors import CheckError
-from mq_quant.verify.model.metrics import DB_CEILING, Divergence, cosine, kl_divergence, snr_db
+from mq_quant.verify.model.metrics import (
+    DB_CEILING,
+    Divergence,
+    cosine,
+    kl_divergence,
+    layer_figures,
+    perplexity,
+    snr_db,
+    standard_error,
+)
 
 
 def test_cosine_of_known_vectors() -> None:
@@ -75,3 +84,31 @@ def test_nothing_scored_is_an_error() -> None:
     divergence.add(torch.zeros(0, 4), torch.zeros(0, 4), np.zeros(0, np.int64))
     with pytest.raises(CheckError, match="no position was scored"):
         divergence.summary()
+
+
+def test_the_error_of_a_mean_and_of_a_perplexity() -> None:
+    values = np.array([1.0, 2.0, 3.0, 6.0])
+    assert standard_error(values) == pytest.approx(values.std(ddof=1) / 2)
+    value, error = perplexity(values)
+    assert value == pytest.approx(math.exp(3)) and error == pytest.approx(value * standard_error(values))
+    assert math.isnan(standard_error(values[:1])) and all(map(math.isnan, perplexity(values[:0])))
+
+
+def test_figures_of_a_layer() -> None:
+    reference = torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])
+    test = torch.tensor([[[3.0, 4.0], [0.0, 4.0]]])
+    ids = torch.tensor([[0, 1], [2, 3]])
+    found = layer_figures(7, reference, test, ids, torch.tensor([[1, 0], [2, 5]]))
+    assert (found.layer, found.cosine_mean, found.routing) == (7, pytest.approx(1), 0.75)
+    assert found.error == pytest.approx(1 / 50)
+    assert math.isnan(layer_figures(0, reference, test, None, None).routing)
+    nothing = torch.zeros_like(reference)
+    assert layer_figures(0, nothing, nothing, ids, ids).error == 0
+    assert layer_figures(0, nothing, test, ids, ids).error == 1
+
+
+def test_the_eight_most_likely_tokens_are_counted_as_a_set() -> None:
+    reference = torch.arange(16.0)[None]
+    divergence = Divergence()
+    divergence.add(reference, torch.roll(reference, 4, -1), np.array([1]))
+    assert divergence.summary().top8 == 0.5 and divergence.summary().top1 == 0
