@@ -38,6 +38,12 @@ CONTEXT = 12288
 CACHE_BITS = 8.5
 """Bits of a value in the engine's key/value cache: Q8 with a scale for each 32 values."""
 
+SPLITTING = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""The pattern by which the engine splits every text into words (that of cl100k), whatever the file's pre_tokenizer."""
+
 ONE_FORMAT = (
     "the engine reads the format of a layer's gate and up, and of its down, from expert 0: keep them equal"
 )

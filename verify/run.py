@@ -30,6 +30,7 @@ from .model.metrics import FEWEST
 from .stages.decode_parity import check_decode, sampled
 from .stages.forward_parity import POSITIONS, check_forward
 from .stages.generation import check_generation
+from .stages.splitting import split_notes
 from .stages.stage import Figures, StageResult
 from .stages.structure import check_structure
 
@@ -180,8 +181,9 @@ def _config(file: HfqFile) -> ModelConfig | None:
 
 
 def _structure(file: HfqFile, source: Source | None, watch: Watch) -> StageResult:
-    """The structure stage, and, with a source, whether the file's config and tokenizer are the source's."""
+    """The structure stage, how the engine splits texts, and whether config and tokenizer are those of a source."""
     stage = check_structure(file, watch)
+    stage = replace(stage, notes=(*stage.notes, *split_notes(file)))
     if source is None:
         return stage
     return replace(stage, problems=(*stage.problems, *_differs(file, source)))

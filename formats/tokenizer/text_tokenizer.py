@@ -66,6 +66,18 @@ class TextTokenizer:
             raise TokenError(PROBLEM, file=path, hint=HINT)
         return cls(text, path)
 
+    def split_by(self, pattern: str) -> TextTokenizer:
+        """A tokenizer that differs in how it splits a text into words: by this pattern, and into bytes after that."""
+        from tokenizers import Regex
+        from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+        with self._faults("cannot be copied"):
+            other = TextTokenizer(self._tokenizer.to_str(), self.file)
+            words = Split(Regex(pattern), behavior="isolated")
+            byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+            other._tokenizer.pre_tokenizer = Sequence([words, byte_level])
+            return other
+
     def ids(self, text: str, special: bool) -> list[int]:
         """The ids of a text, with `special` including what the tokenizer puts around every text, such as BOS."""
         with self._faults("cannot encode the text"):
