@@ -20,7 +20,7 @@ def with_kit(compared: HiddenComparison) -> HiddenComparison:
 
 
 def _finding(expected: Path, dump: Path) -> str | None:
-    kit = expected.resolve().parents[1]
+    kit = expected.resolve().parent.parent
     if not (kit / MANIFEST).is_file():
         return None
     try:
