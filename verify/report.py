@@ -24,7 +24,6 @@ from .stages.stage import LISTED
 
 PROMPT_SHOWN = 400
 """Characters of the prompt, its last ones, that stand above a continuation."""
-FLOATS = ("F16", "F32")
 UNKNOWN = "not said"
 _FIGURES = (
     ("kld_mean", "KL divergence, mean (nats)"),

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...formats.checkpoint.source import Source
-from ...formats.errors import CheckError, TokenError
+from ...formats.errors import CheckError
 from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig, parse_config
 from ...formats.statistics.moment_folder import config_record
@@ -119,16 +116,6 @@ def of_file(path: Path, first: HfqFile) -> Reference:
     return Reference(
         "saved", saved.tokens, text if isinstance(text, str) else None, saved.record, saved=saved
     )
-
-
-def check_same_tokens(reference: Reference, asked: NDArray[np.integer], where: Path) -> None:
-    """TokenError where token ids that were given beside saved predictions are not those of the predictions."""
-    if not np.array_equal(reference.tokens, asked):
-        raise TokenError(
-            "these are not the tokens of the reference",
-            file=where,
-            hint="leave --text and --tokens out: the reference holds its tokens",
-        )
 
 
 def config_of(file: HfqFile) -> ModelConfig:

@@ -102,11 +102,6 @@ class SavedReference:
         return torch.from_numpy(values.astype(np.float64))
 
 
-def is_saved_reference(head: bytes) -> bool:
-    """Whether the first bytes of a file may be those of a safetensors file."""
-    return len(head) >= 9 and head[8:9] == b"{"
-
-
 def open_reference(path: Path) -> SavedReference:
     """A file of saved predictions; CheckError where it is none, or not whole."""
     file = UnchangedFile(path, CheckError, HINT)
