@@ -16,13 +16,12 @@ import xxhash
 
 from ...formats.errors import PartError
 from ...formats.hfq import TensorMeta, layout
-from ...formats.own_file import disk_errors
 from ...formats.watch import UNWATCHED, Watch
 from ..spec.metadata import Outcome, complete
 from ..write.inputs import check_no_input
 from ..write.journal import differences
 from ..write.partial_file import Destination, PartialFile
-from .parts import HEAD, PartRecord, read_part
+from .parts import HEAD, PartRecord, read_part, reading
 
 PLACE = "source.origin."
 """Keys of a spec that may differ from part to part: where each machine had the source."""
@@ -120,7 +119,7 @@ def merge_parts(
     with ExitStack() as opened:
         parts = []
         for path in paths:
-            with disk_errors(path):
+            with reading(path):
                 file = opened.enter_context(path.open("rb"))
             parts.append(_Part(path, file, read_part(path, file)))
         parts.sort(key=lambda part: (part.record.first, part.record.last))
@@ -155,7 +154,7 @@ def merge_parts(
 
 def _bytes_of(unit: _Unit) -> bytes:
     """A unit's bytes from its part; PartError where they are not those that were noted."""
-    with disk_errors(unit.part.path):
+    with reading(unit.part.path):
         unit.part.file.seek(unit.offset)
         data = unit.part.file.read(unit.nbytes)
     if xxhash.xxh64_hexdigest(data) != unit.record["xxh64"]:

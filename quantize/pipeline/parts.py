@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ...formats.errors import PartError, RecipeError
 from ...formats.hfq import TensorMeta
 from ...formats.minimax import parse_config
-from ...formats.own_file import disk_errors
 from ...formats.strictjson import JsonError, dump_object, parse_object
 from ..spec.places import model_files
 from ..spec.plan import PlannedTensor
@@ -182,9 +182,18 @@ def sealed(
     return HEAD.pack(MAGIC, part.total_bytes, len(text), xxhash.xxh64_digest(text)), text
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Faults of the file system while a part is opened or read, as PartError."""
+    try:
+        yield
+    except OSError as e:
+        raise PartError(f"cannot be read: {e.strerror or e}", file=path, hint="check the path") from None
+
+
 def read_part(path: Path, file: BinaryIO) -> PartRecord:
     """What an open part says of itself; PartError where it is none, or was cut short or changed."""
-    with disk_errors(path):
+    with reading(path):
         head = file.read(HEAD.size)
         size = file.seek(0, 2)
         if len(head) < HEAD.size or not head.startswith(MAGIC):

@@ -230,6 +230,13 @@ def test_no_changed_byte_of_a_part_passes(parts: list[Path], tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_part_that_cannot_be_opened_is_named(parts: list[Path], tmp_path: Path) -> None:
+    for place in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(PartError, match=f"{place.name}: cannot be read"):
+            merge_parts([parts[0], place], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_output_is_no_part(parts: list[Path], tmp_path: Path) -> None:
     copies = [tmp_path / path.name for path in parts]
     for copy, path in zip(copies, parts, strict=True):
