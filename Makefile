@@ -7,7 +7,7 @@ OUT ?= out
 ROOMS := formats awq lloyd kernels verify quantize recipes texts
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint hashes kills quality quality-real clean
+.PHONY: demo test lint hashes counts kills quality quality-real clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(OUT)
@@ -29,6 +29,10 @@ lint: $(VENV)/.ready
 # Writes the quantization hashes of all tiers of the tiny source into its recipes, after a change that is meant to alter bytes.
 hashes: $(VENV)/.installed
 	$(BIN)/python tools/tiny_hashes.py
+
+# Writes what small builds ask of a device, after a change that is meant to alter it.
+counts: $(VENV)/.ready
+	$(BIN)/python tests/count_harness.py
 
 # Kills a build at 50 random points and resumes it each time; CI runs a short version of the same harness.
 kills: $(VENV)/.ready
