@@ -188,7 +188,7 @@ def main() -> None:
             result = {"device": backend.device, "milliseconds": kernel_times(backend, size, args.formats)}
     else:
         options = {} if args.device == "cpu" else {"own_stream": True}
-        encoder = GpuEncoder(lambda: open_backend(args.device, **options), args.streams)
+        encoder = GpuEncoder(lambda: open_backend(args.device, **options), streams=args.streams)
         print(encoder.device)
         jobs = args.jobs
         result = {

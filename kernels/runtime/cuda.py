@@ -96,7 +96,7 @@ def nvrtc_version() -> str:
 
 
 class CudaBackend(GpuBackend):
-    """Runs kernels on the first NVIDIA GPU."""
+    """Runs kernels on an NVIDIA GPU."""
 
     name = "cuda"
     driver = CUDA
@@ -105,7 +105,7 @@ class CudaBackend(GpuBackend):
 
     def _select(self) -> None:
         device, context = ctypes.c_int(), ctypes.c_void_p()
-        self.call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(0))
+        self.call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(self.index))
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self.call("cuCtxSetCurrent", context)
         name = ctypes.create_string_buffer(256)

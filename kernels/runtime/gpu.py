@@ -1,7 +1,7 @@
 """What the hip and cuda back ends share: their drivers and run-time compilers differ in the names of functions only.
 
-A `Driver` names a vendor's functions. `GpuBackend` calls them: it runs kernels in order on device 0, on the default
-stream or, beside other back ends, on a stream of its own. A back end is used from the thread that opened it.
+A `Driver` names a vendor's functions. `GpuBackend` calls them: it runs kernels in order on one device, on its
+default stream or, beside other back ends, on a stream of its own. A back end is used from the thread that opened it.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ class GpuBackend(Backend):
 
     driver: Driver
 
-    def __init__(self, sources: Sources | None = None, own_stream: bool = False) -> None:
+    def __init__(self, sources: Sources | None = None, own_stream: bool = False, index: int = 0) -> None:
         super().__init__(sources)
+        self.index = index
         library = load_library(self.driver.libraries)
         if library is None:
             raise BackendError(
@@ -122,13 +123,13 @@ class GpuBackend(Backend):
         return self._stream.value or 0
 
     @classmethod
-    def available(cls) -> bool:
-        """Whether this machine has a driver and a device."""
-        return device_count(cls.driver) > 0
+    def devices(cls) -> int:
+        """How many devices the driver sees; 0 without a driver."""
+        return device_count(cls.driver)
 
     @abstractmethod
     def _select(self) -> None:
-        """Make device 0 current and set `device`."""
+        """Make the device of number `index` current on this thread and set `device`."""
 
     @abstractmethod
     def _compile(self, module: Module) -> bytes:

@@ -96,16 +96,16 @@ def compile_module(sources: Sources, module: Module, arch: str) -> bytes:
 
 
 class HipBackend(GpuBackend):
-    """Runs kernels on the first AMD GPU."""
+    """Runs kernels on an AMD GPU."""
 
     name = "hip"
     driver = HIP
 
     def _select(self) -> None:
-        self.call("hipSetDevice", ctypes.c_int(0))
+        self.call("hipSetDevice", ctypes.c_int(self.index))
         properties = ctypes.create_string_buffer(8192)
         name = next((n for n in _PROPERTIES if self.library.has(n)), _PROPERTIES[-1])
-        self.call(name, properties, ctypes.c_int(0))
+        self.call(name, properties, ctypes.c_int(self.index))
         self.arch = architecture(properties.raw)
         self.device = f"{properties.value.decode(errors='replace') or 'AMD GPU'} ({self.arch})"
 

@@ -80,9 +80,14 @@ class Backend(ABC):
     """By format, elements of a group that one lane multiplies, where that is not SLICE of block_table.py."""
 
     @classmethod
+    def devices(cls) -> int:
+        """How many devices this machine has; 0 without a driver."""
+        return 1
+
+    @classmethod
     def available(cls) -> bool:
         """Whether this machine has the driver and a device."""
-        return True
+        return cls.devices() > 0
 
     def __init__(self, sources: Sources | None = None) -> None:
         self.sources = sources or Sources()
@@ -314,8 +319,8 @@ BACKENDS = {"hip": ".hip:HipBackend", "cuda": ".cuda:CudaBackend", "cpu": ".cpu:
 def open_backend(name: str = "auto", **options: Any) -> Backend:
     """Open a back end: "hip" (AMD GPU), "cuda" (NVIDIA GPU), "cpu", or "auto", the first that has a device.
 
-    `options` go to the back end's class: `sources` to any; `threads` and `order` to the CPU's, `own_stream` to those of
-    GPUs. Raises BackendError that says what is missing.
+    `options` go to the back end's class: `sources` to any; `threads` and `order` to the CPU's, `own_stream` and
+    `index`, the number of the GPU, to those of GPUs. Raises BackendError that says what is missing.
     """
     if name == "auto":
         for candidate in ("hip", "cuda"):
@@ -326,9 +331,9 @@ def open_backend(name: str = "auto", **options: Any) -> Backend:
     return _load(name)(**options)
 
 
-def has_device(name: str) -> bool:
-    """Whether the back end of that name has a driver and a device here."""
-    return _load(name).available()
+def devices(name: str) -> int:
+    """How many devices the back end of that name has here; 0 without a driver."""
+    return _load(name).devices()
 
 
 def _load(name: str) -> type[Backend]:

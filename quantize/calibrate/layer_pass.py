@@ -36,6 +36,15 @@ def open_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def other_devices(first: torch.device) -> tuple[torch.device, ...]:
+    """The other GPUs of the kind of the first one: sums are the same there."""
+    if first.type == "cpu":
+        return ()
+    kind = torch.cuda.get_device_name(0)
+    alike = [n for n in range(1, torch.cuda.device_count()) if torch.cuda.get_device_name(n) == kind]
+    return tuple(torch.device("cuda", n) for n in alike)
+
+
 class Propagation(Protocol):
     """What turns a layer's input into the next one's, where that is not the source itself."""
 

@@ -34,7 +34,7 @@ from ..encode.on_device.kept import keep_on_device
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text
-from .layer_pass import device_record, enter, gather_layer, manifest_of, open_device
+from .layer_pass import device_record, enter, gather_layer, manifest_of, open_device, other_devices
 from .moments import LayerMoments
 from .own_streams import load_stream, save_stream
 from .tokens import Tokens
@@ -79,6 +79,8 @@ class GatheredImportance:
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
         self._entering: Tensor | None = None
+        self.others = other_devices(self.device)
+        """Devices over which the experts of a layer are spread beside the one on which the model runs."""
         self.stays = self.device.type != "cpu" if stays is None else stays
         self._resident: Resident | None = None
         self._writing: Future[None] | None = None
@@ -158,7 +160,7 @@ class GatheredImportance:
             return with_rows(gathered, self._folder.rows(layer, self.config, self.tokens.size))
         here = self._resident
         gathered = self._folder.layer(layer, self.config, DOWN, here.record, behind)
-        return keep_on_device(gathered, *here.rows, here.weights.matrix)
+        return keep_on_device(gathered, *here.rows, here.weights.matrix, self.others)
 
     @property
     def shape(self) -> tuple[int, int, int]:

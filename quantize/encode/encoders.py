@@ -94,10 +94,10 @@ def open_encoder(device: str) -> Iterator[Encoder]:
     if device == "cpu":
         yield CPU
         return
-    from .gpu_encoder import GpuEncoder, open_gpu
+    from .gpu_encoder import open_gpus
 
     try:
-        encoder = GpuEncoder(lambda: open_gpu(device))
+        encoder = open_gpus(device)
     except BackendError as e:
         raise BackendError(
             e.problem, hint="use --device cpu, or `mq-quant doctor` to see what is here"

@@ -1,13 +1,16 @@
-"""The encoder on a GPU: several command streams, each with a thread of its own.
+"""The encoder on one GPU or several: command streams, each with a thread of its own.
 
 While one stream copies, another one computes. What the CPU has to do for a matrix happens on the thread that asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from queue import LifoQueue
 from typing import TypeVar
 
@@ -15,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...kernels.encode.device_encoder import DeviceEncoder
-from ...kernels.runtime.host import Backend, has_device, open_backend
+from ...kernels.runtime.host import Backend, devices, open_backend
 from .encoders import CPU, MatrixTask
 
 U8 = NDArray[np.uint8]
@@ -64,27 +67,29 @@ class _Stream:
 
 
 class GpuEncoder:
-    """Encodes on the device of a back end, which `open_it` opens once for each stream. The fit `reference` runs on the
-    CPU.
+    """Encodes on devices in turn; each of `opens` opens the back end of one, once for each of its `streams`. The fit
+    `reference` runs on the CPU.
 
-    The stream used last is the next one to be used, so that few threads that ask need the memory of few streams. For
-    every call that runs, another one may wait with its matrices in page-locked memory.
+    A device's stream used last is its next one to be used, so that few threads that ask need the memory of few streams.
+    For every call that runs, another one may wait with its matrices in page-locked memory.
     """
 
-    def __init__(self, open_it: Callable[[], Backend], streams: int = STREAMS) -> None:
+    def __init__(self, *opens: Callable[[], Backend], streams: int = STREAMS) -> None:
         self._all: list[_Stream] = []
+        self._free: list[LifoQueue[_Stream]] = [LifoQueue() for _ in opens]
         try:
-            for _ in range(streams):
-                self._all.append(_Stream(open_it))
+            for open_it, free in zip(opens, self._free, strict=True):
+                for _ in range(streams):
+                    self._all.append(_Stream(open_it))
+                    free.put(self._all[-1])
         except BaseException:
             self._give_back()
             raise
-        self.device = self._all[0].backend.device
-        self._free: LifoQueue[_Stream] = LifoQueue()
+        first = self._all[0].backend.device
+        self.device = first if len(opens) == 1 else f"{len(opens)} × {first}"
+        self._turns = count()
         self._stages: LifoQueue[U8] = LifoQueue()
-        for stream in self._all:
-            self._free.put(stream)
-        for _ in range(2 * streams):
+        for _ in range(2 * len(self._all)):
             self._stages.put(np.empty(0, np.uint8))
 
     def encode(self, tasks: Sequence[MatrixTask]) -> list[U8]:
@@ -97,22 +102,27 @@ class GpuEncoder:
             if len(stage) < needed:
                 stage = self._all[0].pinned(needed)
             staged, outs = _staged(tasks, stage)
-            stream = self._free.get()
-            try:
+            with self._stream(next(self._turns)) as stream:
                 stream.encode(staged, outs)
-            finally:
-                self._free.put(stream)
             return [out.copy() for out in outs]
         finally:
             self._stages.put(stage)
 
-    def on_stream(self, work: Callable[[DeviceEncoder], T]) -> T:
-        """What some work returns that launches kernels itself, on the encoder of the stream that is free next."""
-        stream = self._free.get()
-        try:
+    def on_stream(self, work: Callable[[DeviceEncoder], T], device: int = 0) -> T:
+        """What some work returns that launches kernels itself, with the encoder of the stream that is free next on the
+        device of this number.
+        """
+        with self._stream(device) as stream:
             return stream.run(work)
+
+    @contextmanager
+    def _stream(self, device: int) -> Iterator[_Stream]:
+        free = self._free[device % len(self._free)]
+        stream = free.get()
+        try:
+            yield stream
         finally:
-            self._free.put(stream)
+            free.put(stream)
 
     def close(self) -> None:
         """Wait for what is under way and give the device back; then raise the first error of that."""
@@ -145,8 +155,18 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def open_gpu(device: str, own_stream: bool = True) -> Backend:
-    """The back end of `hip`, or of `cuda`, which is HIP's where there is only an AMD GPU; BackendError without one."""
-    if device == "cuda" and not has_device("cuda") and has_device("hip"):
-        device = "hip"
-    return open_backend(device, own_stream=own_stream)
+def open_gpu(device: str, own_stream: bool = True, index: int = 0) -> Backend:
+    """The back end of `hip`, or of `cuda`, which is HIP's where there is only an AMD GPU, for the GPU of this number;
+    BackendError without one.
+    """
+    return open_backend(_vendor(device), own_stream=own_stream, index=index)
+
+
+def open_gpus(device: str) -> GpuEncoder:
+    """The encoder of all GPUs of `hip` or `cuda`; BackendError without one."""
+    found = max(1, devices(_vendor(device)))
+    return GpuEncoder(*(partial(open_gpu, device, index=n) for n in range(found)))
+
+
+def _vendor(device: str) -> str:
+    return "hip" if device == "cuda" and not devices("cuda") and devices("hip") else device

@@ -47,6 +47,15 @@ class DeviceMatrix:
     scales: Tensor
     block: tuple[int, int]
 
+    def to(self, device: torch.device) -> DeviceMatrix:
+        """The same on another device, complete there."""
+        if device == self.codes.device:
+            return self
+        moved = DeviceMatrix(self.codes.to(device), self.scales.to(device), self.block)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return moved
+
     def values(self) -> Tensor:
         """The matrix f32 [R, C]."""
         rows, columns = self.codes.shape

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from .moments import Whitening, mixed, whitening
 
 @dataclass(frozen=True)
 class KeptOnDevice:
-    """One layer, as a calibration gathers it, and what its experts saw: an importance for any number of threads.
+    """One layer, as a calibration gathers it, and what its experts saw: an importance for any number of threads. Of
+    several devices each has all of it, and an expert belongs to one: `place` is the number of this one.
 
     `rows` f32 [tokens, hidden] are the inputs of gate and up, `order` i64 the tokens sorted by expert, those of expert
     e from starts[e] to starts[e + 1], ascending. `gate_up` f64 [hidden, hidden] and `down` f64 [I, I] are the moments
@@ -34,6 +35,28 @@ class KeptOnDevice:
     white: Whitening | None
     white_down: Whitening | None
     matrix: Callable[[str], DeviceMatrix | Tensor]
+    place: int = 0
+    others: tuple[KeptOnDevice, ...] = ()
+
+    def of_expert(self, expert: int) -> KeptOnDevice:
+        """The same on the device to which an expert belongs."""
+        return (self, *self.others)[expert % (1 + len(self.others))]
+
+    def on(self, device: torch.device, place: int) -> KeptOnDevice:
+        """The same on another device."""
+        rows, order, gate_up, down = (t.to(device) for t in (self.rows, self.order, self.gate_up, self.down))
+        white, white_down = (None if w is None else w.to(device) for w in (self.white, self.white_down))
+        return replace(
+            self,
+            rows=rows,
+            order=order,
+            gate_up=gate_up,
+            down=down,
+            white=white,
+            white_down=white_down,
+            place=place,
+            matrix=lambda name: self.matrix(name).to(device),
+        )
 
     @property
     def layer(self) -> int:
@@ -85,9 +108,16 @@ class KeptOnDevice:
 
 
 def keep_on_device(
-    gathered: CalibratedLayer, rows: Tensor, experts: Tensor, matrix: Callable[[str], DeviceMatrix | Tensor]
+    gathered: CalibratedLayer,
+    rows: Tensor,
+    experts: Tensor,
+    matrix: Callable[[str], DeviceMatrix | Tensor],
+    others: Sequence[torch.device] = (),
 ) -> KeptOnDevice:
-    """The importances of a layer whose inputs are rows f32 [tokens, hidden], taken by `experts` i64 [tokens, k]."""
+    """The importances of a layer whose inputs are rows f32 [tokens, hidden], taken by `experts` i64 [tokens, k].
+
+    Experts are spread over the device of the rows and `others`.
+    """
     assert gathered.gate_up.moment is not None
     taken = experts.flatten()
     by_expert = taken.argsort(stable=True)
@@ -97,6 +127,7 @@ def keep_on_device(
         torch.from_numpy(moment).to(rows.device) for moment in (gathered.gate_up.moment, gathered.down_pooled)
     )
     order = by_expert // experts.shape[1]
-    return KeptOnDevice(
+    kept = KeptOnDevice(
         gathered, rows, order, starts, gate_up, down, whitening(gate_up), whitening(down), matrix
     )
+    return replace(kept, others=tuple(kept.on(device, n) for n, device in enumerate(others, 1)))

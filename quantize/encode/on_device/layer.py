@@ -41,48 +41,46 @@ class DeviceLayerEncoder(LayerEncoder):
 
     importance: KeptOnDevice
 
-    @property
-    def device(self) -> torch.device:
-        """Where torch works."""
-        return self.importance.rows.device
-
     def encode_from(self, expert: int, source: Source) -> EncodedExpert:
         """As `LayerEncoder.encode_from`; weights that lie on the device are not read again."""
         if self.fit != "hessian":
             return super().encode_from(expert, source)
+        kept = self.importance.of_expert(expert)
         names = {p: expert_name(self.layer, expert, p) for p in ("w1", "w2", "w3")}
-        given = {p: self.importance.matrix(name) for p, name in names.items()}
+        given = {p: kept.matrix(name) for p, name in names.items()}
         for name in names.values():
             source.release(name)
 
         def work(rounder: Rounder) -> EncodedExpert:
             weights = {p: m if isinstance(m, Tensor) else m.values() for p, m in given.items()}
-            return self._rounded(expert, weights, rounder)
+            return self._rounded(kept, expert, weights, rounder)
 
-        done = on_device(self.encoder, self.device, work)
+        done = on_device(self.encoder, kept, work)
         for p, payload in done.payloads.items():
             check_levels(names[p], self.formats[p], payload)
         return done
 
-    def _rounded(self, expert: int, weights: Mapping[str, Tensor], rounder: Rounder) -> EncodedExpert:
+    def _rounded(
+        self, kept: KeptOnDevice, expert: int, weights: Mapping[str, Tensor], rounder: Rounder
+    ) -> EncodedExpert:
         """What `LayerEncoder.encode_expert` does with an expert whose inputs were kept."""
-        kept, inputs = self.importance, self.importance.seen(expert)
+        inputs = kept.seen(expert)
         fold = self.fold(kept.of(expert, "w2")) if self.settings.fold_down else None
         forms = {p: self.stored.form(p, fold) for p in weights}
-        scale = self._columns(forms["w1"], inputs.shape[1])
+        scale = _columns(forms["w1"], inputs.shape[1], inputs.device)
         damping = self._damping("w1")
         gate_up = factors_of(rotated_moment(kept.mixed(expert, "w1", inputs), damping, scale))
         payloads: dict[str, U8] = {}
         values: dict[str, Tensor] = {}
         for projections in _together(self.formats):
-            folded = torch.cat([self._folded(forms[p], weights[p]) for p in projections])
+            folded = torch.cat([_folded(forms[p], weights[p]) for p in projections])
             fmt = self.formats[projections[0]]
             packed, rounded = rounder.encode(folded, fmt, scale, gate_up, self.gain)
             payloads |= zip(projections, np.split(packed, len(projections)), strict=True)
             values |= zip(projections, (unrotated(rounded) / scale).chunk(len(projections)), strict=True)
         there = product(inputs, weights["w1"], weights["w3"])
-        here = product(inputs, values["w1"], self._unfolded(forms["w3"], values["w3"]))
-        columns = self._columns(forms["w2"], here.shape[1])
+        here = product(inputs, values["w1"], _unfolded(forms["w3"], values["w3"]))
+        columns = _columns(forms["w2"], here.shape[1], here.device)
         moment = rotated_moment(kept.mixed(expert, "w2", here), self._damping("w2"), columns)
         down = factors_of(moment)
         fitted = answering_down(weights["w2"], there, here)
@@ -92,7 +90,8 @@ class DeviceLayerEncoder(LayerEncoder):
 
     def _sample_loss(self, candidate: Prepared, samples: Mapping[str, F32]) -> float:
         """As `LayerEncoder` does it, with all sampled rows of a format at once."""
-        moment, form = self.importance.gate_up, candidate.stored.form("w1")
+        kept_here, form = self.importance, candidate.stored.form("w1")
+        moment = kept_here.gate_up
         rows = [
             np.concatenate(
                 [some_rows(full) for name, full in samples.items() if name.endswith(_SUFFIXES[projections])]
@@ -101,18 +100,18 @@ class DeviceLayerEncoder(LayerEncoder):
         ]
 
         def work(rounder: Rounder) -> tuple[float, float]:
-            scale = self._columns(form, len(moment))
+            scale = _columns(form, len(moment), moment.device)
             damping = self.importance.shared.damping
             hessian = factors_of(rotated_moment(moment, damping, scale))
-            lost = kept = torch.zeros((), dtype=torch.float64, device=self.device)
+            lost = kept = torch.zeros((), dtype=torch.float64, device=moment.device)
             for projections, given in zip(_together(self.formats), rows, strict=True):
-                some = torch.from_numpy(given).to(self.device)
+                some = torch.from_numpy(given).to(moment.device)
                 _, values = rounder.encode(some, self.formats[projections[0]], scale, hessian, 0.0)
                 lost = lost + _energy(unrotated(values) / scale - some, moment)
                 kept = kept + _energy(some, moment)
             return float(lost), float(kept)
 
-        lost, kept = on_device(self.encoder, self.device, work)
+        lost, kept = on_device(self.encoder, kept_here, work)
         return lost / kept if kept > 0 else 0.0
 
     def _shared(self, scale: F32) -> None:
@@ -122,19 +121,6 @@ class DeviceLayerEncoder(LayerEncoder):
         fmt = self.formats[projection]
         assert isinstance(fmt, LloydFormat | AffineFormat)
         return OWN_DAMPING[fmt.levels]
-
-    def _columns(self, form: StoredForm, width: int) -> Tensor:
-        """What multiplies the columns, f32 [width]."""
-        return self._there(np.ones(width, np.float32) if form.scale is None else form.scale)
-
-    def _folded(self, form: StoredForm, weights: Tensor) -> Tensor:
-        return weights if form.fold is None else weights / self._there(form.fold)[:, None]
-
-    def _unfolded(self, form: StoredForm, weights: Tensor) -> Tensor:
-        return weights if form.fold is None else weights * self._there(form.fold)[:, None]
-
-    def _there(self, array: F32) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
 _SUFFIXES = {
@@ -156,13 +142,30 @@ def _energy(rows: Tensor, moment: Tensor) -> Tensor:
     return ((x @ moment) * x).sum()
 
 
-def on_device(encoder: Encoder, device: torch.device, work: Callable[[Rounder], T]) -> T:
+def on_device(encoder: Encoder, kept: KeptOnDevice, work: Callable[[Rounder], T]) -> T:
     """Do some work where torch and the encoder share a stream; with another encoder, on this thread."""
     if not isinstance(encoder, GpuEncoder):
         return work(ThroughMemory(encoder))
 
     def streamed(there: DeviceEncoder) -> T:
-        with torch.inference_mode(), on_stream(there.backend, device):
+        with torch.inference_mode(), on_stream(there.backend, kept.rows.device):
             return work(Streamed(there))
 
-    return encoder.on_stream(streamed)
+    return encoder.on_stream(streamed, kept.place)
+
+
+def _columns(form: StoredForm, width: int, device: torch.device) -> Tensor:
+    """What multiplies the columns, f32 [width]."""
+    return _there(np.ones(width, np.float32) if form.scale is None else form.scale, device)
+
+
+def _folded(form: StoredForm, weights: Tensor) -> Tensor:
+    return weights if form.fold is None else weights / _there(form.fold, weights.device)[:, None]
+
+
+def _unfolded(form: StoredForm, weights: Tensor) -> Tensor:
+    return weights if form.fold is None else weights * _there(form.fold, weights.device)[:, None]
+
+
+def _there(array: F32, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

@@ -23,6 +23,10 @@ class Whitening:
     target: Tensor
     energy: Tensor
 
+    def to(self, device: torch.device) -> Whitening:
+        """The same on another device."""
+        return Whitening(self.turn.to(device), self.target.to(device), self.energy.to(device))
+
 
 def whitening(moment: Tensor) -> Whitening | None:
     """The whitening of a moment f64 [K, K]; None where the moment has no energy or is not finite."""

@@ -60,6 +60,21 @@ def test_a_build_continues_on_another_device(run: Run, tmp_path: Path, device: G
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+def test_every_device_opens_its_own_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def opens(kind: str, *, index: int, **_: bool) -> Any:
+        opened.append((kind, index))
+        return open_backend("cpu", threads=1)
+
+    monkeypatch.setattr(gpu_encoder, "devices", lambda kind: 3 if kind == "cuda" else 0)
+    monkeypatch.setattr(gpu_encoder, "open_backend", opens)
+    with open_encoder("cuda") as found:
+        task = MatrixTask(np.ones((1, 256), np.float32), StoredForm(MQ2_LLOYD), "exact")
+        assert len({found.encode([task])[0].tobytes() for _ in range(3)}) == 1
+    assert sorted(set(opened)) == [("cuda", n) for n in range(3)] and len(opened) == 24
+
+
 def test_a_fault_on_the_device_reaches_who_asked(device: GpuEncoder) -> None:
     task = MatrixTask(np.ones((1, 300), np.float32), StoredForm(MQ2_LLOYD), "exact")
     with pytest.raises(Exception, match=r"300|reshape|fit|size"):
@@ -88,7 +103,7 @@ def test_what_a_device_lacks_is_said_before_anything_is_read(
     def missing(kind: str, **_: bool) -> Any:
         raise BackendError(f"the {kind} back end finds no driver")
 
-    monkeypatch.setattr(gpu_encoder, "has_device", lambda kind: False)
+    monkeypatch.setattr(gpu_encoder, "devices", lambda kind: 0)
     monkeypatch.setattr(gpu_encoder, "open_backend", missing)
     monkeypatch.setattr(build_spec, "open_place", lambda *_: pytest.fail("the source was opened"))
     with pytest.raises(SystemExit) as stopped:
@@ -99,7 +114,7 @@ def test_what_a_device_lacks_is_said_before_anything_is_read(
 
 def test_cuda_is_an_amd_gpu_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in torch."""
-    monkeypatch.setattr(gpu_encoder, "has_device", lambda kind: kind == "hip")
+    monkeypatch.setattr(gpu_encoder, "devices", lambda kind: int(kind == "hip"))
     opened = {"hip": lambda: open_backend("cpu")}
     monkeypatch.setattr(gpu_encoder, "open_backend", lambda kind, **_: opened[kind]())
     with open_encoder("cuda") as found:

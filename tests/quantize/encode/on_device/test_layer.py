@@ -88,10 +88,12 @@ def test_the_exponent_that_is_found_is_that_of_the_usual_way(source, tmp_path, m
             assert loss == pytest.approx(theirs["alpha_losses"][alpha], rel=1e-3)
 
 
-def test_kernels_and_loops_give_one_file_for_any_number_of_workers(source, tmp_path, stays):
+def test_loops_and_kernels_on_two_devices_give_one_file(source, tmp_path, stays, monkeypatch):
     """Kernels on a CPU are slow, so that only some experts are looked at."""
     built(source, tmp_path / "loops", "mq3-lloyd", jobs=1)
-    encoder = GpuEncoder(lambda: open_backend("cpu", threads=1), streams=2)
+    monkeypatch.setattr(on_the_fly, "other_devices", lambda first: (torch.device(first),))
+    encoder = GpuEncoder(*(lambda: open_backend("cpu", threads=1) for _ in range(2)), streams=1)
+    assert encoder.device.startswith("2 × CPU")
     with stopped(at="layer 1 expert 0") as hook:
         built(source, tmp_path / "kernels", "mq3-lloyd", jobs=3, encoder=encoder, on_begin=hook)
     encoder.close()
