@@ -199,8 +199,6 @@ constexpr int WAVES = GRID ? GRID_WAVES : WAVE / LEVELS;
 constexpr int ROW_WAVES = WAVE * WAVES;
 constexpr int DENSE_COLUMNS = GRID ? 4 : LEVELS + 1;
 constexpr int DENSE_WAVES = GRID ? GRID_WAVES : BOOK_WAVES;
-// Rows of a wave of refit_dense: a codebook's sums of rows of H stay in registers, and each row of H is read for all of them.
-constexpr int DENSE_ROWS = GRID || LEVELS > BOOK_SUMS ? 1 : BOOK_SUMS / LEVELS;
 
 // The end of a sum of products in the order of lloyd.levels.refit.weighted_dot: lane c of a quartet of lanes has summed
 // elements c, c + 4, c + 8 … of the columns, and every lane gets the sum of the four.
@@ -368,20 +366,29 @@ KERNEL(REFIT_THREADS) refit(float* __restrict__ params, uint8_t* __restrict__ co
   }
 }
 
-// columns[k] += the rows of H whose code is k, of each of a wave's rows; `letters` holds their codes, column by column.
-DEVICE void sum_by_code(float (&columns)[DENSE_ROWS][LEVELS][PER_LANE], const float* h, const uint8_t* letters) {
-#pragma unroll 2
-  for (int i = 0; i < GROUP; i++) {
-    float line[PER_LANE];
-    load_group(line, h + i * GROUP);
+// columns[k] += the rows of H whose code is k, ascending. `letters` holds the codes. Codes of 32 columns are looked at together,
+// so that the waves of a multiprocessor read about the same rows of H at a time, and no wave branches for an addition.
+DEVICE void sum_by_code(float (&columns)[LEVELS][PER_LANE], const float* h, const uint8_t* letters) {
+  for (int at = 0; at < GROUP; at += WAVE) {
+    const int code = letters[at + lane()];
+    const float* lines = h + at * GROUP;
 #pragma unroll
-    for (int r = 0; r < DENSE_ROWS; r++) {
-      const int code = letters[i * DENSE_ROWS + r];
+    for (int k = 0; k < LEVELS; k++) {
+      uint32_t left = lanes_where(code == k);
+      while (left) {
+        const int one = first_bit(left);
+        left &= left - 1;
+        const bool more = left != 0;
+        const int two = more ? first_bit(left) : one;
+        left &= left - 1;
+        float a[PER_LANE], b[PER_LANE];
+        load_group(a, lines + one * GROUP);
+        load_group(b, lines + two * GROUP);
 #pragma unroll
-      for (int k = 0; k < LEVELS; k++) {
-        if (code == k) {
+        for (int j = 0; j < PER_LANE; j++) columns[k][j] += a[j];
+        if (more) {
 #pragma unroll
-          for (int j = 0; j < PER_LANE; j++) columns[r][k][j] += line[j];
+          for (int j = 0; j < PER_LANE; j++) columns[k][j] += b[j];
         }
       }
     }
@@ -396,23 +403,24 @@ DEVICE void place_of(int entry, int& k, int& m) {
 }
 
 // New levels under a dense H: pulled f32 [count, 256·groups] holds H·y. For a grid `turned` holds -H·codes, and totals f32
-// [groups] the sums over H; for a codebook rows of H are summed by code. A wave has DENSE_ROWS rows.
+// [groups] the sums over H; for a codebook rows of H are summed by code. A wave per row.
 KERNEL(REFIT_THREADS) refit_dense(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ pulled,
                                   const float* __restrict__ turned, const float* __restrict__ matrix,
                                   const float* __restrict__ totals, int count, int groups, int first) {
   LDS(float, shared, DENSE_WAVES* DENSE_COLUMNS* COLUMN);
   LDS(float, systems, DENSE_WAVES* PARAMS*(PARAMS + 1));
   LDS(int, ranks, DENSE_WAVES* PARAMS);
-  LDS(uint8_t, all_letters, DENSE_WAVES* DENSE_ROWS* GROUP);
-  const int group = first + blockIdx.y, r = (blockIdx.x * DENSE_WAVES + wave()) * DENSE_ROWS, t = lane();
+  LDS(uint8_t, letters, DENSE_WAVES* GROUP);
+  const int group = first + blockIdx.y, r = blockIdx.x * DENSE_WAVES + wave(), t = lane();
+  const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
+  float* param = params + (row * groups + group) * PARAMS;
   float* columns = shared + wave() * DENSE_COLUMNS * COLUMN;
   float* ys = columns + PARAMS * COLUMN;
   float v[PER_LANE];
+  const Codes mine = load_codes(codes + at + PER_LANE * t);
+  load_group(v, pulled + at);
+  store_group(ys, v);
   if constexpr (GRID) {
-    const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
-    const Codes mine = load_codes(codes + at + PER_LANE * t);
-    load_group(v, pulled + at);
-    store_group(ys, v);
     load_group(v, turned + at);
     store_group(columns, v);
 #pragma unroll
@@ -430,38 +438,27 @@ KERNEL(REFIT_THREADS) refit_dense(float* __restrict__ params, uint8_t* __restric
     for (int i = 0; i < GROUP; i += 4) sum = fmaf(a[i], b[i], sum);
     sum = join_chains(sum);
     const float b0 = __shfl(sum, 0), b1 = __shfl(sum, 4), g11 = -__shfl(sum, 8), g10 = -__shfl(sum, 12);
-    refit_grid(params + (row * groups + group) * PARAMS, totals[group], g10, g11, b0, b1, r < count);
+    refit_grid(param, totals[group], g10, g11, b0, b1, r < count);
   } else {
-    uint8_t* letters = all_letters + wave() * DENSE_ROWS * GROUP;
+    uint8_t* letter = letters + wave() * GROUP;
     float* system = systems + wave() * PARAMS * (PARAMS + 1);
-    for (int n = 0; n < DENSE_ROWS; n++) {
-      const int64_t at = ((int64_t)min(r + n, count - 1) * groups + group) * GROUP;
-      const Codes mine = load_codes(codes + at + PER_LANE * t);
+    *reinterpret_cast<Codes*>(letter + PER_LANE * t) = mine;
+    __syncthreads();
+    float sums[LEVELS][PER_LANE] = {};
+    sum_by_code(sums, matrix + (int64_t)group * SQUARE, letter);
 #pragma unroll
-      for (int j = 0; j < PER_LANE; j++) letters[(PER_LANE * t + j) * DENSE_ROWS + n] = (uint8_t)code_of(mine, j);
+    for (int k = 0; k < LEVELS; k++) store_group(columns + k * COLUMN, sums[k]);
+    __syncthreads();
+    for (int entry = t; entry < LEVELS * (LEVELS + 3) / 2; entry += WAVE) {
+      int k, m;
+      place_of(entry, k, m);
+      const float* column = columns + k * COLUMN;
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int i = 0; i < GROUP; i++) sum = letter[i] == m ? sum + column[i] : sum;
+      system[k < LEVELS ? k * (LEVELS + 1) + m : m * (LEVELS + 1) + LEVELS] = sum;
     }
     __syncthreads();
-    float sums[DENSE_ROWS][LEVELS][PER_LANE] = {};
-    sum_by_code(sums, matrix + (int64_t)group * SQUARE, letters);
-#pragma unroll
-    for (int n = 0; n < DENSE_ROWS; n++) {
-      const int64_t row = min(r + n, count - 1), at = (row * groups + group) * GROUP;
-#pragma unroll
-      for (int k = 0; k < LEVELS; k++) store_group(columns + k * COLUMN, sums[n][k]);
-      load_group(v, pulled + at);
-      store_group(ys, v);
-      __syncthreads();
-      for (int entry = t; entry < LEVELS * (LEVELS + 3) / 2; entry += WAVE) {
-        int k, m;
-        place_of(entry, k, m);
-        float sum = 0.0f;
-        for (int i = 0; i < GROUP; i++) sum = letters[i * DENSE_ROWS + n] == m ? sum + columns[k * COLUMN + i] : sum;
-        system[k < LEVELS ? k * (LEVELS + 1) + m : m * (LEVELS + 1) + LEVELS] = sum;
-      }
-      __syncthreads();
-      float* param = params + (row * groups + group) * PARAMS;
-      refit_book(param, codes + at, system, ranks + wave() * LEVELS, r + n < count);
-      __syncthreads();
-    }
+    refit_book(param, codes + at, system, ranks + wave() * LEVELS, r < count);
   }
 }

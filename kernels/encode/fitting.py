@@ -24,7 +24,7 @@ from ...lloyd.hessian.row import shakes_of
 from ...lloyd.levels.kmeans import gaussian_bounds
 from ..runtime.block_table import BLOCK_THREADS, WAVE
 from ..runtime.host import Argument, Backend, Buffer
-from .geometry import DESCENT_WAVES, KMEANS_ROWS, PRODUCT_SIDE, TILE, dense_refit, refit_waves
+from .geometry import DESCENT_WAVES, KMEANS_ROWS, PRODUCT_SIDE, TILE, dense_waves, refit_waves
 from .hessians import Coupling, Hessian
 from .space import Space
 
@@ -220,9 +220,9 @@ class Fitting:
             turned = self._space.take("turned", work.codes.shape, np.float32)
             self.launch("widen_codes", (-(-wide.size // BLOCK_THREADS),), (wide, work.codes, wide.size))
             self._multiply(work, turned, wide, h, -1.0, first, number)
-        waves, rows = dense_refit(fmt)
+        waves = dense_waves(fmt)
         given = (work.params, work.codes, pulled, turned, h.plain, h.totals, *shape)
-        self.launch("refit_dense", (work.blocks(waves * rows), number), given, fmt, waves * WAVE)
+        self.launch("refit_dense", (work.blocks(waves), number), given, fmt, waves * WAVE)
 
     def _multiply(
         self, work: Work, out: Buffer, y: Buffer, h: Hessian, sign: float, first: int, number: int

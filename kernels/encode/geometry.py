@@ -28,9 +28,7 @@ DESCENT_WAVES = 4
 GRID_WAVES = 8
 """Rows of a block of the refits of a grid, a wave each; a codebook's are fewer, the more levels it has."""
 BOOK_WAVES = 4
-"""Waves of a block of the dense refit of a codebook, and"""
-BOOK_SUMS = 16
-"""the levels, those of several rows together, whose sums such a wave keeps."""
+"""Rows of a block of the dense refit of a codebook, a wave each."""
 STRIP = 8
 """Rows of a Hessian's factor that a block works on at a time."""
 
@@ -48,7 +46,6 @@ CONSTANTS: Mapping[str, Number] = {
     "GRID_WAVES": GRID_WAVES,
     "REFIT_THREADS": GRID_WAVES * WAVE,
     "BOOK_WAVES": BOOK_WAVES,
-    "BOOK_SUMS": BOOK_SUMS,
     "STRIP": STRIP,
     **{
         name: getattr(constants, name)
@@ -67,11 +64,9 @@ def refit_waves(fmt: Format) -> int:
     return GRID_WAVES if isinstance(fmt, AffineFormat) else WAVE // fmt.levels
 
 
-def dense_refit(fmt: Format) -> tuple[int, int]:
-    """Waves of a block of the dense refit, and rows of each wave: DENSE_WAVES and DENSE_ROWS in encode_fit.hip."""
-    if isinstance(fmt, AffineFormat):
-        return GRID_WAVES, 1
-    return BOOK_WAVES, max(1, BOOK_SUMS // fmt.levels)
+def dense_waves(fmt: Format) -> int:
+    """Rows of a block of the dense refits, a wave each: DENSE_WAVES in encode_fit.hip."""
+    return GRID_WAVES if isinstance(fmt, AffineFormat) else BOOK_WAVES
 
 
 def header() -> str:

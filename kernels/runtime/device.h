@@ -37,6 +37,11 @@ DEVICE int first_lane(bool found) {
 }
 #endif
 
+// Bit by bit, for which lanes `found` is true; every lane gets it.
+#ifndef MQ_LANES_WHERE
+DEVICE uint32_t lanes_where(bool found) { return __builtin_amdgcn_ballot_w32(found); }
+#endif
+
 // The number of the lowest bit that is set in a word that is not 0.
 #ifndef MQ_FIRST_BIT
 DEVICE int first_bit(uint32_t bits) { return __builtin_ctz(bits); }

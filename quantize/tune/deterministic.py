@@ -39,18 +39,16 @@ def deterministic() -> Iterator[None]:
 
     cuBLAS has a fixed order only where its workspaces have fixed sizes, which it takes from the environment.
     """
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    # Not by use_deterministic_algorithms, which loads torch's compiler: three seconds, for nothing.
+    before = torch.get_deterministic_debug_mode()
     precision, filled = torch.get_float32_matmul_precision(), getattr(_settings, _FILL)
     offer(_CUBLAS, ":4096:8")
     try:
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")
         torch.set_float32_matmul_precision("highest")
         setattr(_settings, _FILL, False)
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
         torch.set_float32_matmul_precision(precision)
         setattr(_settings, _FILL, filled)

@@ -71,6 +71,12 @@ static inline int first_lane(bool found) {
   for (int mask = 1; mask < 32; mask *= 2) first = min(first, __shfl_xor(first, mask));
   return first;
 }
+#define MQ_LANES_WHERE
+static inline uint32_t lanes_where(bool found) {
+  int lanes = found ? static_cast<int>(1u << mq::lane()) : 0;
+  for (int mask = 1; mask < 32; mask *= 2) lanes |= __shfl_xor(lanes, mask);
+  return static_cast<uint32_t>(lanes);
+}
 #define MQ_SYNC_WAVE
 static inline void sync_wave() { __shfl(0, 0); }
 #define MQ_BOOK

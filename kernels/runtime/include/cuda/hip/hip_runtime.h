@@ -18,6 +18,8 @@ static __device__ __forceinline__ int first_lane(bool found) {
   const unsigned lanes = __ballot_sync(0xffffffffu, found);
   return lanes ? __ffs(lanes) - 1 : 32;
 }
+#define MQ_LANES_WHERE
+static __device__ __forceinline__ uint32_t lanes_where(bool found) { return __ballot_sync(0xffffffffu, found); }
 #define MQ_FIRST_BIT
 static __device__ __forceinline__ int first_bit(uint32_t bits) { return __ffs((int)bits) - 1; }
 #define MQ_SYNC_WAVE
