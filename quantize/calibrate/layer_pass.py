@@ -45,6 +45,14 @@ def other_devices(first: torch.device) -> tuple[torch.device, ...]:
     return tuple(torch.device("cuda", n) for n in alike)
 
 
+def make_room(device: torch.device) -> None:
+    """Give back what torch holds in reserve where that is most of a GPU's memory: the encoder takes memory too."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        if torch.cuda.memory_reserved(device) > total // 2:
+            torch.cuda.empty_cache()
+
+
 class Propagation(Protocol):
     """What turns a layer's input into the next one's, where that is not the source itself."""
 

@@ -34,7 +34,7 @@ from ..encode.on_device.kept import keep_on_device
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text
-from .layer_pass import device_record, enter, gather_layer, manifest_of, open_device, other_devices
+from .layer_pass import device_record, enter, gather_layer, make_room, manifest_of, open_device, other_devices
 from .moments import LayerMoments
 from .own_streams import load_stream, save_stream
 from .tokens import Tokens
@@ -109,6 +109,8 @@ class GatheredImportance:
         """Tokens, text and device are what it takes to gather the same again."""
         said = calibration_record(sha256, self._manifest["tokens"], DOWN, coverage)
         made_on = {"torch": torch.__version__, **device_record(self.device)}
+        if self.stays:
+            made_on["factors"] = self.device.type
         return {**said, "rows": True, "text": self._text, **made_on}
 
     def open(self, path: Path) -> None:
@@ -233,6 +235,7 @@ class GatheredImportance:
                 self._resident = Resident(n, weights, done.rows, done.record)
                 self._entering = done.behind
                 self._writing = _beside(done.finish)
+                make_room(self.device)
             if n < layer:
                 self._settle()
                 self._folder.drop(n)

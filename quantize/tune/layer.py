@@ -212,12 +212,13 @@ class _Training:
 
     def payloads(self, candidate: Mapping[str, StoredTensor]) -> dict[str, U8]:
         """The payloads that are not those that the layer has."""
-        stored = self.task.stored
-        return {
-            name: t.payload
-            for name, t in candidate.items()
-            if not np.array_equal(t.payload, stored[name].payload)
-        }
+
+        def changed(name: str) -> bool:
+            return not np.array_equal(candidate[name].payload, self.task.stored[name].payload)
+
+        with ThreadPoolExecutor(cores()) as pool:
+            moved = zip(candidate, pool.map(changed, candidate), strict=True)
+            return {name: candidate[name].payload for name, differs in moved if differs}
 
     def divided(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The sequences that are held out, in order, and those that are trained on; none where there is but one."""
@@ -290,12 +291,15 @@ class _Training:
                     _set_divisors(adam)
                 adam.step()
                 cosine.step()
-        with torch.no_grad():
+        with torch.no_grad(), ThreadPoolExecutor(cores()) as pool:
             if not all(part.moved.isfinite().all() for part in parts):
                 return None
+            values = {name: part.value.cpu().numpy() for name, part in dense.items()}
+            trained = {p: part.value.cpu().numpy() for p, part in heads.items()}
+            experts = [(p, e) for p, heads_of in trained.items() for e in range(len(heads_of))]
             return {
-                **{name: self._dense(name, part.value) for name, part in dense.items()},
-                **{name: t for p, part in heads.items() for name, t in self._experts(p, part.value)},
+                **dict(zip(values, pool.map(self._dense, values, values.values()), strict=True)),
+                **dict(pool.map(lambda place: self._expert(place[0], place[1], trained[place[0]]), experts)),
             }
 
     def _parts(self, student: Student, size: float) -> tuple[dict[str, _Part], dict[str, _Part]]:
@@ -315,28 +319,22 @@ class _Training:
         heads = {p: _Part.of(m.heads, _head_units(m), step) for p, m in student.experts.items()}
         return dense, heads
 
-    def _dense(self, name: str, value: Tensor) -> StoredTensor:
+    def _dense(self, name: str, values: F32) -> StoredTensor:
         """A trained tensor outside the experts as it would be stored."""
-        before, values = self.task.stored[name], value.cpu().numpy()
+        before = self.task.stored[name]
         if isinstance(before.format, FloatFormat):
             values = within_scales(values) if name == awq_scale_name(self.task.layer) else within_f16(values)
         return StoredTensor(
             before.format, before.shape, encode_tensor(name, values, before.format, "hessian")
         )
 
-    def _experts(self, projection: str, value: Tensor) -> Iterator[tuple[str, StoredTensor]]:
-        """Every expert's matrix of one projection with its trained heads, as it would be stored."""
-        trained = value.cpu().numpy()
-
-        def stored(expert: int) -> tuple[str, StoredTensor]:
-            name = expert_name(self.task.layer, expert, projection)
-            before = self.task.stored[name]
-            assert isinstance(before.format, LloydFormat | AffineFormat)
-            payload = with_heads(before.format, before.payload, trained[expert])
-            return name, StoredTensor(before.format, before.shape, payload)
-
-        with ThreadPoolExecutor(cores()) as pool:
-            yield from pool.map(stored, range(len(trained)))
+    def _expert(self, projection: str, expert: int, trained: F32) -> tuple[str, StoredTensor]:
+        """One expert's matrix with its trained heads, as it would be stored; `trained` are those of all experts."""
+        name = expert_name(self.task.layer, expert, projection)
+        before = self.task.stored[name]
+        assert isinstance(before.format, LloydFormat | AffineFormat)
+        payload = with_heads(before.format, before.payload, trained[expert])
+        return name, StoredTensor(before.format, before.shape, payload)
 
 
 def _set_divisors(adam: torch.optim.Adam) -> None:
