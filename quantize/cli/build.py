@@ -170,6 +170,7 @@ def _render_build(result: BuildResult) -> str:
             f"expert coverage    {coverage(result.coverage)}",
             f"fallbacks          {len(result.fallbacks) or 'none'}",
             *(f"  {line}" for line in listed(result.fallbacks, "inspect --provenance shows them")),
+            *(paragraph(f"the engine: {sentence}") for sentence in result.engine),
         )
     )
 

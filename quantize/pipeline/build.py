@@ -45,7 +45,7 @@ class RunOptions:
     `shard_cache` is the most shards of a hub source on the disk at once (default: 2, and 4 where the build calibrates
     itself). Hooks watch the build, and end it where they raise; it can be continued then:
 
-    - `on_note(sentence)` hears what the source has to say, and what the engine does with such a file, before the work;
+    - `on_note(sentence)` hears what the source has to say, before the work;
     - `watch` each phase of the build, in which it counts bytes that are hashed and weights that are encoded;
     - `on_begin(unit)` is called on the worker's thread before a unit is encoded;
     - `on_done(unit)` once the unit's bytes and its journal line stand.
@@ -79,7 +79,8 @@ class RunOptions:
 class BuildResult:
     """A finished build. `resumed_units` of its `units` are those of an earlier run; speeds are this run's.
 
-    `coverage` is the share of experts that the statistics saw, None without statistics; `fallbacks` are sentences.
+    `coverage` is the share of experts that the statistics saw, None without statistics; `fallbacks` are sentences, and
+    `engine` says in sentences what the engine does with such a file that its user should know.
     """
 
     path: Path
@@ -91,6 +92,7 @@ class BuildResult:
     peak_rss_bytes: int
     coverage: float | None
     fallbacks: tuple[str, ...]
+    engine: tuple[str, ...]
     fit: str
     device: str
     units: int
@@ -98,7 +100,12 @@ class BuildResult:
 
     def as_json(self) -> dict[str, Any]:
         """What `build --json` prints."""
-        return {**asdict(self), "path": str(self.path), "fallbacks": list(self.fallbacks)}
+        return {
+            **asdict(self),
+            "path": str(self.path),
+            "fallbacks": list(self.fallbacks),
+            "engine": list(self.engine),
+        }
 
 
 class Build:
@@ -176,6 +183,7 @@ class Build:
             peak_rss_bytes=peak_rss(),
             coverage=spec.importance.coverage if spec.importance else None,
             fallbacks=tuple(note for layer in outcome.layers for note in layer["fallbacks"]),
+            engine=engine_warnings(spec.plan),
             fit=spec.recipe.fit,
             device=options.encoder.device,
             units=len(self.order),
@@ -264,6 +272,6 @@ def build_file(
         watch=options.watch,
     )
     with opened as spec, Build(spec, options, part) as build:
-        for sentence in (*spec.source.notes, *engine_warnings(spec.plan)):
+        for sentence in spec.source.notes:
             options.on_note(sentence)
         return build.run()
