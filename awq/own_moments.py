@@ -101,17 +101,12 @@ def mixed(rows: NDArray[np.float32], prior: Importance, white: Whitening | None)
 
 
 @dataclass(frozen=True)
-class OwnMoments:
-    """One layer whose experts' inputs were kept, so that each has moments of its own. For any number of threads.
-
-    `gathered` is the layer as a calibration gathers it, `kept` the inputs of its experts. `gate_up` and `down` are the
-    whitenings of the moments that all experts share.
+class WithRows:
+    """One layer as a calibration gathers it, whose experts' inputs were kept besides: what it says without looking at
+    these is what `gathered` says.
     """
 
     gathered: CalibratedLayer
-    kept: ExpertRows
-    gate_up: Whitening | None
-    down: Whitening | None
 
     @property
     def layer(self) -> int:
@@ -132,6 +127,23 @@ class OwnMoments:
         """The importance of one matrix as far as it is known without its expert's rows: that of the layer."""
         return self.gathered.of(expert, projection)
 
+    def gate_up_energy(self) -> F64:
+        """Σ over experts of the summed squares at gate and up, f64 [hidden]."""
+        return self.gathered.gate_up_energy()
+
+
+@dataclass(frozen=True)
+class OwnMoments(WithRows):
+    """One layer whose experts' inputs were kept, so that each has moments of its own. For any number of threads.
+
+    `gathered` is the layer as a calibration gathers it, `kept` the inputs of its experts. `gate_up` and `down` are the
+    whitenings of the moments that all experts share.
+    """
+
+    kept: ExpertRows
+    gate_up: Whitening | None
+    down: Whitening | None
+
     def inputs(self, expert: int) -> NDArray[np.float32]:
         """The rows f32 [n, hidden] that one expert's gate and up see."""
         return self.kept.of(expert)
@@ -144,10 +156,6 @@ class OwnMoments:
         assert prior.moment is not None
         own_prior = prior.moment is not self.gathered.down_pooled
         return mixed(rows, prior, whitening(prior.moment) if own_prior else self.down)
-
-    def gate_up_energy(self) -> F64:
-        """Σ over experts of the summed squares at gate and up, f64 [hidden]."""
-        return self.gathered.gate_up_energy()
 
 
 def with_rows(gathered: CalibratedLayer, kept: ExpertRows) -> OwnMoments:

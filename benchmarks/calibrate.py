@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from layer_pass import LAYERS, VOCAB, config
 from mq_quant.formats.fp8 import dequantize, scale_shape
 from mq_quant.formats.minimax import ModelConfig, inventory
 from mq_quant.formats.statistics.moment_file import DOWN_FORMS
@@ -27,27 +28,6 @@ from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.spec.calibration_sizes import calibration_sizes
 from mq_quant.verify.model.reference import embed, layer_forward
 from numpy.typing import NDArray
-
-LAYERS, VOCAB = 62, 8192
-
-
-def config(layers: int) -> ModelConfig:
-    """M2.7 with fewer layers and a smaller vocabulary."""
-    return ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=3072,
-        num_hidden_layers=layers,
-        num_attention_heads=48,
-        num_key_value_heads=8,
-        intermediate_size=1536,
-        num_local_experts=256,
-        num_experts_per_tok=8,
-        head_dim=128,
-        rotary_dim=64,
-        rope_theta=5e6,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=196608,
-    )
 
 
 class RandomSource:
@@ -106,7 +86,7 @@ def main() -> None:
     parser.add_argument("--down", default="compact", choices=DOWN_FORMS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    source: Any = RandomSource(config(args.layers))
+    source: Any = RandomSource(config(args.layers, 256))
     shape = (args.sequences, args.length)
     tokens = np.random.default_rng(1).integers(0, VOCAB, shape).astype(np.int32)
     if args.device == "cuda":

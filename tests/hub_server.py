@@ -293,14 +293,19 @@ class _Server(ThreadingHTTPServer):
 def serve(repositories: dict[str, dict[str, dict[str, bytes]]], **options: Any) -> Iterator[HubServer]:
     """Run a hub on a free port of the loopback interface for as long as the block lasts."""
     hub = HubServer(repositories, **options)
-    handler = type("Handler", (_Handler,), {"hub": hub})
+    with running(type("Handler", (_Handler,), {"hub": hub})) as port:
+        hub.endpoint, hub.storage = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
+        yield hub
+
+
+@contextmanager
+def running(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
+    """Answer requests on a free port of the loopback interface for as long as the block lasts."""
     server = _Server(("127.0.0.1", 0), handler)
-    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    hub.storage = f"http://localhost:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield hub
+        yield server.server_address[1]
     finally:
         server.shutdown()
         server.server_close()

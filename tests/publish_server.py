@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -207,16 +206,9 @@ class _Handler(hub_server._Handler):
 def serve(**options: Any) -> Iterator[PublishServer]:
     """Run such a hub, empty, on a free port of the loopback interface for as long as the block lasts."""
     hub = PublishServer({}, **options)
-    server = hub_server._Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.endpoint = hub.storage = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with hub_server.running(type("Handler", (_Handler,), {"hub": hub})) as port:
+        hub.endpoint = hub.storage = f"http://127.0.0.1:{port}"
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def page(status: int = 200) -> Answer:

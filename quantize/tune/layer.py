@@ -25,6 +25,7 @@ from ...formats.blocks import AffineFormat, FloatFormat, LloydFormat, Q8Format
 from ...formats.machine import cores
 from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_inventory
 from ..encode.overflow import encode_tensor
+from ..spec.efforts import EPOCHS
 from .deterministic import coarse_products, deterministic
 from .rounding import with_heads, within_f16, within_scales
 from .stream import Stream
@@ -65,7 +66,7 @@ class TuneSettings:
     is the share of the sequences that are held out.
     """
 
-    epochs: int = 6
+    epochs: int = EPOCHS
     step: float = 6e-3
     matrix_step: float = 3e-3
     batch: int = 4096

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....awq.from_moments import CalibratedLayer
-from ....awq.importance import F64, Importance
+from ....awq.importance import Importance
+from ....awq.own_moments import WithRows
 from ....verify.model.device_weights import DeviceMatrix
 from .moments import Whitening, mixed, whitening
 
 
 @dataclass(frozen=True)
-class KeptOnDevice:
+class KeptOnDevice(WithRows):
     """One layer, as a calibration gathers it, and what its experts saw: an importance for any number of threads. Of
     several devices each has all of it, and an expert belongs to one: `place` is the number of this one.
 
@@ -26,7 +27,6 @@ class KeptOnDevice:
     that all experts share, with their whitenings. `matrix` gives a weight of the layer, complete on the device.
     """
 
-    gathered: CalibratedLayer
     rows: Tensor
     order: Tensor
     starts: NDArray[np.int64]
@@ -58,25 +58,6 @@ class KeptOnDevice:
             matrix=lambda name: self.matrix(name).to(device),
         )
 
-    @property
-    def layer(self) -> int:
-        """The layer's number."""
-        return self.gathered.layer
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences on what could not be used and was replaced."""
-        return self.gathered.notes
-
-    @property
-    def shared(self) -> Importance:
-        """The layer's importance at gate and up, toward which experts of few tokens are drawn."""
-        return self.gathered.gate_up
-
-    def of(self, expert: int, projection: str) -> Importance:
-        """The importance of one matrix as far as it is known without its expert's rows: that of the layer."""
-        return self.gathered.of(expert, projection)
-
     def inputs(self, expert: int) -> NDArray[np.float32]:
         """The rows f32 [n, hidden] that one expert's gate and up see, in the machine's memory."""
         seen: NDArray[np.float32] = self.seen(expert).cpu().numpy()
@@ -87,10 +68,6 @@ class KeptOnDevice:
         there = torch.from_numpy(np.require(rows, requirements=["C", "W"])).to(self.rows.device)
         moment = self.mixed(expert, projection, there).cpu().numpy()
         return Importance(np.diag(moment).copy(), moment, float(len(rows)))
-
-    def gate_up_energy(self) -> F64:
-        """Σ over experts of the summed squares at gate and up, f64 [hidden]."""
-        return self.gathered.gate_up_energy()
 
     def seen(self, expert: int) -> Tensor:
         """The rows f32 [n, hidden] that one expert's gate and up see."""
