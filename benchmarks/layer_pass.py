@@ -5,7 +5,8 @@ as a build does it; `model_minutes` are those of 62 such layers.
     python benchmarks/layer_pass.py --device cuda --sequences 1024 # 524,288 tokens
     python benchmarks/layer_pass.py --experts 4 --sequences 2      # a look on the CPU
 
-The first layer compiles kernels and takes memory. `busy` is the share of samples, ten a second, in which the GPU ran.
+The first layer compiles kernels and takes memory. `cpu` is the processor time of all threads in seconds, `busy` the
+share of samples, ten a second, in which the first GPU ran. CUDA_VISIBLE_DEVICES says which GPUs take part.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def main() -> None:
         kind = DeviceLayerEncoder if gathered.stays else LayerEncoder
         for layer in range(args.layers):
             with busy_samples(args.device) as samples, ThreadPoolExecutor(args.jobs) as pool:
-                marks = [time.monotonic()]
+                marks, cpu = [time.monotonic()], time.process_time()
                 gathered.begin_layer(layer)
                 marks.append(time.monotonic())
                 expert = f"model.layers.{layer}.block_sparse_moe.experts.0."
@@ -167,6 +168,7 @@ def main() -> None:
             spent = [later - earlier for earlier, later in pairwise(marks)]
             row: dict[str, Any] = dict(zip(("calibrate", "prepare", "encode"), spent, strict=True))
             row |= {"layer": layer, "model_minutes": sum(spent) * LAYERS / 60}
+            row["cpu"] = time.process_time() - cpu
             row["busy"] = sum(s > 0 for s in samples) / len(samples) if samples else None
             if args.device == "cuda":
                 row["device_gib"] = torch.cuda.max_memory_reserved() / 2**30
