@@ -21,6 +21,7 @@ from ...formats.statistics.moment_file import DownForm
 from ...formats.statistics.moment_folder import config_record
 from ...verify.model.device_weights import DeviceWeights, StoredWeights
 from ...verify.model.reference import TensorWeights, Weights, embed, layer_forward
+from ..spec.calibration_sizes import two_layers_bytes
 from ..spec.provenance import program
 from .folder import CalibrationFolder
 from .moments import LayerMoments
@@ -51,6 +52,29 @@ def make_room(device: torch.device) -> None:
         _, total = torch.cuda.mem_get_info(device)
         if torch.cuda.memory_reserved(device) > total // 2:
             torch.cuda.empty_cache()
+
+
+def room_for_two(config: ModelConfig, tokens: int, device: torch.device) -> bool:
+    """Whether a device holds a layer that is encoded and the next one that is run meanwhile."""
+    if device.type != "cuda":
+        return True
+    _, total = torch.cuda.mem_get_info(device)
+    return two_layers_bytes(config, tokens) < 0.9 * total
+
+
+def beside_others(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """What makes the work of a thread on a device wait for none of other threads: the same stream each time."""
+    if device.type != "cuda":
+        return nullcontext
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return lambda: torch.cuda.stream(stream)
+
+
+def wait_for(*devices: torch.device) -> None:
+    """Wait until what this thread has asked of devices is done."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 class Propagation(Protocol):

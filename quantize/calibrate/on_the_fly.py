@@ -3,17 +3,20 @@
 Besides the moments that all experts of the layer share, the rows are kept that they saw, so that each expert is rounded
 under moments of its own. Both are dropped with the layer: between layers only the residual stream and the journal are
 kept, beside the output. A layer whose moments are gone and needed again is gathered anew from the first layer.
+
+On a GPU with room for two layers the source runs a layer ahead: while one is encoded, the next one is gathered.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...awq.from_imatrix import ImatrixModel
-from ...awq.from_moments import calibration_record, coverage_of
+from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
 from ...awq.importance import LayerImportance
 from ...awq.own_moments import with_rows
 from ...formats.checkpoint.source import Source
@@ -30,14 +33,28 @@ from ...formats.minimax import ModelConfig, layer_inventory
 from ...formats.statistics.moment_file import DownForm
 from ...verify.model.device_weights import DeviceWeights
 from ...verify.model.reference import before_experts
-from ..encode.on_device.kept import keep_on_device
+from ..encode.on_device.kept import KeptOnDevice, keep_on_device
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text
-from .layer_pass import device_record, enter, gather_layer, make_room, manifest_of, open_device, other_devices
+from .layer_pass import (
+    Gathered,
+    beside_others,
+    device_record,
+    enter,
+    gather_layer,
+    make_room,
+    manifest_of,
+    open_device,
+    other_devices,
+    room_for_two,
+    wait_for,
+)
 from .moments import LayerMoments
 from .own_streams import load_stream, save_stream
 from .tokens import Tokens
+
+T = TypeVar("T")
 
 DOWN: DownForm = "pooled"
 """Only the layer's moment at down is kept: an expert's own follows from its rows when it is encoded."""
@@ -64,7 +81,8 @@ class GatheredImportance:
         `text` is the sha256 of the text that travels with the package, where the tokens are of that. With
         `keep_outputs` the stream behind the last layer is kept too, so that every layer has a `target`. Where it
         `stays`, what the experts of a layer see is left on the device until the next layer is begun, and is not
-        written: so it is on a GPU, unless said otherwise.
+        written: so it is on a GPU, unless said otherwise. Then the next layer is gathered meanwhile, where the device
+        has room for two.
         """
         self.tokens = tokens
         self._keep_outputs = keep_outputs
@@ -84,6 +102,9 @@ class GatheredImportance:
         self.stays = self.device.type != "cpu" if stays is None else stays
         self._resident: Resident | None = None
         self._writing: Future[None] | None = None
+        self.runs_ahead = self.stays and room_for_two(self.config, tokens.size, self.device)
+        self._ahead: Future[Resident] | None = None
+        self._stream = beside_others(self.device)
 
     def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:
         """Take the source's {origin, files}, and the imatrix that stands behind moments of too few tokens."""
@@ -93,7 +114,8 @@ class GatheredImportance:
     @property
     def disk_bytes(self) -> int:
         """The most disk that the moments of a layer and the residual streams around it take beside the output."""
-        return inline_sizes(self.config, self.tokens.size, tuned=self._keep_outputs).disk_bytes
+        tokens, tuned = self.tokens.size, self._keep_outputs
+        return inline_sizes(self.config, tokens, tuned=tuned, ahead=self.runs_ahead).disk_bytes
 
     def signature(self) -> dict[str, Any]:
         """What of it decides the built bytes, besides the source."""
@@ -133,6 +155,8 @@ class GatheredImportance:
         if self._out is not None:
             with suppress(Exception):  # the layer is run again
                 self._settle()
+            with suppress(Exception):
+                self._take_over()
             self._let_go()
             self._out.close()
             self._out = None
@@ -146,23 +170,26 @@ class GatheredImportance:
     def begin_layer(self, layer: int) -> None:
         """Have one layer's moments ready, and no others: nothing may need those of an earlier layer any more."""
         self._settle()
-        for earlier in range(min(layer, len(self._folder.journal.done))):
-            self._folder.drop(earlier)
+        self._take_over()
         if layer < len(self._folder.journal.done) and not self._intact(layer):
             self._restart()
+        if not self.stays:
+            self._drop(range(min(layer, len(self._folder.journal.done))))
         self._gather_up_to(layer)
-        if self.stays and (self._resident is None or self._resident.layer != layer):
-            self._resident = self._rows_again(layer)
+        if not self.stays:
+            return
+        if not self._is_here(layer):
+            self._resident = self._again(layer)
+        self._writing = _beside(partial(self._drop, range(layer), after=self._writing))
+        if self.runs_ahead and layer + 1 < self.config.num_hidden_layers:
+            self._run_ahead(layer + 1)
 
     def layer(self, layer: int) -> LayerImportance:
         """The importances of the layer that was begun last."""
-        behind = self._imatrix.layer(layer) if self._imatrix else None
-        if self._resident is None:
-            gathered = self._folder.layer(layer, self.config, DOWN, self._folder.record(layer), behind)
-            return with_rows(gathered, self._folder.rows(layer, self.config, self.tokens.size))
-        here = self._resident
-        gathered = self._folder.layer(layer, self.config, DOWN, here.record, behind)
-        return keep_on_device(gathered, *here.rows, here.weights.matrix, self.others)
+        if self._resident is not None:
+            return self._resident.importance
+        gathered = self._gathered(layer, self._folder.record(layer))
+        return with_rows(gathered, self._folder.rows(layer, self.config, self.tokens.size))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -180,6 +207,7 @@ class GatheredImportance:
 
     def own(self, layer: int, sha256: str | None) -> NDArray[np.float32] | None:
         """The kept stream of this sha256 that enters a layer; None where there is none."""
+        self._settle()
         return load_stream(self._folder.path, layer, self.shape, sha256)
 
     def finish(self) -> dict[str, Any]:
@@ -217,51 +245,110 @@ class GatheredImportance:
             hidden, self._entering = self._entering, None
             if hidden is None:
                 hidden = enter(self._source, self.config, self._folder, self.tokens, n)
-            weights = self._weights(n)
-            done = gather_layer(
-                weights or self._source,
-                self.config,
-                n,
-                hidden.to(self.device),
-                self._folder,
-                DOWN,
-                keep_rows="here" if self.stays else "on disk",
-                keep_last=self._keep_outputs,
-            )
-            if weights is None:
-                done.finish()
-            else:
-                assert done.rows is not None
-                self._resident = Resident(n, weights, done.rows, done.record)
-                self._entering = done.behind
-                self._writing = _beside(done.finish)
+            if self.stays:
+                self._let_go()
+                self._resident, finish = self._gather_here(n, hidden)
+                self._entering = self._resident.behind
+                self._writing = _beside(finish)
                 make_room(self.device)
+            else:
+                self._gather(n, hidden, self._source).finish()
             if n < layer:
                 self._settle()
                 self._folder.drop(n)
 
-    def _rows_again(self, layer: int) -> Resident:
-        """What the experts of a finished layer saw, from the stream that enters the layer."""
+    def _gather(self, layer: int, hidden: Tensor, weights: Source | DeviceWeights) -> Gathered:
+        return gather_layer(
+            weights,
+            self.config,
+            layer,
+            hidden.to(self.device),
+            self._folder,
+            DOWN,
+            keep_rows="here" if self.stays else "on disk",
+            keep_last=self._keep_outputs,
+        )
+
+    def _gather_here(self, layer: int, hidden: Tensor) -> tuple[Resident, Callable[[], None]]:
+        """Run a layer and leave it on the device; also what makes it durable, which may be done on another thread."""
         weights = self._weights(layer)
-        assert weights is not None
+        done = self._gather(layer, hidden, weights)
+        assert done.rows is not None
+        return self._as_resident(layer, weights, done.rows, done.record, done.behind), done.finish
+
+    def _as_resident(
+        self,
+        layer: int,
+        weights: DeviceWeights,
+        rows: tuple[Tensor, Tensor],
+        record: Mapping[str, Any],
+        behind: Tensor | None = None,
+    ) -> Resident:
+        """What stays of a layer, complete on the devices."""
+        importance = keep_on_device(self._gathered(layer, record), *rows, weights.matrix, self.others)
+        wait_for(self.device, *self.others)
+        return Resident(layer, weights, importance, behind)
+
+    def _gathered(self, layer: int, record: Mapping[str, Any]) -> CalibratedLayer:
+        """What the file of a layer says."""
+        behind = self._imatrix.layer(layer) if self._imatrix else None
+        return self._folder.layer(layer, self.config, DOWN, record, behind)
+
+    def _run_ahead(self, layer: int) -> None:
+        """Begin to gather the next layer, where the stream that enters it is here, beside what is done meanwhile."""
+        hidden, self._entering = self._entering, None
+        if hidden is None:
+            return
+        before = self._writing
+
+        def work() -> Resident:
+            with self._stream():
+                resident, finish = self._gather_here(layer, hidden)
+                try:
+                    if before is not None:
+                        before.result()
+                    finish()
+                except BaseException:
+                    resident.weights.close()
+                    raise
+            return resident
+
+        self._ahead = _beside(work)
+
+    def _take_over(self) -> None:
+        """The layer that was gathered ahead takes the place of the one before; raises what stood in its way."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._let_go()
+            self._resident = ahead.result()
+            self._entering = self._resident.behind
+
+    def _again(self, layer: int) -> Resident:
+        """What the experts of a finished layer saw, from the stream that enters the layer."""
+        self._let_go()
+        weights = self._weights(layer)
         moments = LayerMoments(self.config, layer, DOWN, keep_rows=True)
         with torch.inference_mode():
             hidden = enter(self._source, self.config, self._folder, self.tokens, layer).to(self.device)
             before_experts(weights, self.config, layer, hidden, moments)
         assert moments.rows is not None
-        return Resident(layer, weights, moments.rows, self._folder.record(layer))
+        return self._as_resident(layer, weights, moments.rows, self._folder.record(layer))
 
-    def _weights(self, layer: int) -> DeviceWeights | None:
-        """The weights of a layer on the device, where what its experts see stays there; those of others go."""
-        self._let_go()
-        if not self.stays:
-            return None
-        return DeviceWeights(
-            self._source, self.device, [spec.name for spec in layer_inventory(self.config, layer)]
-        )
+    def _weights(self, layer: int) -> DeviceWeights:
+        """The weights of a layer on the device."""
+        names = [spec.name for spec in layer_inventory(self.config, layer)]
+        return DeviceWeights(self._source, self.device, names)
+
+    def _drop(self, layers: range, after: Future[None] | None = None) -> None:
+        if after is not None:
+            after.result()
+        for layer in layers:
+            self._folder.drop(layer)
 
     def _settle(self) -> None:
-        """Wait until what was gathered last is durable, and raise what stood in the way of that."""
+        """Wait until nothing is under way beside this thread, and raise what stood in the way of what was written."""
+        if self._ahead is not None:
+            wait([self._ahead])
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -278,7 +365,7 @@ class GatheredImportance:
         self.open(self._path)
 
 
-def _beside(work: Callable[[], None]) -> Future[None]:
+def _beside(work: Callable[[], T]) -> Future[T]:
     """Some work on a thread of its own."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="write")
     try:
@@ -289,11 +376,11 @@ def _beside(work: Callable[[], None]) -> Future[None]:
 
 @dataclass(frozen=True)
 class Resident:
-    """A layer whose inputs and weights lie on the device: inputs f32 [tokens, hidden] and who took them, i64
-    [tokens, k], and what its journal line says.
+    """A layer whose inputs and weights lie on the device, and the stream f32 [sequences, length, hidden] behind it,
+    where the layer was run to its end.
     """
 
     layer: int
     weights: DeviceWeights
-    rows: tuple[Tensor, Tensor]
-    record: Mapping[str, Any]
+    importance: KeptOnDevice
+    behind: Tensor | None

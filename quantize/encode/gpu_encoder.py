@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from queue import LifoQueue
 from typing import TypeVar
 
@@ -31,9 +30,13 @@ ALIGNMENT = 256
 
 
 class _Stream:
-    """A thread, the back end that it opened, and the encoder of that back end. Every launch runs on the thread."""
+    """A thread, the back end that it opened, and the encoder of that back end. Every launch runs on the thread.
+
+    `place` is the number of its device among those of the encoder.
+    """
 
     def __init__(self, open_it: Callable[[], Backend]) -> None:
+        self.place = 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         try:
             self.backend = self.thread.submit(open_it).result()
@@ -67,30 +70,42 @@ class _Stream:
 
 
 class GpuEncoder:
-    """Encodes on devices in turn; each of `opens` opens the back end of one, once for each of its `streams`. The fit
-    `reference` runs on the CPU.
+    """Encodes on one device or several; each of `opens` opens the back end of one, once for each of its `streams`.
+    Devices of another kind than the first one take no part. The fit `reference` runs on the CPU.
 
-    A device's stream used last is its next one to be used, so that few threads that ask need the memory of few streams.
-    For every call that runs, another one may wait with its matrices in page-locked memory.
+    Work goes to the stream that was used last of those that are free, so that few threads that ask need the memory of
+    few streams, and a device that has other work to do gets less of this. For every call that runs, another one may
+    wait with its matrices in page-locked memory.
     """
 
     def __init__(self, *opens: Callable[[], Backend], streams: int = STREAMS) -> None:
         self._all: list[_Stream] = []
-        self._free: list[LifoQueue[_Stream]] = [LifoQueue() for _ in opens]
         try:
-            for open_it, free in zip(opens, self._free, strict=True):
-                for _ in range(streams):
-                    self._all.append(_Stream(open_it))
-                    free.put(self._all[-1])
+            alike = [open_it for open_it in opens if self._add(open_it)]
+            for _ in range(1, streams):
+                for open_it in alike:
+                    self._add(open_it)
         except BaseException:
             self._give_back()
             raise
+        self._free: LifoQueue[_Stream] = LifoQueue()
+        for n, stream in enumerate(self._all):
+            stream.place = n % len(alike)
+            self._free.put(stream)
         first = self._all[0].backend.device
-        self.device = first if len(opens) == 1 else f"{len(opens)} × {first}"
-        self._turns = count()
+        self.device = first if len(alike) == 1 else f"{len(alike)} × {first}"
         self._stages: LifoQueue[U8] = LifoQueue()
         for _ in range(2 * len(self._all)):
             self._stages.put(np.empty(0, np.uint8))
+
+    def _add(self, open_it: Callable[[], Backend]) -> bool:
+        """Open another stream; whether its device is of the first one's kind, without which it is closed again."""
+        stream = _Stream(open_it)
+        self._all.append(stream)
+        if stream.backend.device == self._all[0].backend.device:
+            return True
+        self._all.pop().close()
+        return False
 
     def encode(self, tasks: Sequence[MatrixTask]) -> list[U8]:
         """As `Encoder.encode` says. The matrices of one call go to one stream."""
@@ -102,27 +117,26 @@ class GpuEncoder:
             if len(stage) < needed:
                 stage = self._all[0].pinned(needed)
             staged, outs = _staged(tasks, stage)
-            with self._stream(next(self._turns)) as stream:
+            with self._stream() as stream:
                 stream.encode(staged, outs)
             return [out.copy() for out in outs]
         finally:
             self._stages.put(stage)
 
-    def on_stream(self, work: Callable[[DeviceEncoder], T], device: int = 0) -> T:
-        """What some work returns that launches kernels itself, with the encoder of the stream that is free next on the
-        device of this number.
+    def on_stream(self, work: Callable[[DeviceEncoder, int], T]) -> T:
+        """What some work returns that launches kernels itself, with the encoder of the stream that is free next, and
+        the number of its device among those of the encoder.
         """
-        with self._stream(device) as stream:
-            return stream.run(work)
+        with self._stream() as stream:
+            return stream.run(lambda encoder: work(encoder, stream.place))
 
     @contextmanager
-    def _stream(self, device: int) -> Iterator[_Stream]:
-        free = self._free[device % len(self._free)]
-        stream = free.get()
+    def _stream(self) -> Iterator[_Stream]:
+        stream = self._free.get()
         try:
             yield stream
         finally:
-            free.put(stream)
+            self._free.put(stream)
 
     def close(self) -> None:
         """Wait for what is under way and give the device back; then raise the first error of that."""
@@ -163,7 +177,7 @@ def open_gpu(device: str, own_stream: bool = True, index: int = 0) -> Backend:
 
 
 def open_gpus(device: str) -> GpuEncoder:
-    """The encoder of all GPUs of `hip` or `cuda`; BackendError without one."""
+    """The encoder of all GPUs of `hip` or `cuda` that are of the first one's kind; BackendError without one."""
     found = max(1, devices(_vendor(device)))
     return GpuEncoder(*(partial(open_gpu, device, index=n) for n in range(found)))
 

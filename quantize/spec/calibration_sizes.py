@@ -107,6 +107,11 @@ def gpu_bytes(config: ModelConfig, tokens: int) -> int:
     return round(2.2 * weights + GPU_ROWS * 4 * tokens * config.hidden_size)
 
 
+def two_layers_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of a GPU's memory that such a build takes which runs a layer while it encodes the one before."""
+    return round(1.6 * gpu_bytes(config, tokens))
+
+
 def usual_tokens(config: ModelConfig, device: str) -> int:
     """Tokens that a build calibrates on where nothing else is asked: on a GPU as many as its memory holds, up to
     GPU_TOKENS in halves.
@@ -133,15 +138,20 @@ def tuning_bytes(config: ModelConfig, tokens: int) -> int:
     return BASE_MEMORY + round(2.2 * weights) + 4 * tokens * config.hidden_size
 
 
-def inline_sizes(config: ModelConfig, tokens: int, build_bytes: int = 0, tuned: bool = False) -> InlineSizes:
+def inline_sizes(
+    config: ModelConfig, tokens: int, build_bytes: int = 0, tuned: bool = False, ahead: bool = False
+) -> InlineSizes:
     """What a build that calibrates itself takes, where its encoding alone takes `build_bytes` of memory.
 
-    A layer is run and then encoded, never both at once. What the experts of one layer see lies on the disk, with the
-    residual streams before and after it; where layers are tuned, those of the file besides.
+    What the experts of one layer see lies on the disk, with the residual streams before and after it; where layers are
+    tuned, those of the file besides. On a GPU that runs a layer `ahead`, the moments of two layers lie there, and the
+    streams around both, but not what the experts see.
     """
     from ...formats.statistics.row_file import row_tensors
 
     sizes = calibration_sizes(config, tokens, "pooled")
     rows = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in row_tensors(config, tokens).values())
-    disk = sizes.layer_bytes + rows + (4 if tuned else 2) * sizes.unfinished_bytes
+    stream, layer = sizes.unfinished_bytes, sizes.layer_bytes
+    disk = 2 * layer + 3 * stream if ahead else layer + rows + 2 * stream
+    disk += 2 * stream if tuned else 0
     return InlineSizes(tokens, max(sizes.memory_bytes, build_bytes), disk)

@@ -131,7 +131,7 @@ def effort_costs(
     rows = []
     for effort, most in memory.items():
         tokens = 0 if effort == "imatrix" else usual_tokens(config, device)
-        sizes = inline_sizes(config, tokens, most, tuned=effort == "tuned")
+        sizes = inline_sizes(config, tokens, most, tuned=effort == "tuned", ahead=device != "cpu")
         disk = sizes.disk_bytes if tokens else 0
         used = sizes.memory_bytes if tokens else most
         spent = round(hours(config, effort, tokens, cores, device), 2)

@@ -19,12 +19,13 @@ from .moments import Whitening, mixed, whitening
 
 @dataclass(frozen=True)
 class KeptOnDevice(WithRows):
-    """One layer, as a calibration gathers it, and what its experts saw: an importance for any number of threads. Of
-    several devices each has all of it, and an expert belongs to one: `place` is the number of this one.
+    """One layer, as a calibration gathers it, and what its experts saw: an importance for any number of threads. Each
+    of `others` is the same on another device, for experts that are rounded there.
 
     `rows` f32 [tokens, hidden] are the inputs of gate and up, `order` i64 the tokens sorted by expert, those of expert
     e from starts[e] to starts[e + 1], ascending. `gate_up` f64 [hidden, hidden] and `down` f64 [I, I] are the moments
-    that all experts share, with their whitenings. `matrix` gives a weight of the layer, complete on the device.
+    that all experts share, with their whitenings. `matrix` gives a weight of the layer, complete on the
+    first device.
     """
 
     rows: Tensor
@@ -35,14 +36,13 @@ class KeptOnDevice(WithRows):
     white: Whitening | None
     white_down: Whitening | None
     matrix: Callable[[str], DeviceMatrix | Tensor]
-    place: int = 0
     others: tuple[KeptOnDevice, ...] = ()
 
-    def of_expert(self, expert: int) -> KeptOnDevice:
-        """The same on the device to which an expert belongs."""
-        return (self, *self.others)[expert % (1 + len(self.others))]
+    def at(self, place: int) -> KeptOnDevice:
+        """The same on the device of this number, 0 being this one."""
+        return self.others[place - 1] if place else self
 
-    def on(self, device: torch.device, place: int) -> KeptOnDevice:
+    def on(self, device: torch.device) -> KeptOnDevice:
         """The same on another device."""
         rows, order, gate_up, down = (t.to(device) for t in (self.rows, self.order, self.gate_up, self.down))
         white, white_down = (None if w is None else w.to(device) for w in (self.white, self.white_down))
@@ -54,8 +54,6 @@ class KeptOnDevice(WithRows):
             down=down,
             white=white,
             white_down=white_down,
-            place=place,
-            matrix=lambda name: self.matrix(name).to(device),
         )
 
     def inputs(self, expert: int) -> NDArray[np.float32]:
@@ -93,7 +91,7 @@ def keep_on_device(
 ) -> KeptOnDevice:
     """The importances of a layer whose inputs are rows f32 [tokens, hidden], taken by `experts` i64 [tokens, k].
 
-    Experts are spread over the device of the rows and `others`.
+    `others` are further devices on which experts are rounded.
     """
     assert gathered.gate_up.moment is not None
     taken = experts.flatten()
@@ -107,4 +105,4 @@ def keep_on_device(
     kept = KeptOnDevice(
         gathered, rows, order, starts, gate_up, down, whitening(gate_up), whitening(down), matrix
     )
-    return replace(kept, others=tuple(kept.on(device, n) for n, device in enumerate(others, 1)))
+    return replace(kept, others=tuple(kept.on(device) for device in others))

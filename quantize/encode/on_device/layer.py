@@ -45,17 +45,17 @@ class DeviceLayerEncoder(LayerEncoder):
         """As `LayerEncoder.encode_from`; weights that lie on the device are not read again."""
         if self.fit != "hessian":
             return super().encode_from(expert, source)
-        kept = self.importance.of_expert(expert)
         names = {p: expert_name(self.layer, expert, p) for p in ("w1", "w2", "w3")}
-        given = {p: kept.matrix(name) for p, name in names.items()}
+        given = {p: self.importance.matrix(name) for p, name in names.items()}
         for name in names.values():
             source.release(name)
 
-        def work(rounder: Rounder) -> EncodedExpert:
-            weights = {p: m if isinstance(m, Tensor) else m.values() for p, m in given.items()}
+        def work(kept: KeptOnDevice, rounder: Rounder) -> EncodedExpert:
+            here = {p: m.to(kept.rows.device) for p, m in given.items()}
+            weights = {p: m if isinstance(m, Tensor) else m.values() for p, m in here.items()}
             return self._rounded(kept, expert, weights, rounder)
 
-        done = on_device(self.encoder, kept, work)
+        done = on_device(self.encoder, self.importance, work)
         for p, payload in done.payloads.items():
             check_levels(names[p], self.formats[p], payload)
         return done
@@ -90,8 +90,7 @@ class DeviceLayerEncoder(LayerEncoder):
 
     def _sample_loss(self, candidate: Prepared, samples: Mapping[str, F32]) -> float:
         """As `LayerEncoder` does it, with all sampled rows of a format at once."""
-        kept_here, form = self.importance, candidate.stored.form("w1")
-        moment = kept_here.gate_up
+        form = candidate.stored.form("w1")
         rows = [
             np.concatenate(
                 [some_rows(full) for name, full in samples.items() if name.endswith(_SUFFIXES[projections])]
@@ -99,7 +98,8 @@ class DeviceLayerEncoder(LayerEncoder):
             for projections in _together(self.formats)
         ]
 
-        def work(rounder: Rounder) -> tuple[float, float]:
+        def work(there: KeptOnDevice, rounder: Rounder) -> tuple[float, float]:
+            moment = there.gate_up
             scale = _columns(form, len(moment), moment.device)
             damping = self.importance.shared.damping
             hessian = factors_of(rotated_moment(moment, damping, scale))
@@ -111,7 +111,7 @@ class DeviceLayerEncoder(LayerEncoder):
                 kept = kept + _energy(some, moment)
             return float(lost), float(kept)
 
-        lost, kept = on_device(self.encoder, kept_here, work)
+        lost, kept = on_device(self.encoder, self.importance, work)
         return lost / kept if kept > 0 else 0.0
 
     def _shared(self, scale: F32) -> None:
@@ -142,16 +142,19 @@ def _energy(rows: Tensor, moment: Tensor) -> Tensor:
     return ((x @ moment) * x).sum()
 
 
-def on_device(encoder: Encoder, kept: KeptOnDevice, work: Callable[[Rounder], T]) -> T:
-    """Do some work where torch and the encoder share a stream; with another encoder, on this thread."""
+def on_device(encoder: Encoder, kept: KeptOnDevice, work: Callable[[KeptOnDevice, Rounder], T]) -> T:
+    """Do some work with what a device has of a layer, in the stream of its encoder that is free next; with an encoder
+    without streams, on this thread.
+    """
     if not isinstance(encoder, GpuEncoder):
-        return work(ThroughMemory(encoder))
+        return work(kept, ThroughMemory(encoder))
 
-    def streamed(there: DeviceEncoder) -> T:
-        with torch.inference_mode(), on_stream(there.backend, kept.rows.device):
-            return work(Streamed(there))
+    def streamed(there: DeviceEncoder, place: int) -> T:
+        here = kept.at(place)
+        with torch.inference_mode(), on_stream(there.backend, here.rows.device):
+            return work(here, Streamed(there))
 
-    return encoder.on_stream(streamed, kept.place)
+    return encoder.on_stream(streamed)
 
 
 def _columns(form: StoredForm, width: int, device: torch.device) -> Tensor:

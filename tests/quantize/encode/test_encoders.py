@@ -12,6 +12,7 @@ from build_hooks import stopped
 from mq_quant.formats.blocks import MQ2_LLOYD
 from mq_quant.formats.errors import BackendError
 from mq_quant.formats.hfq.stored import StoredForm
+from mq_quant.kernels.runtime.cpu import CpuBackend
 from mq_quant.kernels.runtime.host import open_backend
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.encode import gpu_encoder
@@ -73,6 +74,26 @@ def test_every_device_opens_its_own_back_end(monkeypatch: pytest.MonkeyPatch) ->
         task = MatrixTask(np.ones((1, 256), np.float32), StoredForm(MQ2_LLOYD), "exact")
         assert len({found.encode([task])[0].tobytes() for _ in range(3)}) == 1
     assert sorted(set(opened)) == [("cuda", n) for n in range(3)] and len(opened) == 24
+
+
+def test_devices_of_another_kind_take_no_part() -> None:
+    closed = []
+
+    class Other(CpuBackend):
+        def __init__(self) -> None:
+            super().__init__(threads=1)
+            self.device = "another kind"
+
+        def close(self) -> None:
+            closed.append(self)
+            super().close()
+
+    opened = GpuEncoder(lambda: open_backend("cpu", threads=1), Other, streams=2)
+    try:
+        assert len(closed) == 1
+        assert {opened.on_stream(lambda encoder, place: place) for _ in range(4)} == {0}
+    finally:
+        opened.close()
 
 
 def test_a_fault_on_the_device_reaches_who_asked(device: GpuEncoder) -> None:

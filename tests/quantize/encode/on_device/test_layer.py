@@ -3,6 +3,7 @@ any encoder, any number of workers, and after any interruption."""
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ import small_model
 import torch
 from build_hooks import stopped
 from mq_quant.formats.blocks import LloydFormat
+from mq_quant.formats.errors import CalibrationError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.hfq.stored import format_of
 from mq_quant.kernels.runtime.host import open_backend
@@ -114,3 +116,50 @@ def test_an_interrupted_build_gives_the_same_file(source, tmp_path, stays, key):
     built(source, tmp_path / "out", jobs=1)
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_the_next_layer_is_run_while_one_is_encoded(source, tmp_path, stays, monkeypatch):
+    """With room for one layer only it is run when it is begun, and the bytes are the same."""
+    run, encoded, both = [], [], threading.Event()
+    real = on_the_fly.gather_layer
+
+    def watched(weights, config, layer, *rest, **named):
+        out = real(weights, config, layer, *rest, **named)
+        run.append(layer)
+        if run == [0, 1]:
+            both.set()
+        return out
+
+    def begin(unit):
+        if unit.key == "layer 0 expert 0":
+            assert not ahead or both.wait(60)  # the second layer is run by another thread meanwhile
+        encoded.append((unit.key, tuple(run)))
+
+    monkeypatch.setattr(on_the_fly, "gather_layer", watched)
+    for ahead in (True, False):
+        monkeypatch.setattr(on_the_fly, "room_for_two", lambda *_: ahead)  # noqa: B023
+        run.clear()
+        encoded.clear()
+        built(source, tmp_path / str(ahead), jobs=1, on_begin=begin)
+        assert run == [0, 1]
+        assert dict(encoded)["layer 0 expert 1"] == ((0, 1) if ahead else (0,))
+    assert (tmp_path / "True").read_bytes() == (tmp_path / "False").read_bytes()
+
+
+def test_a_fault_of_the_layer_ahead_ends_the_build_which_can_be_continued(
+    source, tmp_path, stays, monkeypatch
+):
+    built(source, tmp_path / "whole")
+    real = on_the_fly.gather_layer
+
+    def broken(weights, config, layer, *rest, **named):
+        if layer == 1:
+            raise CalibrationError("layer 1 cannot be run")
+        return real(weights, config, layer, *rest, **named)
+
+    monkeypatch.setattr(on_the_fly, "gather_layer", broken)
+    with pytest.raises(CalibrationError, match="layer 1 cannot be run"):
+        built(source, tmp_path / "out")
+    monkeypatch.setattr(on_the_fly, "gather_layer", real)
+    assert built(source, tmp_path / "out").resumed_units > 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
