@@ -85,6 +85,10 @@ class CalibrationError(MqError):
     """A calibration folder that cannot be used."""
 
 
+class MeasurementError(MqError):
+    """A measurement that is unreadable, not whole, or of another model."""
+
+
 class TuningError(MqError):
     """A file that cannot be tuned against this source."""
 
