@@ -18,8 +18,8 @@ from ...formats.errors import MeasurementError
 from ...formats.minimax import ModelConfig
 from ...formats.strictjson import JsonError, parse_object
 
-KIND = "mq-quant measurement"
-VERSION = 1
+KIND: Literal["mq-quant measurement"] = "mq-quant measurement"
+VERSION: Literal[1] = 1
 LIMIT = 4 << 20
 """Bytes of the largest measurement that is read."""
 HINT = "give a file that `mq-quant measure` wrote"
@@ -140,10 +140,10 @@ class Measurement(_Part):
         theirs, ours = self.model.origin.get("repository"), (origin or {}).get("repository")
         if theirs and ours and theirs != ours:
             self._refuse(f"it is of {theirs} and the model is {ours}")
-        shards = {n: s for n, s in self.model.files.items() if n.endswith(".safetensors")}
-        for name in sorted(shards) if files is not None else ():
-            if files.get(name) != shards[name]:
-                self._refuse(f"{name} is not the same file")
+        if files is not None:
+            for name, sha256 in sorted(self.model.files.items()):
+                if name.endswith(".safetensors") and files.get(name) != sha256:
+                    self._refuse(f"{name} is not the same file")
 
     def _refuse(self, why: str) -> None:
         raise MeasurementError(
