@@ -6,6 +6,8 @@ note says so.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,6 +47,8 @@ class LayerMoments(Observer):
             name: np.zeros(shape, self._names[dtype]) for name, (dtype, shape) in tensors.items()
         }
         self._pooled: Tensor | None = None
+        self._all_finite = False
+        self._seen: dict[int, _Seen] = {}
 
     def dense(self, layer: int, projection: str, inputs: Tensor) -> None:
         if projection not in ATTENTION:
@@ -52,10 +56,11 @@ class LayerMoments(Observer):
         row, name = ATTENTION[projection]
         rows = self._finite(inputs, f"the input of {projection}")
         self.arrays["attn.counts"][row] = len(rows)
-        self.arrays[f"{name}.diagonal"][:] = mean_squares(rows)
+        self.arrays[f"{name}.diagonal"][:] = mean_squares(rows).cpu().numpy()
 
     def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
         rows = self._finite(inputs, "the input of the experts")
+        self._all_finite = len(rows) == len(inputs)
         if self.keep_rows:
             experts = routing.ids if len(rows) == len(inputs) else _without(inputs, routing.ids)
             self.rows = inputs.float(), experts
@@ -68,29 +73,36 @@ class LayerMoments(Observer):
         self.arrays["gate_up.moment"][:] = pack_moment(second_moment(rows) / len(rows))
 
     def expert(self, layer: int, expert: int, tokens: Tensor, inputs: Tensor, product: Tensor) -> None:
-        seen = self._finite(inputs, None)
-        self.arrays["gate_up.counts"][expert] = len(seen)
-        self.arrays["gate_up.diagonal"][expert] = mean_squares(seen)
-        rows = self._finite(product, f"expert {expert}, the input of down")
-        if not len(rows):
-            return
-        total = _summed(rows)
+        """Nothing here waits for a GPU, so that it is never idle between two experts."""
+        seen = inputs if self._all_finite else self._finite(inputs, None)
+        good = _usable(product)
+        rows, count = torch.where(good[:, None], product, 0), good.sum()
+        mean = (total := _summed(rows)) / count.clamp_min(1)
         self._pooled = total if self._pooled is None else self._pooled + total
-        mean = total / len(rows)
-        self.arrays["down.counts"][expert] = len(rows)
-        self.arrays["down.diagonal"][expert] = mean.diagonal().cpu().numpy()
-        if self.down != "pooled":
+        self._seen[expert] = _Seen(len(seen), len(rows), mean_squares(seen), count, mean.diagonal().clone())
+        if self.down != "pooled" and int(count):
             self.arrays["down.moment"][expert] = (
                 pack_correlation if self.down == "compact" else pack_moment
             )(mean.cpu().numpy())
 
     def finish(self) -> Arrays:
         """All tensors of the layer's file, once the layer has run; CalibrationError where down saw no row."""
-        count = int(self.arrays["down.counts"].sum())
+        arrays, seen = self.arrays, self._seen
+        order = sorted(seen)
+        if order:
+            for name in ("gate_up.diagonal", "down.diagonal", "down.counts"):
+                of_each = [getattr(seen[e], name.replace(".", "_")) for e in order]
+                arrays[name][order] = torch.stack(of_each).cpu().numpy()
+            arrays["gate_up.counts"][order] = [seen[e].gate_up_count for e in order]
+        for e in order:
+            self._note_bad(
+                seen[e].rows - int(arrays["down.counts"][e]), seen[e].rows, f"expert {e}, the input of down"
+            )
+        count = int(arrays["down.counts"].sum())
         if not count or self._pooled is None:
             raise CalibrationError(f"layer {self.layer}: no expert's down projection saw finite activations")
-        self.arrays["down.pooled"][:] = pack_moment((self._pooled / count).cpu().numpy())
-        return self.arrays
+        arrays["down.pooled"][:] = pack_moment((self._pooled / count).cpu().numpy())
+        return arrays
 
     @property
     def unseen(self) -> list[int]:
@@ -101,13 +113,28 @@ class LayerMoments(Observer):
         """The rows whose energy is finite in f32; the others are counted in a note."""
         good = _usable(rows)
         bad = len(rows) - int(good.sum())
-        if not bad:
-            return rows
         if what:
+            self._note_bad(bad, len(rows), what)
+        return rows[good] if bad else rows
+
+    def _note_bad(self, bad: int, rows: int, what: str) -> None:
+        if bad:
             self.notes.append(
-                f"layer {self.layer}: {what}: {bad} of {len(rows)} rows are not finite and were left out"
+                f"layer {self.layer}: {what}: {bad} of {rows} rows are not finite and were left out"
             )
-        return rows[good]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one expert saw, on its device: tokens of gate and up with their E[x²] f64 [hidden], and of the `rows` at
+    down the finite ones, i64 [], with their E[x²] f64 [I].
+    """
+
+    gate_up_count: int
+    rows: int
+    gate_up_diagonal: Tensor
+    down_counts: Tensor
+    down_diagonal: Tensor
 
 
 def _usable(rows: Tensor) -> Tensor:
@@ -136,10 +163,9 @@ def _summed(rows: Tensor) -> Tensor:
     return torch.triu(total).add_(torch.triu(total, 1).T)
 
 
-def mean_squares(rows: Tensor) -> F64:
-    """E[x²] over rows [n, K], f64 [K]; 0 without rows."""
+def mean_squares(rows: Tensor) -> Tensor:
+    """E[x²] over rows [n, K], f64 [K], where the rows are; 0 without rows."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for chunk in torch.split(rows, CHUNK):
         total += chunk.double().square().sum(0)
-    out: F64 = (total / max(len(rows), 1)).cpu().numpy()
-    return out
+    return total / max(len(rows), 1)

@@ -178,14 +178,28 @@ def experts(
 ) -> Tensor:
     """The weighted sum of the routed experts' outputs [n, H] for normed inputs [n, H]."""
     out = torch.zeros_like(inputs)
-    for e in torch.unique(routing.ids).tolist():
-        tokens, slot = torch.nonzero(routing.ids == e, as_tuple=True)
+    weight = routing.weights.flatten()
+    for e, taken in choices_by_expert(routing.ids, cfg.num_local_experts):
+        tokens = taken // routing.ids.shape[1]
         x = inputs[tokens]
         w1, w3, w2 = (load(weights, expert_name(layer, e, w), inputs) for w in ("w1", "w3", "w2"))
         product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
         observer.expert(layer, e, tokens, x, product)
-        out.index_add_(0, tokens, F.linear(product, w2) * routing.weights[tokens, slot, None])
+        out.index_add_(0, tokens, F.linear(product, w2) * weight[taken, None])
     return out
+
+
+def choices_by_expert(ids: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
+    """For each expert that is chosen, where in ids i64 [n, k], read row by row, it stands; i64 [m], ascending.
+
+    Waits for a device once, not for each expert.
+    """
+    flat = ids.flatten()
+    order = flat.argsort(stable=True)
+    sizes = torch.bincount(flat, minlength=count).tolist()
+    for e, taken in enumerate(torch.split(order, sizes)):
+        if len(taken):
+            yield e, taken
 
 
 def before_experts(
