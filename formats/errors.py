@@ -101,6 +101,12 @@ class PartError(MqError):
     """Parts of a build that cannot be put together, or a file that is none."""
 
 
+class ClusterError(MqError):
+    """A cluster that cannot be used, or a worker of it that failed."""
+
+    exit_code = 1
+
+
 class HfqKind(StrEnum):
     """Why an HFQ file is refused, or cannot be used as asked: one kind for each reason."""
 

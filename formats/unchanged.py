@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -58,6 +58,18 @@ class FileState:
         )
 
 
+@dataclass(frozen=True)
+class KnownHash:
+    """The hash of a file's bytes, and the state that the file had when they were hashed, perhaps on another machine."""
+
+    state: FileState
+    sha256: str
+
+    def as_record(self) -> dict[str, Any]:
+        """What a provenance holds of the file."""
+        return {"bytes": self.state.size, "sha256": self.sha256}
+
+
 class UnchangedFile:
     """A plain file whose state is noted now, and compared at every use. Safe for several threads.
 
@@ -70,6 +82,7 @@ class UnchangedFile:
         self.path, self._error, self._hint = path, error, hint
         self._lock = threading.Lock()
         self._sha256: str | None = None
+        self._is_believed = False
         try:
             self._state = FileState.of(path)
             plain = path.is_file()
@@ -114,6 +127,19 @@ class UnchangedFile:
             watch.advance(self.size, self.path.name)
         return self._sha256
 
+    def known(self) -> KnownHash:
+        """The file's hash and its state, for another process that reads the same file or a copy of it."""
+        return KnownHash(self._state, self.sha256())
+
+    def believe(self, known: KnownHash) -> None:
+        """Take over a hash that somebody else has computed. A file that is not the same one is held against it before
+        it is used for the first time; the number of its device may differ, for every machine has its own.
+        """
+        with self._lock:
+            here = replace(known.state, device=self._state.device)
+            self._state, self._sha256 = self._state if self._state == here else known.state, known.sha256
+            self._is_believed = True
+
     def record(self, watch: Watch = UNWATCHED) -> dict[str, Any]:
         """What a provenance holds of the file, as it still is: {bytes, sha256}."""
         self.check()
@@ -149,6 +175,12 @@ class UnchangedFile:
         raise self._changed()
 
     def _changed(self) -> MqError:
+        if self._is_believed:
+            return self._error(
+                "has other bytes than the file of this name that was hashed for it",
+                file=self.path,
+                hint="copy the file here again, or see who has changed it",
+            )
         return self._error(
             "changed after this command had begun to read it",
             file=self.path,

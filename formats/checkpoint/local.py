@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, MqError, WeightError
 from ..text import printable
-from ..unchanged import UnchangedFile
+from ..unchanged import KnownHash, UnchangedFile
 from ..watch import UNWATCHED, Watch
 from .documents import check_index, config_notes, load_config, load_index
 from .holes import hollow
@@ -39,6 +39,7 @@ class Checkpoint:
                 "is not a folder", file=path, hint="--source takes a checkpoint folder or a hub repository"
             )
         self._files: dict[str, UnchangedFile] = {}
+        self._believed: dict[str, KnownHash] = {}
         self.raw_config, self.config = load_config(self._file(CONFIG, ConfigError))
         weight_map = self._weight_map()
         self.shards: tuple[str, ...] = tuple(sorted(set(weight_map.values()))) or (SINGLE,)
@@ -95,8 +96,23 @@ class Checkpoint:
         sides = [n for n in SIDE_FILES if (self.path / n).is_file()]
         files = {name: self._file(name) for name in (CONFIG, *sides, *self.shards)}
         watch.begin("hashing the source", sum(file.size for file in files.values()), "bytes")
+        believed = {name: known.as_record() for name, known in self._believed.items()}
+        rest = {name: file for name, file in files.items() if name not in believed}
         with ThreadPoolExecutor(HASHERS) as pool:
-            return dict(zip(files, pool.map(partial(_record, watch=watch), files.values()), strict=True))
+            hashed = dict(zip(rest, pool.map(partial(_record, watch=watch), rest.values()), strict=True))
+        return {name: {**hashed, **believed}[name] for name in files}
+
+    def known_hashes(self) -> dict[str, KnownHash]:
+        """The hashes of the shards, for another process that opens this checkpoint or a copy of it."""
+        return {name: self._file(name).known() for name in self.shards}
+
+    def believe(self, hashes: Mapping[str, KnownHash]) -> None:
+        """Take over hashes of shards: `fingerprint` gives them, and a shard that is not the same file is held against
+        its hash before it is used.
+        """
+        self._believed = {name: known for name, known in hashes.items() if name in self.shards}
+        for name, known in self._believed.items():
+            self._file(name).believe(known)
 
     def disk_bytes(self) -> int:
         """Nothing is fetched."""

@@ -97,6 +97,14 @@ def build(
         str | None,
         typer.Option(help="Encode one of several equal parts of the layers, as in 3/8."),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|local|ADDRESS",
+            help="Encode on a Ray cluster: that of this machine (auto), one at an address, or one that is started here "
+            "(local). --jobs is the number of cores of one task, by default half of the smallest node's.",
+        ),
+    ] = None,
     force: opt.Force = False,
     restart: opt.Restart = False,
     quiet: opt.Quiet = False,
@@ -115,6 +123,7 @@ def build(
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort calibrated --text corpus.txt --sequences 128
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort imatrix --imatrix imatrix.gguf --device cuda
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf --part 3/8
+      mq-quant build --tier mq3 --source /shared/MiniMax-M2.7 --effort imatrix --ray auto -o /shared/m27.mq3
       mq-quant build --recipe mine.yaml --jobs 8 --json
     """
     if no_imatrix and (fit == "hessian" or awq_alpha):
@@ -144,7 +153,8 @@ def build(
         where = best_device() if device == "auto" else device
         workers = jobs or cores()
         statistics = choose(chosen, wishes, lambda: torch_device(where, asked=device != "auto"), workers)
-        with open_encoder(where) as encoder:
+        cluster = opt.cluster(ray, jobs, device, shard_cache)
+        with open_encoder("cpu" if cluster else where) as encoder:
             options = RunOptions(
                 output=output,
                 jobs=workers,
@@ -152,6 +162,7 @@ def build(
                 force=force,
                 restart=restart,
                 shard_cache=shard_cache,
+                cluster=cluster,
                 on_note=lambda sentence: note(f"note: {sentence}"),
                 watch=progress,
             )

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..calibrate.tokens import TokenRequest
+    from ..pipeline.cluster.driver import Cluster
 
 TEXTS = "Texts and tokens"
 """Title of the help's section on what a calibration is gathered from."""
@@ -93,3 +94,19 @@ def token_request(
         raise typer.BadParameter("give either --text or --tokens")
     asked = TokenRequest(text, tokens, sequences, length)
     return None if asked == TokenRequest(length=LENGTH) else asked
+
+
+def cluster(address: str | None, jobs: int | None, device: BuildDevice, shards: int | None) -> Cluster | None:
+    """The Ray cluster that --ray names; None without it. Its tasks are on the CPU unless a GPU is asked for."""
+    if address is None:
+        return None
+    from ..pipeline.cluster.driver import Cluster
+    from .console import note
+
+    return Cluster(
+        address,
+        jobs,
+        "cpu" if device == "auto" else device,
+        shards or 2,
+        on_note=lambda sentence: note(f"note: {sentence}"),
+    )

@@ -35,6 +35,7 @@ from .work_units import WorkUnit, whole_layers, work_order
 from .worker_pool import Encoded, UnitHook, Workers, run_units
 
 if TYPE_CHECKING:
+    from .cluster.driver import Cluster
     from .tuned_layers import TunedLayers
 
 
@@ -43,7 +44,8 @@ class RunOptions:
     """How a spec is built; nothing here changes a byte of the file.
 
     `shard_cache` is the most shards of a hub source on the disk at once (default: 2, and 4 where the build calibrates
-    itself). Hooks watch the build, and end it where they raise; it can be continued then:
+    itself). A `cluster` encodes instead of this process, and does not call `on_begin`. Hooks watch the build, and end
+    it where they raise; it can be continued then:
 
     - `on_note(sentence)` hears what the source has to say, before the work;
     - `watch` each phase of the build, in which it counts bytes that are hashed and weights that are encoded;
@@ -59,6 +61,7 @@ class RunOptions:
     force: bool = False
     restart: bool = False
     shard_cache: int | None = None
+    cluster: Cluster | None = None
     on_note: Callable[[str], None] = nothing
     watch: Watch = UNWATCHED
     on_begin: UnitHook = nothing
@@ -169,7 +172,12 @@ class Build:
             from .tuned_layers import TunedLayers
 
             self._tuned = TunedLayers(spec, spec.tuning, spec.gathered, self._file, todo, options.watch)
-        run_units(spec, todo, self._deliver, Workers(options.jobs, options.encoder, options.on_begin, before))
+        if options.cluster is None:
+            run_units(
+                spec, todo, self._deliver, Workers(options.jobs, options.encoder, options.on_begin, before)
+            )
+        else:
+            options.cluster.run(spec, self.order, todo, self._file, self._stands)
         laid, outcome = self._part or spec.plan, self._outcome()
         path = self._commit(outcome)
         seconds = time.monotonic() - self._began
@@ -185,7 +193,7 @@ class Build:
             fallbacks=tuple(note for layer in outcome.layers for note in layer["fallbacks"]),
             engine=engine_warnings(spec.plan),
             fit=spec.recipe.fit,
-            device=options.encoder.device,
+            device=options.cluster.device if options.cluster else options.encoder.device,
             units=len(self.order),
             resumed_units=len(kept),
         )
@@ -193,8 +201,11 @@ class Build:
     def _deliver(self, unit: WorkUnit, done: Encoded) -> None:
         for ready, complete_unit in self._tuned.add(unit, done) if self._tuned else [(unit, done)]:
             self._file.put(ready, complete_unit.payload.data, complete_unit.record)
-            self.options.watch.advance(ready.weights, ready.key)
-            self.options.on_done(ready)
+            self._stands(ready)
+
+    def _stands(self, unit: WorkUnit) -> None:
+        self.options.watch.advance(unit.weights, unit.key)
+        self.options.on_done(unit)
 
     def _gather(self, layer: int) -> None:
         """Have a layer's moments ready. Those of earlier layers go, so what was encoded with them is synced first."""
@@ -259,6 +270,11 @@ def build_file(
         raise RecipeError(
             "a tuned layer follows from all layers before it, so it cannot be built without them",
             hint="build the parts with --effort calibrated, merge them, and tune the file with `mq-quant tune`",
+        )
+    if options.cluster is not None and isinstance(statistics, OnTheFly):
+        raise RecipeError(
+            "a cluster does not run the model, and this build would gather its own moments",
+            hint="give --effort imatrix, or make a folder with `mq-quant calibrate` and give it as --calibration",
         )
     shards = options.shard_cache or (4 if isinstance(statistics, OnTheFly) else 2)
     scratch = options.output.parent if options.output else Path()

@@ -83,7 +83,7 @@ class BuildSpec:
     can be told apart.
 
     `calibration` is what the file will say of its calibration; `gathered` is the importance where the build gathers it,
-    and `tuning` how its layers are tuned after they are rounded, if they are.
+    and `tuning` how its layers are tuned after they are rounded, if they are. `statistics` is what was asked for.
     """
 
     recipe: Recipe
@@ -96,6 +96,7 @@ class BuildSpec:
     calibration: Mapping[str, Any] | None = None
     gathered: GatheredImportance | None = None
     tuning: TuneSettings | None = None
+    statistics: Statistics | None = None
 
     def disk_bytes(self) -> int:
         """The most disk that the build takes besides its output."""
@@ -188,6 +189,7 @@ def resolve(
         calibration=found.record,
         gathered=gathered,
         tuning=statistics.tuning if isinstance(statistics, OnTheFly) else None,
+        statistics=statistics,
     )
 
 

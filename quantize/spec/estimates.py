@@ -242,8 +242,12 @@ def build_memory(sizes: FileSizes, jobs: int) -> int:
     Each worker holds one expert (or one piece of a plain tensor) as f32 with the encoder's copies of it; the
     interpreter and its libraries, and the importance of two layers, come on top.
     """
-    c = sizes.config
-    expert = 3 * c.hidden_size * c.intermediate_size
-    plain = min(sizes.largest, ROW_WEIGHTS)
-    importance = 2 * c.num_local_experts * (2 * c.hidden_size + c.intermediate_size) * 8
+    return worker_memory(sizes.config, sizes.largest, jobs)
+
+
+def worker_memory(config: ModelConfig, largest: int, jobs: int) -> int:
+    """As `build_memory`, of one process with so many workers; `largest` counts the weights of the largest tensor."""
+    expert = 3 * config.hidden_size * config.intermediate_size
+    plain = min(largest, ROW_WEIGHTS)
+    importance = 2 * config.num_local_experts * (2 * config.hidden_size + config.intermediate_size) * 8
     return BASE_MEMORY + importance + 4 * COPIES * max(expert, plain) * jobs

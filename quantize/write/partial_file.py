@@ -36,6 +36,8 @@ PARTIAL = ".partial"
 JOURNAL = ".partial.journal"
 CALIBRATION = ".partial.calibration"
 TUNING = ".partial.tuning"
+MARKER = ".cluster"
+"""Behind the name of the unfinished file: what tells workers of a cluster that they see it."""
 _NAME_MAX = 255
 
 
@@ -203,6 +205,37 @@ class PartialFile:
             write_all(self._fd, payload.cast("B"), self._laid.data_offset + where.start)
         self.journal.record(where.key, xxhash.xxh64_hexdigest(payload), **record)
         self.hash.advance(where.key)
+
+    @property
+    def data_offset(self) -> int:
+        """Where in the file the payloads begin."""
+        return self._laid.data_offset
+
+    def write(self, offset: int, payload: bytes) -> None:
+        """Write bytes of another process at their place in the file, which notes them later; on any thread."""
+        with disk_errors(self.path):
+            write_all(self._fd, memoryview(payload), offset)
+
+    def note(self, where: Range, digest: str, record: Mapping[str, Any]) -> bool:
+        """Note a range that another process has written; false where its bytes, read back, have another xxh64."""
+        if not self._reads(where, digest):
+            # A network share may have kept what it read before they were written.
+            self._forget(where)
+            if not self._reads(where, digest):
+                return False
+        self.journal.record(where.key, digest, **record)
+        self.hash.advance(where.key)
+        return True
+
+    def _reads(self, where: Range, digest: str) -> bool:
+        return bool(xxhash.xxh64_hexdigest(self.read(where.start, where.nbytes)) == digest)
+
+    def _forget(self, where: Range) -> None:
+        """Have the system drop what it keeps in memory of a range, where it offers that."""
+        advise: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
+        if advise is not None:
+            with suppress(OSError):
+                advise(self._fd, self.data_offset + where.start, where.nbytes, os.POSIX_FADV_DONTNEED)
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Exactly `nbytes` of the payloads from `start`; the file has its full size from the beginning."""

@@ -1,0 +1,1 @@
+"""A build on many machines at once, which Ray schedules: the driver has the journal, workers write what they encode."""

@@ -1,0 +1,76 @@
+"""The connection to a Ray cluster, and what its nodes have. Ray is an extra: nothing here is imported without it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ....formats.errors import ClusterError
+from ....formats.machine import cores, offer
+
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a task asks of a node: cores, GPUs, bytes of memory."""
+
+    cores: int
+    gpus: int
+    memory: int
+
+    def slots(self, node: Mapping[str, float]) -> int:
+        """How many of these tasks a node runs at a time."""
+        asked = {"CPU": self.cores, "GPU": self.gpus, "memory": self.memory}
+        return int(min(node.get(name, 0) // amount for name, amount in asked.items() if amount))
+
+
+def load_ray() -> Any:
+    """The module `ray`; ClusterError where it is not installed."""
+    try:
+        return importlib.import_module("ray")
+    except ImportError:
+        raise ClusterError(
+            "--ray needs Ray, which is not installed", hint="pip install 'mq-quant[ray]' on every node"
+        ) from None
+
+
+@contextmanager
+def connected(ray: Any, address: str) -> Iterator[None]:
+    """Be a driver of the cluster at this address, of the one of this machine (`auto`), or of one that is started here
+    and ends with the block (`local`). A session that is open already is used, and stays.
+
+    Raises ClusterError where there is no such cluster.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if address.startswith("ray://"):
+        raise ClusterError(
+            "--ray takes no address of Ray's client: the driver writes the file, so it runs on a node of the cluster",
+            hint="run the command on a node, with --ray auto",
+        )
+    offer("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+    if address == LOCAL:
+        options |= {"num_cpus": cores()}
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        said = str(e).strip().partition("\n")[0]
+        raise ClusterError(
+            f"no Ray cluster can be used at {address}: {said}",
+            hint="start one with `ray start --head` and give its address, or give --ray local",
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def resources_of_nodes(ray: Any) -> list[dict[str, float]]:
+    """What each living node has in all: CPU, GPU, memory."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

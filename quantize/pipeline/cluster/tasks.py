@@ -1,0 +1,162 @@
+"""The slices of one build as tasks of Ray: begun, retried, overtaken where they are slow, and noted as they end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ....formats.errors import ClusterError, MqError
+from ...write.partial_file import PartialFile
+from ..work_units import WorkUnit
+from .job import Answer, Slice
+from .ray_session import Needs, resources_of_nodes
+from .slices import overtaken
+from .worker import encode_slice, identity
+
+RETRIES = 3
+"""How often a slice is begun anew whose node or process was lost, or whose bytes are not those that it told."""
+TICK = 1.0
+"""Seconds after which slow and lost nodes are looked for, where nothing comes in."""
+
+
+@dataclass
+class Output:
+    """The unfinished file, the units that it still needs, and who hears of each that stands."""
+
+    file: PartialFile
+    missing: dict[str, WorkUnit]
+    stands: Callable[[WorkUnit], None]
+
+    def note(self, answer: Answer) -> bool:
+        """Note the units of an answer that are missing yet; false where the bytes of one are not as they were told."""
+        for told in answer.units:
+            unit = self.missing.get(told.key)
+            if unit is None:
+                continue
+            if not self.file.note(unit, told.digest, told.record):
+                return False
+            del self.missing[told.key]
+            self.stands(unit)
+        return True
+
+
+@dataclass
+class Tasks:
+    """The tasks under way, by Ray's reference, of a build whose `job` is pickled."""
+
+    ray: Any
+    needs: Needs
+    job: bytes
+    output: Output
+    on_note: Callable[[str], None]
+    _slices: dict[Any, Slice] = field(default_factory=dict)
+    _wrong: Counter[Slice] = field(default_factory=Counter)
+    _seconds: list[float] = field(default_factory=list)
+    _idle_since: float | None = None
+    _is_waiting: bool = False
+
+    def __post_init__(self) -> None:
+        # Without `max_calls` Ray ends a process after each task on a GPU, and what it has opened with it.
+        asked = {"num_cpus": self.needs.cores, "num_gpus": self.needs.gpus, "memory": self.needs.memory}
+        self._encode = self.ray.remote(**asked, max_retries=RETRIES, max_calls=0)(encode_slice)
+
+    def run(self, slices: Sequence[Slice]) -> None:
+        """Run all slices. Where one fails, what others have finished by then is noted before the error is raised."""
+        try:
+            for piece in slices:
+                self._begin(piece)
+            while self._slices:
+                for task in self._ready(TICK):
+                    self._end(task)
+                self._look_around()
+        except ClusterError:
+            for task in self._ready(0):
+                self._rescue(task)
+            raise
+        finally:
+            self._cancel(list(self._slices))
+
+    def _begin(self, piece: Slice) -> None:
+        task = self._encode.options(name=piece.name).remote(identity(), self.job, piece)
+        self._slices[task] = piece
+
+    def _ready(self, timeout: float) -> list[Any]:
+        """The tasks that have ended; at least one of them is waited for, for so many seconds at most."""
+        tasks = list(self._slices)
+        ready, _ = self.ray.wait(tasks, num_returns=1 if timeout else max(1, len(tasks)), timeout=timeout)
+        return list(ready)
+
+    def _end(self, task: Any) -> None:
+        piece = self._slices.pop(task, None)
+        if piece is None:  # it was overtaken just now
+            return
+        answer = self._answer(task, piece)
+        if answer.failure is not None:
+            raise _failed(piece, answer)
+        if not self.output.note(answer):
+            self._repeat(piece, answer)
+            return
+        self._seconds.append(answer.seconds)
+        self._cancel([other for other, same in self._slices.items() if same == piece])
+
+    def _answer(self, task: Any, piece: Slice) -> Answer:
+        try:
+            answer: Answer = self.ray.get(task)
+        except self.ray.exceptions.RayError as e:
+            said = str(e).strip().splitlines()
+            raise ClusterError(
+                f"{piece.name}: {said[-1] if said else type(e).__name__}",
+                hint="see that all nodes have the same mq-quant and enough memory; the same command continues",
+            ) from e
+        return answer
+
+    def _repeat(self, piece: Slice, answer: Answer) -> None:
+        """Begin a slice anew whose bytes are not there; ClusterError where that does not help."""
+        self._wrong[piece] += 1
+        if self._wrong[piece] > RETRIES:
+            raise ClusterError(
+                f"{piece.name}: what node {answer.node} has written is not what is read here",
+                hint="the file system under the output does not show all nodes the same bytes; use another one",
+            )
+        self._begin(piece)
+
+    def _rescue(self, task: Any) -> None:
+        """Note what a task has finished, though the build has failed."""
+        piece = self._slices.pop(task)
+        try:
+            self.output.note(self._answer(task, piece))
+        except MqError:  # the error that came first is the one to show
+            return
+
+    def _look_around(self) -> None:
+        """Begin slow slices once more where workers have nothing else to do, and say where no worker is left."""
+        workers = sum(map(self.needs.slots, resources_of_nodes(self.ray)))
+        if not workers and not self._is_waiting:
+            self.on_note("the cluster has lost every node that could go on; the build waits for a new one")
+        self._is_waiting = not workers
+        if len(self._slices) >= workers:
+            self._idle_since = None
+            return
+        now = time.monotonic()
+        self._idle_since = self._idle_since or now
+        for piece in overtaken(
+            Counter(self._slices.values()), workers, now - self._idle_since, self._seconds
+        ):
+            self._begin(piece)
+
+    def _cancel(self, tasks: Sequence[Any]) -> None:
+        for task in tasks:
+            del self._slices[task]
+            self.ray.cancel(task, force=True)
+
+
+def _failed(piece: Slice, answer: Answer) -> ClusterError:
+    """What a worker reported, with the node on which it happened."""
+    failure = answer.failure
+    assert failure is not None
+    error = ClusterError(f"{piece.name}, on node {answer.node}: {failure.message}", hint=failure.hint)
+    error.exit_code = failure.exit_code
+    return error

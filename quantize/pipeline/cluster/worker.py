@@ -1,0 +1,111 @@
+"""A worker: it opens the build for itself, encodes slices, and answers with checksums.
+
+A worker's process serves one driver, one slice at a time, and what it has opened stays open for the next slice.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import xxhash
+
+from ....formats.checkpoint.local import Checkpoint
+from ....formats.errors import ClusterError, MqError
+from ...encode.encoders import Encoder, open_encoder
+from ...spec.places import open_place
+from ...spec.provenance import code, program
+from ...write.journal import differences
+from ..build_spec import BuildSpec, resolve
+from ..work_units import WorkUnit, work_order
+from ..worker_pool import Encoded, Workers, run_units
+from .delivery import open_sink
+from .job import Answer, Failure, Job, Slice, Stands
+
+
+def identity() -> dict[str, str]:
+    """What of the program has to be equal on all nodes: its version, its sources and the libraries that compute."""
+    return {"mq-quant": program()["version"], **code()}
+
+
+def encode_slice(driver: Mapping[str, str], job: bytes, piece: Slice) -> Answer:
+    """Encode the units of a slice of a pickled `Job`, of a driver with this identity; errors become the answer.
+
+    The job is looked at only where both are the same program. Everything that is answered stands in the output.
+    """
+    began, node = time.monotonic(), platform.node()
+    try:
+        _check(driver)
+        opened = _opened(job)
+        units = opened.encode(piece)
+    except MqError as e:
+        return Answer(node, os.getpid(), time.monotonic() - began, failure=Failure.of(e))
+    return Answer(node, os.getpid(), time.monotonic() - began, units)
+
+
+def _check(driver: Mapping[str, str]) -> None:
+    different = differences(driver, identity())
+    if different:
+        raise ClusterError(
+            f"runs another mq-quant than the driver: {'; '.join(different)}",
+            hint="install the same version of mq-quant, numpy, numba and scipy on all nodes",
+        )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A job whose source, statistics and device are open."""
+
+    job: Job
+    spec: BuildSpec
+    encoder: Encoder
+    units: Mapping[str, WorkUnit]
+
+    def encode(self, piece: Slice) -> tuple[Stands, ...]:
+        """The units of a slice, encoded, written and synced."""
+        offsets, done = dict(piece.units), list[Stands]()
+        with open_sink(self.job.target) as sink:
+
+            def deliver(unit: WorkUnit, encoded: Encoded) -> None:
+                payload = encoded.payload.data.cast("B")
+                sink.put(offsets[unit.key], payload)
+                done.append(Stands(unit.key, xxhash.xxh64_hexdigest(payload), encoded.record))
+
+            todo = [self.units[key] for key in offsets]
+            run_units(self.spec, todo, deliver, Workers(self.job.threads, self.encoder))
+            sink.sync()
+        return tuple(done)
+
+
+@lru_cache(maxsize=1)
+def _opened(job: bytes) -> _Opened:
+    """Open a job once in this process; the errors of `open_build` and `open_encoder`, and ClusterError where this node
+    sees other inputs than the driver.
+    """
+    given: Job = pickle.loads(job)
+    with ExitStack() as stack:
+        place = given.recipe.model.place
+        source = open_place(place.address, place.revision, given.shard_cache, Path(tempfile.gettempdir()))
+        stack.callback(source.close)
+        source.validate()
+        if isinstance(source, Checkpoint):
+            source.believe(given.hashes)
+        spec = resolve(given.recipe, given.statistics, source)
+        different = differences(given.signature, spec.signature)
+        if different:
+            raise ClusterError(
+                "has other inputs than the driver:" + "".join(f"\n    {line}" for line in different),
+                hint="give every node the same checkpoint and imatrix or calibration",
+            )
+        encoder = stack.enter_context(open_encoder(given.device))
+        units = {unit.key: unit for unit in work_order(spec)}
+        stack.pop_all()  # everything is open now, and stays so until the process ends
+        return _Opened(given, spec, encoder, units)

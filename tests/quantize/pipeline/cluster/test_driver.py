@@ -1,0 +1,183 @@
+"""Builds on a real Ray cluster of two nodes: the bytes of one machine, whatever is lost on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mq_quant.formats.errors import ClusterError, MqError, RecipeError
+from mq_quant.quantize.calibrate.tokens import TokenRequest
+from mq_quant.quantize.pipeline.build import RunOptions, build_file
+from mq_quant.quantize.pipeline.cluster import ray_session, tasks
+from mq_quant.quantize.pipeline.cluster.driver import Cluster
+from mq_quant.quantize.pipeline.cluster.job import Answer
+from mq_quant.quantize.pipeline.cluster.ray_session import Needs
+from mq_quant.quantize.pipeline.statistics import OnTheFly
+from mq_quant.quantize.spec.places import choose_recipe
+from mq_quant.quantize.write.journal import read_journal
+
+from .conftest import CHANGES, Nodes, build
+
+
+def after(units: int, act: Callable[[], object]) -> Callable[[object], None]:
+    """A hook that does something once so many units stand."""
+    count = 0
+
+    def hook(_: object) -> None:
+        nonlocal count
+        count += 1
+        if count == units:
+            act()
+
+    return hook
+
+
+def test_two_nodes_make_the_file_of_one_machine(
+    source: Path, whole: bytes, tmp_path: Path, nodes: Nodes
+) -> None:
+    assert build(source, tmp_path / "out", cluster=Cluster(nodes.address)).read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_a_shared_folder_payloads_are_sent(
+    source: Path, whole: bytes, tmp_path: Path, nodes: Nodes
+) -> None:
+    assert build(source, tmp_path / "out", cluster=Cluster(nodes.address, shared=False)).read_bytes() == whole
+
+
+def test_a_node_is_lost_and_another_one_joins(
+    source: Path, whole: bytes, tmp_path: Path, nodes: Nodes
+) -> None:
+    hook = after(10, nodes.replace_one)
+    assert build(source, tmp_path / "out", cluster=Cluster(nodes.address), on_done=hook).read_bytes() == whole
+
+
+def test_a_driver_that_is_killed_continues(source: Path, whole: bytes, tmp_path: Path, nodes: Nodes) -> None:
+    script = f"""
+import os, signal
+from pathlib import Path
+from conftest import build
+from mq_quant.quantize.pipeline.cluster.driver import Cluster
+count = []
+def kill(unit):
+    count.append(unit)
+    if len(count) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+build(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), cluster=Cluster({nodes.address!r}), on_done=kill)
+"""
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[3]), *sys.path]
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    noted, _ = read_journal(tmp_path / "out.partial.journal")
+    assert len(noted) == 1 + 20
+    seen: list[object] = []
+    path = build(source, tmp_path / "out", cluster=Cluster(nodes.address), on_done=seen.append)
+    assert path.read_bytes() == whole
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert seen
+
+
+def test_a_worker_that_stands_still_is_overtaken(
+    source: Path, whole: bytes, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_of, stopped = tasks.Tasks._answer, set[int]()
+
+    def stop_one(self: tasks.Tasks, *given: object) -> Answer:
+        answer = answer_of(self, *given)  # type: ignore[arg-type]
+        if not stopped:
+            stopped.add(answer.pid)
+            os.kill(answer.pid, signal.SIGSTOP)
+        return answer
+
+    monkeypatch.setattr(tasks.Tasks, "_answer", stop_one)
+    assert build(source, tmp_path / "out", cluster=Cluster(nodes.address)).read_bytes() == whole
+    assert stopped
+
+
+def test_two_versions_in_one_cluster_are_refused(
+    source: Path, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "identity", lambda: {"mq-quant": "0.0.1"})
+    said = r"on node .*: runs another mq-quant than the driver: mq-quant is '0\.0\.1' there"
+    with pytest.raises(ClusterError, match=said):
+        build(source, tmp_path / "out", cluster=Cluster(nodes.address))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_a_worker_does_not_see_ends_the_build_which_continues(
+    source: Path, whole: bytes, tmp_path: Path, nodes: Nodes
+) -> None:
+    hidden = source.with_name("hidden")
+    with pytest.raises(MqError, match=r"on node .*: .*small"):
+        build(
+            source,
+            tmp_path / "out",
+            cluster=Cluster(nodes.address),
+            on_done=after(8, lambda: source.rename(hidden)),
+        )
+    hidden.rename(source)
+    noted, _ = read_journal(tmp_path / "out.partial.journal")
+    assert len(noted) > 8
+    assert build(source, tmp_path / "out", cluster=Cluster(nodes.address)).read_bytes() == whole
+
+
+def test_tasks_that_fit_on_no_node_are_refused(source: Path, tmp_path: Path, nodes: Nodes) -> None:
+    with pytest.raises(ClusterError, match="no node of the cluster has 64 cores"):
+        build(source, tmp_path / "out", cluster=Cluster(nodes.address, threads=64))
+    with pytest.raises(ClusterError, match="1 GPUs"):
+        build(source, tmp_path / "out", cluster=Cluster(nodes.address, device="cuda"))
+    assert not list(tmp_path.iterdir())
+
+
+# --- without a cluster ------------------------------------------------------------------------------------------------
+
+
+def test_a_build_that_gathers_moments_says_what_to_do_instead(source: Path, tmp_path: Path) -> None:
+    recipe, statistics = choose_recipe("mq2", None, str(source)), OnTheFly(TokenRequest())
+    with pytest.raises(RecipeError, match="mq-quant calibrate"):
+        build_file(recipe, statistics, RunOptions(tmp_path / "out", cluster=Cluster("local")), CHANGES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_ray_it_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ClusterError, match=r"not installed\n  pip install 'mq-quant\[ray\]'"):
+        build(source, tmp_path / "out", cluster=Cluster("local"))
+    assert not list(tmp_path.iterdir())
+
+
+class NoRay:
+    """Stands for Ray where no cluster answers."""
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return False
+
+    @staticmethod
+    def init(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nmore")
+
+
+def test_an_address_without_a_cluster_is_named() -> None:
+    nobody = pytest.raises(
+        ClusterError, match=r"can be used at auto: Could not find any running Ray instance.\n"
+    )
+    with nobody, ray_session.connected(NoRay, "auto"):
+        pass
+    client = pytest.raises(ClusterError, match="no address of Ray's client")
+    with client, ray_session.connected(NoRay, "ray://head:10001"):
+        pass
+
+
+def test_a_node_has_room_for_what_its_scarcest_resource_allows() -> None:
+    node = {"CPU": 16.0, "GPU": 2.0, "memory": 10e9}
+    assert Needs(4, 0, 10**9).slots(node) == 4
+    assert Needs(4, 1, 10**9).slots(node) == 2
+    assert Needs(4, 0, 4 * 10**9).slots(node) == 2
+    assert Needs(1, 0, 1).slots({"CPU": 1.0}) == 0

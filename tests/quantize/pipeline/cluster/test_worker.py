@@ -1,0 +1,129 @@
+"""A worker by itself, in this process: it takes no job of another program, of other inputs, or without a source."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mq_quant.quantize.pipeline.build_spec import open_build
+from mq_quant.quantize.pipeline.cluster import delivery, worker
+from mq_quant.quantize.pipeline.cluster.delivery import Target, marker_of
+from mq_quant.quantize.pipeline.cluster.job import Answer, Job, Slice
+from mq_quant.quantize.pipeline.cluster.slices import cut
+from mq_quant.quantize.pipeline.cluster.worker import encode_slice, identity
+from mq_quant.quantize.pipeline.statistics import ImatrixFile
+from mq_quant.quantize.pipeline.work_units import work_order
+from mq_quant.quantize.spec.places import choose_recipe
+
+from .conftest import CHANGES
+
+SECRET = bytes(range(32))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A driver's job on a file that the worker sees, and its slices."""
+
+    job: Job
+    slices: tuple[Slice, ...]
+
+    def answer(self, **changed: Any) -> Answer:
+        return encode_slice(identity(), pickle.dumps(replace(self.job, **changed)), self.slices[1])
+
+
+@pytest.fixture
+def given(source: Path, tmp_path: Path) -> Iterator[Given]:
+    output = tmp_path / "out.partial"
+    target = Target(str(output), SECRET, ("127.0.0.1", 1))
+    marker_of(output).write_bytes(SECRET)
+    recipe = choose_recipe("mq2", None, str(source))
+    with open_build(recipe, ImatrixFile(source / "imatrix.gguf"), CHANGES) as spec:
+        output.write_bytes(bytes(spec.plan.total_bytes))
+        order = work_order(spec)
+        yield Given(Job.of(spec, target, 1, "cpu", 2), cut(order, order, spec.plan.data_offset, 1))
+    worker._opened.cache_clear()
+
+
+def failure_of(answer: Answer) -> str:
+    assert answer.failure is not None and not answer.units
+    return answer.failure.message
+
+
+def test_a_slice_stands_where_it_is_planned(given: Given, whole: bytes) -> None:
+    answer = given.answer()
+    assert answer.failure is None
+    assert [unit.key for unit in answer.units] == [key for key, _ in given.slices[1].units]
+    written = Path(given.job.target.path).read_bytes()
+    starts = sorted(place for piece in given.slices for _, place in piece.units)
+    for _, place in given.slices[1].units:
+        end = next((start for start in starts if start > place), len(whole))
+        assert written[place:end] == whole[place:end]
+
+
+def test_another_program_is_refused_before_the_job_is_looked_at(given: Given) -> None:
+    other = {**identity(), "mq-quant": "0.0.1"}
+    answer = encode_slice(other, b"not a pickle", given.slices[0])
+    assert "runs another mq-quant than the driver: mq-quant is '0.0.1' there and" in failure_of(answer)
+    answer = encode_slice({**identity(), "sources": "0" * 16}, b"not a pickle", given.slices[0])
+    assert "sources is '0000000000000000' there and" in failure_of(answer)
+
+
+def test_a_worker_without_the_source_says_where_it_looked(given: Given, tmp_path: Path) -> None:
+    place = given.job.recipe.model.place.model_copy(update={"folder": str(tmp_path / "nowhere")})
+    model = given.job.recipe.model.model_copy(update={"place": place})
+    recipe = given.job.recipe.model_copy(update={"model": model})
+    assert f"no such folder: {tmp_path / 'nowhere'}" in failure_of(given.answer(recipe=recipe))
+
+
+def test_a_worker_without_the_imatrix_says_so(given: Given, tmp_path: Path) -> None:
+    assert "nothing.gguf" in failure_of(given.answer(statistics=ImatrixFile(tmp_path / "nothing.gguf")))
+
+
+def test_other_inputs_are_named(given: Given) -> None:
+    signature = {**given.job.signature, "recipe.tier": "mq3"}
+    said = failure_of(given.answer(signature=signature))
+    assert "has other inputs than the driver:\n    recipe.tier is 'mq3' there and 'mq2' here" in said
+
+
+def copied(given: Given, source: Path, folder: Path) -> Any:
+    """The job with a copy of the source, which has other inodes, in a folder of the same name."""
+    copy = shutil.copytree(source, folder / source.name)
+    place = given.job.recipe.model.place.model_copy(update={"folder": str(copy)})
+    model = given.job.recipe.model.model_copy(update={"place": place})
+    return copy, given.job.recipe.model_copy(update={"model": model})
+
+
+def test_a_copy_of_the_source_will_do(given: Given, source: Path, tmp_path: Path) -> None:
+    _, recipe = copied(given, source, tmp_path / "elsewhere")
+    assert given.answer(recipe=recipe).units == given.answer().units
+
+
+def test_a_copy_with_another_byte_is_refused_before_it_is_used(
+    given: Given, source: Path, tmp_path: Path
+) -> None:
+    copy, recipe = copied(given, source, tmp_path / "elsewhere")
+    for shard in copy.glob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        times = (source / shard.name).stat()
+        shard.write_bytes(data)
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    said = failure_of(given.answer(recipe=recipe))
+    assert "has other bytes than the file of this name that was hashed for it" in said
+
+
+def test_a_disk_that_is_full_is_a_clear_answer(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(delivery, "write_all", full)
+    answer = given.answer()
+    assert failure_of(answer) == f"{given.job.target.path}: the disk is full"
+    assert answer.failure is not None and "it continues where it stopped" in str(answer.failure.hint)
