@@ -33,9 +33,11 @@ from ..write.journal import CALIBRATION, Journal, Signature
 from .own_streams import own_file
 
 JOURNAL = "journal"
+STATE = "state.json"
+"""What a finished calibration state has instead of a manifest."""
 ATTN_NAMES = {"attn_q": "in", "attn_k": "in", "attn_v": "in", "attn_output": "out"}
 _OURS = re.compile(
-    rf"{re.escape(MANIFEST)}|{JOURNAL}({re.escape(OWNER)}(\.\d+)?)?|{re.escape(IMATRIX)}"
+    rf"{re.escape(MANIFEST)}|{re.escape(STATE)}|{JOURNAL}({re.escape(OWNER)}(\.\d+)?)?|{re.escape(IMATRIX)}"
     r"|(layer|rows)-\d+\.safetensors|(hidden|own)-\d+\.f32|\..+\.partial"
 )
 _RESTART = "give --restart to discard it and begin anew"
@@ -251,7 +253,7 @@ def _look(path: Path, force: bool, restart: bool) -> bool:
         )
     journal = path / JOURNAL
     finished, begun = (
-        MANIFEST in found,
+        MANIFEST in found or STATE in found,
         journal.is_symlink() or (JOURNAL in found and journal.stat().st_size > 0),
     )
     others = sorted(name for name in found if not name.startswith(JOURNAL))
@@ -263,9 +265,10 @@ def _look(path: Path, force: bool, restart: bool) -> bool:
 
 
 def _clear(path: Path) -> None:
-    """Remove a calibration from a locked folder, its manifest first; the journal, which is the lock, stays."""
+    """Remove a calibration from a locked folder, first what says that it is finished; the journal, its lock, stays."""
     with disk_errors(path):
-        (path / MANIFEST).unlink(missing_ok=True)
+        for name in (MANIFEST, STATE):
+            (path / name).unlink(missing_ok=True)
         for file in path.iterdir():
             if not file.name.startswith(JOURNAL):
                 file.unlink()

@@ -155,12 +155,13 @@ def gather_layer(
     after: Callable[[], None] = lambda: None,
     keep_rows: Literal["on disk", "here"] | None = None,
     keep_last: bool = False,
+    keep_entering: bool = False,
 ) -> Gathered:
     """Run a layer and write its moments; what is left to be written is so by the `finish` of what is returned.
 
     What the experts saw is kept in a file, or where it is; then the stream that enters the layer stays too, from which
-    it can be made again. `keep_last` keeps the stream behind the last layer, which no layer needs. `after` is called
-    when no weight of the layer is needed any more.
+    it can be made again, as it does with `keep_entering`. `keep_last` keeps the stream behind the last layer, which no
+    layer needs. `after` is called when no weight of the layer is needed any more.
     """
     last = layer + 1 == config.num_hidden_layers
     moments = LayerMoments(config, layer, down, keep_rows is not None)
@@ -184,6 +185,6 @@ def gather_layer(
 
     def finish() -> None:
         kept = None if last and not keep_last else behind.cpu().numpy()
-        out.finish_layer(layer, kept, record, keep_entering=keep_rows == "here")
+        out.finish_layer(layer, kept, record, keep_entering=keep_entering or keep_rows == "here")
 
     return Gathered(behind, moments.rows, record, finish)

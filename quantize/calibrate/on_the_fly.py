@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ from .moments import LayerMoments
 from .own_streams import load_stream, save_stream
 from .tokens import Tokens
 
+if TYPE_CHECKING:
+    from .state import CalibrationState
+
 T = TypeVar("T")
 
 DOWN: DownForm = "pooled"
@@ -75,6 +78,7 @@ class GatheredImportance:
         text: str | None = None,
         keep_outputs: bool = False,
         stays: bool | None = None,
+        state: CalibrationState | None = None,
     ) -> None:
         """Raises BackendError where there is no such device. `bind` completes it.
 
@@ -82,7 +86,7 @@ class GatheredImportance:
         `keep_outputs` the stream behind the last layer is kept too, so that every layer has a `target`. Where it
         `stays`, what the experts of a layer see is left on the device until the next layer is begun, and is not
         written: so it is on a GPU, unless said otherwise. Then the next layer is gathered meanwhile, where the device
-        has room for two.
+        has room for two. With a `state` no layer has to be run before the first one that is needed.
         """
         self.tokens = tokens
         self._keep_outputs = keep_outputs
@@ -93,6 +97,7 @@ class GatheredImportance:
         self._manifest = manifest_of(self.config, {}, tokens, DOWN, self.device)
         self._imatrix: ImatrixModel | None = None
         self._path: Path | None = None
+        self._state, self._first = state, 0
         self._out: CalibrationFolder | None = None
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
@@ -107,9 +112,14 @@ class GatheredImportance:
         self._stream = beside_others(self.device)
 
     def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:
-        """Take the source's {origin, files}, and the imatrix that stands behind moments of too few tokens."""
+        """Take the source's {origin, files}, and the imatrix that stands behind moments of too few tokens.
+
+        Raises CalibrationError where the state is of another calibration.
+        """
         self._manifest = {**self._manifest, "source": dict(source)}
         self._imatrix = imatrix
+        if self._state is not None:
+            self._state.check(self._manifest)
 
     @property
     def disk_bytes(self) -> int:
@@ -135,17 +145,24 @@ class GatheredImportance:
             made_on["factors"] = self.device.type
         return {**said, "rows": True, "text": self._text, **made_on}
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path, first: int = 0) -> None:
         """Begin, or continue what an unfinished build left in this folder; ResumeError where it is another's.
 
-        The build holds the lock of its output. Raises OutputError where the folder is a link or holds anything else.
+        No layer before `first` will be begun. The build holds the lock of its output. Raises OutputError where the
+        folder is a link or holds anything else.
         """
         if path.is_symlink():
             raise OutputError(
                 "is a symbolic link, which is not followed here", file=path, hint="remove the link"
             )
-        self._path = path
+        self._path, self._first = path, first
         self._out = CalibrationFolder(path, dict(flatten(self._manifest)))
+        start = self._state.start(first) if self._state else 0
+        if self._state is not None and len(self._out.journal.done) < start:
+            self._out.close()
+            discard_folder(path)
+            self._out = CalibrationFolder(path, dict(flatten(self._manifest)))
+            self._state.prime(self._out, start)
         if not self._out.journal.done:
             # Read before the build releases the embeddings, and kept until the first layer has run.
             self._entering = enter(self._source, self.config, self._out, self.tokens, 0)
@@ -362,7 +379,7 @@ class GatheredImportance:
         """Begin the run of the model anew: the moments of a layer are gone that has to be encoded once more."""
         assert self._path is not None
         self.discard()
-        self.open(self._path)
+        self.open(self._path, self._first)
 
 
 def _beside(work: Callable[[], T]) -> Future[T]:

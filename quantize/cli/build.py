@@ -43,6 +43,12 @@ def build(
             "the experts that saw few tokens."
         ),
     ] = None,
+    calibration_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder that `mq-quant calibrate --streams` made: a part runs no layer before its own."
+        ),
+    ] = None,
     effort: Annotated[
         opt.Effort | None,
         typer.Option(
@@ -123,6 +129,7 @@ def build(
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort calibrated --text corpus.txt --sequences 128
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --effort imatrix --imatrix imatrix.gguf --device cuda
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf --part 3/8
+      mq-quant build --tier mq3 --source ./MiniMax-M2.7 --effort calibrated --calibration-state state --part 3/8
       mq-quant build --tier mq3 --source /shared/MiniMax-M2.7 --effort imatrix --ray auto -o /shared/m27.mq3
       mq-quant build --recipe mine.yaml --jobs 8 --json
     """
@@ -130,6 +137,10 @@ def build(
         raise typer.BadParameter("--no-imatrix leaves nothing for --fit hessian or --awq-alpha to work with")
     if layers and part:
         raise typer.BadParameter("--layers and --part both say what is encoded: give one of the two")
+    if calibration_state and not (layers or part or ray):
+        raise typer.BadParameter(
+            "--calibration-state goes with --part, --layers or --ray: a whole build runs all layers"
+        )
     with (
         Progress(f"build {output.name if output else tier or recipe}", quiet) as progress,
         resumable("the same command continues the build, with --restart it begins anew"),
@@ -147,7 +158,7 @@ def build(
         if output is not None:
             check_no_input(output, (recipe,))
         asked = opt.token_request(text, tokens, sequences, length)
-        wishes = Wishes(effort, fit, imatrix, no_imatrix, calibration, asked)
+        wishes = Wishes(effort, fit, imatrix, no_imatrix, calibration, asked, calibration_state)
         changes = RecipeChanges(fit, False if no_gain else None, awq_alpha)
         chosen = choose_recipe(tier, recipe, source, revision)
         where = best_device() if device == "auto" else device

@@ -16,6 +16,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from ..calibrate.run import CalibrationResult
+    from ..calibrate.state import StateResult
     from ..spec.calibration_sizes import CalibrationSizes
 
 
@@ -48,6 +49,14 @@ def calibrate(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="For --propagate quantised: a recipe of your own (YAML).")
     ] = None,
+    streams: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep no moments, but the streams that enter each of so many equal parts, for `build --part` with "
+            "--calibration-state.",
+        ),
+    ] = None,
     jobs: opt.Jobs = None,
     device: opt.ModelDevice = "cpu",
     revision: opt.Revision = None,
@@ -71,10 +80,13 @@ def calibrate(
       mq-quant calibrate --source ./MiniMax-M2.7 --text corpus.txt --sequences 128 -o calib
       mq-quant calibrate --source ./MiniMax-M2.7 --tokens ids.npy --device cuda -o calib
       mq-quant calibrate --source tiny --tokens ids.npy --propagate quantised --tier mq2 -o calib
+      mq-quant calibrate --source ./MiniMax-M2.7 --streams 8 -o state
       mq-quant build --tier mq2 --source ./MiniMax-M2.7 --calibration calib
     """
     if propagate == "source" and (tier or recipe):
         raise typer.BadParameter("--tier and --recipe go with --propagate quantised")
+    if streams and (propagate != "source" or dry_run):
+        raise typer.BadParameter("--streams are those of the source: leave --propagate and --dry-run out")
     with (
         Progress(f"calibrate {output.name}", quiet) as progress,
         resumable("the same command continues after the last finished layer"),
@@ -82,6 +94,7 @@ def calibrate(
         from ...formats.machine import cores
         from ..calibrate.run import CalibrationOptions
         from ..calibrate.run import calibrate as run
+        from ..calibrate.state import StateOptions, equal_parts, make_state
         from ..calibrate.tokens import TokenRequest, load_tokens
         from ..spec.calibration_sizes import calibration_sizes
         from ..spec.places import choose_recipe, open_place
@@ -91,6 +104,12 @@ def calibrate(
         with closing(open_place(source, revision, shard_cache, output.parent)) as opened:
             opened.validate()
             ids = load_tokens(opened, asked)
+            if streams:
+                first = equal_parts(opened.config.num_hidden_layers, streams)
+                state = make_state(opened, ids, output, StateOptions(first, device, force, restart, progress))
+                if as_json or not quiet:
+                    emit(state, as_json, _render_state, finished=True)
+                return
             sizes = calibration_sizes(opened.config, ids.size, down)
             if dry_run:
                 emit(sizes, as_json, _render_sizes)
@@ -128,6 +147,17 @@ def _render(result: CalibrationResult) -> str:
             f"coverage     {coverage(result.coverage)}",
             f"notes        {len(result.notes) or 'none'}",
             *(f"  {line}" for line in listed(result.notes, "--json shows them")),
+        )
+    )
+
+
+def _render_state(result: StateResult) -> str:
+    return "\n".join(
+        (
+            f"{printable(str(result.path))}: {gigabytes(result.folder_bytes)}",
+            f"streams      {len(result.streams)}, into layers {', '.join(map(str, result.streams))}",
+            f"time         {result.seconds:.1f} s",
+            f"peak memory  {gigabytes(result.peak_rss_bytes)}",
         )
     )
 

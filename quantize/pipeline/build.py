@@ -138,11 +138,18 @@ class Build:
             if self._file.begun_anew:
                 discard_folder(self._moments)
             if spec.gathered is not None:
-                spec.gathered.open(self._moments)
+                spec.gathered.open(self._moments, self._first_layer)
         except BaseException:
             self._close()
             raise
         return self
+
+    @property
+    def _first_layer(self) -> int:
+        """The first layer that this process runs the model through: none of them where a cluster does."""
+        if self.options.cluster is not None:
+            return self.spec.plan.config.num_hidden_layers
+        return self._part.layers.first if self._part else 0
 
     def __exit__(self, *_: object) -> None:
         self._close()
@@ -271,11 +278,8 @@ def build_file(
             "a tuned layer follows from all layers before it, so it cannot be built without them",
             hint="build the parts with --effort calibrated, merge them, and tune the file with `mq-quant tune`",
         )
-    if options.cluster is not None and isinstance(statistics, OnTheFly):
-        raise RecipeError(
-            "a cluster does not run the model, and this build would gather its own moments",
-            hint="give --effort imatrix, or make a folder with `mq-quant calibrate` and give it as --calibration",
-        )
+    if options.cluster is not None:
+        options.cluster.check(statistics)
     shards = options.shard_cache or (4 if isinstance(statistics, OnTheFly) else 2)
     scratch = options.output.parent if options.output else Path()
     opened = open_build(

@@ -29,11 +29,12 @@ class Wishes:
     no_imatrix: bool = False
     calibration: Path | None = None
     tokens: TokenRequest | None = None
+    state: Path | None = None
 
     @property
     def gathers(self) -> bool:
         """Whether the build itself is to run the model on tokens."""
-        return self.tokens is not None or self.effort in ("calibrated", "tuned")
+        return self.tokens is not None or self.state is not None or self.effort in ("calibrated", "tuned")
 
 
 _CONTRADICTIONS: tuple[tuple[Callable[[Wishes], object], str], ...] = (
@@ -47,6 +48,14 @@ _CONTRADICTIONS: tuple[tuple[Callable[[Wishes], object], str], ...] = (
     (
         lambda w: w.calibration and w.effort == "tuned",
         "--effort tuned needs the model's outputs, which a folder of --calibration does not keep",
+    ),
+    (
+        lambda w: w.state and w.calibration,
+        "--calibration has the moments that --calibration-state helps to gather",
+    ),
+    (
+        lambda w: w.state and w.effort in ("imatrix", "tuned"),
+        "--calibration-state goes with --effort calibrated",
     ),
     (lambda w: w.effort == "imatrix" and w.tokens, "--effort imatrix does not look at --text or --tokens"),
     (lambda w: w.effort == "imatrix" and w.calibration, "--effort imatrix does not look at --calibration"),
@@ -73,7 +82,7 @@ def chosen_effort(recipe: Recipe, wishes: Wishes, device: Callable[[], str] = _c
     given = wishes.effort or recipe.effort
     if given is not None:
         return given
-    if wishes.tokens:
+    if wishes.tokens or wishes.state:
         return "calibrated"
     if wishes.imatrix or (wishes.fit or recipe.fit) != "hessian":
         return "imatrix"
@@ -99,7 +108,7 @@ def choose(
         return None if wishes.imatrix is None else ImatrixFile(wishes.imatrix)
     where = device()
     tokens = wishes.tokens or TokenRequest(sequences=_sequences(recipe, where))
-    calibrated = OnTheFly(tokens, where, wishes.imatrix)
+    calibrated = OnTheFly(tokens, where, wishes.imatrix, state=wishes.state)
     if effort != "tuned":
         return calibrated
     from ..tune.layer import TuneSettings

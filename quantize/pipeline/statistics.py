@@ -52,13 +52,15 @@ class OnTheFly:
     """Moments that the build gathers itself, each layer's just before the layer is encoded, on a device of torch's.
 
     An imatrix stands behind moments of too few tokens: the one given, else the recipe's own where it has one. With
-    `tuning` each layer is tuned against the source's after it is rounded.
+    `tuning` each layer is tuned against the source's after it is rounded. A `state` is a folder of streams between
+    layers, from which a part begins; it decides no byte.
     """
 
     tokens: TokenRequest = field(default_factory=TokenRequest)
     device: str = "cpu"
     imatrix: Path | None = None
     tuning: TuneSettings | None = None
+    state: Path | None = None
 
 
 Statistics = NoStatistics | ImatrixFile | MomentFolder | OnTheFly
@@ -90,8 +92,8 @@ def input_paths(statistics: Statistics | None) -> tuple[Path | None, ...]:
             return (path,)
         case MomentFolder(folder, imatrix):
             return folder, imatrix
-        case OnTheFly(tokens, _, imatrix):
-            return tokens.text, tokens.tokens, imatrix
+        case OnTheFly(tokens, _, imatrix, _, state):
+            return tokens.text, tokens.tokens, imatrix, state
         case _:
             return ()
 
@@ -116,12 +118,14 @@ def begin_gathering(statistics: Statistics | None, source: Source) -> GatheredIm
     if not isinstance(statistics, OnTheFly):
         return None
     from ..calibrate.on_the_fly import GatheredImportance
+    from ..calibrate.state import CalibrationState
 
     request = statistics.tokens
     text = CALIBRATION_SHA256 if request.bundled else None
     tokens = load_tokens(source, request)
     tuned = statistics.tuning is not None
-    return GatheredImportance(source, tokens, statistics.device, text, keep_outputs=tuned)
+    state = CalibrationState.open(statistics.state) if statistics.state else None
+    return GatheredImportance(source, tokens, statistics.device, text, keep_outputs=tuned, state=state)
 
 
 def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:

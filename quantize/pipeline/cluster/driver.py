@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....formats.errors import ClusterError
-from ...spec.calibration_sizes import moment_bytes
+from ....formats.errors import ClusterError, RecipeError
+from ...spec.calibration_sizes import inline_sizes, moment_bytes
 from ...spec.estimates import worker_memory
 from ...spec.hooks import nothing
 from ...write.partial_file import PartialFile
 from ..build_spec import BuildSpec
-from ..statistics import MomentFolder
+from ..statistics import MomentFolder, OnTheFly, Statistics
 from ..work_units import WorkUnit
 from .delivery import receiving
 from .job import Job
@@ -42,6 +42,21 @@ class Cluster:
     shard_cache: int = 2
     shared: bool = True
     on_note: Callable[[str], None] = nothing
+
+    def check(self, statistics: Statistics | None) -> None:
+        """RecipeError where a build needs layers one after the other, so that no cluster makes it faster."""
+        if not isinstance(statistics, OnTheFly):
+            return
+        if statistics.tuning is not None:
+            raise RecipeError(
+                "a tuned layer follows from all layers before it, so a cluster does not tune",
+                hint="build with --effort calibrated, and tune the file with `mq-quant tune`",
+            )
+        if statistics.state is None:
+            raise RecipeError(
+                "a cluster does not run the model layer by layer, as --effort calibrated asks for",
+                hint="run it once with `mq-quant calibrate --streams`, and give its folder as --calibration-state",
+            )
 
     def run(
         self,
@@ -68,7 +83,7 @@ class Cluster:
             host = ray.util.get_node_ip_address()
             with receiving(file.path, host, file.write, self.shared) as target:
                 job = Job.of(spec, target, needs.cores, self.device, self.shard_cache)
-                slices = cut(order, todo, file.data_offset, workers)
+                slices = cut(order, todo, file.data_offset, workers, whole=spec.gathered is not None)
                 output = Output(file, {unit.key: unit for unit in todo}, stands)
                 Tasks(ray, needs, pickle.dumps(job), output, self.on_note).run(slices)
 
@@ -79,6 +94,8 @@ class Cluster:
         threads = self.threads or max(1, smallest if gpus else -(-smallest // 2))
         largest = max(unit.weights for unit in spec.plan.tensors)
         memory = worker_memory(spec.plan.config, largest, threads)
-        if isinstance(spec.statistics, MomentFolder):
+        if isinstance(spec.statistics, MomentFolder | OnTheFly):
             memory += moment_bytes(spec.plan.config, threads)
+        if spec.gathered is not None:
+            memory = inline_sizes(spec.plan.config, spec.gathered.tokens.size, memory).memory_bytes
         return Needs(threads, gpus, memory)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ....formats.checkpoint.local import Checkpoint
@@ -12,7 +13,7 @@ from ....formats.unchanged import KnownHash
 from ...spec.places import TINY
 from ...spec.recipe import Place, Recipe
 from ..build_spec import BuildSpec
-from ..statistics import ImatrixFile, MomentFolder, Statistics
+from ..statistics import ImatrixFile, MomentFolder, OnTheFly, Statistics
 from .delivery import Target
 
 
@@ -49,9 +50,20 @@ def _absolute(statistics: Statistics | None) -> Statistics | None:
         case ImatrixFile(path):
             return ImatrixFile(path.absolute())
         case MomentFolder(folder, imatrix):
-            return MomentFolder(folder.absolute(), imatrix.absolute() if imatrix else None)
+            return MomentFolder(folder.absolute(), _path(imatrix))
+        case OnTheFly(tokens, _, imatrix, _, state):
+            return replace(
+                statistics,
+                tokens=replace(tokens, text=_path(tokens.text), tokens=_path(tokens.tokens)),
+                imatrix=_path(imatrix),
+                state=_path(state),
+            )
         case _:
             return statistics
+
+
+def _path(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 @dataclass(frozen=True)

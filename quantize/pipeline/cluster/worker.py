@@ -10,8 +10,8 @@ import pickle
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,9 +80,25 @@ class _Opened:
                 done.append(Stands(unit.key, xxhash.xxh64_hexdigest(payload), encoded.record))
 
             todo = [self.units[key] for key in offsets]
-            run_units(self.spec, todo, deliver, Workers(self.job.threads, self.encoder))
+            with self._gathering(todo[0].layer) as before:
+                workers = Workers(self.job.threads, self.encoder, before_layer=before)
+                run_units(self.spec, todo, deliver, workers)
             sink.sync()
         return tuple(done)
+
+    @contextmanager
+    def _gathering(self, layer: int | None) -> Iterator[Callable[[int], None] | None]:
+        """What has the moments of a layer ready, from the stream that enters it, where the build gathers moments."""
+        gathered = self.spec.gathered
+        if gathered is None or layer is None:
+            yield None
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            gathered.open(Path(folder) / "moments", layer)
+            try:
+                yield gathered.begin_layer
+            finally:
+                gathered.close()
 
 
 @lru_cache(maxsize=1)
