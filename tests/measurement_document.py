@@ -36,6 +36,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "text": {"tokens": 512, "sha256": "3" * 64},
         "formats": list(FORMATS),
         "pieces": pieces,
+        "rest": 0.001,
         "whole": {"MQ2-Lloyd": 0.17, "MQ2-Lloyd/MQ4": 0.14},
         **changes,
     }

@@ -23,6 +23,7 @@ from . import diff as cli_diff
 from . import evaluate as cli_evaluate
 from . import inspect as cli_inspect
 from . import kit as cli_kit
+from . import measure as cli_measure
 from . import merge as cli_merge
 from . import publish as cli_publish
 from . import recipes as cli_recipes
@@ -50,6 +51,7 @@ _MODULES = (
     cli_merge,
     cli_tune,
     cli_evaluate,
+    cli_measure,
     cli_card,
     cli_kit,
     cli_inspect,
@@ -61,8 +63,8 @@ _MODULES = (
 )
 _COMMANDS = {name: command for module in _MODULES for name, command in module.COMMANDS.items()}
 _ORDER = (
-    "tiers", "recipes", "plan", "build", "merge", "calibrate", "tune", "verify", "evaluate", "card", "publish",
-    "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "kit", "doctor",
+    "tiers", "recipes", "plan", "build", "merge", "calibrate", "tune", "measure", "verify", "evaluate", "card",
+    "publish", "inspect", "diff", "reproduce", "regenerate", "compare-hidden", "kit", "doctor",
 )  # fmt: skip
 """As the help lists them: in the order in which a newcomer meets them."""
 

@@ -17,6 +17,7 @@ TEXTS = "Texts and tokens"
 Fit = Literal["reference", "exact", "hessian"]
 BuildDevice = Literal["auto", "cpu", "cuda", "hip"]
 Effort = Literal["imatrix", "calibrated", "tuned"]
+MeasureEffort = Literal["imatrix", "calibrated"]
 TorchDevice = Literal["cpu", "cuda"]
 Backend = Literal["auto", "hip", "cuda", "cpu"]
 DownForm = Literal["full", "compact", "pooled"]

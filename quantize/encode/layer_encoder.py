@@ -291,6 +291,19 @@ class LayerEncoder:
         tasks = [MatrixTask(w, forms[p], self.fit, hessians.get(p), self.gain) for p, w in weights.items()]
         return dict(zip(weights, self.encoder.encode(tasks), strict=True))
 
+    def encode_down(self, expert: int, w2: F32, seen: F32) -> U8:
+        """The payload u8 [bytes] of w2 f32 [hidden, intermediate] alone, rounded under the moment of its inputs `seen`
+        f32 [n, intermediate], as `encode_expert` does with w2 that it has fitted to them. Nothing is folded.
+        """
+        assert self.importance is not None
+        fmt, form = self.formats["w2"], self.stored.form("w2")
+        assert isinstance(fmt, LloydFormat | AffineFormat)
+        own = replace(self.importance.from_rows(expert, "w2", seen), damping=OWN_DAMPING[fmt.levels])
+        task = MatrixTask(w2, form, self.fit, hessian_of(own, form.scale), self.gain)
+        (payload,) = self.encoder.encode([task])
+        check_levels(expert_name(self.layer, expert, "w2"), fmt, payload)
+        return payload
+
     def report(self) -> dict[str, Any]:
         """What `prepare` chose for this layer, as the file's provenance records it: the fit, the AWQ exponent, the loss
         of each candidate, and what the importance had to replace.

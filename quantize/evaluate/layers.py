@@ -110,7 +110,7 @@ class LayersRun:
         count = self.models.config.num_hidden_layers
         hashes = self._hashes(count)
         return {
-            name: Head(model, _Mapped(self.streams.mapped(name, count, self._shape, hashes[name])))
+            name: Head(model, Mapped(self.streams.mapped(name, count, self._shape, hashes[name])))
             for name, model in self.models.by_name.items()
         }
 
@@ -154,7 +154,7 @@ class LayersRun:
 
 
 @dataclass(frozen=True)
-class _Mapped:
+class Mapped:
     """A mapped stream as sequences of tensors."""
 
     stream: NDArray[np.float32]

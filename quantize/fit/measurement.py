@@ -80,7 +80,8 @@ class Piece(_Part):
 class Measurement(_Part):
     """All pieces of a model, layer by layer, gate and up before down.
 
-    `whole` is the KLD of all pieces at once, by what `whole_name` calls the formats of gate and up and of down.
+    `rest` is the KLD of a file whose experts are not rounded, `whole` that of files with all pieces rounded, by what
+    `whole_name` calls the formats of gate and up and of down.
     """
 
     kind: Literal["mq-quant measurement"] = KIND
@@ -90,6 +91,7 @@ class Measurement(_Part):
     text: MeasuredText
     formats: tuple[FormatName, ...] = Field(min_length=1, strict=False)
     pieces: tuple[Piece, ...] = Field(strict=False)
+    rest: Loss
     whole: dict[str, Loss] = Field(min_length=1)
 
     @model_validator(mode="after")

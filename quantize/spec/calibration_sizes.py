@@ -98,6 +98,32 @@ def evaluation_sizes(config: ModelConfig, tokens: int, models: int) -> Evaluatio
     return EvaluationSizes(tokens, BASE_MEMORY + max(layer, head), 2 * models * stream)
 
 
+STREAMS_AT_ONCE = 1 << 30
+"""Bytes of memory that streams of a measurement take which pass a layer together."""
+
+
+def stream_group(config: ModelConfig, tokens: int) -> int:
+    """How many streams of so many tokens pass a layer together: each takes about a dozen times its size on the way."""
+    return max(1, STREAMS_AT_ONCE // (12 * 4 * tokens * config.hidden_size))
+
+
+def measuring_sizes(
+    config: ModelConfig, tokens: int, formats: int, wholes: int, jobs: int
+) -> EvaluationSizes:
+    """What measuring each piece in so many formats takes, on so many tokens, besides a calibration.
+
+    Memory is that of the streams that are at one layer, and of an expert in all formats for each of the jobs. Streams
+    lie on the disk, before and behind a layer.
+    """
+    stream = 4 * tokens * config.hidden_size
+    begun, departing = 2 + wholes, 2 * formats
+    expert = 4 * 3 * config.hidden_size * config.intermediate_size
+    rounded = stream * (3 * begun + begun + departing) + 3 * formats * expert * (jobs + 1)
+    memory = BASE_MEMORY + max(rounded, STREAMS_AT_ONCE, 12 * stream)
+    streams = begun + departing * config.num_hidden_layers
+    return EvaluationSizes(tokens, memory, 2 * streams * stream)
+
+
 def gpu_bytes(config: ModelConfig, tokens: int) -> int:
     """Bytes of a GPU's memory that a build takes which calibrates itself on so many tokens.
 

@@ -104,6 +104,26 @@ def hours(config: ModelConfig, effort: Effort, tokens: int, cores: int, device: 
     return (products + weights / rates.by_moments + trained) / cores / 3600
 
 
+def measuring_hours(
+    config: ModelConfig,
+    effort: Effort,
+    tokens: int,
+    judged: int,
+    formats: int,
+    cores: int,
+    device: str = "cpu",
+) -> float:
+    """Hours of measuring each piece in so many formats on `judged` tokens: all experts are rounded in each format, down
+    twice, and every piece has a stream that passes all later layers and the head.
+    """
+    rounding = 1.5 * formats * hours(config, effort, tokens, cores, device)
+    rates, cores = (CPU_CORE, cores) if device == "cpu" else (GPU, 1)
+    streams = formats * config.num_hidden_layers
+    forward, _ = gather_products(config, judged)
+    heads = 2.0 * streams * judged * config.vocab_size * config.hidden_size
+    return rounding + (streams * forward + heads) / rates.f32 / cores / 3600
+
+
 def default_effort(recipe: Recipe, config: ModelConfig, cores: int, device: str = "cpu") -> Effort:
     """The recipe's own effort, else the most that this machine does in one night.
 

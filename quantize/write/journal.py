@@ -23,12 +23,13 @@ from ...formats.own_file import disk_errors, sync, write_all
 Signature = Mapping[str, Any]
 Record = dict[str, Any]
 
-BUILD, CALIBRATION, EVALUATION = "build", "calibration", "evaluation"
+BUILD, CALIBRATION, EVALUATION, MEASUREMENT = "build", "calibration", "evaluation", "measurement"
 """Whose journal it is, in the words of its errors."""
 _BUSY = {
     BUILD: "another build is writing this output right now",
     CALIBRATION: "another calibration is writing this folder right now",
     EVALUATION: "another evaluation is writing this output right now",
+    MEASUREMENT: "another measurement is writing this output right now",
 }
 SHOWN = 8
 """Differences that a message names."""

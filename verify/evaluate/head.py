@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...formats.watch import UNWATCHED, Watch
-from ..model.layer_model import LayerModel, Logits
+from ..model.layer_model import Logits
 from ..model.metrics import Positions
 from . import HEAD_ROWS
 
@@ -45,6 +45,14 @@ class Comparison(Protocol):
         ...
 
 
+class Headed(Protocol):
+    """A model's head; every `LayerModel` has one."""
+
+    def head(self, low: int, high: int) -> Logits:
+        """Load rows low to high of the vocabulary's matrix."""
+        ...
+
+
 class Stream(Protocol):
     """Final hidden states, a sequence f32 [len, H] at a time."""
 
@@ -55,7 +63,7 @@ class Stream(Protocol):
 class Head:
     """A model and the stream behind its last layer, of which any sequence f32 [len, H] can be asked for."""
 
-    model: LayerModel
+    model: Headed
     stream: Stream
 
     def load(self, low: int, high: int) -> None:

@@ -178,14 +178,10 @@ def experts(
 ) -> Tensor:
     """The weighted sum of the routed experts' outputs [n, H] for normed inputs [n, H]."""
     out = torch.zeros_like(inputs)
-    weight = routing.weights.flatten()
     for e, taken in choices_by_expert(routing.ids, cfg.num_local_experts):
-        tokens = taken // routing.ids.shape[1]
-        x = inputs[tokens]
         w1, w3, w2 = (load(weights, expert_name(layer, e, w), inputs) for w in ("w1", "w3", "w2"))
-        product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
+        tokens, x, product = add_expert(out, (w1, w3, w2), inputs, routing, taken)
         observer.expert(layer, e, tokens, x, product)
-        out.index_add_(0, tokens, F.linear(product, w2) * weight[taken, None])
     return out
 
 
@@ -200,6 +196,22 @@ def choices_by_expert(ids: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
     for e, taken in enumerate(torch.split(order, sizes)):
         if len(taken):
             yield e, taken
+
+
+def add_expert(
+    out: Tensor, matrices: tuple[Tensor, Tensor, Tensor], inputs: Tensor, routing: Routing, taken: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add to out [n, H] what an expert, of matrices w1, w3 and w2, makes of the inputs [n, H] that are routed to it.
+
+    `taken` is where in the routing's ids it stands. Returns the indices of its tokens, what w1 and w3 see and what w2
+    sees.
+    """
+    w1, w3, w2 = matrices
+    tokens = taken // routing.ids.shape[1]
+    x = inputs[tokens]
+    product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
+    out.index_add_(0, tokens, F.linear(product, w2) * routing.weights.flatten()[taken, None])
+    return tokens, x, product
 
 
 def before_experts(

@@ -1,0 +1,61 @@
+"""The last step of a measurement: how far the predictions behind each stream are from those of the source."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ...formats.errors import CheckError
+from ...verify.evaluate.dense import of_source
+from ...verify.evaluate.head import Head, judge
+from ...verify.model.layer_model import Logits, TorchModel
+from ..evaluate.layers import Mapped
+from .streams import START, StreamsRun
+
+TOGETHER = 8
+"""Streams whose predictions are in memory at once."""
+
+
+@dataclass
+class SharedHead:
+    """The head of a model for many streams: the rows of the vocabulary that were loaded last are not read again."""
+
+    model: TorchModel
+    _last: tuple[tuple[int, int], Logits] | None = field(default=None, init=False)
+
+    def head(self, low: int, high: int) -> Logits:
+        """As `LayerModel.head`."""
+        if self._last is None or self._last[0] != (low, high):
+            self._last = (low, high), self.model.head(low, high)
+        return self._last[1]
+
+
+def divergences(run: StreamsRun) -> dict[str, float]:
+    """The mean KLD, nats per token, of every stream but the source's, when all have passed the last layer.
+
+    Raises CheckError where predictions are not numbers.
+    """
+    config, count = run.plan.config, run.plan.config.num_hidden_layers
+    hashes = run.hashes(count)
+    exact, stored = (SharedHead(TorchModel(w, config, run.device)) for w in (run.source, run.rest))
+
+    def head(name: str) -> Head:
+        of_files = name in run.plan.begun and name != START
+        stream = Mapped(run.folder.mapped(name, count, run.shape, hashes[name]))
+        return Head(stored if of_files else exact, stream)
+
+    names = [name for name in hashes if name != START]
+    found: dict[str, float] = {}
+    groups = [names[low : low + TOGETHER] for low in range(0, len(names), TOGETHER)]
+    run.watch.begin("next tokens", len(groups) * config.vocab_size, "tokens")
+    for group in groups:
+        comparison = of_source(head(START), run.tokens, config.vocab_size, len(group))
+        for name, positions in zip(group, judge(comparison, [head(n) for n in group]), strict=True):
+            found[name] = float(positions.kld.mean())
+            if not math.isfinite(found[name]):
+                raise CheckError(
+                    f"the predictions behind the stream {name} are not numbers",
+                    hint="`mq-quant verify` on a file of this source says more",
+                )
+        run.watch.advance(config.vocab_size)
+    return found

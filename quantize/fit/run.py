@@ -1,0 +1,229 @@
+"""A measurement: each piece of a model is rounded alone, and what that does to its predictions is written down.
+
+The source is read once, layer by layer. Until the result stands, streams, a journal and the calibration of the layer in
+work lie in folders beside it, and the same command continues after the last finished layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ...awq.importance import ModelImportance
+from ...formats.checkpoint.source import Source
+from ...formats.machine import peak_rss
+from ...formats.minimax import layer_inventory
+from ...formats.own_file import disk_errors
+from ...formats.watch import UNWATCHED, Watch
+from ..calibrate.folder import discard_folder
+from ..calibrate.layer_pass import EMBED, device_record, open_device
+from ..calibrate.on_the_fly import GatheredImportance
+from ..calibrate.tokens import token_record
+from ..encode.blas import one_blas_thread
+from ..encode.encoders import CPU, Encoder
+from ..encode.layer_encoder import fit_settings
+from ..evaluate.layers import END
+from ..pipeline.statistics import OnTheFly, Statistics, check_pin, effort_of, find, imatrix_path, open_imatrix
+from ..spec.provenance import code, flatten, program
+from ..spec.recipe import Recipe
+from ..write.atomic import write_atomic
+from ..write.journal import MEASUREMENT, Journal
+from ..write.partial_file import CALIBRATION, beside
+from ..write.stream_folder import StreamFolder
+from .before import WHOLES, Texts, check_output, cost_of
+from .heads import divergences
+from .measurement import EXPERT_NAMES, MeasuredModel, MeasuredText, Measurement, Piece, dimensions, whole_name
+from .pieces import LayerPieces
+from .rest import RestWeights
+from .streams import REST, Streams, StreamsRun, weights_of_expert
+
+WORK = ".partial.measurement"
+JOURNAL = "journal"
+RESTART = "give --restart to begin the measurement anew"
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """`device` decides the last bits of the result, the rest does not. `watch` hears of the work."""
+
+    output: Path
+    device: str = "cpu"
+    jobs: int = 1
+    encoder: Encoder = CPU
+    force: bool = False
+    restart: bool = False
+    watch: Watch = UNWATCHED
+
+
+@dataclass(frozen=True)
+class MeasureResult:
+    """A finished measurement; `seconds` and memory are of the last run, which may have continued an earlier one."""
+
+    path: Path
+    measurement: Measurement
+    resumed_layers: int
+    seconds: float
+    peak_rss_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """What `measure --json` prints."""
+        return {
+            "path": str(self.path),
+            **self.measurement.model_dump(mode="json"),
+            "resumed_layers": self.resumed_layers,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def measure(
+    recipe: Recipe, source: Source, texts: Texts, statistics: Statistics | None, options: MeasureOptions
+) -> MeasureResult:
+    """Measure every piece of a source that is open and validated, and write the result to `options.output`.
+
+    Of the recipe only what is no format of experts matters: how matrices are rounded, and what else a file holds.
+    Raises OutputError, ImatrixError, CalibrationError or ResumeError before any work where something cannot be used.
+    """
+    began, device, config = time.monotonic(), open_device(options.device), source.config
+    needed = cost_of(source, texts, statistics, options.jobs).disk_bytes + source.disk_bytes()
+    check_output(options.output, options.force, needed)
+    imatrix = open_imatrix(imatrix_path(recipe, statistics), config)
+    check_pin(recipe, statistics, imatrix)
+    files = source.fingerprint(options.watch)
+    made_from = {"origin": source.origin, "files": files}
+    gathered = None
+    if isinstance(statistics, OnTheFly):
+        gathered = GatheredImportance(source, texts.calibrating, options.device, texts.text, stays=False)
+    found = find(statistics, imatrix, config, made_from, gathered)
+    assert found.model is not None
+    plan = Streams(config, EXPERT_NAMES, WHOLES)
+    signature = {
+        "program": program()["version"],
+        "code": code(),
+        "recipe": recipe.resolved(),
+        "source": {name: file["sha256"] for name, file in files.items()},
+        "tokens": token_record(texts.judging),
+        **device_record(device),
+        **found.signature,
+    }
+    with (
+        _work(options, dict(flatten(signature))) as (journal, folder),
+        _gathering(gathered, beside(options.output, CALIBRATION)),
+    ):
+        rest = RestWeights(source, recipe)
+        run = StreamsRun(source, rest, plan, texts.judging, device, journal, folder, options.watch)
+        resumed = run.done
+        with one_blas_thread():
+            _layers(run, recipe, found.model, gathered, options)
+        losses = divergences(run)
+        effort: Literal["imatrix", "calibrated"] = (
+            "imatrix" if effort_of(statistics) == "imatrix" else "calibrated"
+        )
+        measured = _measurement(recipe, source, files, effort, run, losses)
+        write_atomic(options.output, [memoryview(measured.text_json().encode())])
+        journal.done.clear()
+    seconds = round(time.monotonic() - began, 3)
+    return MeasureResult(options.output, measured, resumed, seconds, peak_rss())
+
+
+def _layers(
+    run: StreamsRun,
+    recipe: Recipe,
+    importance: ModelImportance,
+    gathered: GatheredImportance | None,
+    options: MeasureOptions,
+) -> None:
+    """Take the streams through the layers that are left; each weight of the source is let go with its layer."""
+    config, source, first = run.plan.config, run.source, run.done
+    each = config.num_local_experts * weights_of_expert(config)
+    layers = {n: [spec.name for spec in layer_inventory(config, n)] for n in range(config.num_hidden_layers)}
+    names = [name for n in range(first, config.num_hidden_layers) for name in layers[n]]
+    source.schedule([*([] if first else [EMBED]), *names, *END])
+    options.watch.begin("measuring", each * config.num_hidden_layers, "weights", each * first)
+    for layer in range(first, config.num_hidden_layers):
+        if gathered is not None:
+            options.watch.advance(0, f"running layer {layer} of the source")
+            gathered.begin_layer(layer)
+        choices, rounding = run.plan.choices(), fit_settings(recipe)
+        known = importance.layer(layer)
+        run.pass_layer(
+            layer, LayerPieces(config, layer, known, choices, rounding, source, options.encoder), options.jobs
+        )
+        for name in [*([] if layer else [EMBED]), *layers[layer]]:
+            source.release(name)
+
+
+@contextmanager
+def _work(options: MeasureOptions, signature: dict[str, Any]) -> Iterator[tuple[Journal, StreamFolder]]:
+    """The locked folder beside the output; it goes, as that of the calibration, where nothing is left to continue."""
+    folder, moments = beside(options.output, WORK), beside(options.output, CALIBRATION)
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    journal = Journal(folder / JOURNAL, MEASUREMENT)
+    try:
+        anew = journal.begin(signature, options.restart)
+        streams = StreamFolder(folder, anew, RESTART)
+        if anew:
+            discard_folder(moments)
+        try:
+            yield journal, streams
+        finally:
+            if not journal.done:
+                journal.remove()
+                streams.discard()
+                discard_folder(moments)
+    finally:
+        journal.close()
+
+
+@contextmanager
+def _gathering(gathered: GatheredImportance | None, moments: Path) -> Iterator[None]:
+    """What gathers the calibration of the layer in work, in this folder."""
+    if gathered is None:
+        yield
+        return
+    gathered.open(moments)
+    try:
+        yield
+    finally:
+        gathered.close()
+
+
+def _measurement(
+    recipe: Recipe,
+    source: Source,
+    files: Mapping[str, Mapping[str, Any]],
+    effort: Literal["imatrix", "calibrated"],
+    run: StreamsRun,
+    losses: Mapping[str, float],
+) -> Measurement:
+    """What was found, from the losses by the names of their streams."""
+    pieces = []
+    for layer in range(source.config.num_hidden_layers):
+        kinds = run.plan.pieces(layer)
+        gate_up = {c.gate_up: losses[name] for name, c in kinds.items() if c.gate_up is not None}
+        down = {c.down: losses[name] for name, c in kinds.items() if c.down is not None}
+        pieces.append(Piece(layer=layer, projection="gate_up", kld=gate_up))
+        pieces.append(Piece(layer=layer, projection="down", kld=down))
+    record = token_record(run.tokens)
+    return Measurement(
+        model=MeasuredModel(
+            name=recipe.model.name,
+            origin=dict(source.origin),
+            files={name: file["sha256"] for name, file in files.items()},
+            **dimensions(source.config),
+        ),
+        effort=effort,
+        text=MeasuredText(tokens=int(run.tokens.size), sha256=record["sha256"]),
+        formats=run.plan.formats,
+        pieces=tuple(pieces),
+        rest=losses[REST],
+        whole={
+            whole_name(str(c.gate_up), str(c.down)): losses[f"whole{i}"]
+            for i, c in enumerate(run.plan.wholes)
+        },
+    )

@@ -1,0 +1,192 @@
+"""All residual streams of a measurement go through a layer together: one for each model that differs from the source.
+
+`source` is the source itself. `rest` has everything but the experts as a file stores it, `whole0`, `whole1`, … the
+experts besides, in formats that are the same in all layers. `piece0`, `piece1`, … have one piece rounded; they leave
+the source's stream at the layer of that piece, and pass all later ones with the source's weights. Streams lie on the
+disk between layers, and memory holds a few of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...formats.checkpoint.source import Source
+from ...formats.minimax import ModelConfig
+from ...formats.watch import Watch
+from ...verify.model.reference import (
+    Routing,
+    TensorWeights,
+    Weights,
+    add_expert,
+    before_experts,
+    embed,
+    layer_forward,
+)
+from ..calibrate.layer_pass import layer_weights
+from ..calibrate.tokens import Tokens
+from ..spec.calibration_sizes import stream_group
+from ..write.journal import Journal
+from ..write.stream_folder import StreamFolder
+from .pieces import SOURCE, Choice, LayerPieces, Matrices, in_order
+from .rest import RestWeights
+
+START = "source"
+REST = "rest"
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What is measured: `formats` of each piece, and `wholes`, the formats of whole models."""
+
+    config: ModelConfig
+    formats: tuple[str, ...]
+    wholes: tuple[Choice, ...]
+
+    @property
+    def begun(self) -> tuple[str, ...]:
+        """The streams that enter the first layer."""
+        return START, REST, *(f"whole{i}" for i in range(len(self.wholes)))
+
+    def pieces(self, layer: int) -> dict[str, Choice]:
+        """The streams that leave the source's at a layer, with what is rounded there."""
+        kinds = [Choice(f, None) for f in self.formats] + [Choice(None, f) for f in self.formats]
+        return {f"piece{len(kinds) * layer + i}": kind for i, kind in enumerate(kinds)}
+
+    def entering(self, layer: int) -> tuple[str, ...]:
+        """All streams that enter a layer."""
+        return (*self.begun, *(name for n in range(layer) for name in self.pieces(n)))
+
+    def choices(self) -> tuple[Choice, ...]:
+        """Everything that is rounded at each layer."""
+        return (*dict.fromkeys((*self.pieces(0).values(), *self.wholes)),)
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A stream on its way through a layer, in front of its experts: f32 [n_seq, len, H], what they see of it f32
+    [n, H], and which of them each token takes.
+    """
+
+    hidden: Tensor
+    inputs: Tensor
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class StreamsRun:
+    """The streams on their way through the layers. The journal holds a line for each layer that all have passed."""
+
+    source: Source
+    rest: RestWeights
+    plan: Streams
+    tokens: Tokens
+    device: torch.device
+    journal: Journal
+    folder: StreamFolder
+    watch: Watch
+
+    @property
+    def done(self) -> int:
+        """Layers that all streams have passed."""
+        return len(self.journal.done)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[sequences, length, hidden] of each stream."""
+        return (*self.tokens.shape, self.plan.config.hidden_size)
+
+    def hashes(self, layer: int) -> Mapping[str, str]:
+        """The SHA-256 of each stream that enters a layer, by its name."""
+        found: Mapping[str, str] = self.journal.done[_unit(layer - 1)]["streams"] if layer else {}
+        return found
+
+    def pass_layer(self, layer: int, pieces: LayerPieces, jobs: int) -> None:
+        """Take every stream through a layer, and make what is behind it durable."""
+        saved: dict[str, str] = {}
+        with torch.inference_mode(), layer_weights(self.source, self.device, layer) as weights:
+            for name, behind in self._rounded(layer, weights, pieces, jobs):
+                saved[name] = self.folder.save(name, layer + 1, behind.cpu().numpy())
+            for name, behind in self._later(layer, weights):
+                saved[name] = self.folder.save(name, layer + 1, behind.cpu().numpy())
+        self.rest.forget()
+        self.journal.record(_unit(layer), "", streams=saved)
+        for name in saved:
+            self.folder.drop(name, layer)
+
+    def _enter(self, name: str, layer: int) -> Tensor:
+        if layer == 0:
+            return embed(self.source if name == START else self.rest, self.tokens)
+        return torch.from_numpy(self.folder.load(name, layer, self.shape, self.hashes(layer)[name]))
+
+    def _rounded(
+        self, layer: int, weights: Weights | TensorWeights, pieces: LayerPieces, jobs: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What is behind the layer, by the name of its stream, where experts of this layer are rounded, and of the
+        streams from which these depart.
+        """
+        config = self.plan.config
+        entered = {
+            name: Entered(
+                *before_experts(
+                    weights if name == START else self.rest,
+                    config,
+                    layer,
+                    self._enter(name, layer).to(self.device),
+                )
+            )
+            for name in self.plan.begun
+        }
+        kinds = {
+            START: SOURCE,
+            REST: SOURCE,
+            **{f"whole{i}": kind for i, kind in enumerate(self.plan.wholes)},
+        }
+        of = {name: (kind, entered[name]) for name, kind in kinds.items()}
+        of |= {name: (kind, entered[START]) for name, kind in self.plan.pieces(layer).items()}
+        outs = {name: torch.zeros_like(before.inputs) for name, (_, before) in of.items()}
+        needed = torch.unique(
+            torch.cat([before.routing.ids.flatten() for before in entered.values()])
+        ).tolist()
+        for expert, made in in_order(pieces, needed, jobs):
+            there = {kind: self._there(matrices) for kind, matrices in made.items()}
+            for name, (kind, before) in of.items():
+                add_expert(outs[name], expert, there[kind], before.inputs, before.routing)
+            self.watch.advance(weights_of_expert(config), f"layer {layer} expert {expert}")
+        self.watch.advance(
+            (config.num_local_experts - len(needed)) * weights_of_expert(config), f"layer {layer}"
+        )
+        for name, (_, before) in of.items():
+            yield name, before.hidden + outs.pop(name).view_as(before.hidden)
+
+    def _later(self, layer: int, weights: Weights | TensorWeights) -> Iterator[tuple[str, Tensor]]:
+        """What is behind the layer of the pieces of earlier layers, a few streams at a time."""
+        names = [name for name in self.plan.entering(layer) if name not in self.plan.begun]
+        at_once = stream_group(self.plan.config, int(self.tokens.size))
+        for low in range(0, len(names), at_once):
+            group = names[low : low + at_once]
+            hidden = torch.cat([self._enter(name, layer) for name in group]).to(self.device)
+            behind = layer_forward(weights, self.plan.config, layer, hidden)
+            yield from zip(group, behind.chunk(len(group)), strict=True)
+            self.watch.advance(
+                0, f"layer {layer}, {low + len(group)} of {len(names)} pieces of earlier layers"
+            )
+
+    def _there(self, matrices: Matrices) -> tuple[Tensor, Tensor, Tensor]:
+        w1, w3, w2 = (
+            torch.from_numpy(np.require(m, requirements=["C", "W"])).to(self.device) for m in matrices
+        )
+        return w1, w3, w2
+
+
+def weights_of_expert(config: ModelConfig) -> int:
+    """Weights of one expert."""
+    return 3 * config.hidden_size * config.intermediate_size
+
+
+def _unit(layer: int) -> str:
+    return f"layer.{layer}"
