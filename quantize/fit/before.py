@@ -19,12 +19,9 @@ from .pieces import Choice
 
 HELD_OUT = 4096
 """Tokens on which predictions are compared where nothing else is asked, if that is at most a quarter of all."""
-WHOLES = (
-    *(Choice(name, name) for name in EXPERT_NAMES),
-    Choice("MQ2-Lloyd", "MQ4"),
-    Choice("MQ3-Lloyd", "MQ4"),
-)
-"""The formats of whole models that are measured beside the pieces."""
+MIXED = (("MQ2-Lloyd", "MQ3-Lloyd"), ("MQ2-Lloyd", "MQ4"), ("MQ3-Lloyd", "MQ4"))
+WHOLES = (*(Choice(name, name) for name in EXPERT_NAMES), *(Choice(*pair) for pair in MIXED))
+"""The formats of whole models that are measured beside the pieces: each alone, and as the tiers mix them."""
 
 
 @dataclass(frozen=True)

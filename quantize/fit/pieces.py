@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...awq.importance import LayerImportance
-from ...formats.blocks import BY_NAME
-from ...formats.minimax import ModelConfig, expert_name
+from ...formats.blocks import BY_NAME, Format
+from ...formats.minimax import PROJECTIONS, ModelConfig, expert_name
 from ...verify.model.reference import Weights
 from ..encode.answering import answering_down, product
 from ..encode.encoders import CPU, Encoder
@@ -60,7 +60,7 @@ class LayerPieces:
         self.layer, self.importance, self.choices, self.source = layer, importance, tuple(choices), source
         self._encoders: dict[str, LayerEncoder] = {}
         for name in dict.fromkeys(f for choice in self.choices for f in choice if f is not None):
-            formats = dict.fromkeys(("w1", "w2", "w3"), BY_NAME[name])
+            formats: dict[str, Format] = dict.fromkeys(PROJECTIONS, BY_NAME[name])
             made = LayerEncoder(config, layer, importance, formats, settings, encoder)
             made.prepare({needed: source.weight(needed) for needed in made.needs_samples()})
             self._encoders[name] = made
