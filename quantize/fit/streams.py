@@ -24,6 +24,7 @@ from ...verify.model.reference import (
     Weights,
     add_expert,
     before_experts,
+    choices_by_expert,
     embed,
     layer_forward,
 )
@@ -69,12 +70,19 @@ class Streams:
 @dataclass(frozen=True)
 class Entered:
     """A stream on its way through a layer, in front of its experts: f32 [n_seq, len, H], what they see of it f32
-    [n, H], and which of them each token takes.
+    [n, H], and which of them each token takes; `taken` says where in the routing's ids an expert stands.
     """
 
     hidden: Tensor
     inputs: Tensor
     routing: Routing
+    taken: Mapping[int, Tensor]
+
+    @classmethod
+    def of(cls, weights: Weights | TensorWeights, config: ModelConfig, layer: int, hidden: Tensor) -> Entered:
+        """A stream f32 [n_seq, len, H] that enters a layer."""
+        before, inputs, routing = before_experts(weights, config, layer, hidden)
+        return cls(before, inputs, routing, dict(choices_by_expert(routing.ids, config.num_local_experts)))
 
 
 @dataclass(frozen=True)
@@ -131,13 +139,11 @@ class StreamsRun:
         """
         config = self.plan.config
         entered = {
-            name: Entered(
-                *before_experts(
-                    weights if name == START else self.rest,
-                    config,
-                    layer,
-                    self._enter(name, layer).to(self.device),
-                )
+            name: Entered.of(
+                weights if name == START else self.rest,
+                config,
+                layer,
+                self._enter(name, layer).to(self.device),
             )
             for name in self.plan.begun
         }
@@ -149,13 +155,12 @@ class StreamsRun:
         of = {name: (kind, entered[name]) for name, kind in kinds.items()}
         of |= {name: (kind, entered[START]) for name, kind in self.plan.pieces(layer).items()}
         outs = {name: torch.zeros_like(before.inputs) for name, (_, before) in of.items()}
-        needed = torch.unique(
-            torch.cat([before.routing.ids.flatten() for before in entered.values()])
-        ).tolist()
+        needed = sorted({expert for before in entered.values() for expert in before.taken})
         for expert, made in in_order(pieces, needed, jobs):
             there = {kind: self._there(matrices) for kind, matrices in made.items()}
             for name, (kind, before) in of.items():
-                add_expert(outs[name], expert, there[kind], before.inputs, before.routing)
+                if expert in before.taken:
+                    add_expert(outs[name], there[kind], before.inputs, before.routing, before.taken[expert])
             self.watch.advance(weights_of_expert(config), f"layer {layer} expert {expert}")
         self.watch.advance(
             (config.num_local_experts - len(needed)) * weights_of_expert(config), f"layer {layer}"
