@@ -70,13 +70,6 @@ def beside_others(device: torch.device) -> Callable[[], AbstractContextManager[o
     return lambda: torch.cuda.stream(stream)
 
 
-def wait_for(*devices: torch.device) -> None:
-    """Wait until what this thread has asked of devices is done."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-
-
 class Propagation(Protocol):
     """What turns a layer's input into the next one's, where that is not the source itself."""
 

@@ -34,6 +34,7 @@ from ...formats.statistics.moment_file import DownForm
 from ...verify.model.device_weights import DeviceWeights
 from ...verify.model.reference import before_experts
 from ..encode.on_device.kept import KeptOnDevice, keep_on_device
+from ..encode.on_device.rounding import wait_for
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text
@@ -48,7 +49,6 @@ from .layer_pass import (
     open_device,
     other_devices,
     room_for_two,
-    wait_for,
 )
 from .moments import LayerMoments
 from .own_streams import load_stream, save_stream

@@ -76,9 +76,10 @@ def hessian_of(importance: Importance, scale: F32 | None) -> RowHessian:
     return from_moment(importance.rotated_moment(scale))
 
 
-def some_rows(full: F32) -> F32:
-    """SAMPLE_ROWS rows of a matrix f32 [R, K], evenly spaced; all of them where there are fewer."""
-    return full[:: max(1, len(full) // SAMPLE_ROWS)][:SAMPLE_ROWS]
+def some_rows(rows: int) -> slice:
+    """SAMPLE_ROWS of so many rows, evenly spaced; all of them where there are fewer."""
+    step = max(1, rows // SAMPLE_ROWS)
+    return slice(0, step * SAMPLE_ROWS, step)
 
 
 def output_energy(rows: F32, importance: Importance) -> float:
@@ -160,6 +161,12 @@ class LayerEncoder:
         if fixed is not None:
             self._ready = self._candidate(fixed)
             return
+        losses, best = self._search(samples)
+        shown = {f"{alpha:g}": float(f"{loss:.6g}") for alpha, loss in losses.items()}
+        self._ready = Prepared(best.alpha, shown, best.stored, best.shared)
+
+    def _search(self, samples: Mapping[str, F32]) -> tuple[dict[float, float], Prepared]:
+        """The loss of each exponent of ALPHA_GRID, and the layer under the best one, the smaller one of equals."""
         losses: dict[float, float] = {}
         best: Prepared | None = None
         for alpha in ALPHA_GRID:
@@ -168,8 +175,7 @@ class LayerEncoder:
             if best is None or (losses[alpha], alpha) < (losses[best.alpha], best.alpha):
                 best = candidate
         assert best is not None
-        shown = {f"{alpha:g}": float(f"{loss:.6g}") for alpha, loss in losses.items()}
-        self._ready = Prepared(best.alpha, shown, best.stored, best.shared)
+        return losses, best
 
     def _candidate(self, alpha: float) -> Prepared:
         """The layer under one exponent."""
@@ -195,7 +201,7 @@ class LayerEncoder:
             for p in ("w1", "w3"):
                 form = candidate.stored.form(p)
                 full = samples[expert_name(self.layer, e, p)]
-                some = some_rows(full)
+                some = full[some_rows(len(full))]
                 (payload,) = self.encoder.encode([MatrixTask(some, form, self.fit, hessian)])
                 missed = form.format.decode(payload).reshape(some.shape) - form.to_stored(some)
                 lost += output_energy(form.from_stored(missed), importance)

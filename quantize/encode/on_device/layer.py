@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from ....lloyd.hessian.row import RowHessian
 from ..encoders import Encoder
 from ..gpu_encoder import GpuEncoder
 from ..layer_encoder import (
+    ALPHA_GRID,
     F32,
     OWN_DAMPING,
     U8,
@@ -31,13 +33,13 @@ from .answering import answering_down, product
 from .factors import Factors, factors_of
 from .kept import KeptOnDevice
 from .moments import rotated_moment
-from .rounding import Rounder, Streamed, ThroughMemory, on_stream, unrotated
+from .rounding import Rounder, Streamed, ThroughMemory, on_stream, unrotated, wait_for
 
 T = TypeVar("T")
 
 
 class DeviceLayerEncoder(LayerEncoder):
-    """A `LayerEncoder` whose importance is a `KeptOnDevice`, and whose fit is `hessian`."""
+    """A `LayerEncoder` whose importance is a `KeptOnDevice`."""
 
     importance: KeptOnDevice
 
@@ -88,24 +90,42 @@ class DeviceLayerEncoder(LayerEncoder):
         hessians: dict[str, Factors | RowHessian] = {"w1": gate_up, "w3": gate_up, "w2": down}
         return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
 
-    def _sample_loss(self, candidate: Prepared, samples: Mapping[str, F32]) -> float:
-        """As `LayerEncoder` does it, with all sampled rows of a format at once."""
+    def needs_samples(self) -> list[str]:
+        """None: the weights of the layer lie on the device."""
+        return []
+
+    def _search(self, samples: Mapping[str, F32]) -> tuple[dict[float, float], Prepared]:
+        """As `LayerEncoder` does it, with all exponents at once and with all sampled rows of a format at once."""
+        candidates = [self._candidate(alpha) for alpha in ALPHA_GRID]
+        rows = {p: self._sampled_rows(p) for p in ("w1", "w3")}
+        together = [torch.cat([rows[p] for p in projections]) for projections in _together(self.formats)]
+        with ThreadPoolExecutor(len(candidates)) as pool:
+            found = pool.map(lambda candidate: self._lost(candidate, together), candidates)
+        losses = dict(zip(ALPHA_GRID, found, strict=True))
+        return losses, min(candidates, key=lambda candidate: (losses[candidate.alpha], candidate.alpha))
+
+    def _sampled_rows(self, projection: str) -> Tensor:
+        """Some rows f32 [n, hidden] of the sampled experts' matrices, complete on the device."""
+        names = [expert_name(self.layer, e, projection) for e in self._sampled_experts()]
+        given = [self.importance.matrix(name) for name in names]
+        full = [m if isinstance(m, Tensor) else m.values() for m in given]
+        some = torch.cat([m[some_rows(len(m))] for m in full])
+        wait_for(some.device)
+        return some
+
+    def _lost(self, candidate: Prepared, together: Sequence[Tensor]) -> float:
+        """Share of the output energy that is lost on rows of gate and up under an exponent, those of a format
+        `together`.
+        """
         form = candidate.stored.form("w1")
-        rows = [
-            np.concatenate(
-                [some_rows(full) for name, full in samples.items() if name.endswith(_SUFFIXES[projections])]
-            )
-            for projections in _together(self.formats)
-        ]
 
         def work(there: KeptOnDevice, rounder: Rounder) -> tuple[float, float]:
             moment = there.gate_up
             scale = _columns(form, len(moment), moment.device)
-            damping = self.importance.shared.damping
-            hessian = factors_of(rotated_moment(moment, damping, scale))
+            hessian = factors_of(rotated_moment(moment, self.importance.shared.damping, scale))
             lost = kept = torch.zeros((), dtype=torch.float64, device=moment.device)
-            for projections, given in zip(_together(self.formats), rows, strict=True):
-                some = torch.from_numpy(given).to(moment.device)
+            for projections, given in zip(_together(self.formats), together, strict=True):
+                some = given.to(moment.device)
                 _, values = rounder.encode(some, self.formats[projections[0]], scale, hessian, 0.0)
                 lost = lost + _energy(unrotated(values) / scale - some, moment)
                 kept = kept + _energy(some, moment)
@@ -121,14 +141,6 @@ class DeviceLayerEncoder(LayerEncoder):
         fmt = self.formats[projection]
         assert isinstance(fmt, LloydFormat | AffineFormat)
         return OWN_DAMPING[fmt.levels]
-
-
-_SUFFIXES = {
-    ("w1", "w3"): ("w1.weight", "w3.weight"),
-    ("w1",): ("w1.weight",),
-    ("w3",): ("w3.weight",),
-}
-"""How the names of matrices end that are rounded together."""
 
 
 def _together(formats: Mapping[str, Format]) -> tuple[tuple[str, ...], ...]:
