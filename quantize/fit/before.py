@@ -39,7 +39,7 @@ def texts_of(source: Source, request: TokenRequest, held_out: int | None, calibr
     """The tokens of a request, its last `held_out` sequences set aside; TokenError where nothing is left of either.
 
     Without `held_out` it is HELD_OUT tokens, or a quarter where there are few. Of the text that comes with mq-quant
-    they are taken besides those that a build calibrates on. Where nothing calibrates, all are set aside.
+    they are taken besides those that a build calibrates on. Where nothing calibrates, the rest is left out.
     """
     length = min(request.length, source.config.max_position_embeddings) if request.bundled else request.length
     aside = held_out or max(1, HELD_OUT // length)
@@ -47,16 +47,19 @@ def texts_of(source: Source, request: TokenRequest, held_out: int | None, calibr
         used = (request.sequences or USUAL_TOKENS // length) if calibrates else 0
         request = TokenRequest(sequences=used + aside, length=length)
     tokens = load_tokens(source, request)
-    text = CALIBRATION_SHA256 if request.bundled else None
-    if not calibrates:
-        return Texts(tokens[:0], tokens if held_out is None else tokens[-held_out:], text)
-    aside = aside if held_out else min(aside, max(1, len(tokens) // 4))
-    if len(tokens) <= aside:
+    if held_out is None:
+        aside = min(
+            max(1, HELD_OUT // tokens.shape[1]), max(1, len(tokens) // 4) if calibrates else len(tokens)
+        )
+    left = len(tokens) - aside
+    if left < int(calibrates):
         raise TokenError(
-            f"{len(tokens)} sequences leave none to calibrate on, since predictions are compared on {aside} others",
+            f"{len(tokens)} sequences are too few: predictions are compared on {aside}, on which nothing may be "
+            "calibrated",
             hint="give more tokens, or ask for less with --held-out",
         )
-    return Texts(tokens[:-aside], tokens[-aside:], text)
+    text = CALIBRATION_SHA256 if request.bundled else None
+    return Texts(tokens[:left], tokens[left:], text)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ def measuring_sizes(
     stream = 4 * tokens * config.hidden_size
     begun, departing = 2 + wholes, 2 * formats
     expert = 4 * 3 * config.hidden_size * config.intermediate_size
-    rounded = stream * (3 * begun + begun + departing) + 3 * formats * expert * (jobs + 1)
+    held = 1 + formats + (2 * formats + wholes) / 3
+    rounded = stream * (4 * begun + departing) + round(held * expert) * (jobs + 1)
     memory = BASE_MEMORY + max(rounded, STREAMS_AT_ONCE, 12 * stream)
     streams = begun + departing * config.num_hidden_layers
     return EvaluationSizes(tokens, memory, 2 * streams * stream)
