@@ -2,12 +2,13 @@
 
     python benchmarks/kernels.py [--backend auto|hip|cuda|cpu] [--json]
 
-One token, 8 routed experts of 256, matrices 3072 × 1536. A GPU holds all 256 experts and every launch routes to
-others, so that no weight is found in a cache; which ones is written just before a run, as a router does. The CPU holds
-8 experts. A time is that of one launch of a run of them, by the device's clock, the median of several runs; on a GPU
-runs are queued behind a long copy, so that the host's own time is not counted. `share` is the bytes of weights per
-second over the bytes that a copy of 2 GiB on the same device reads and writes per second; `like` is the same beside
-copies that move as many bytes as the kernel, each from another place, in runs as long.
+8 routed experts of 256 for each token, matrices 3072 × 1536: one token, and for experts' products 4 tokens too, each with
+its own experts. A GPU holds all 256 experts and every launch routes to others, so that no weight is found in a cache;
+which ones is written just before a run, as a router does. The CPU holds as many experts as 4 tokens take. A time is that of
+one launch of a run of them, by the device's clock, the median of several runs; on a GPU runs are queued behind a long copy,
+so that the host's own time is not counted. `share` is the bytes of weights per second over the bytes that a copy of 2 GiB on
+the same device reads and writes per second; `like` is the same beside copies that move as many bytes as the kernel, each
+from another place, in runs as long.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from mq_quant.kernels.runtime.host import Backend, open_backend
 
 HIDDEN, INTER, EXPERTS, SLOTS, HEADS, KV_HEADS, HEAD_DIM = 3072, 1536, 256, 8, 48, 8, 128
 VOCAB, CONTEXT = 200064, 4096
+TOKENS = 4
+"""Tokens whose experts are multiplied at once, beside one."""
 EXPERT_FORMATS = ("MQ4", "MQ6", "MQ3-Lloyd", "MQ2-Lloyd", "Q8F16")
 
 
@@ -125,7 +128,7 @@ def dense(bench: Bench, rng: np.random.Generator) -> None:
 
 def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
     b = bench.backend
-    held = EXPERTS if bench.gpu else SLOTS
+    held = EXPERTS if bench.gpu else SLOTS * TOKENS
     size = BY_NAME[fmt].nbytes(HIDDEN * INTER)
     payload = noise(fmt, HIDDEN * INTER, rng)
     data = b.alloc((2 * held * size,), np.uint8)
@@ -135,28 +138,34 @@ def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
     w1 = ops.experts(b, data, at, fmt, INTER, HIDDEN)
     w3 = ops.experts(b, data, at + held * size, fmt, INTER, HIDDEN)
     w2 = ops.experts(b, data, at, fmt, HIDDEN, INTER)
-    routed = b.upload(np.stack([rng.permutation(held)[:SLOTS] for _ in range(bench.run)]).astype(np.int32))
-    ids = b.alloc(routed.shape, np.int32)
+    for tokens in (1, TOKENS):
+        chosen = np.stack([rng.permutation(held)[: tokens * SLOTS] for _ in range(bench.run)])
+        routed = b.upload(chosen.reshape(-1, SLOTS).astype(np.int32))
+        ids = b.alloc(routed.shape, np.int32)
 
-    def route() -> None:
-        b.copy(ids, routed)
+        def route(ids: ops.Buffer = ids, routed: ops.Buffer = routed) -> None:
+            b.copy(ids, routed)
 
-    route()
-    x = b.upload(rng.standard_normal((1, HIDDEN)).astype(np.float32))
-    r = b.upload(rng.standard_normal((1, SLOTS, INTER)).astype(np.float32))
-    out = b.alloc((1, SLOTS, HIDDEN), np.float32)
-    bench.add(
-        f"expert_gate_up[{fmt}]",
-        2 * SLOTS * size,
-        lambda i: ops.expert_gate_up(b, w1, w3, ids.rows(i, i + 1), x),
-        route,
-    )
-    bench.add(
-        f"expert_down[{fmt}]",
-        SLOTS * size,
-        lambda i: ops.expert_down(b, w2, ids.rows(i, i + 1), r, out),
-        route,
-    )
+        def of(i: int, ids: ops.Buffer = ids, tokens: int = tokens) -> ops.Buffer:
+            return ids.rows(i * tokens, (i + 1) * tokens)
+
+        route()
+        x = b.upload(rng.standard_normal((tokens, HIDDEN)).astype(np.float32))
+        r = b.upload(rng.standard_normal((tokens, SLOTS, INTER)).astype(np.float32))
+        out = b.alloc((tokens, SLOTS, HIDDEN), np.float32)
+        told = "" if tokens == 1 else f", {tokens} tokens"
+        bench.add(
+            f"expert_gate_up[{fmt}]{told}",
+            2 * tokens * SLOTS * size,
+            lambda i, x=x, of=of: ops.expert_gate_up(b, w1, w3, of(i), x),
+            route,
+        )
+        bench.add(
+            f"expert_down[{fmt}]{told}",
+            tokens * SLOTS * size,
+            lambda i, r=r, out=out, of=of: ops.expert_down(b, w2, of(i), r, out),
+            route,
+        )
 
 
 def small(bench: Bench, rng: np.random.Generator) -> None:
@@ -206,11 +215,11 @@ def main() -> None:
             print(json.dumps({"device": backend.device, "rows": [asdict(r) for r in bench.rows]}))
             return
         print(backend.device)
-        print(f"{'kernel':<28}{'MB':>9}{'ms':>10}{'GB/s':>9}{'share':>7}{'like':>7}")
+        print(f"{'kernel':<36}{'MB':>9}{'ms':>10}{'GB/s':>9}{'share':>7}{'like':>7}")
         for r in bench.rows:
             rate = f"{r.nbytes / r.seconds / 1e9:9.1f}" if r.nbytes else f"{'':>9}"
             shares = "".join(f"{s:7.0%}" for s in (r.share, r.like) if s is not None)
-            print(f"{r.kernel:<28}{r.nbytes / 1e6:>9.1f}{r.seconds * 1e3:>10.4f}{rate}{shares}")
+            print(f"{r.kernel:<36}{r.nbytes / 1e6:>9.1f}{r.seconds * 1e3:>10.4f}{rate}{shares}")
 
 
 if __name__ == "__main__":
