@@ -2,13 +2,13 @@
 
     python benchmarks/kernels.py [--backend auto|hip|cuda|cpu] [--json]
 
-8 routed experts of 256 for each token, matrices 3072 × 1536: one token, and for experts' products 4 tokens too, each with
-its own experts. A GPU holds all 256 experts and every launch routes to others, so that no weight is found in a cache;
-which ones is written just before a run, as a router does. The CPU holds as many experts as 4 tokens take. A time is that of
-one launch of a run of them, by the device's clock, the median of several runs; on a GPU runs are queued behind a long copy,
-so that the host's own time is not counted. `share` is the bytes of weights per second over the bytes that a copy of 2 GiB on
-the same device reads and writes per second; `like` is the same beside copies that move as many bytes as the kernel, each
-from another place, in runs as long.
+8 routed experts of 256 for each token, matrices 3072 × 1536: one token, and for experts' products 4 tokens too, each
+with its own experts. A GPU holds all 256 experts and every launch routes to others, so that no weight is found in a
+cache; which ones is written just before a run, as a router does. The CPU holds as many experts as 4 tokens take. A
+time is that of one launch of a run of them, by the device's clock, the median of several runs; on a GPU runs are
+queued behind a long copy, so that the host's own time is not counted. `share` is the bytes of weights per second over
+the bytes that a copy of 2 GiB on the same device reads and writes per second; `like` is the same beside copies that
+move as many bytes as the kernel, each from another place, in runs as long.
 """
 
 from __future__ import annotations
