@@ -89,6 +89,10 @@ class MeasurementError(MqError):
     """A measurement that is unreadable, not whole, or of another model."""
 
 
+class BudgetError(MqError):
+    """A size, a memory or a number of bits that no file of the model can have."""
+
+
 class TuningError(MqError):
     """A file that cannot be tuned against this source."""
 

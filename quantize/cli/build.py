@@ -11,17 +11,27 @@ import typer
 from ...formats.text import printable
 from . import options as opt
 from .console import coverage, duration, emit, gigabytes, listed, note, paragraph, resumable, table
+from .fitting import build_within, fit_request, fitted_plan, told
 from .progress import Progress
 
 if TYPE_CHECKING:
     from ..pipeline.build import BuildResult
+    from ..pipeline.build_spec import BuildSpec
     from ..spec.efforts import EffortCost
     from ..spec.estimates import PlanSummary, PlanTable, TierTable
+    from ..spec.recipe import Recipe
 
 
 def build(
     tier: opt.Tier = None,
     recipe: opt.RecipeFile = None,
+    memory: opt.Memory = None,
+    size: opt.Size = None,
+    bits: opt.Bits = None,
+    context: opt.Context = None,
+    measurement: opt.MeasurementFile = None,
+    avoid: opt.Avoid = None,
+    write_recipe: opt.WriteRecipe = None,
     source: opt.SourceName = None,
     revision: opt.Revision = None,
     output: Annotated[
@@ -132,9 +142,14 @@ def build(
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --effort calibrated --calibration-state state --part 3/8
       mq-quant build --tier mq3 --source /shared/MiniMax-M2.7 --effort imatrix --ray auto -o /shared/m27.mq3
       mq-quant build --recipe mine.yaml --jobs 8 --json
+      mq-quant build --memory 96GB
+      mq-quant build --size 85.0GB --measurement m27.json --avoid down:MQ4 --write-recipe mine.yaml
     """
     if no_imatrix and (fit == "hessian" or awq_alpha):
         raise typer.BadParameter("--no-imatrix leaves nothing for --fit hessian or --awq-alpha to work with")
+    wanted = fit_request(
+        (memory, size, bits, context), (tier, recipe), (source, revision), measurement, avoid, write_recipe
+    )
     if layers and part:
         raise typer.BadParameter("--layers and --part both say what is encoded: give one of the two")
     if calibration_state and not (layers or part or ray):
@@ -142,7 +157,7 @@ def build(
             "--calibration-state goes with --part, --layers or --ray: a whole build runs all layers"
         )
     with (
-        Progress(f"build {output.name if output else tier or recipe}", quiet) as progress,
+        Progress(f"build {output.name if output else tier or recipe or wanted}", quiet) as progress,
         resumable("the same command continues the build, with --restart it begins anew"),
     ):
         from ...formats.machine import cores
@@ -152,6 +167,7 @@ def build(
         from ..pipeline.build_spec import RecipeChanges
         from ..pipeline.effort import Wishes, choose
         from ..pipeline.parts import part_of
+        from ..spec.hooks import nothing
         from ..spec.places import choose_recipe
         from ..write.inputs import check_no_input
 
@@ -160,24 +176,31 @@ def build(
         asked = opt.token_request(text, tokens, sequences, length)
         wishes = Wishes(effort, fit, imatrix, no_imatrix, calibration, asked, calibration_state)
         changes = RecipeChanges(fit, False if no_gain else None, awq_alpha)
-        chosen = choose_recipe(tier, recipe, source, revision)
         where = best_device() if device == "auto" else device
         workers = jobs or cores()
-        statistics = choose(chosen, wishes, lambda: torch_device(where, asked=device != "auto"), workers)
         cluster = opt.cluster(ray, jobs, device, shard_cache)
-        with open_encoder("cpu" if cluster else where) as encoder:
-            options = RunOptions(
-                output=output,
-                jobs=workers,
-                encoder=encoder,
-                force=force,
-                restart=restart,
-                shard_cache=shard_cache,
-                cluster=cluster,
-                on_note=lambda sentence: note(f"note: {sentence}"),
-                watch=progress,
-            )
-            result = build_file(chosen, statistics, options, changes, part_of(chosen, layers, part))
+
+        def make(chosen: Recipe, accept: Callable[[BuildSpec], None] = nothing) -> BuildResult:
+            statistics = choose(chosen, wishes, lambda: torch_device(where, asked=device != "auto"), workers)
+            with open_encoder("cpu" if cluster else where) as encoder:
+                options = RunOptions(
+                    output=output,
+                    jobs=workers,
+                    encoder=encoder,
+                    force=force,
+                    restart=restart,
+                    shard_cache=shard_cache,
+                    cluster=cluster,
+                    accept=accept,
+                    on_note=lambda sentence: note(f"note: {sentence}"),
+                    watch=progress,
+                )
+                return build_file(chosen, statistics, options, changes, part_of(chosen, layers, part))
+
+        if wanted is None:
+            result = make(choose_recipe(tier, recipe, source, revision))
+        else:
+            result = build_within(wanted, write_recipe, make)
     if as_json or not quiet:
         emit(result, as_json, _render_build, finished=True)
 
@@ -200,6 +223,13 @@ def _render_build(result: BuildResult) -> str:
 def plan(
     tier: opt.Tier = None,
     recipe: opt.RecipeFile = None,
+    memory: opt.Memory = None,
+    size: opt.Size = None,
+    bits: opt.Bits = None,
+    context: opt.Context = None,
+    measurement: opt.MeasurementFile = None,
+    avoid: opt.Avoid = None,
+    write_recipe: opt.WriteRecipe = None,
     source: opt.SourceName = None,
     jobs: opt.Jobs = None,
     shard_cache: opt.Shards = 2,
@@ -216,11 +246,18 @@ def plan(
       mq-quant plan --tier mq2-lloyd
       mq-quant plan --source MiniMaxAI/MiniMax-M2.5
       mq-quant plan --tier mq3 --source ./MiniMax-M2 --json
+      mq-quant plan --memory 96GB --write-recipe mine.yaml
     """
     from ...kernels.runtime.drivers import best_device
     from ..spec.estimates import plan_summary, plan_table
 
-    if tier is None and recipe is None:
+    wanted = fit_request(
+        (memory, size, bits, context), (tier, recipe), (source, None), measurement, avoid, write_recipe
+    )
+    if wanted is not None:
+        fitted = fitted_plan(wanted, write_recipe, jobs, shard_cache, best_device())
+        emit(fitted, as_json, lambda made: "\n".join((*told(made.fitted), _render_plan(made.plan))))
+    elif tier is None and recipe is None:
         emit(plan_table(source, jobs, shard_cache, best_device()), as_json, _render_table)
     else:
         result = plan_summary(tier, recipe, source, jobs, shard_cache, best_device())

@@ -84,6 +84,46 @@ Jobs = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar and print no result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="The memory that is to run the file, as in 96GB: formats are chosen for what the engine leaves of it.",
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(help="The most bytes of the file, as in 85.0GB or 79200000000B."),
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(help="The most bits per weight, over the whole file, as in 2.9."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="With --memory: the tokens of context that the engine's cache is counted for. Default: all that it runs.",
+    ),
+]
+MeasurementFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--measurement",
+        help="What each piece of the model loses in each format, as `mq-quant measure` wrote it down. Default: losses "
+        "that are typical of other models.",
+    ),
+]
+Avoid = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A format that is not to be used, everywhere or in one projection: MQ4, gate_up:MQ3-Lloyd, down:MQ4. "
+        "May be given several times.",
+    ),
+]
+WriteRecipe = Annotated[
+    Path | None,
+    typer.Option("--write-recipe", help="Write the chosen recipe to this file."),
+]
+
 
 def token_request(
     text: Path | None, tokens: Path | None, sequences: int | None, length: int

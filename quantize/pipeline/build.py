@@ -47,6 +47,7 @@ class RunOptions:
     itself). A `cluster` encodes instead of this process, and does not call `on_begin`. Hooks watch the build, and end
     it where they raise; it can be continued then:
 
+    - `accept(spec)` is called before anything is written, and may refuse what was resolved;
     - `on_note(sentence)` hears what the source has to say, before the work;
     - `watch` each phase of the build, in which it counts bytes that are hashed and weights that are encoded;
     - `on_begin(unit)` is called on the worker's thread before a unit is encoded;
@@ -62,6 +63,7 @@ class RunOptions:
     restart: bool = False
     shard_cache: int | None = None
     cluster: Cluster | None = None
+    accept: Callable[[BuildSpec], None] = nothing
     on_note: Callable[[str], None] = nothing
     watch: Watch = UNWATCHED
     on_begin: UnitHook = nothing
@@ -129,6 +131,7 @@ class Build:
 
     def __enter__(self) -> Build:
         spec, part = self.spec, self._part
+        self.options.accept(spec)
         name = default_name(spec.recipe, part.layers if part else None)
         destination = self.options.destination(name, spec.disk_bytes())
         self._moments = beside(destination.path, CALIBRATION)

@@ -131,7 +131,11 @@ def plan_summary(
 
     Raises RecipeError, ConfigError or WeightError where the recipe and the model do not fit each other.
     """
-    recipe = choose_recipe(tier, path, source)
+    return summary_of(choose_recipe(tier, path, source), jobs, shard_cache, device)
+
+
+def summary_of(recipe: Recipe, jobs: int | None, shard_cache: int = 2, device: str = "cpu") -> PlanSummary:
+    """As `plan_summary`, of a recipe that is at hand."""
     files = model_files(recipe.model)
     sizes = file_sizes(recipe, files, parse_config(files.config))
     streamed = streamed_bytes(recipe.model, sizes.config, shard_cache)

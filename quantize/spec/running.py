@@ -10,9 +10,9 @@ HEADROOM = 2 * 10**9
 """Bytes for activations, the engine itself and the system."""
 
 
-def cache_bytes(config: ModelConfig) -> int:
-    """Bytes of the engine's key/value cache at the longest context that it runs."""
-    positions = min(CONTEXT, config.max_position_embeddings)
+def cache_bytes(config: ModelConfig, context: int = CONTEXT) -> int:
+    """Bytes of the engine's key/value cache for so many tokens, or for all that it runs the model with."""
+    positions = min(context, CONTEXT, config.max_position_embeddings)
     values = positions * config.num_hidden_layers * 2 * config.kv_dim
     return round(values * CACHE_BITS / 8)
 

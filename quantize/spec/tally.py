@@ -65,8 +65,9 @@ class FileSizes:
     concerns: tuple[EngineFact, ...]
 
 
-def file_sizes(recipe: Recipe, files: ModelFiles, config: ModelConfig) -> FileSizes:
-    """The sizes that a file of this recipe will have; `config` is that of `files`, parsed.
+def file_sizes(recipe: Recipe, files: ModelFiles, config: ModelConfig, unknown: int = 0) -> FileSizes:
+    """The sizes that a file of this recipe will have; `config` is that of `files`, parsed. `unknown` bytes are counted
+    for metadata that are known only once the source is open.
 
     Raises RecipeError where a format is one that the engine cannot run, WeightError where rows do not fill groups.
     """
@@ -77,7 +78,7 @@ def file_sizes(recipe: Recipe, files: ModelFiles, config: ModelConfig) -> FileSi
     check_layers(recipe, zip((kind.first for kind in found), formats, strict=True))
     totals, sums = _totals(config, found, formats)
     metadata = template(files.config, files.side, config, totals, {"recipe": recipe.resolved()})
-    metadata_bytes = len(compact(metadata))
+    metadata_bytes = len(compact(metadata)) + unknown
     index = _COUNT_BYTES + sum(kind.index_bytes for kind in found)
     index += sum(_line(awq_scale_name(layer), 1) for layer in range(config.num_hidden_layers))
     data_offset = -(-(METADATA_OFFSET + metadata_bytes + index) // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,64 @@
+"""What each piece loses in each format, measured on this model or typical of others, and the KLD that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .allocation import Allocation
+from .measurement import Measurement, whole_formats
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`pieces` holds the loss by the name of the format, in the order of a measurement.
+
+    `origin` says in words where the numbers come from. `known` are sums of losses of whole models with the KLD that was
+    measured of each; without any, the losses are only relative and no KLD is expected. A smaller difference than the
+    share `doubt` of a sum means nothing.
+    """
+
+    pieces: tuple[Mapping[str, float], ...]
+    origin: str
+    rest: float = 0.0
+    known: tuple[tuple[float, float], ...] = ()
+    doubt: float = 0.0
+
+    def total(self, allocation: Allocation) -> float:
+        """The sum over all pieces."""
+        chosen = zip(self.pieces, allocation.pieces(), strict=True)
+        return sum(losses[name] for losses, (_, _, name) in chosen)
+
+    def expected(self, allocation: Allocation) -> float | None:
+        """The KLD of a file with this allocation; None where nothing whole was measured.
+
+        Errors of pieces add up nearly: between models that were measured whole, the logarithm of their KLD is
+        interpolated over that of their sums, and outside the ratio of the nearest one holds.
+        """
+        points = sorted((s, kld - self.rest) for s, kld in self.known if s > 0 and kld > self.rest)
+        if not points:
+            return None
+        total = self.total(allocation)
+        if total <= 0:
+            return self.rest
+        sums, klds = np.log(np.array(points).T)
+        at = np.log(total)
+        inside = np.interp(at, sums, np.maximum.accumulate(klds))
+        beyond = max(at - sums[-1], 0.0) + min(at - sums[0], 0.0)
+        return self.rest + float(np.exp(inside + beyond))
+
+
+def measured(measurement: Measurement) -> Losses:
+    """The losses of a measurement."""
+    pieces = tuple(piece.kld for piece in measurement.pieces)
+    name, effort, tokens = measurement.model.name, measurement.effort, measurement.text.tokens
+    origin = f"measured on {name} at effort {effort}, on {tokens} tokens"
+    alone = Losses(pieces, origin)
+    layers = measurement.model.layers
+    known = tuple(
+        (alone.total(Allocation((whole_formats(name),) * layers)), kld)
+        for name, kld in measurement.whole.items()
+    )
+    return Losses(pieces, origin, measurement.rest, known)
