@@ -17,7 +17,7 @@ def read_avoided(texts: Sequence[str]) -> frozenset[tuple[Projection, str]]:
 
 def _read(text: str) -> list[tuple[Projection, str]]:
     where, colon, name = text.rpartition(":")
-    projections = [p for p in PROJECTIONS if not colon or p == where]
+    projections: list[Projection] = [p for p in PROJECTIONS if not colon or p == where]
     known = _BY_SMALL.get(name.lower())
     if not projections or known is None:
         raise BudgetError(

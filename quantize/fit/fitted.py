@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ...formats.blocks import BY_NAME
@@ -63,6 +64,14 @@ class Fitted:
 
 
 @dataclass(frozen=True)
+class _Made:
+    """What becomes of a standard tier."""
+
+    allocation: Allocation
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Fitting:
     """All that decides what is best: the standard tiers by name, the model, the budget, and the losses. With `sure` the
     bytes of standard tiers are the most that their files will have, else those that `plan` says.
@@ -83,13 +92,12 @@ class Fitting:
         found = self._allocated(limit)
         tier = self._tier(limit, self.losses.total(found))
         recipe = self._recipe(found) if tier is None else self.standard[tier]
-        if tier is not None:
-            found = allocation_of(recipe, self.config)
+        found = found if tier is None else self._tiers[tier].allocation
         return Fitted(
             recipe,
             found,
             limit,
-            self._tier_bytes(recipe) if tier else self._bytes(recipe),
+            self._tiers[tier].nbytes if tier else self._bytes(recipe),
             self.losses.origin,
             self.losses.expected(found),
             tier,
@@ -130,11 +138,11 @@ class Fitting:
         """
         total /= 1 - self.losses.doubt
         fitting = [
-            (self._tier_bytes(recipe), name)
-            for name, recipe in self.standard.items()
-            if self._allowed(found := allocation_of(recipe, self.config))
-            and self._tier_bytes(recipe) <= limit
-            and self.losses.total(found) <= total
+            (made.nbytes, name)
+            for name, made in self._tiers.items()
+            if self._allowed(made.allocation)
+            and made.nbytes <= limit
+            and self.losses.total(made.allocation) <= total
         ]
         return min(fitting)[1] if fitting else None
 
@@ -180,12 +188,8 @@ class Fitting:
         ends = []
         for which in (min, max):
             allocation = self._extreme(which)
-            tier = next(
-                (n for n, r in self.standard.items() if allocation_of(r, self.config) == allocation), None
-            )
-            ends.append(
-                self._tier_bytes(self.standard[tier]) if tier else self._bytes(self._recipe(allocation))
-            )
+            tier = next((made for made in self._tiers.values() if made.allocation == allocation), None)
+            ends.append(tier.nbytes if tier else self._bytes(self._recipe(allocation)))
         smallest, largest = ends
         if smallest <= limit <= largest:
             return
@@ -213,19 +217,26 @@ class Fitting:
     def _bars(self) -> Bars:
         """What `verify` asks of the largest standard tier that is not larger than the budget, or of the smallest."""
         limit = self.budget.limit(self.config)
-        sizes = sorted((self._tier_bytes(recipe), name) for name, recipe in self.standard.items())
+        sizes = sorted((made.nbytes, name) for name, made in self._tiers.items())
         _, name = max((size for size in sizes if size[0] <= limit), default=sizes[0])
         return self.standard[name].verify
 
-    def _tier_bytes(self, recipe: Recipe) -> int:
-        """The bytes of a standard tier's file as `plan` says them, or the most that it will have."""
-        return self._bytes(recipe) if self.sure else file_sizes(recipe, self.files, self.config).total_bytes
+    @cached_property
+    def _tiers(self) -> Mapping[str, _Made]:
+        """The standard tiers, with the bytes that `plan` says of their files, or the most that they will have."""
+        return {
+            name: _Made(
+                allocation_of(recipe, self.config),
+                self._bytes(recipe) if self.sure else file_sizes(recipe, self.files, self.config).total_bytes,
+            )
+            for name, recipe in self.standard.items()
+        }
 
     def _bytes(self, recipe: Recipe) -> int:
         """The most bytes that a recipe's file will have."""
         return file_sizes(recipe, self.files, self.config, self._unknown).total_bytes
 
-    @property
+    @cached_property
     def _unknown(self) -> int:
         place = self.standard[BASE].model.place
         folder = local_folder(place.address)

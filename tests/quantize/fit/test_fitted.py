@@ -1,0 +1,119 @@
+"""From a budget to a recipe: never above it, never worse than a tier of its size, and better with each byte."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from measurement_document import document
+from mq_quant.formats.errors import BudgetError, MeasurementError, OutputError
+from mq_quant.formats.minimax import parse_config
+from mq_quant.quantize.fit.allocation import allocation_of
+from mq_quant.quantize.fit.avoided import read_avoided
+from mq_quant.quantize.fit.budget import read_budget
+from mq_quant.quantize.fit.fitted import Fitted
+from mq_quant.quantize.fit.generic import generic
+from mq_quant.quantize.fit.request import FitRequest, fit
+from mq_quant.quantize.fit.written import recipe_text, write_recipe
+from mq_quant.quantize.spec.estimates import tier_table
+from mq_quant.quantize.spec.places import model_files
+from mq_quant.quantize.spec.recipe import load_model, load_recipe, load_tier, tiers
+from mq_quant.quantize.spec.running import run_bytes
+
+CONFIG = parse_config(model_files(load_model("minimax-m2.7")).config)
+SIZES = {row.tier: row.total_bytes for row in tier_table().tiers}
+
+
+def request(size: str, source: str | None = None, avoid: tuple[str, ...] = ()) -> FitRequest:
+    budget = read_budget(None, size, None, None)
+    assert budget is not None
+    return FitRequest(source, None, budget, None, read_avoided(avoid))
+
+
+def by_size(nbytes: int) -> Fitted:
+    return fit(request(f"{nbytes}B"))
+
+
+def test_each_budget_is_kept_and_more_bytes_never_lose_more() -> None:
+    step = (SIZES["mq4"] - SIZES["mq2-mini"]) // 6
+    found = [by_size(SIZES["mq2-mini"] + i * step) for i in range(7)]
+    assert all(f.total_bytes <= f.limit for f in found)
+    assert all(
+        f.limit - f.total_bytes < 200e6 for f in found[1:]
+    )  # the room of the largest step of one piece
+    lost = [generic(CONFIG).total(f.allocation) for f in found]
+    assert lost == sorted(lost, reverse=True)
+
+
+@pytest.mark.parametrize("tier", tiers())
+def test_at_the_size_of_a_tier_nothing_loses_more_than_the_tier(tier: str) -> None:
+    found, losses = by_size(SIZES[tier]), generic(CONFIG)
+    own = allocation_of(load_tier(tier), CONFIG)
+    assert found.total_bytes <= SIZES[tier]
+    assert losses.total(found.allocation) <= losses.total(own)
+    if losses.total(found.allocation) >= (1 - losses.doubt) * losses.total(own):
+        assert (found.tier, found.recipe) == (tier, load_tier(tier))
+
+
+def test_memory_holds_file_and_engine() -> None:
+    budget = read_budget("96GB", None, None, None)
+    assert budget is not None
+    found = fit(FitRequest(None, None, budget))
+    assert 95.5e9 < run_bytes(found.total_bytes, CONFIG) <= 96e9
+    assert found.recipe.tier == "fit-96" and found.expected_kld is None
+
+
+@pytest.mark.parametrize("size", ["67.4GB", "1B", "179.9GB", "1000TB"])
+def test_sizes_that_no_file_has_are_refused_with_those_that_files_have(size: str) -> None:
+    with pytest.raises(BudgetError, match=r"files have 674[0-9]{8} to 1798[0-9]{8} bytes"):
+        fit(request(size))
+
+
+def test_the_sizes_of_the_hint_can_be_had() -> None:
+    with pytest.raises(BudgetError) as e:
+        fit(request("1GB"))
+    least, most = [word for word in (e.value.hint or "").split() if word.endswith("GB")]
+    assert fit(request(least)).tier == "mq2-mini"
+    assert set(fit(request(most)).allocation.of("down")) >= {"MQ6"}
+
+
+def test_what_is_avoided_is_not_taken() -> None:
+    found = fit(request("100GB", avoid=("down:MQ4",)))
+    assert "MQ4" not in found.allocation.of("down")
+    assert not found.wrong
+    assert "down:MQ4" in by_size(100 * 10**9).wrong
+    with pytest.raises(BudgetError, match="no format is left for down"):
+        fit(request("100GB", avoid=("down:MQ2-Lloyd", "down:MQ3-Lloyd", "down:MQ4", "down:MQ6")))
+
+
+def test_a_written_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    wanted = request("85.0GB")
+    found, path = fit(wanted), tmp_path / "mine.yaml"
+    write_recipe(path, found, wanted.budget)
+    assert load_recipe(path) == found.recipe
+    head = " ".join(line[2:] for line in path.read_text().splitlines() if line.startswith("#"))
+    assert "--size 85.0GB" in head and "nobody has measured" in head
+    write_recipe(path, found, wanted.budget)
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(OutputError, match="exists already"):
+        write_recipe(path, found, wanted.budget)
+    with pytest.raises(OutputError, match="mkdir -p"):
+        write_recipe(tmp_path / "no" / "mine.yaml", found, wanted.budget)
+
+
+def test_a_recipe_for_a_folder_names_the_folder(small: Path, tmp_path: Path) -> None:
+    wanted = request("1.2MB", str(small))
+    found, path = fit(wanted), tmp_path / "mine.yaml"
+    path.write_text(recipe_text(found, wanted.budget))
+    assert load_recipe(path) == found.recipe and str(small) in path.read_text()
+
+
+def test_a_measurement_of_another_model_is_refused(tmp_path: Path, small: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(document()))
+    with pytest.raises(MeasurementError, match="is of another model: its layers is 2 and the model's 62"):
+        fit(replace(request("85GB"), measurement=path))
+    with pytest.raises(MeasurementError, match="its experts is 4 and the model's 3"):
+        fit(replace(request("1.2MB", str(small)), measurement=path))
