@@ -49,12 +49,18 @@ def measure(
     tokens: opt.Tokens = None,
     sequences: opt.Sequences = None,
     length: opt.Length = 512,
+    judge_tokens: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare predictions on these tokens, a .npy file as --tokens takes it. Default: the evaluation text "
+            "that comes with mq-quant; the last sequences of --text or --tokens, on which nothing is calibrated then."
+        ),
+    ] = None,
     held_out: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Compare predictions on this many sequences, the last of the text, on which nothing is calibrated. "
-            "Default: 4096 tokens, or a quarter of a short text.",
+            help="The number of sequences on which predictions are compared. Default: those of 4096 tokens.",
         ),
     ] = None,
     device: opt.ModelDevice = "cpu",
@@ -108,14 +114,14 @@ def measure(
         else:
             statistics = ImatrixFile(imatrix) if imatrix else None
         place, workers = chosen.model.place, jobs or cores()
-        inputs = [recipe, text, tokens, local_folder(place.address), *input_paths(statistics)]
+        inputs = [recipe, text, tokens, judge_tokens, local_folder(place.address), *input_paths(statistics)]
         check_no_input(output, inputs)
         with (
             closing(open_place(place.address, place.revision, shard_cache, output.parent)) as opened,
             open_encoder(device) as encoder,
         ):
             opened.validate()
-            texts = texts_of(opened, asked, held_out, effort == "calibrated")
+            texts = texts_of(opened, asked, judge_tokens, held_out, effort == "calibrated")
             cost = cost_of(opened, texts, statistics, workers, device)
             if dry_run:
                 emit(cost, as_json, _render_cost)

@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError, TokenError
 from ...formats.own_file import disk_errors, free_bytes
 from ...texts import CALIBRATION_SHA256
-from ..calibrate.tokens import TokenRequest, Tokens, load_tokens
+from ..calibrate.tokens import EVALUATION, TokenRequest, Tokens, load_tokens, read_tokens
 from ..pipeline.statistics import OnTheFly, Statistics, effort_of
-from ..spec.calibration_sizes import USUAL_TOKENS, inline_sizes, measuring_sizes
+from ..spec.calibration_sizes import inline_sizes, measuring_sizes
 from ..spec.efforts import measuring_hours
 from .measurement import EXPERT_NAMES
 from .pieces import Choice
@@ -27,7 +29,7 @@ WHOLES = (*(Choice(name, name) for name in EXPERT_NAMES), *(Choice(*pair) for pa
 @dataclass(frozen=True)
 class Texts:
     """Token ids i32 [sequences, length]: those that importances are gathered from, and others, on which predictions are
-    compared. `text` is the SHA-256 of the text that comes with mq-quant where they are of that.
+    compared. `text` is the SHA-256 of the text that comes with mq-quant where the first are of that.
     """
 
     calibrating: Tokens
@@ -35,22 +37,42 @@ class Texts:
     text: str | None
 
 
-def texts_of(source: Source, request: TokenRequest, held_out: int | None, calibrates: bool) -> Texts:
-    """The tokens of a request, its last `held_out` sequences set aside; TokenError where nothing is left of either.
+def texts_of(
+    source: Source, request: TokenRequest, judging: Path | None, held_out: int | None, calibrates: bool
+) -> Texts:
+    """The tokens of a request, and `held_out` sequences to compare predictions on; TokenError where there are too few.
 
-    Without `held_out` it is HELD_OUT tokens, or a quarter where there are few. Of the text that comes with mq-quant
-    they are taken besides those that a build calibrates on. Where nothing calibrates, the rest is left out.
+    The latter are of the token file `judging`, or of the evaluation text that comes with mq-quant where the request is
+    of its calibration text; spread evenly over either. Else they are the last ones of the request, and nothing is
+    calibrated on them. Without `held_out` it is HELD_OUT tokens, or of the request at most a quarter.
     """
-    length = min(request.length, source.config.max_position_embeddings) if request.bundled else request.length
-    aside = held_out or max(1, HELD_OUT // length)
-    if request.bundled:
-        used = (request.sequences or USUAL_TOKENS // length) if calibrates else 0
-        request = TokenRequest(sequences=used + aside, length=length)
-    tokens = load_tokens(source, request)
-    if held_out is None:
-        aside = min(
-            max(1, HELD_OUT // tokens.shape[1]), max(1, len(tokens) // 4) if calibrates else len(tokens)
+    if judging is not None:
+        judged = _spread(read_tokens(judging, source.config), held_out, judging)
+    elif request.bundled:
+        judged = _spread(load_tokens(source, TokenRequest(length=request.length), EVALUATION), held_out)
+    else:
+        return _last_aside(load_tokens(source, request), held_out, calibrates)
+    tokens = load_tokens(source, request) if calibrates else judged[:0]
+    return Texts(tokens, judged, CALIBRATION_SHA256 if request.bundled else None)
+
+
+def _spread(tokens: Tokens, wanted: int | None, file: Path | None = None) -> Tokens:
+    """So many of the sequences, at even distances."""
+    count = wanted or min(len(tokens), max(1, HELD_OUT // tokens.shape[1]))
+    if count > len(tokens):
+        raise TokenError(
+            f"has {len(tokens)} sequences to compare predictions on, fewer than the {count} asked for",
+            file=file or EVALUATION.name,
+            hint="ask for less with --held-out",
         )
+    chosen: Tokens = tokens[np.arange(count) * len(tokens) // count]
+    return chosen
+
+
+def _last_aside(tokens: Tokens, wanted: int | None, calibrates: bool) -> Texts:
+    """The last sequences set aside; where nothing calibrates, those before them are left out."""
+    most = max(1, len(tokens) // 4) if calibrates else len(tokens)
+    aside = wanted or min(most, max(1, HELD_OUT // tokens.shape[1]))
     left = len(tokens) - aside
     if left < int(calibrates):
         raise TokenError(
@@ -58,8 +80,7 @@ def texts_of(source: Source, request: TokenRequest, held_out: int | None, calibr
             "calibrated",
             hint="give more tokens, or ask for less with --held-out",
         )
-    text = CALIBRATION_SHA256 if request.bundled else None
-    return Texts(tokens[:left], tokens[left:], text)
+    return Texts(tokens[:left], tokens[left:], None)
 
 
 @dataclass(frozen=True)

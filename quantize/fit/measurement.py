@@ -63,7 +63,7 @@ class MeasuredModel(_Part):
 
 
 class MeasuredText(_Part):
-    """The tokens on which predictions were compared; none of them was among those that importances were made from."""
+    """The tokens on which predictions were compared: others than those that importances were gathered from."""
 
     tokens: Count
     sha256: Sha256

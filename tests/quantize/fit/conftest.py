@@ -53,7 +53,7 @@ def measured(small: Path, tokens: Path, tmp_path: Path) -> Measure:
         with closing(open_place(str(source), None, 4, tmp_path)) as opened:
             opened.validate()
             request = TokenRequest(tokens=tokens)
-            texts = texts_of(opened, request, held_out, effort == "calibrated")
+            texts = texts_of(opened, request, None, held_out, effort == "calibrated")
             return measure(recipe, opened, texts, statistics, MeasureOptions(tmp_path / name, **given))
 
     return run

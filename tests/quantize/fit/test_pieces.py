@@ -1,0 +1,98 @@
+"""The experts of a layer under several choices of formats: what a build has, and what lies between."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mq_quant.awq.importance import LayerImportance
+from mq_quant.formats.blocks import BY_NAME
+from mq_quant.formats.checkpoint.local import open_checkpoint
+from mq_quant.formats.errors import WeightError
+from mq_quant.formats.minimax import PROJECTIONS, expert_name
+from mq_quant.quantize.calibrate.on_the_fly import GatheredImportance
+from mq_quant.quantize.encode.answering import product
+from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
+from mq_quant.quantize.fit.pieces import SOURCE, Choice, LayerPieces, Matrices, in_order
+
+SETTINGS = FitSettings(awq_alpha=0.3)
+MIXED = Choice("MQ2-Lloyd", "MQ4")
+CHOICES = (Choice("MQ2-Lloyd", None), Choice(None, "MQ4"), MIXED)
+
+
+@pytest.fixture
+def gathered(small: Path, tokens: Path, tmp_path: Path) -> Iterator[LayerImportance]:
+    source = open_checkpoint(small)
+    found = GatheredImportance(source, np.load(tokens).astype(np.int32))
+    found.open(tmp_path / "moments")
+    with closing(found):
+        found.begin_layer(0)
+        yield found.layer(0)
+
+
+def test_both_projections_are_those_of_a_build(small: Path, gathered: LayerImportance) -> None:
+    """In formats that differ from each other, which is where down is rounded on its own."""
+    source = open_checkpoint(small)
+    pieces = LayerPieces(source.config, 0, gathered, CHOICES, SETTINGS, source)
+    formats = {"w1": BY_NAME["MQ2-Lloyd"], "w3": BY_NAME["MQ2-Lloyd"], "w2": BY_NAME["MQ4"]}
+    build = LayerEncoder(source.config, 0, gathered, formats, SETTINGS)
+    build.prepare({})
+    for expert in range(2):
+        plain = Matrices(*(source.weight(expert_name(0, expert, p)) for p in ("w1", "w3", "w2")))
+        made = pieces.expert(expert)
+        done = build.encode_expert(expert, *plain).payloads
+        for p in PROJECTIONS:
+            expected = build.stored.form(p).decode(done[p], getattr(plain, p).shape)
+            np.testing.assert_array_equal(getattr(made[MIXED], p), expected)
+        for name in Matrices._fields:
+            np.testing.assert_array_equal(getattr(made[SOURCE], name), getattr(plain, name))
+
+
+def test_a_piece_leaves_the_other_projection_unrounded(small: Path, gathered: LayerImportance) -> None:
+    source = open_checkpoint(small)
+    made = LayerPieces(source.config, 0, gathered, CHOICES, SETTINGS, source).expert(0)
+    plain, above, below = made[SOURCE], made[CHOICES[0]], made[CHOICES[1]]
+    np.testing.assert_array_equal(below.w1, plain.w1)
+    np.testing.assert_array_equal(below.w3, plain.w3)
+    np.testing.assert_array_equal(above.w1, made[MIXED].w1)
+    inputs = gathered.inputs(0)
+    assert inputs is not None
+    wanted = product(inputs, plain.w1, plain.w3) @ plain.w2.T
+    here = product(inputs, above.w1, above.w3)
+    answered, not_answered = (float(np.square(here @ w2.T - wanted).sum()) for w2 in (above.w2, plain.w2))
+    assert answered < 0.8 * not_answered
+    assert not np.array_equal(below.w2, plain.w2)
+
+
+def test_few_experts_are_held_at_a_time_and_come_in_order() -> None:
+    held, most, lock = 0, 0, threading.Lock()
+
+    class Counted:
+        def expert(self, expert: int) -> dict[Choice, Matrices]:
+            nonlocal held, most
+            with lock:
+                held += 1
+                most = max(most, held)
+            return {}
+
+    found = []
+    for expert, _ in in_order(Counted(), [0, 2, 3, 5, 8, 9], jobs=2):  # type: ignore[arg-type]
+        found.append(expert)
+        with lock:
+            held -= 1
+    assert found == [0, 2, 3, 5, 8, 9] and most <= 4
+
+
+def test_an_expert_that_cannot_be_rounded_ends_the_work() -> None:
+    class Broken:
+        def expert(self, expert: int) -> dict[Choice, Matrices]:
+            if expert == 1:
+                raise WeightError("needs levels beyond 65504")
+            return {}
+
+    with pytest.raises(WeightError, match="needs levels"):
+        list(in_order(Broken(), range(6), jobs=2))  # type: ignore[arg-type]
