@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -169,17 +169,16 @@ class CalibrationFolder:
     def finish_layer(
         self,
         layer: int,
-        hidden: NDArray[np.float32] | None,
+        hidden: Iterable[memoryview] | None,
         record: dict[str, Any],
         keep_entering: bool = False,
     ) -> None:
-        """Make the residual stream behind a written layer durable (None after the last), then the journal's line.
+        """Make the residual stream f32 behind a written layer durable (None after the last), then the journal's line.
 
         The stream before the layer goes, unless it is to be kept until the layer is dropped.
         """
         if hidden is not None:
-            data = np.ascontiguousarray(hidden, "<f4").data.cast("B")
-            record["hidden"] = write_atomic(self.path / hidden_file(layer + 1), [data]).sha256
+            record["hidden"] = write_atomic(self.path / hidden_file(layer + 1), hidden).sha256
         self.journal.record(f"layer.{layer}", record["sha256"], **record)
         if not keep_entering:
             with disk_errors(self.path):

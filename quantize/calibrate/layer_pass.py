@@ -21,6 +21,7 @@ from ...formats.statistics.moment_file import DownForm
 from ...formats.statistics.moment_folder import config_record
 from ...verify.model.device_weights import DeviceWeights, StoredWeights
 from ...verify.model.reference import TensorWeights, Weights, embed, layer_forward
+from ..encode.on_device.transfer import pieces_of
 from ..spec.calibration_sizes import two_layers_bytes
 from ..spec.provenance import program
 from .folder import CalibrationFolder
@@ -177,7 +178,7 @@ def gather_layer(
         after()
 
     def finish() -> None:
-        kept = None if last and not keep_last else behind.cpu().numpy()
+        kept = None if last and not keep_last else pieces_of(behind)
         out.finish_layer(layer, kept, record, keep_entering=keep_entering or keep_rows == "here")
 
     return Gathered(behind, moments.rows, record, finish)

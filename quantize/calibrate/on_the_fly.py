@@ -34,7 +34,7 @@ from ...formats.statistics.moment_file import DownForm
 from ...verify.model.device_weights import DeviceWeights
 from ...verify.model.reference import before_experts
 from ..encode.on_device.kept import KeptOnDevice, keep_on_device
-from ..encode.on_device.rounding import wait_for
+from ..encode.on_device.transfer import wait_for
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text

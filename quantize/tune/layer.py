@@ -24,6 +24,7 @@ from torch import Tensor
 from ...formats.blocks import AffineFormat, FloatFormat, LloydFormat, Q8Format
 from ...formats.machine import cores
 from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_inventory
+from ..encode.on_device.transfer import fetched
 from ..encode.overflow import encode_tensor
 from ..spec.efforts import EPOCHS
 from .deterministic import coarse_products, deterministic
@@ -259,7 +260,7 @@ class _Training:
     def run(self, student: Student, leaving: F32) -> F32:
         """The stream behind the layer, written into `leaving`."""
         for some in self._batches(np.arange(len(self.task.entering))):
-            leaving[some] = student.forward(self.entering.of(some)).cpu().numpy()
+            leaving[some] = fetched(student.forward(self.entering.of(some)))
         return leaving
 
     def train(
@@ -295,8 +296,8 @@ class _Training:
         with torch.no_grad(), ThreadPoolExecutor(cores()) as pool:
             if not all(part.moved.isfinite().all() for part in parts):
                 return None
-            values = {name: part.value.cpu().numpy() for name, part in dense.items()}
-            trained = {p: part.value.cpu().numpy() for p, part in heads.items()}
+            values = {name: fetched(part.value) for name, part in dense.items()}
+            trained = {p: fetched(part.value) for p, part in heads.items()}
             experts = [(p, e) for p, heads_of in trained.items() for e in range(len(heads_of))]
             return {
                 **dict(zip(values, pool.map(self._dense, values, values.values()), strict=True)),

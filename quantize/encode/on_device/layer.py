@@ -33,7 +33,8 @@ from .answering import answering_down, product
 from .factors import Factors, factors_of
 from .kept import KeptOnDevice
 from .moments import rotated_moment
-from .rounding import Rounder, Streamed, ThroughMemory, on_stream, unrotated, wait_for
+from .rounding import Rounder, Streamed, ThroughMemory, on_stream, unrotated
+from .transfer import wait_for
 
 T = TypeVar("T")
 

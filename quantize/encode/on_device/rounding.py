@@ -82,13 +82,6 @@ def on_stream(backend: Backend, device: torch.device) -> AbstractContextManager[
     return torch.cuda.stream(torch.cuda.ExternalStream(stream, device))  # type: ignore[no-untyped-call]
 
 
-def wait_for(*devices: torch.device) -> None:
-    """Wait until what this thread has asked of devices is done."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-
-
 def unrotated(values: Tensor) -> Tensor:
     """Values f32 [R, K] of the stored basis, each group of 256 columns turned back."""
     return (values.view(-1, GROUP) @ _back(values.device)).view(values.shape)
