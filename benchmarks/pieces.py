@@ -21,7 +21,7 @@ from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.fit import run
 from mq_quant.quantize.fit.before import texts_of
 from mq_quant.quantize.fit.measurement import PROJECTIONS, Measurement, whole_formats
-from mq_quant.quantize.fit.streams import START
+from mq_quant.quantize.fit.streams import REST
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, OnTheFly
 from mq_quant.quantize.spec.places import choose_recipe, open_place
 from mq_quant.quantize.write.stream_folder import F32, StreamFolder
@@ -37,7 +37,7 @@ class Noting(StreamFolder):
     _source: F32
 
     def save(self, name: str, layer: int, stream: F32) -> str:
-        if name == START:
+        if name == REST:
             Noting._source = stream.astype(np.float64)
         elif name.startswith("piece") and name not in self.found:
             self.found[name] = float(np.square(stream - self._source).sum() / np.square(self._source).sum())
@@ -68,7 +68,7 @@ def measured(folder: Path, effort: str, output: Path, sequences: int) -> tuple[M
 def table(found: Measurement, errors: Errors) -> str:
     """Each quantity beside the measured loss, over all pieces and formats."""
     keys = [(p.layer, p.projection, f) for p in found.pieces for f in found.formats]
-    true = np.array([found.loss(*key) for key in keys])
+    true = np.array([max(found.loss(*key), 1e-3 * found.rest) for key in keys])
     error = np.array([errors[layer, projection][f] for layer, projection, f in keys])
     rows = [("error of the layer's output", error * np.exp(np.log(true / error).mean()))]
     for base in found.formats:
@@ -81,7 +81,7 @@ def table(found: Measurement, errors: Errors) -> str:
     lines += ["", "| gate and up/down | whole, less the rest | sum of pieces | ratio |", "|---|---|---|---|"]
     for name, whole in found.whole.items():
         formats = dict(zip(PROJECTIONS, whole_formats(name), strict=True))
-        total = sum(piece.kld[formats[piece.projection]] for piece in found.pieces)
+        total = sum(found.loss(p.layer, p.projection, formats[p.projection]) for p in found.pieces)
         lines.append(
             f"| {name} | {whole - found.rest:.5f} | {total:.5f} | {(whole - found.rest) / total:.3f} |"
         )

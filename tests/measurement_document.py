@@ -9,11 +9,12 @@ FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4")
 
 def document(**changes: Any) -> dict[str, Any]:
     """A whole measurement whose losses halve with each format."""
+    rest = changes.get("rest", 0.001)
     pieces = [
         {
             "layer": layer,
             "projection": projection,
-            "kld": {f: (layer + 1) * scale / 2**i for i, f in enumerate(FORMATS)},
+            "kld": {f: rest + (layer + 1) * scale / 2**i for i, f in enumerate(FORMATS)},
         }
         for layer in range(2)
         for projection, scale in (("gate_up", 0.04), ("down", 0.01))
@@ -36,7 +37,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "text": {"tokens": 512, "sha256": "3" * 64},
         "formats": list(FORMATS),
         "pieces": pieces,
-        "rest": 0.001,
+        "rest": rest,
         "whole": {"MQ2-Lloyd": 0.17, "MQ2-Lloyd/MQ4": 0.14},
         **changes,
     }

@@ -143,20 +143,22 @@ def _render_cost(cost: MeasureCost) -> str:
 
 
 def _render(result: MeasureResult) -> str:
+    from ..fit.measurement import PROJECTIONS
+
     found = result.measurement
     rows = []
     for name in found.formats:
         sums = [
-            sum(piece.kld[name] for piece in found.pieces if piece.projection == projection)
-            for projection in ("gate_up", "down")
+            sum(found.loss(layer, projection, name) for layer in range(found.model.layers))
+            for projection in PROJECTIONS
         ]
-        rows.append((name, *(f"{value:.5f}" for value in (*sums, found.whole[name]))))
+        rows.append((name, *(f"{value:.5f}" for value in (*sums, found.whole[name] - found.rest))))
     return "\n".join(
         (
             f"{printable(str(result.path))}: {len(found.pieces)} pieces of {printable(found.model.name)}",
-            "KLD, nats per token: the sums of what each piece loses alone, and all of them at once",
+            "KLD, nats per token: the sums of what each piece adds alone, and what all of them add at once",
             table(("format", "gate and up", "down", "at once"), rows),
-            f"all but the experts, as a file stores it: {found.rest:.5f}",
+            f"everything but the experts, as a file stores it: {found.rest:.5f}",
             f"time         {duration(result.seconds)}",
             f"peak memory  {gigabytes(result.peak_rss_bytes)}",
         )

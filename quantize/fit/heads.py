@@ -40,9 +40,8 @@ def divergences(run: StreamsRun) -> dict[str, float]:
     exact, stored = (SharedHead(TorchModel(w, config, run.device)) for w in (run.source, run.rest))
 
     def head(name: str) -> Head:
-        of_files = name in run.plan.begun and name != START
         stream = Mapped(run.folder.mapped(name, count, run.shape, hashes[name]))
-        return Head(stored if of_files else exact, stream)
+        return Head(exact if name == START else stored, stream)
 
     names = [name for name in hashes if name != START]
     found: dict[str, float] = {}

@@ -52,7 +52,10 @@ class Losses:
 
 def measured(measurement: Measurement) -> Losses:
     """The losses of a measurement."""
-    pieces = tuple(piece.kld for piece in measurement.pieces)
+    pieces = tuple(
+        {name: measurement.loss(piece.layer, piece.projection, name) for name in measurement.formats}
+        for piece in measurement.pieces
+    )
     name, effort, tokens = measurement.model.name, measurement.effort, measurement.text.tokens
     origin = f"measured on {name} at effort {effort}, on {tokens} tokens"
     alone = Losses(pieces, origin)

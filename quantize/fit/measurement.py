@@ -70,7 +70,7 @@ class MeasuredText(_Part):
 
 
 class Piece(_Part):
-    """One projection of one layer, and its loss by the name of the format."""
+    """One projection of one layer, and the KLD of a file with only this piece rounded, by the name of the format."""
 
     layer: Annotated[int, Field(ge=0)]
     projection: Projection
@@ -117,8 +117,8 @@ class Measurement(_Part):
         return self
 
     def loss(self, layer: int, projection: Projection, name: str) -> float:
-        """The KLD with only this piece rounded, in the format of this name."""
-        return self.pieces[2 * layer + PROJECTIONS.index(projection)].kld[name]
+        """How much KLD this piece adds to the rest in the format of this name."""
+        return max(self.pieces[2 * layer + PROJECTIONS.index(projection)].kld[name] - self.rest, 0.0)
 
     def text_json(self) -> str:
         """The measurement as its file holds it, a line for each piece."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ...formats.checkpoint.source import Source
 from ...formats.hfq.stored import StoredForm
 from ...formats.minimax import expert_of
+from ...verify.model.reference import TensorWeights, Weights, load
 from ..encode.overflow import encode_tensor
 from ..spec.recipe import Recipe
 
@@ -43,3 +46,17 @@ class RestWeights:
     def _stored(self, name: str, values: F32) -> F32:
         fmt = self.recipe.format_of(name)
         return StoredForm(fmt).decode(encode_tensor(name, values, fmt, self.recipe.fit), values.shape)
+
+
+@dataclass(frozen=True)
+class RestLayer:
+    """A layer of such a model on a device, where `experts` has the experts of the source."""
+
+    rest: RestWeights
+    experts: Weights | TensorWeights
+    device: torch.device
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor f32 in the basis of the checkpoint."""
+        given = self.rest if expert_of(name) is None else self.experts
+        return load(given, name, torch.empty(0, device=self.device))

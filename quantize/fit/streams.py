@@ -1,9 +1,12 @@
 """All residual streams of a measurement go through a layer together: one for each model that differs from the source.
 
 `source` is the source itself. `rest` has everything but the experts as a file stores it, `whole0`, `whole1`, … the
-experts besides, in formats that are the same in all layers. `piece0`, `piece1`, … have one piece rounded; they leave
-the source's stream at the layer of that piece, and pass all later ones with the source's weights. Streams lie on the
-disk between layers, and memory holds a few of them.
+experts besides, in formats that are the same in all layers. `piece0`, `piece1`, … have one piece rounded besides the
+rest; they leave the stream of the rest at the layer of that piece. Streams lie on the disk between layers, and memory
+holds a few of them.
+
+Pieces are not compared with the bare source, since the smallest error makes some tokens take other experts. That costs
+once, not once for each piece; with the rest stored, it is paid already.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from ..spec.calibration_sizes import stream_group
 from ..write.journal import Journal
 from ..write.stream_folder import StreamFolder
 from .pieces import SOURCE, Choice, LayerPieces, Matrices, in_order
-from .rest import RestWeights
+from .rest import RestLayer, RestWeights
 
 START = "source"
 REST = "rest"
@@ -54,7 +57,7 @@ class Streams:
         return START, REST, *(f"whole{i}" for i in range(len(self.wholes)))
 
     def pieces(self, layer: int) -> dict[str, Choice]:
-        """The streams that leave the source's at a layer, with what is rounded there."""
+        """The streams that leave that of the rest at a layer, with what is rounded there."""
         kinds = [Choice(f, None) for f in self.formats] + [Choice(None, f) for f in self.formats]
         return {f"piece{len(kinds) * layer + i}": kind for i, kind in enumerate(kinds)}
 
@@ -119,7 +122,7 @@ class StreamsRun:
         with torch.inference_mode(), layer_weights(self.source, self.device, layer) as weights:
             for name, behind in self._rounded(layer, weights, pieces, jobs):
                 saved[name] = self.folder.save(name, layer + 1, behind.cpu().numpy())
-            for name, behind in self._later(layer, weights):
+            for name, behind in self._later(layer, RestLayer(self.rest, weights, self.device)):
                 saved[name] = self.folder.save(name, layer + 1, behind.cpu().numpy())
         self.rest.forget()
         self.journal.record(_unit(layer), "", streams=saved)
@@ -153,7 +156,7 @@ class StreamsRun:
             **{f"whole{i}": kind for i, kind in enumerate(self.plan.wholes)},
         }
         of = {name: (kind, entered[name]) for name, kind in kinds.items()}
-        of |= {name: (kind, entered[START]) for name, kind in self.plan.pieces(layer).items()}
+        of |= {name: (kind, entered[REST]) for name, kind in self.plan.pieces(layer).items()}
         outs = {name: torch.zeros_like(before.inputs) for name, (_, before) in of.items()}
         needed = sorted({expert for before in entered.values() for expert in before.taken})
         for expert, made in in_order(pieces, needed, jobs):
@@ -168,7 +171,7 @@ class StreamsRun:
         for name, (_, before) in of.items():
             yield name, before.hidden + outs.pop(name).view_as(before.hidden)
 
-    def _later(self, layer: int, weights: Weights | TensorWeights) -> Iterator[tuple[str, Tensor]]:
+    def _later(self, layer: int, weights: TensorWeights) -> Iterator[tuple[str, Tensor]]:
         """What is behind the layer of the pieces of earlier layers, a few streams at a time."""
         names = [name for name in self.plan.entering(layer) if name not in self.plan.begun]
         at_once = stream_group(self.plan.config, int(self.tokens.size))

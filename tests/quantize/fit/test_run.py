@@ -52,16 +52,18 @@ def stop_at(layer: int) -> Heard:
     return Heard(then=heard)
 
 
-class Replaced:
-    """A source with one piece of a file in its place."""
+class OnePiece:
+    """A file in which the experts are the source's but for one piece."""
 
     def __init__(self, source: Weights, file: Weights, layer: int, projection: Projection) -> None:
         self.source, self.file, self.layer, self.projection = source, file, layer, projection
 
     def weight(self, name: str) -> NDArray[np.float32]:
         place = expert_of(name)
-        here = place and place[0] == self.layer and (place[2] == "w2") == (self.projection == "down")
-        return (self.file if here else self.source).weight(name)
+        rounded = place is None or (
+            place[0] == self.layer and (place[2] == "w2") == (self.projection == "down")
+        )
+        return (self.file if rounded else self.source).weight(name)
 
 
 def divergence(source: Weights, other: Weights, folder: Path, ids: NDArray[np.int32]) -> float:
@@ -75,7 +77,7 @@ def divergence(source: Weights, other: Weights, folder: Path, ids: NDArray[np.in
     return float(np.concatenate(found).mean())
 
 
-def test_a_piece_is_that_of_a_file_in_the_source_s_place(
+def test_a_piece_is_that_of_a_file_whose_other_experts_are_the_source_s(
     measured: Measure, run: Run, small: Path, tokens: Path
 ) -> None:
     found, ids = measured().measurement, np.load(tokens)[-HELD_OUT:].astype(np.int32)
@@ -84,9 +86,11 @@ def test_a_piece_is_that_of_a_file_in_the_source_s_place(
         with open_hfq(run(f"out.{tier}", tier=tier).path) as file:
             for layer in range(2):
                 for projection in ("gate_up", "down"):
-                    model = Replaced(source, DecodedFile(file), layer, projection)
+                    model = OnePiece(source, DecodedFile(file), layer, projection)
                     expected = divergence(source, model, small, ids)
-                    assert found.loss(layer, projection, name) == pytest.approx(expected, rel=1e-4)
+                    piece = found.pieces[2 * layer + (projection == "down")]
+                    assert piece.kld[name] == pytest.approx(expected, rel=1e-4)
+                    assert found.loss(layer, projection, name) == piece.kld[name] - found.rest
 
 
 @pytest.mark.parametrize("effort", ["imatrix", "calibrated"])
