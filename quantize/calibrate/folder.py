@@ -30,7 +30,6 @@ from ...formats.statistics.row_file import ExpertRows, open_rows, row_file
 from ...formats.unchanged import UnchangedFile
 from ..write.atomic import write_atomic
 from ..write.journal import CALIBRATION, Journal, Signature
-from .own_streams import own_file
 
 JOURNAL = "journal"
 STATE = "state.json"
@@ -38,7 +37,7 @@ STATE = "state.json"
 ATTN_NAMES = {"attn_q": "in", "attn_k": "in", "attn_v": "in", "attn_output": "out"}
 _OURS = re.compile(
     rf"{re.escape(MANIFEST)}|{re.escape(STATE)}|{JOURNAL}({re.escape(OWNER)}(\.\d+)?)?|{re.escape(IMATRIX)}"
-    r"|(layer|rows)-\d+\.safetensors|(hidden|own)-\d+\.f32|\..+\.partial"
+    r"|(layer|rows)-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
 )
 _RESTART = "give --restart to discard it and begin anew"
 
@@ -122,7 +121,7 @@ class CalibrationFolder:
     def drop(self, layer: int) -> None:
         """Remove a finished layer's moments and rows, and the streams before it; its record stays."""
         with disk_errors(self.path):
-            for name in (layer_file(layer), row_file(layer), own_file(layer), hidden_file(layer)):
+            for name in (layer_file(layer), row_file(layer), hidden_file(layer)):
                 (self.path / name).unlink(missing_ok=True)
 
     def has_hidden(self, layer: int) -> bool:

@@ -51,7 +51,6 @@ from .layer_pass import (
     room_for_two,
 )
 from .moments import LayerMoments
-from .own_streams import load_stream, save_stream
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -217,15 +216,6 @@ class GatheredImportance:
         """The source's stream f32 behind a layer, until the next layer is begun; ResumeError where it is damaged."""
         self._settle()
         return self._folder.hidden(layer + 1, self.shape)
-
-    def save_own(self, layer: int, stream: NDArray[np.float32]) -> str:
-        """Keep the stream f32 of the file that is built, which enters a layer; returns its sha256."""
-        return save_stream(self._folder.path, layer, stream)
-
-    def own(self, layer: int, sha256: str | None) -> NDArray[np.float32] | None:
-        """The kept stream of this sha256 that enters a layer; None where there is none."""
-        self._settle()
-        return load_stream(self._folder.path, layer, self.shape, sha256)
 
     def finish(self) -> dict[str, Any]:
         """What a file made with it says of it, as it would of the folder of `calibrate`; all layers must be through."""

@@ -6,9 +6,10 @@ more, so experts can be encoded on any number of threads with the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from ...awq.importance import Importance, LayerImportance
 from ...awq.scale import REFERENCE_ALPHA, down_fold, gate_up_scale
 from ...formats.blocks import F16_FORMAT, AffineFormat, Format, LloydFormat
 from ...formats.checkpoint.source import Source
-from ...formats.errors import WeightError
+from ...formats.errors import MqError, WeightError
 from ...formats.fwht import GROUP
 from ...formats.hfq.stored import StoredForm, StoredLayer
 from ...formats.minimax import ModelConfig, expert_name
@@ -26,11 +27,13 @@ from ...lloyd.hessian.row import RowHessian, from_moment, from_weights
 from ..spec.recipe import Recipe
 from .answering import answering_down, product
 from .encoders import CPU, Encoder, MatrixTask
+from .once import ALONE, Once, once_for
 from .overflow import check_levels
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
+T = TypeVar("T")
 
 ALPHA_GRID = (0.0, 0.15, 0.3, 0.5)
 LONE_NOISE = 0.5
@@ -112,6 +115,14 @@ class Prepared:
     shared: RowHessian | None
 
 
+def attempt(work: Callable[[], T]) -> T | MqError:
+    """What some work returns, or the error in which it ends: that of one file stops no other."""
+    try:
+        return work()
+    except MqError as e:
+        return e
+
+
 class LayerEncoder:
     """Encodes the experts of one layer. First call `prepare`, with the weights that `needs_samples` names.
 
@@ -155,35 +166,46 @@ class LayerEncoder:
         """The layer's first experts, so that a streamed layer needs only its first shard to begin."""
         return list(range(min(SAMPLE_EXPERTS, self.config.num_local_experts)))
 
-    def prepare(self, samples: Mapping[str, F32]) -> None:
-        """Choose the AWQ scale; `samples` holds f32 [R, K] weights for every name in `needs_samples`."""
+    def prepare(self, samples: Mapping[str, F32], once: Once = ALONE) -> None:
+        """Choose the AWQ scale; `samples` holds f32 [R, K] weights for every name in `needs_samples`.
+
+        `once` serves all encoders of the layer that have its importance in common.
+        """
         fixed = self._fixed_alpha
         if fixed is not None:
-            self._ready = self._candidate(fixed)
+            self._ready = self._candidate(fixed, once)
             return
-        losses, best = self._search(samples)
+        losses, best = self._search(samples, once)
         shown = {f"{alpha:g}": float(f"{loss:.6g}") for alpha, loss in losses.items()}
         self._ready = Prepared(best.alpha, shown, best.stored, best.shared)
 
-    def _search(self, samples: Mapping[str, F32]) -> tuple[dict[float, float], Prepared]:
+    def _search(self, samples: Mapping[str, F32], once: Once) -> tuple[dict[float, float], Prepared]:
         """The loss of each exponent of ALPHA_GRID, and the layer under the best one, the smaller one of equals."""
         losses: dict[float, float] = {}
         best: Prepared | None = None
         for alpha in ALPHA_GRID:
-            candidate = self._candidate(alpha)
-            losses[alpha] = self._sample_loss(candidate, samples)
+            candidate = self._candidate(alpha, once)
+            losses[alpha] = once.one(
+                ("loss", alpha, self._searched), partial(self._sample_loss, candidate, samples, once)
+            )
             if best is None or (losses[alpha], alpha) < (losses[best.alpha], best.alpha):
                 best = candidate
         assert best is not None
         return losses, best
 
-    def _candidate(self, alpha: float) -> Prepared:
+    @property
+    def _searched(self) -> tuple[Hashable, ...]:
+        """What decides the loss of an exponent besides what the encoders of a layer have in common."""
+        return self.formats["w1"].name, self.formats["w3"].name, self.fit
+
+    def _candidate(self, alpha: float, once: Once) -> Prepared:
         """The layer under one exponent."""
         if self.importance is None or alpha == 0:
             scale = np.ones(self.config.hidden_size, np.float16)
         else:
             scale = gate_up_scale(self.importance.gate_up_energy(), alpha)
-        return Prepared(alpha, {}, StoredLayer(self.formats, scale), self._shared(scale.astype(np.float32)))
+        shared = once.one(("shared", alpha, self.fit), lambda: self._shared(scale.astype(np.float32)))
+        return Prepared(alpha, {}, StoredLayer(self.formats, scale), shared)
 
     def _shared(self, scale: F32) -> RowHessian | None:
         """The Hessian of gate and up that all experts share under a scale, where they share one."""
@@ -191,13 +213,16 @@ class LayerEncoder:
             return None
         return hessian_of(self.importance.shared, scale)
 
-    def _sample_loss(self, candidate: Prepared, samples: Mapping[str, F32]) -> float:
+    def _sample_loss(self, candidate: Prepared, samples: Mapping[str, F32], once: Once) -> float:
         """Share of the output energy that is lost on the sampled rows of gate and up under this exponent, f64."""
         assert self.importance is not None
         lost = kept = 0.0
         for e in self._sampled_experts():
             importance = self.importance.shared or self.importance.of(e, "w1")
-            hessian = candidate.shared or hessian_of(importance, candidate.stored.form("w1").scale)
+            scale = candidate.stored.form("w1").scale
+            hessian = candidate.shared or once.one(
+                ("sampled", e, candidate.alpha), partial(hessian_of, importance, scale)
+            )
             for p in ("w1", "w3"):
                 form = candidate.stored.form(p)
                 full = samples[expert_name(self.layer, e, p)]
@@ -234,23 +259,32 @@ class LayerEncoder:
         """The fold f32 [intermediate] of the expert whose w2 has this importance, None where nothing is folded."""
         return down_fold(importance.diagonal, self.settings.fold_down) if self.settings.fold_down else None
 
-    def encode_from(self, expert: int, source: Source) -> EncodedExpert:
-        """Encode one expert of a source, and release its matrices there as soon as they are read: a shard that is held
-        until delivery delays the next one's download. Errors as `encode_expert`, and those of `Source.weight`.
+    @classmethod
+    def encode_together(
+        cls, encoders: Sequence[LayerEncoder], expert: int, source: Source
+    ) -> list[EncodedExpert | MqError]:
+        """Encode one expert of a source by several encoders of its layer, which have their importance in common, and
+        release its matrices there as soon as they are read: a shard that is held until delivery delays the next one's
+        download.
+
+        What the results have in common is made once. An error as of `encode_expert` stands in the place of the result
+        that it prevents; raises those of `Source.weight`.
         """
-        names = [expert_name(self.layer, expert, p) for p in ("w1", "w3", "w2")]
-        weights = [source.weight(name) for name in names]
+        names = [expert_name(encoders[0].layer, expert, p) for p in ("w1", "w3", "w2")]
+        w1, w3, w2 = (source.weight(name) for name in names)
         for name in names:
             source.release(name)
-        return self.encode_expert(expert, *weights)
+        once = once_for(encoders)
+        return [attempt(partial(made.encode_expert, expert, w1, w3, w2, once)) for made in encoders]
 
-    def encode_expert(self, expert: int, w1: F32, w3: F32, w2: F32) -> EncodedExpert:
+    def encode_expert(self, expert: int, w1: F32, w3: F32, w2: F32, once: Once = ALONE) -> EncodedExpert:
         """Encode one expert's matrices f32: w1 and w3 [intermediate, hidden], w2 [hidden, intermediate].
 
         Where the expert's inputs were kept, w1 and w3 are rounded under their own moment, and w2 is fitted to what they
         then give it and rounded under the moment of that.
-        A pure function of its arguments, for any number of threads. Raises WeightError, which names the matrix, where
-        its width is no multiple of 256 or its levels are beyond what the format stores.
+        A pure function of its arguments, for any number of threads; `once` serves all encoders of the layer that have
+        its importance in common, for this expert. Raises WeightError, which names the matrix, where its width is no
+        multiple of 256 or its levels are beyond what the format stores.
         """
         weights = {"w1": w1, "w3": w3, "w2": w2}
         names = {p: expert_name(self.layer, expert, p) for p in weights}
@@ -263,39 +297,87 @@ class LayerEncoder:
         if self.importance is not None and self.settings.fold_down:
             fold = self.fold(self.importance.of(expert, "w2"))
         forms = {p: self._prepared.stored.form(p, fold) for p in weights}
-        hessians: dict[str, RowHessian] = {}
+        basis = self._basis
         if self.importance is None or self.fit != "hessian":
-            payloads = self._encode(weights, forms, hessians)
+            hessians: dict[str, RowHessian] = {}
+            payloads = self._encode(weights, forms, hessians, basis, once)
         elif (inputs := self.importance.inputs(expert)) is None:
-            gate_up = self._prepared.shared or hessian_of(self.importance.of(expert, "w1"), forms["w1"].scale)
-            down = hessian_of(self.importance.of(expert, "w2"), fold)
-            hessians = {"w1": gate_up, "w3": gate_up, "w2": down}
-            payloads = self._encode(weights, forms, hessians)
+            gate_up, down = (self.importance.of(expert, p) for p in ("w1", "w2"))
+            above = self._prepared.shared or once.one(
+                ("gate and up", basis), lambda: hessian_of(gate_up, forms["w1"].scale)
+            )
+            below = once.one(("down", basis), lambda: hessian_of(down, fold))
+            hessians = {"w1": above, "w3": above, "w2": below}
+            payloads = self._encode(weights, forms, hessians, basis, once)
         else:
-            gate_up = hessian_of(self._own(expert, "w1", inputs), forms["w1"].scale)
-            hessians = {"w1": gate_up, "w3": gate_up}
-            payloads = self._encode({"w1": w1, "w3": w3}, forms, hessians)
-            rounded = [forms[p].decode(payloads[p], weights[p].shape) for p in ("w1", "w3")]
-            there, here = product(inputs, w1, w3), product(inputs, *rounded)
-            hessians["w2"] = hessian_of(self._own(expert, "w2", here), fold)
-            payloads |= self._encode({"w2": answering_down(w2, there, here)}, forms, hessians)
+            payloads, hessians = self._answered(self.importance, expert, weights, forms, inputs, once)
         for p, payload in payloads.items():
             check_levels(names[p], self.formats[p], payload)
         return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
 
-    def _own(self, expert: int, projection: str, rows: F32) -> Importance:
-        """The importance of one matrix whose inputs are these rows f32 [n, K], damped as its format asks for."""
-        assert self.importance is not None
+    def _answered(
+        self,
+        importance: LayerImportance,
+        expert: int,
+        weights: Mapping[str, F32],
+        forms: Mapping[str, StoredForm],
+        inputs: F32,
+        once: Once,
+    ) -> tuple[dict[str, U8], dict[str, RowHessian]]:
+        """Payloads and Hessians of an expert that saw these inputs f32 [n, hidden]: w2 answers the others."""
+        above = (*self._basis, self.damping("w1"))
+
+        def hessian_above() -> RowHessian:
+            own = once.one("own", lambda: importance.from_rows(expert, "w1", inputs))
+            return hessian_of(self._damped("w1", own), forms["w1"].scale)
+
+        gate_up = once.one(("gate and up", above), hessian_above)
+        gate_and_up = {p: weights[p] for p in ("w1", "w3")}
+        payloads = self._encode(gate_and_up, forms, {"w1": gate_up, "w3": gate_up}, above, once)
+
+        def fit_down() -> tuple[Importance, F32]:
+            """What w2 sees of the rounded matrices, and w2 fitted to that."""
+            there = once.one("seen", lambda: product(inputs, weights["w1"], weights["w3"]))
+            here = product(inputs, *(forms[p].decode(payloads[p], w.shape) for p, w in gate_and_up.items()))
+            return importance.from_rows(expert, "w2", here), answering_down(weights["w2"], there, here)
+
+        rounded = (*above, self.formats["w1"].name, self.formats["w3"].name)
+        seen, fitted = once.one(("fitted", rounded), fit_down)
+        below = (*rounded, self.damping("w2"))
+        down = once.one(("down", below), lambda: hessian_of(self._damped("w2", seen), forms["w2"].scale))
+        payloads |= self._encode({"w2": fitted}, forms, {"w2": down}, below, once)
+        return payloads, {"w1": gate_up, "w3": gate_up, "w2": down}
+
+    @property
+    def _basis(self) -> tuple[Hashable, ...]:
+        """What decides how an expert's matrices are stored and rounded, but for their formats and importance."""
+        return self._prepared.alpha, self.settings.fold_down, self.fit, self.gain
+
+    def damping(self, projection: str) -> float:
+        """How an expert's own moment of this matrix's inputs is damped, as its format asks for."""
         fmt = self.formats[projection]
         assert isinstance(fmt, LloydFormat | AffineFormat)
-        return replace(self.importance.from_rows(expert, projection, rows), damping=OWN_DAMPING[fmt.levels])
+        return OWN_DAMPING[fmt.levels]
+
+    def _damped(self, projection: str, own: Importance) -> Importance:
+        return replace(own, damping=self.damping(projection))
 
     def _encode(
-        self, weights: Mapping[str, F32], forms: Mapping[str, StoredForm], hessians: Mapping[str, RowHessian]
+        self,
+        weights: Mapping[str, F32],
+        forms: Mapping[str, StoredForm],
+        hessians: Mapping[str, RowHessian],
+        decided: tuple[Hashable, ...],
+        once: Once,
     ) -> dict[str, U8]:
-        """The payloads u8 [bytes] of some matrices of one expert."""
-        tasks = [MatrixTask(w, forms[p], self.fit, hessians.get(p), self.gain) for p, w in weights.items()]
-        return dict(zip(weights, self.encoder.encode(tasks), strict=True))
+        """The payloads u8 [bytes] of some matrices of one expert; `decided` is what decides them beside the formats."""
+
+        def encode(missing: Sequence[str]) -> list[U8]:
+            return self.encoder.encode(
+                [MatrixTask(weights[p], forms[p], self.fit, hessians.get(p), self.gain) for p in missing]
+            )
+
+        return once.each({p: (p, self.formats[p].name, decided) for p in weights}, encode)
 
     def encode_down(self, expert: int, w2: F32, seen: F32) -> U8:
         """The payload u8 [bytes] of w2 f32 [hidden, intermediate] alone, rounded under the moment of its inputs `seen`
@@ -303,8 +385,7 @@ class LayerEncoder:
         """
         assert self.importance is not None
         fmt, form = self.formats["w2"], self.stored.form("w2")
-        assert isinstance(fmt, LloydFormat | AffineFormat)
-        own = replace(self.importance.from_rows(expert, "w2", seen), damping=OWN_DAMPING[fmt.levels])
+        own = self._damped("w2", self.importance.from_rows(expert, "w2", seen))
         task = MatrixTask(w2, form, self.fit, hessian_of(own, form.scale), self.gain)
         (payload,) = self.encoder.encode([task])
         check_levels(expert_name(self.layer, expert, "w2"), fmt, payload)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...formats.errors import OutputError, RecipeError
+from ...formats.errors import MqError, OutputError, RecipeError
 from ...formats.hfq import layout
 from ...formats.machine import peak_rss
 from ...formats.watch import UNWATCHED, Watch
@@ -26,15 +26,17 @@ from ..spec.places import local_folder
 from ..spec.plan import engine_warnings
 from ..spec.recipe import Recipe
 from ..write.inputs import check_no_input
-from ..write.partial_file import CALIBRATION, Destination, PartialFile, beside
+from ..write.partial_file import CALIBRATION, TUNING, Destination, PartialFile, beside
+from ..write.stream_folder import StreamFolder
 from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_build, output_name
 from .notes import Notes, with_notes
 from .parts import LayerRange, PartLayout, sealed
 from .statistics import OnTheFly, Statistics, input_paths
 from .work_units import WorkUnit, whole_layers, work_order
-from .worker_pool import Encoded, UnitHook, Workers, run_units
+from .worker_pool import Encoded, UnitHook, Workers, in_step, run_steps
 
 if TYPE_CHECKING:
+    from ..calibrate.on_the_fly import GatheredImportance
     from .cluster.driver import Cluster
     from .tuned_layers import TunedLayers
 
@@ -117,7 +119,7 @@ class Build:
     """One build under way: a context manager that holds the output's lock, its journal and the unfinished file.
 
     Entering raises OutputError where the output exists, does not fit or is being written, and ResumeError where an
-    unfinished build there is of another spec.
+    unfinished build there is of another spec. Where its spec gathers a calibration, its holder has that open meanwhile.
     """
 
     def __init__(self, spec: BuildSpec, options: RunOptions, part: LayerRange | None = None) -> None:
@@ -127,6 +129,8 @@ class Build:
         if self._part is not None:
             self.order = self._part.units
         self._tuned: TunedLayers | None = None
+        self._streams: StreamFolder | None = None
+        self._kept: frozenset[str] = frozenset()
         self._began = time.monotonic()
 
     def __enter__(self) -> Build:
@@ -134,63 +138,83 @@ class Build:
         self.options.accept(spec)
         name = default_name(spec.recipe, part.layers if part else None)
         destination = self.options.destination(name, spec.disk_bytes())
-        self._moments = beside(destination.path, CALIBRATION)
         signature = spec.signature if part is None else {**spec.signature, "layers": str(part.layers)}
         self._file = PartialFile(destination, part or spec.plan, self.order, signature, self.options.restart)
         try:
-            if self._file.begun_anew:
-                discard_folder(self._moments)
-            if spec.gathered is not None:
-                spec.gathered.open(self._moments, self._first_layer)
+            if spec.tuning is not None:
+                hint = "give --restart to discard it and begin anew"
+                self._streams = StreamFolder(beside(destination.path, TUNING), self.begun_anew, hint)
         except BaseException:
-            self._close()
+            self._file.close()
             raise
         return self
 
     @property
-    def _first_layer(self) -> int:
+    def first_layer(self) -> int:
         """The first layer that this process runs the model through: none of them where a cluster does."""
         if self.options.cluster is not None:
             return self.spec.plan.config.num_hidden_layers
         return self._part.layers.first if self._part else 0
 
     def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
         """Let go of everything; where nothing is to be continued, nothing stays beside the output."""
         try:
-            if self.spec.gathered is not None:
-                self.spec.gathered.close()
-            if self._file.is_over:
+            if self.is_over and self._streams is not None:
                 with suppress(OutputError):  # what stays there does no harm, and the file may be finished
-                    discard_folder(self._moments)
+                    self._streams.discard()
         finally:
             self._file.close()
 
-    def run(self) -> BuildResult:
-        """Encode every unit that is not there yet, and give the complete file its name."""
-        spec, options = self.spec, self.options
-        kept = self._file.take_over(self.order, options.jobs, options.watch)
+    @property
+    def begun_anew(self) -> bool:
+        """Whether there was nothing to continue."""
+        return self._file.begun_anew
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to continue: the file is finished, or nothing of it is noted."""
+        return self._file.is_over
+
+    def prepare(self) -> list[WorkUnit]:
+        """Take over what an earlier run has left; returns the units that are to be encoded, in order."""
+        spec, watch = self.spec, self.options.watch
+        self._kept = self._file.take_over(self.order, self.options.jobs, watch)
         if spec.tuning is not None:
-            kept = whole_layers(self.order, kept)
-        todo = [unit for unit in self.order if unit.key not in kept]
-        total, weights = (sum(unit.weights for unit in units) for units in (self.order, todo))
-        options.watch.begin("encoding", total, "weights", total - weights)
-        before = self._gather if spec.gathered else None
+            self._kept = whole_layers(self.order, self._kept)
+        self._todo = [unit for unit in self.order if unit.key not in self._kept]
         if spec.tuning is not None and spec.gathered is not None:
             from .tuned_layers import TunedLayers
 
-            self._tuned = TunedLayers(spec, spec.tuning, spec.gathered, self._file, todo, options.watch)
-        if options.cluster is None:
-            run_units(
-                spec, todo, self._deliver, Workers(options.jobs, options.encoder, options.on_begin, before)
+            assert self._streams is not None
+            self._tuned = TunedLayers(
+                spec, spec.tuning, spec.gathered, self._file, self._streams, self._todo, watch
             )
-        else:
-            options.cluster.run(spec, self.order, todo, self._file, self._stands)
+        return self._todo
+
+    def deliver(self, unit: WorkUnit, done: Encoded) -> None:
+        """Take an encoded unit; where layers are tuned, it is written when its layer is."""
+        for ready, complete_unit in self._tuned.add(unit, done) if self._tuned else [(unit, done)]:
+            self._file.put(ready, complete_unit.payload.data, complete_unit.record)
+            self._stands(ready)
+
+    def encode_on(self, cluster: Cluster) -> None:
+        """Have a cluster encode and write what is to be encoded."""
+        cluster.run(self.spec, self.order, self._todo, self._file, self._stands)
+
+    def _stands(self, unit: WorkUnit) -> None:
+        self.options.watch.advance(unit.weights, unit.key)
+        self.options.on_done(unit)
+
+    def sync(self) -> None:
+        """Wait until everything that was written is on the disk."""
+        self._file.sync()
+
+    def finish(self) -> BuildResult:
+        """Give the complete file its name."""
+        spec, options = self.spec, self.options
         laid, outcome = self._part or spec.plan, self._outcome()
         path = self._commit(outcome)
-        seconds = time.monotonic() - self._began
+        seconds, weights = time.monotonic() - self._began, sum(unit.weights for unit in self._todo)
         return BuildResult(
             path=path,
             total_bytes=path.stat().st_size,
@@ -205,24 +229,8 @@ class Build:
             fit=spec.recipe.fit,
             device=options.cluster.device if options.cluster else options.encoder.device,
             units=len(self.order),
-            resumed_units=len(kept),
+            resumed_units=len(self._kept),
         )
-
-    def _deliver(self, unit: WorkUnit, done: Encoded) -> None:
-        for ready, complete_unit in self._tuned.add(unit, done) if self._tuned else [(unit, done)]:
-            self._file.put(ready, complete_unit.payload.data, complete_unit.record)
-            self._stands(ready)
-
-    def _stands(self, unit: WorkUnit) -> None:
-        self.options.watch.advance(unit.weights, unit.key)
-        self.options.on_done(unit)
-
-    def _gather(self, layer: int) -> None:
-        """Have a layer's moments ready. Those of earlier layers go, so what was encoded with them is synced first."""
-        assert self.spec.gathered is not None
-        self._file.sync()
-        self.options.watch.advance(0, f"running layer {layer} of the source")
-        self.spec.gathered.begin_layer(layer)
 
     def _commit(self, outcome: Outcome) -> Path:
         """Complete the file, or the part with the record that a merge needs."""
@@ -285,11 +293,15 @@ def build_file(
         options.cluster.check(statistics)
     shards = options.shard_cache or (4 if isinstance(statistics, OnTheFly) else 2)
     scratch = options.output.parent if options.output else Path()
+
+    def check(sizes: Mapping[str, int], besides: int) -> None:
+        options.check(name, sum(sizes.values()) if part is None else 0, besides)
+
     opened = open_build(
         recipe,
         statistics,
         changes,
-        check=options.check if part is None else lambda _, __, besides: options.check(name, 0, besides),
+        check=check,
         shard_cache=shards,
         scratch=scratch,
         watch=options.watch,
@@ -297,4 +309,87 @@ def build_file(
     with opened as spec, Build(spec, options, part) as build:
         for sentence in spec.source.notes:
             options.on_note(sentence)
-        return build.run()
+        return run_builds({0: build}, beside(options.destination(name).path, CALIBRATION), options)[0]
+
+
+def run_builds(
+    builds: Mapping[int, Build],
+    moments: Path,
+    options: RunOptions,
+    failed: dict[int, MqError] | None = None,
+) -> dict[int, BuildResult]:
+    """Encode what is left of builds of one source and importance in step, and give each complete file its name.
+
+    `moments` is the folder of the calibration that they gather, if they do. An error of one build alone goes to
+    `failed`, under the number of the build, and the others go on; without `failed` it is raised. Raises what stops all.
+    """
+    gone: dict[int, MqError] = {} if failed is None else failed
+    gathered = next(iter(builds.values())).spec.gathered
+
+    @contextmanager
+    def alone(n: int) -> Iterator[None]:
+        """A block that concerns one build."""
+        try:
+            yield
+        except MqError as e:
+            if failed is None:
+                raise
+            failed[n] = e
+
+    def begin(layer: int) -> None:
+        """Have a layer's moments ready. Those of earlier layers go, so what was encoded with them is synced first."""
+        assert gathered is not None
+        for n, build in builds.items():
+            with alone(n):
+                build.sync()
+        options.watch.advance(0, f"running layer {layer} of the source")
+        gathered.begin_layer(layer)
+
+    def deliver(n: int, unit: WorkUnit, done: Encoded | MqError) -> None:
+        with alone(n):
+            if isinstance(done, MqError):
+                raise done
+            builds[n].deliver(unit, done)
+
+    with gathering(gathered, moments, builds.values()):
+        todo: dict[int, list[WorkUnit]] = {}
+        for n, build in builds.items():
+            with alone(n):
+                todo[n] = build.prepare()
+        total = sum(unit.weights for n in todo for unit in builds[n].order)
+        left = sum(unit.weights for units in todo.values() for unit in units)
+        options.watch.begin("encoding", total, "weights", total - left)
+        if options.cluster is not None:
+            for n in todo:
+                with alone(n):
+                    builds[n].encode_on(options.cluster)
+        else:
+            steps = in_step(next(iter(builds.values())).order, todo)
+            workers = Workers(options.jobs, options.encoder, options.on_begin, begin if gathered else None)
+            run_steps({n: build.spec for n, build in builds.items()}, steps, deliver, workers, gone)
+        results: dict[int, BuildResult] = {}
+        for n, build in builds.items():
+            if n not in gone:
+                with alone(n):
+                    results[n] = build.finish()
+        return results
+
+
+@contextmanager
+def gathering(gathered: GatheredImportance | None, folder: Path, builds: Collection[Build]) -> Iterator[None]:
+    """A block in which the calibration that builds gather, if they do, is open in a folder.
+
+    The folder stays for the next run where one of the builds is to be continued.
+    """
+    if all(build.begun_anew for build in builds):
+        discard_folder(folder)
+    try:
+        if gathered is not None:
+            gathered.open(folder, next(iter(builds)).first_layer)
+        yield
+    finally:
+        if gathered is not None:
+            gathered.close()
+        if all(build.is_over for build in builds):
+            with suppress(OutputError):  # what stays there does no harm, and the files may be finished
+                discard_folder(folder)

@@ -6,7 +6,7 @@ A `BuildSpec` decides every byte of the file. How it is run (jobs, device, outpu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, RecipeError
 from ...formats.watch import UNWATCHED, Watch
 from ..encode.layer_encoder import FitSettings, fit_settings
-from ..spec.metadata import template, totals_of
+from ..spec.metadata import SideFiles, template, totals_of
 from ..spec.places import open_place, side_files
-from ..spec.plan import Plan, make_plan, plan_tensors
+from ..spec.plan import Plan, PlannedTensor, make_plan, plan_tensors
 from ..spec.provenance import code, flatten, program
 from ..spec.recipe import Awq, Fit, Recipe
 from .statistics import (
+    Importances,
     NoStatistics,
     OnTheFly,
     Statistics,
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from ..calibrate.on_the_fly import GatheredImportance
     from ..tune.layer import TuneSettings
 
-SpaceCheck = Callable[[str, int, int], None]
-"""Called before anything large is read: with the output's default name, its bytes, and the disk taken besides."""
+SpaceCheck = Callable[[Mapping[str, int], int], None]
+"""Called before anything large is read: with the bytes of each output by its default name, and the disk taken besides.
+"""
 
 
 @dataclass(frozen=True)
@@ -123,16 +125,36 @@ def open_build(
     scratch: Path | None = None,
     watch: Watch = UNWATCHED,
 ) -> Iterator[BuildSpec]:
+    """`open_builds` of one recipe."""
+    opened = open_builds(
+        [recipe], statistics, changes, check=check, shard_cache=shard_cache, scratch=scratch, watch=watch
+    )
+    with opened as (spec,):
+        yield spec
+
+
+@contextmanager
+def open_builds(
+    recipes: Sequence[Recipe],
+    statistics: Statistics | None = None,
+    changes: RecipeChanges = UNCHANGED,
+    *,
+    check: SpaceCheck | None = None,
+    shard_cache: int = 2,
+    scratch: Path | None = None,
+    watch: Watch = UNWATCHED,
+) -> Iterator[list[BuildSpec]]:
     """Resolve and check everything before any work; raises the error of whatever does not fit.
 
-    Without `statistics` the recipe's own imatrix is used. Streamed shards, at most `shard_cache` of them, are kept in
-    `scratch`. `watch` hears of the hashing of the source, which is open until the end of the block.
+    The recipes are of one model. Without `statistics` their own imatrix is used. Streamed shards, at most `shard_cache`
+    of them, are kept in `scratch`. `watch` hears of the hashing of the source, which is open until the end of the
+    block.
     """
-    recipe = changes.apply(recipe, statistics)
-    where = recipe.model.place
+    recipes = [changes.apply(recipe, statistics) for recipe in recipes]
+    where = recipes[0].model.place
     with closing(open_place(where.address, where.revision, shard_cache, scratch)) as source:
         source.validate()
-        yield resolve(recipe, statistics, source, check, watch)
+        yield resolve_all(recipes, statistics, source, check, watch)
 
 
 def resolve(
@@ -142,39 +164,85 @@ def resolve(
     check: SpaceCheck | None = None,
     watch: Watch = UNWATCHED,
 ) -> BuildSpec:
-    """The spec of a recipe for a source that is open and validated; the changes of a build are applied to it already.
+    """`resolve_all` of one recipe."""
+    return resolve_all([recipe], statistics, source, check, watch)[0]
 
-    Raises as `open_build`.
+
+def resolve_all(
+    recipes: Sequence[Recipe],
+    statistics: Statistics | None,
+    source: Source,
+    check: SpaceCheck | None = None,
+    watch: Watch = UNWATCHED,
+) -> list[BuildSpec]:
+    """The specs of recipes of one model for a source that is open and validated; the changes of a build are applied to
+    them already. They have their source and their importance in common.
+
+    Raises as `open_builds`.
     """
-    config = source.config
-    tensors = plan_tensors(recipe, config, scales=not isinstance(statistics, NoStatistics))
+    config, recipe = source.config, recipes[0]
+    tensors = [
+        plan_tensors(each, config, scales=not isinstance(statistics, NoStatistics)) for each in recipes
+    ]
     gathered = begin_gathering(statistics, source)
     if check is not None:
         besides = source.disk_bytes() + (gathered.disk_bytes if gathered else 0)
-        check(output_name(recipe), sum(t.nbytes for t in tensors), besides)
+        sizes = (sum(t.nbytes for t in some) for some in tensors)
+        check(dict(zip(map(output_name, recipes), sizes, strict=True)), besides)
     path = imatrix_path(recipe, statistics)
     imatrix = open_imatrix(path, config)
     check_pin(recipe, statistics, imatrix)
-    recipe = _pinned(recipe, source, path if own_imatrix(statistics) else None)
     side = side_files(source.side_file)
     if side.tokenizer is None:
         raise CheckpointError(
             "has no tokenizer.json, which the engine reads from the file", file=recipe.model.place.address
         )
     made_from: dict[str, Any] = {"origin": source.origin, "files": source.fingerprint(watch)}
-    found = find(statistics, imatrix, config, made_from, gathered)
-    inputs = {"recipe": recipe.resolved(), "source": made_from}
-    skipped = source.skipped_mtp
-    provenance = {"program": program(), **inputs, **found.stated, "skipped_tensors": len(skipped)}
+    inputs = _Inputs(
+        source,
+        made_from,
+        side,
+        find(statistics, imatrix, config, made_from, gathered),
+        statistics,
+    )
+    own = path if own_imatrix(statistics) else None
+    return [
+        _spec(_pinned(each, source, own), some, inputs) for each, some in zip(recipes, tensors, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What specs of one model have in common; `made_from` is the source's {origin, files}."""
+
+    source: Source
+    made_from: Mapping[str, Any]
+    side: SideFiles
+    found: Importances
+    statistics: Statistics | None
+
+
+def _spec(recipe: Recipe, tensors: tuple[PlannedTensor, ...], inputs: _Inputs) -> BuildSpec:
+    source, made_from, found = inputs.source, inputs.made_from, inputs.found
+    statistics = inputs.statistics
+    resolved, skipped = recipe.resolved(), source.skipped_mtp
+    provenance = {
+        "program": program(),
+        "recipe": resolved,
+        "source": made_from,
+        **found.stated,
+        "skipped_tensors": len(skipped),
+    }
     left_out = sum(math.prod(source.tensors[name].shape) for name in skipped)
-    metadata = template(source.raw_config, side, config, totals_of(tensors), provenance, left_out)
-    plan = make_plan(recipe, config, tensors, metadata)
+    totals = totals_of(tensors)
+    metadata = template(source.raw_config, inputs.side, source.config, totals, provenance, left_out)
+    plan = make_plan(recipe, source.config, tensors, metadata)
     hashes = {name: {"sha256": file["sha256"]} for name, file in made_from["files"].items()}
     signature = {
         "program": program()["version"],
         "code": code(),
         "plan": plan.digest(),
-        "recipe": inputs["recipe"],
+        "recipe": resolved,
         "source": {"origin": source.origin, "files": hashes},
         **found.signature,
     }
@@ -187,7 +255,7 @@ def resolve(
         metadata=metadata,
         signature=dict(flatten(signature)),
         calibration=found.record,
-        gathered=gathered,
+        gathered=found.gathered,
         tuning=statistics.tuning if isinstance(statistics, OnTheFly) else None,
         statistics=statistics,
     )

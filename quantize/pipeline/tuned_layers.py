@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...formats.errors import ResumeError
 from ...formats.hfq.stored import StoredForm
 from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.reference import embed
@@ -24,6 +26,7 @@ from ..tune.layer import LayerTask, TuneSettings, run_layer, tune_layer
 from ..tune.student import StoredTensor
 from ..write.journal import Record
 from ..write.partial_file import PartialFile
+from ..write.stream_folder import StreamFolder
 from .build_spec import BuildSpec
 from .work_units import WorkUnit
 from .worker_pool import Encoded
@@ -31,6 +34,8 @@ from .worker_pool import Encoded
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 Held = list[tuple[WorkUnit, Encoded]]
+OWN = "own"
+"""The name of the file's own stream in its folder."""
 
 
 class TunedLayers:
@@ -42,11 +47,13 @@ class TunedLayers:
         settings: TuneSettings,
         gathered: GatheredImportance,
         file: PartialFile,
+        streams: StreamFolder,
         todo: Sequence[WorkUnit],
         watch: Watch = UNWATCHED,
     ) -> None:
         """`todo` are the units that will be encoded: whole layers, in order. `watch` hears what is done to a layer."""
         self._spec, self._settings, self._gathered, self._file = spec, settings, gathered, file
+        self._streams = streams
         self._missing = Counter(unit.layer for unit in todo)
         self._held: Held = []
         self._watch = watch
@@ -79,7 +86,7 @@ class TunedLayers:
         result = tune_layer(
             task, self._settings, self._gathered.device, np.empty(self._gathered.shape, np.float32)
         )
-        sha256 = self._gathered.save_own(layer + 1, result.leaving)
+        sha256 = self._streams.save(OWN, layer + 1, result.leaving)
         out: Held = []
         for unit, done in held:
             payload = np.concatenate([result.payloads.get(t.name, _of(t, unit, done)) for t in unit.tensors])
@@ -93,9 +100,9 @@ class TunedLayers:
         """The file's own stream before a layer: as it was kept, or made again from what stands in the file."""
         if layer == 0:
             return self._embedded()
-        kept = self._gathered.own(layer, self._stream_sha256(layer - 1))
-        if kept is not None:
-            return kept
+        self._streams.drop(OWN, layer - 1)  # its layer is in the file and synced
+        with suppress(ResumeError):
+            return self._streams.mapped(OWN, layer, self._gathered.shape, self._stream_sha256(layer - 1))
         stream = self._embedded()
         for earlier in range(layer):
             stored = dict(self._in_file(earlier))

@@ -1,25 +1,29 @@
 """Workers: units of work run on a pool of threads and are handed over in the order of the work list.
 
-One encoder per layer fixes the layer's AWQ scale before its experts are encoded. The bytes are a pure function of the
-spec: neither the number of threads nor the order of the work changes one.
+One encoder per layer fixes the layer's AWQ scale before its experts are encoded. Several files of one source are
+encoded in step: what they have in common is made once for a unit. The bytes are a pure function of the spec: neither
+the number of threads, nor the order of the work, nor the other files change one.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.blocks import Q8Format
+from ...formats.blocks import Format, Q8Format
+from ...formats.errors import MqError
 from ...formats.minimax import PROJECTIONS
 from ..encode.blas import one_blas_thread
 from ..encode.encoders import CPU, Encoder
-from ..encode.layer_encoder import LayerEncoder
+from ..encode.layer_encoder import EncodedExpert, LayerEncoder, attempt
+from ..encode.once import once_for
 from ..encode.overflow import encode_tensor
 from ..spec.hooks import nothing
 from .build_spec import BuildSpec
@@ -68,22 +72,55 @@ class Workers:
     before_layer: Callable[[int], None] | None = None
 
 
+@dataclass(frozen=True)
+class Step:
+    """One unit of every file that still needs it, by the number of the file's spec.
+
+    In all of them it has the same key, the same tensors and the same rows.
+    """
+
+    units: Mapping[int, WorkUnit]
+
+    @property
+    def unit(self) -> WorkUnit:
+        """The unit of the first of these files."""
+        return next(iter(self.units.values()))
+
+    def without(self, gone: Container[int]) -> Step:
+        """The step of the other files."""
+        return Step({n: unit for n, unit in self.units.items() if n not in gone})
+
+
+def in_step(order: Sequence[WorkUnit], todo: Mapping[int, Sequence[WorkUnit]]) -> list[Step]:
+    """What is left to do of each file as steps, in the order that all files have in common."""
+    left = {n: {unit.key: unit for unit in units} for n, units in todo.items()}
+    steps = (Step({n: units[each.key] for n, units in left.items() if each.key in units}) for each in order)
+    return [step for step in steps if step.units]
+
+
 @dataclass
 class Layers:
-    """The encoders of the layers in work, each prepared on the pool ahead of its units."""
+    """The encoders of the layers in work, each layer's prepared on the pool ahead of its units, for the files that have
+    something to do there.
+    """
 
-    spec: BuildSpec
+    specs: Mapping[int, BuildSpec]
+    files: Mapping[int, Container[int]]
+    gone: Container[int]
     pool: ThreadPoolExecutor
     encoder: Encoder
-    ready: dict[int, Future[LayerEncoder]] = field(default_factory=dict)
+    ready: dict[int, Future[dict[int, LayerEncoder]]] = field(default_factory=dict)
 
-    def of(self, unit: WorkUnit) -> Future[LayerEncoder] | None:
-        """The encoder that a unit needs, its preparation begun if it was not; None for tensors outside experts."""
+    def of(self, unit: WorkUnit) -> Future[dict[int, LayerEncoder]] | None:
+        """The encoders that a unit needs, their preparation begun if it was not; None for tensors outside experts."""
         layer = unit.layer
         if layer is None or not (unit.expert is not None or unit.is_sidecar):
             return None
         if layer not in self.ready:
-            self.ready[layer] = self.pool.submit(prepare_layer, self.spec, layer, self.encoder)
+            specs = {
+                n: spec for n, spec in self.specs.items() if n in self.files[layer] and n not in self.gone
+            }
+            self.ready[layer] = self.pool.submit(prepare_layers, specs, layer, self.encoder)
         return self.ready[layer]
 
     def drop_before(self, layer: int) -> None:
@@ -93,15 +130,36 @@ class Layers:
 
 def prepare_layer(spec: BuildSpec, layer: int, encoder: Encoder = CPU) -> LayerEncoder:
     """The encoder of one layer, its AWQ scale fixed from the weights that it asks to see."""
-    formats = {
+    return prepare_layers({0: spec}, layer, encoder)[0]
+
+
+def prepare_layers(
+    specs: Mapping[int, BuildSpec], layer: int, encoder: Encoder = CPU
+) -> dict[int, LayerEncoder]:
+    """The encoders of one layer for files of one source and importance; what these have in common is made once."""
+    if not specs:
+        return {}
+    first = next(iter(specs.values()))
+    importance = first.importance.layer(layer) if first.importance else None
+    made = {
+        n: _kind(spec)(spec.plan.config, layer, importance, _formats(spec, layer), spec.rounding, encoder)
+        for n, spec in specs.items()
+    }
+    needed = dict.fromkeys(name for each in made.values() for name in each.needs_samples())
+    samples = {name: first.source.weight(name) for name in needed}
+    once = once_for(made)
+    for each in made.values():
+        each.prepare(samples, once)
+    return made
+
+
+def _formats(spec: BuildSpec, layer: int) -> dict[str, Format]:
+    """The formats of a layer's experts, by projection."""
+    return {
         t.spec.projection: t.format
         for t in spec.plan.tensors
         if t.layer == layer and t.spec and t.spec.projection and t.spec.expert == 0
     }
-    importance = spec.importance.layer(layer) if spec.importance else None
-    made = _kind(spec)(spec.plan.config, layer, importance, formats, spec.rounding, encoder)
-    made.prepare({name: spec.source.weight(name) for name in made.needs_samples()})
-    return made
 
 
 def _kind(spec: BuildSpec) -> type[LayerEncoder]:
@@ -115,24 +173,57 @@ def _kind(spec: BuildSpec) -> type[LayerEncoder]:
 
 def encode_unit(spec: BuildSpec, unit: WorkUnit, encoder: LayerEncoder | None) -> Encoded:
     """The bytes of one unit, a pure function of the spec."""
-    if encoder is None:
-        (tensor,) = unit.tensors
-        name, rows = tensor.name, unit.rows
-        weights = spec.source.rows(name, *rows) if rows else spec.source.weight(name)
-        payload = encode_tensor(name, weights, tensor.format, spec.rounding.fit)
-        tuned = spec.tuning is not None and unit.layer is not None and isinstance(tensor.format, Q8Format)
-        return Encoded(payload, weights=weights if tuned else None)
+    done = encode_step({0: spec}, Step({0: unit}), None if encoder is None else {0: encoder})[0]
+    if isinstance(done, MqError):
+        raise done
+    return done
+
+
+def encode_step(
+    specs: Mapping[int, BuildSpec], step: Step, encoders: Mapping[int, LayerEncoder] | None
+) -> dict[int, Encoded | MqError]:
+    """The bytes of a step's units by the numbers of their files, or the error that prevents those of one file.
+
+    Raises what the source raises.
+    """
+    unit, units = step.unit, step.units
+    if encoders is None:
+        return _plain(specs, step)
     if unit.expert is None:
-        return Encoded(encoder.sidecar(), encoder.report())
-    done = encoder.encode_from(unit.expert, spec.source)
-    first = (
-        spec.importance is None and unit.expert == 0
-    )  # without importances no AWQ scale carries the report
+        return {n: Encoded(encoders[n].sidecar(), encoders[n].report()) for n in units}
+    mine = [encoders[n] for n in units]
+    source = specs[next(iter(units))].source
+    results = type(mine[0]).encode_together(mine, unit.expert, source)
+    return {
+        n: done if isinstance(done, MqError) else _expert(encoders[n], unit.expert, done)
+        for n, done in zip(units, results, strict=True)
+    }
+
+
+def _expert(encoder: LayerEncoder, expert: int, done: EncodedExpert) -> Encoded:
+    # Without importances no AWQ scale carries the report.
+    first = encoder.importance is None and expert == 0
     payload = np.concatenate([done.payloads[p] for p in PROJECTIONS])
     return Encoded(payload, encoder.report() if first else None, done.notes)
 
 
-@one_blas_thread()
+def _plain(specs: Mapping[int, BuildSpec], step: Step) -> dict[int, Encoded | MqError]:
+    """A tensor outside the experts, or some rows of it, read once for all files."""
+    (tensor,) = step.unit.tensors
+    name, rows = tensor.name, step.unit.rows
+    source = specs[next(iter(step.units))].source
+    weights = source.rows(name, *rows) if rows else source.weight(name)
+    once = once_for(step.units)
+
+    def encode(n: int, fmt: Format) -> Encoded:
+        spec, fit = specs[n], specs[n].rounding.fit
+        payload = once.one((fmt.name, fit), partial(encode_tensor, name, weights, fmt, fit))
+        tuned = spec.tuning is not None and step.unit.layer is not None and isinstance(fmt, Q8Format)
+        return Encoded(payload, weights=weights if tuned else None)
+
+    return {n: attempt(partial(encode, n, unit.tensors[0].format)) for n, unit in step.units.items()}
+
+
 def run_units(
     spec: BuildSpec, todo: Sequence[WorkUnit], deliver: Callable[[WorkUnit, Encoded], None], workers: Workers
 ) -> None:
@@ -140,29 +231,65 @@ def run_units(
 
     Few units are in flight at a time. Raises what a hook, the source or the encoder raises.
     """
-    spec.source.schedule([t.name for unit in todo for t in unit.tensors if t.spec and unit.is_last])
-    jobs, before_layer = workers.jobs, workers.before_layer
-    with ThreadPoolExecutor(jobs, thread_name_prefix="encode") as pool:
-        layers = Layers(spec, pool, workers.encoder)
-        pending: deque[tuple[WorkUnit, Future[Encoded]]] = deque()
 
-        def work(unit: WorkUnit, coming: Future[LayerEncoder] | None) -> Encoded:
-            encoder = coming.result() if coming else None
-            workers.on_begin(unit)
-            return encode_unit(spec, unit, encoder)
+    def take(_: int, unit: WorkUnit, done: Encoded | MqError) -> None:
+        if isinstance(done, MqError):
+            raise done
+        deliver(unit, done)
+
+    run_steps({0: spec}, [Step({0: unit}) for unit in todo], take, workers)
+
+
+@one_blas_thread()
+def run_steps(
+    specs: Mapping[int, BuildSpec],
+    todo: Sequence[Step],
+    deliver: Callable[[int, WorkUnit, Encoded | MqError], None],
+    workers: Workers,
+    gone: Container[int] = (),
+) -> None:
+    """As `run_units` for several files of one source and importance: deliver(n, unit, done) is called for each file of
+    each step.
+
+    What prevents the bytes of one file is delivered in their place. Nothing more is done for files that are `gone`,
+    which may change meanwhile. Raises what a hook or the source raises.
+    """
+    source = next(iter(specs.values())).source
+    source.schedule([t.name for step in todo for t in step.unit.tensors if t.spec and step.unit.is_last])
+    jobs, before_layer = workers.jobs, workers.before_layer
+    files: dict[int, set[int]] = defaultdict(set)
+    for step in todo:
+        if step.unit.layer is not None:
+            files[step.unit.layer].update(step.units)
+    with ThreadPoolExecutor(jobs, thread_name_prefix="encode") as pool:
+        layers = Layers(specs, files, gone, pool, workers.encoder)
+        pending: deque[tuple[Step, Future[dict[int, Encoded | MqError]]]] = deque()
+
+        def work(step: Step, coming: Future[dict[int, LayerEncoder]] | None) -> dict[int, Encoded | MqError]:
+            encoders = coming.result() if coming else None
+            left = step.without(gone)
+            for unit in left.units.values():
+                workers.on_begin(unit)
+            return encode_step(specs, left, encoders) if left.units else {}
 
         def finish() -> None:
-            unit, future = pending.popleft()
-            deliver(unit, future.result())
+            step, future = pending.popleft()
+            for n, done in future.result().items():
+                if n not in gone:
+                    deliver(n, step.units[n], done)
+            unit = step.unit
             if unit.layer is not None:
                 layers.drop_before(unit.layer)
             for tensor in unit.tensors:
                 if tensor.spec and unit.is_last:
-                    spec.source.release(tensor.name)
+                    source.release(tensor.name)
 
         begun: int | None = None
         try:
-            for unit, later in zip(todo, [*todo[PREPARE * jobs :], *todo[-PREPARE * jobs :]], strict=False):
+            for step, later in zip(todo, [*todo[PREPARE * jobs :], *todo[-PREPARE * jobs :]], strict=False):
+                unit = step.unit
+                if not step.without(gone).units:
+                    continue
                 if before_layer is not None and unit.layer not in (None, begun):
                     while pending:
                         finish()
@@ -171,10 +298,10 @@ def run_units(
                     before_layer(begun)
                 # Deadlock guard: a layer's encoder is submitted before units that wait for it, or all threads could be
                 # waiting.
-                encoder = layers.of(unit)
-                if before_layer is None or later.layer == begun:
-                    layers.of(later)
-                pending.append((unit, pool.submit(work, unit, encoder)))
+                encoders = layers.of(unit)
+                if before_layer is None or later.unit.layer == begun:
+                    layers.of(later.unit)
+                pending.append((step, pool.submit(work, step, encoders)))
                 if len(pending) > AHEAD * jobs:
                     finish()
             while pending:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ....formats.blocks import AffineFormat, Format, LloydFormat
+from ....formats.blocks import Format
 from ....formats.checkpoint.source import Source
+from ....formats.errors import MqError
 from ....formats.hfq.stored import StoredForm
 from ....formats.minimax import expert_name
 from ....kernels.encode.device_encoder import DeviceEncoder
@@ -21,13 +23,14 @@ from ..gpu_encoder import GpuEncoder
 from ..layer_encoder import (
     ALPHA_GRID,
     F32,
-    OWN_DAMPING,
     U8,
     EncodedExpert,
     LayerEncoder,
     Prepared,
+    attempt,
     some_rows,
 )
+from ..once import ALONE, Once, once_for
 from ..overflow import check_levels
 from .answering import answering_down, product
 from .factors import Factors, factors_of
@@ -44,66 +47,103 @@ class DeviceLayerEncoder(LayerEncoder):
 
     importance: KeptOnDevice
 
-    def encode_from(self, expert: int, source: Source) -> EncodedExpert:
-        """As `LayerEncoder.encode_from`; weights that lie on the device are not read again."""
-        if self.fit != "hessian":
-            return super().encode_from(expert, source)
-        names = {p: expert_name(self.layer, expert, p) for p in ("w1", "w2", "w3")}
-        given = {p: self.importance.matrix(name) for p, name in names.items()}
+    @classmethod
+    def encode_together(
+        cls, encoders: Sequence[LayerEncoder], expert: int, source: Source
+    ) -> list[EncodedExpert | MqError]:
+        """As `LayerEncoder.encode_together`; weights that lie on the device are not read again."""
+        mine = [made for made in encoders if isinstance(made, DeviceLayerEncoder) and made.fit == "hessian"]
+        if len(mine) < len(encoders):
+            return super().encode_together(encoders, expert, source)
+        first: DeviceLayerEncoder = mine[0]
+        names = {p: expert_name(first.layer, expert, p) for p in ("w1", "w2", "w3")}
+        given = {p: first.importance.matrix(name) for p, name in names.items()}
         for name in names.values():
             source.release(name)
 
-        def work(kept: KeptOnDevice, rounder: Rounder) -> EncodedExpert:
+        def work(kept: KeptOnDevice, rounder: Rounder) -> list[EncodedExpert | MqError]:
             here = {p: m.to(kept.rows.device) for p, m in given.items()}
             weights = {p: m if isinstance(m, Tensor) else m.values() for p, m in here.items()}
-            return self._rounded(kept, expert, weights, rounder)
+            once = once_for(mine)
+            return [attempt(partial(made.rounded, kept, expert, weights, rounder, once)) for made in mine]
 
-        done = on_device(self.encoder, self.importance, work)
-        for p, payload in done.payloads.items():
-            check_levels(names[p], self.formats[p], payload)
-        return done
+        return on_device(first.encoder, first.importance, work)
 
-    def _rounded(
-        self, kept: KeptOnDevice, expert: int, weights: Mapping[str, Tensor], rounder: Rounder
+    def rounded(
+        self,
+        kept: KeptOnDevice,
+        expert: int,
+        weights: Mapping[str, Tensor],
+        rounder: Rounder,
+        once: Once = ALONE,
     ) -> EncodedExpert:
         """What `LayerEncoder.encode_expert` does with an expert whose inputs were kept."""
-        inputs = kept.seen(expert)
+        inputs = once.one("inputs", partial(kept.seen, expert))
         fold = self.fold(kept.of(expert, "w2")) if self.settings.fold_down else None
         forms = {p: self.stored.form(p, fold) for p in weights}
         scale = _columns(forms["w1"], inputs.shape[1], inputs.device)
-        damping = self._damping("w1")
-        gate_up = factors_of(rotated_moment(kept.mixed(expert, "w1", inputs), damping, scale))
+        above = (*self._basis, self.damping("w1"))
+
+        def hessian_above() -> Factors | RowHessian:
+            own = once.one("own", partial(kept.mixed, expert, "w1", inputs))
+            return factors_of(rotated_moment(own, self.damping("w1"), scale))
+
+        gate_up = once.one(("gate and up", above), hessian_above)
+
+        def encode(projections: tuple[str, ...]) -> tuple[dict[str, U8], dict[str, Tensor]]:
+            """Payloads, and the values that they stand for in the basis of the checkpoint but for the fold."""
+            folded = torch.cat([_folded(forms[p], weights[p]) for p in projections])
+            packed, rounded = rounder.encode(folded, self.formats[projections[0]], scale, gate_up, self.gain)
+            values = (unrotated(rounded) / scale).chunk(len(projections))
+            payloads = np.split(packed, len(projections))
+            return dict(zip(projections, payloads, strict=True)), dict(zip(projections, values, strict=True))
+
         payloads: dict[str, U8] = {}
         values: dict[str, Tensor] = {}
         for projections in _together(self.formats):
-            folded = torch.cat([_folded(forms[p], weights[p]) for p in projections])
-            fmt = self.formats[projections[0]]
-            packed, rounded = rounder.encode(folded, fmt, scale, gate_up, self.gain)
-            payloads |= zip(projections, np.split(packed, len(projections)), strict=True)
-            values |= zip(projections, (unrotated(rounded) / scale).chunk(len(projections)), strict=True)
-        there = product(inputs, weights["w1"], weights["w3"])
-        here = product(inputs, values["w1"], _unfolded(forms["w3"], values["w3"]))
-        columns = _columns(forms["w2"], here.shape[1], here.device)
-        moment = rotated_moment(kept.mixed(expert, "w2", here), self._damping("w2"), columns)
-        down = factors_of(moment)
-        fitted = answering_down(weights["w2"], there, here)
-        payloads["w2"], _ = rounder.encode(fitted, self.formats["w2"], columns, down, self.gain)
+            key = (projections, self.formats[projections[0]].name, above)
+            packed, stands_for = once.one(key, partial(encode, projections))
+            payloads |= packed
+            values |= stands_for
+
+        def fit_down() -> tuple[Tensor, Tensor]:
+            """The moment of what w2 sees of the rounded matrices, and w2 fitted to that."""
+            there = once.one("seen", lambda: product(inputs, weights["w1"], weights["w3"]))
+            here = product(inputs, values["w1"], _unfolded(forms["w3"], values["w3"]))
+            return kept.mixed(expert, "w2", here), answering_down(weights["w2"], there, here)
+
+        rounded = (*above, self.formats["w1"].name, self.formats["w3"].name)
+        moment, fitted = once.one(("fitted", rounded), fit_down)
+        columns = _columns(forms["w2"], fitted.shape[1], fitted.device)
+        below = (*rounded, self.damping("w2"))
+        down = once.one(
+            ("down", below), lambda: factors_of(rotated_moment(moment, self.damping("w2"), columns))
+        )
+        payloads["w2"] = once.one(
+            ("w2", self.formats["w2"].name, below),
+            lambda: rounder.encode(fitted, self.formats["w2"], columns, down, self.gain)[0],
+        )
         hessians: dict[str, Factors | RowHessian] = {"w1": gate_up, "w3": gate_up, "w2": down}
+        for p, payload in payloads.items():
+            check_levels(expert_name(self.layer, expert, p), self.formats[p], payload)
         return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
 
     def needs_samples(self) -> list[str]:
         """None: the weights of the layer lie on the device."""
         return []
 
-    def _search(self, samples: Mapping[str, F32]) -> tuple[dict[float, float], Prepared]:
+    def _search(self, samples: Mapping[str, F32], once: Once) -> tuple[dict[float, float], Prepared]:
         """As `LayerEncoder` does it, with all exponents at once and with all sampled rows of a format at once."""
-        candidates = [self._candidate(alpha) for alpha in ALPHA_GRID]
+        candidates = [self._candidate(alpha, once) for alpha in ALPHA_GRID]
+        losses = once.one(("losses", self._searched), partial(self._losses, candidates))
+        return losses, min(candidates, key=lambda candidate: (losses[candidate.alpha], candidate.alpha))
+
+    def _losses(self, candidates: Sequence[Prepared]) -> dict[float, float]:
         rows = {p: self._sampled_rows(p) for p in ("w1", "w3")}
         together = [torch.cat([rows[p] for p in projections]) for projections in _together(self.formats)]
         with ThreadPoolExecutor(len(candidates)) as pool:
             found = pool.map(lambda candidate: self._lost(candidate, together), candidates)
-        losses = dict(zip(ALPHA_GRID, found, strict=True))
-        return losses, min(candidates, key=lambda candidate: (losses[candidate.alpha], candidate.alpha))
+        return dict(zip(ALPHA_GRID, found, strict=True))
 
     def _sampled_rows(self, projection: str) -> Tensor:
         """Some rows f32 [n, hidden] of the sampled experts' matrices, complete on the device."""
@@ -137,11 +177,6 @@ class DeviceLayerEncoder(LayerEncoder):
 
     def _shared(self, scale: F32) -> None:
         """Every expert has a Hessian of its own, and `_sample_loss` makes one of the layer's on the device."""
-
-    def _damping(self, projection: str) -> float:
-        fmt = self.formats[projection]
-        assert isinstance(fmt, LloydFormat | AffineFormat)
-        return OWN_DAMPING[fmt.levels]
 
 
 def _together(formats: Mapping[str, Format]) -> tuple[tuple[str, ...], ...]:

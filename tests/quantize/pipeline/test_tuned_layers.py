@@ -23,7 +23,7 @@ from mq_quant.quantize.pipeline.work_units import WorkUnit, whole_layers
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.tune.layer import TuneSettings
 from mq_quant.quantize.tune.student import head_bytes
-from mq_quant.quantize.write.partial_file import CALIBRATION, PARTIAL
+from mq_quant.quantize.write.partial_file import CALIBRATION, PARTIAL, TUNING
 
 LAYERS = 2
 CONFIG = {**small_model.CONFIG, "num_hidden_layers": LAYERS}
@@ -128,15 +128,15 @@ def test_a_stop_while_a_tuned_layer_is_written_costs_that_layer(
     assert (tmp_path / "out").read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("lost", ["the stream", "the folder"])
+@pytest.mark.parametrize("lost", [(TUNING,), (TUNING, CALIBRATION)])
 def test_the_files_own_stream_is_made_again_where_it_is_lost(
-    lost: str, run: Run, whole: Path, tmp_path: Path
+    lost: tuple[str, ...], run: Run, whole: Path, tmp_path: Path
 ) -> None:
     with stopped(at="layer 1 expert 1") as hook:
         run(jobs=1, on_begin=hook)
-    beside = tmp_path / f"out{CALIBRATION}"
-    for file in beside.iterdir():
-        if lost == "the folder" or file.name.startswith("own-"):
+    assert names(tmp_path / f"out{TUNING}") == ["own-00001.f32"]
+    for folder in lost:
+        for file in (tmp_path / f"out{folder}").iterdir():
             file.unlink()
     run()
     assert (tmp_path / "out").read_bytes() == whole.read_bytes()
