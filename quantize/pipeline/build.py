@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -294,8 +294,8 @@ def build_file(
     shards = options.shard_cache or (4 if isinstance(statistics, OnTheFly) else 2)
     scratch = options.output.parent if options.output else Path()
 
-    def check(sizes: Mapping[str, int], besides: int) -> None:
-        options.check(name, sum(sizes.values()) if part is None else 0, besides)
+    def check(sizes: Sequence[int], besides: int) -> None:
+        options.check(name, sum(sizes) if part is None else 0, besides)
 
     opened = open_build(
         recipe,
@@ -316,14 +316,15 @@ def run_builds(
     builds: Mapping[int, Build],
     moments: Path,
     options: RunOptions,
-    failed: dict[int, MqError] | None = None,
+    on_error: Callable[[int, MqError], None] | None = None,
 ) -> dict[int, BuildResult]:
     """Encode what is left of builds of one source and importance in step, and give each complete file its name.
 
     `moments` is the folder of the calibration that they gather, if they do. An error of one build alone goes to
-    `failed`, under the number of the build, and the others go on; without `failed` it is raised. Raises what stops all.
+    `on_error`, with the number of the build, and the others go on; without it the error is raised. Raises what concerns
+    all of them.
     """
-    gone: dict[int, MqError] = {} if failed is None else failed
+    gone: set[int] = set()
     gathered = next(iter(builds.values())).spec.gathered
 
     @contextmanager
@@ -332,16 +333,17 @@ def run_builds(
         try:
             yield
         except MqError as e:
-            if failed is None:
+            if on_error is None:
                 raise
-            failed[n] = e
+            gone.add(n)
+            on_error(n, e)
 
     def begin(layer: int) -> None:
         """Have a layer's moments ready. Those of earlier layers go, so what was encoded with them is synced first."""
         assert gathered is not None
-        for n, build in builds.items():
+        for n in builds.keys() - gone:
             with alone(n):
-                build.sync()
+                builds[n].sync()
         options.watch.advance(0, f"running layer {layer} of the source")
         gathered.begin_layer(layer)
 

@@ -40,9 +40,8 @@ if TYPE_CHECKING:
     from ..calibrate.on_the_fly import GatheredImportance
     from ..tune.layer import TuneSettings
 
-SpaceCheck = Callable[[Mapping[str, int], int], None]
-"""Called before anything large is read: with the bytes of each output by its default name, and the disk taken besides.
-"""
+SpaceCheck = Callable[[Sequence[int], int], None]
+"""Called before anything large is read: with the bytes of each output, and the disk taken besides."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +186,7 @@ def resolve_all(
     gathered = begin_gathering(statistics, source)
     if check is not None:
         besides = source.disk_bytes() + (gathered.disk_bytes if gathered else 0)
-        sizes = (sum(t.nbytes for t in some) for some in tensors)
-        check(dict(zip(map(output_name, recipes), sizes, strict=True)), besides)
+        check([sum(t.nbytes for t in some) for some in tensors], besides)
     path = imatrix_path(recipe, statistics)
     imatrix = open_imatrix(path, config)
     check_pin(recipe, statistics, imatrix)

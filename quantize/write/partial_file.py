@@ -82,7 +82,7 @@ class Destination:
         if path.exists() and not path.is_file():  # a device or a pipe, which a file would take the place of
             raise OutputError("is no plain file", file=path, hint="give --output the name of a file")
         free, needed = free_bytes(folder), total_bytes + self.extra_bytes
-        if free is not None and (room := free + _held(beside(path, PARTIAL))) < needed:
+        if free is not None and (room := free + held_bytes(path)) < needed:
             raise OutputError(
                 f"needs {needed / 1e9:.1f} GB and its disk has {room / 1e9:.1f} GB free",
                 file=path,
@@ -112,10 +112,10 @@ def _check_name(path: Path) -> None:
         )
 
 
-def _held(partial: Path) -> int:
+def held_bytes(path: Path) -> int:
     """Bytes of the disk that an unfinished file has already."""
     with suppress(OSError):
-        return partial.lstat().st_blocks * 512
+        return beside(path, PARTIAL).lstat().st_blocks * 512
     return 0
 
 
