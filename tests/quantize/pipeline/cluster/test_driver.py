@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import ClusterError, MqError, RecipeError
-from mq_quant.quantize.calibrate.tokens import TokenRequest
+from mq_quant.quantize.calibrate.state import StateOptions, make_state
+from mq_quant.quantize.calibrate.tokens import TokenRequest, load_tokens
+from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.cluster import ray_session, tasks
 from mq_quant.quantize.pipeline.cluster.driver import Cluster
@@ -20,8 +26,9 @@ from mq_quant.quantize.pipeline.cluster.ray_session import Needs
 from mq_quant.quantize.pipeline.statistics import OnTheFly
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.write.journal import read_journal
+from mq_quant.quantize.write.partial_file import JOURNAL, beside
 
-from .conftest import CHANGES, Nodes, build
+from .conftest import CHANGES, LAYERS, Nodes, build
 
 
 def after(units: int, act: Callable[[], object]) -> Callable[[object], None]:
@@ -57,7 +64,8 @@ def test_a_node_is_lost_and_another_one_joins(
     assert build(source, tmp_path / "out", cluster=Cluster(nodes.address), on_done=hook).read_bytes() == whole
 
 
-def test_a_driver_that_is_killed_continues(source: Path, whole: bytes, tmp_path: Path, nodes: Nodes) -> None:
+def killed_driver(source: Path, output: Path, address: str, units: int) -> None:
+    """Build in a process of its own, which is killed once so many units stand."""
     script = f"""
 import os, signal
 from pathlib import Path
@@ -66,21 +74,60 @@ from mq_quant.quantize.pipeline.cluster.driver import Cluster
 count = []
 def kill(unit):
     count.append(unit)
-    if len(count) == 20:
+    if len(count) == {units}:
         os.kill(os.getpid(), signal.SIGKILL)
-build(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), cluster=Cluster({nodes.address!r}), on_done=kill)
+build(Path({str(source)!r}), Path({str(output)!r}), cluster=Cluster({address!r}), on_done=kill)
 """
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[3]), *sys.path]
     run = [sys.executable, "-c", script]
     done = subprocess.run(run, env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)}, check=False)
     assert done.returncode == -signal.SIGKILL
-    noted, _ = read_journal(tmp_path / "out.partial.journal")
-    assert len(noted) == 1 + 20
-    seen: list[object] = []
-    path = build(source, tmp_path / "out", cluster=Cluster(nodes.address), on_done=seen.append)
-    assert path.read_bytes() == whole
+    noted, _ = read_journal(beside(output, JOURNAL))
+    assert len(noted) == 1 + units
+
+
+def test_a_driver_that_is_killed_continues(source: Path, whole: bytes, tmp_path: Path, nodes: Nodes) -> None:
+    killed_driver(source, tmp_path / "out", nodes.address, 20)
+    assert build(source, tmp_path / "out", cluster=Cluster(nodes.address)).read_bytes() == whole
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
-    assert seen
+
+
+@pytest.mark.skipif("MQ_QUANT_MODELS" not in os.environ, reason="MQ_QUANT_MODELS names no folder of models")
+def test_a_trained_model_survives_the_loss_of_its_driver_and_of_a_node(tmp_path: Path, nodes: Nodes) -> None:
+    trained, outputs = (
+        Path(os.environ["MQ_QUANT_MODELS"]) / "trained-tiny",
+        [tmp_path / "one", tmp_path / "many"],
+    )
+    build(trained, outputs[0])
+    killed_driver(trained, outputs[1], nodes.address, 30)
+    build(trained, outputs[1], cluster=Cluster(nodes.address), on_done=after(40, nodes.replace_one))
+    first, second = (hashlib.sha256(path.read_bytes()).hexdigest() for path in outputs)
+    assert first == second
+
+
+def test_a_calibrated_build_begins_each_layer_from_a_state(
+    source: Path, tmp_path: Path, nodes: Nodes
+) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(3).integers(0, 300, (4, 16)).astype(np.int32))
+    asked, checkpoint = TokenRequest(tokens=tmp_path / "ids.npy"), open_checkpoint(source)
+    streams = StateOptions(range(LAYERS))
+    make_state(checkpoint, load_tokens(checkpoint, asked), tmp_path / "state", streams)
+    recipe, alone = choose_recipe("mq2", None, str(source)), OnTheFly(asked)
+    shared = replace(alone, state=tmp_path / "state")
+    one = build_file(recipe, alone, RunOptions(tmp_path / "one"), CHANGES)
+    options = RunOptions(tmp_path / "many", cluster=Cluster(nodes.address))
+    many = build_file(recipe, shared, options, CHANGES)
+    assert many.path.read_bytes() == one.path.read_bytes()
+    assert many.coverage == one.coverage
+
+
+def test_the_command(source: Path, whole: bytes, tmp_path: Path, nodes: Nodes) -> None:
+    line = ["--tier", "mq2", "--source", str(source), "--imatrix", str(source / "imatrix.gguf")]
+    more = ["--awq-alpha", "0.3", "--ray", nodes.address, "-q", "-o", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(["build", *line, *more])
+    assert ended.value.code == 0
+    assert (tmp_path / "out").read_bytes() == whole
 
 
 def test_a_worker_that_stands_still_is_overtaken(
