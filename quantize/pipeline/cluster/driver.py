@@ -83,7 +83,8 @@ class Cluster:
             host = ray.util.get_node_ip_address()
             with receiving(file.path, host, file.write, self.shared) as target:
                 job = Job.of(spec, target, needs.cores, self.device, self.shard_cache)
-                slices = cut(order, todo, file.data_offset, workers, whole=spec.gathered is not None)
+                whole = spec.gathered is not None or spec.source.disk_bytes() > 0
+                slices = cut(order, todo, file.data_offset, workers, whole)
                 output = Output(file, {unit.key: unit for unit in todo}, stands)
                 Tasks(ray, needs, pickle.dumps(job), output, self.on_note).run(slices)
 

@@ -22,7 +22,7 @@ def cut(
 ) -> tuple[Slice, ...]:
     """The units `todo` of an `order` as slices in that order, each of one layer; `offset` is where payloads begin.
 
-    A `whole` layer is never cut, whatever it takes.
+    Layers are `whole` where each slice of one would fetch the layer's shards, or run the model through it, anew.
     """
     layers = max(1, len({unit.layer for unit in order}))
     pieces = 1 if whole else max(1, -(-ROUNDS * workers // layers))
@@ -62,6 +62,7 @@ def overtaken(
     what finished slices took.
     """
     free = workers - sum(unfinished.values())
-    if free <= 0 or not seconds or idle_for < PATIENCE * median(seconds):
+    # Too few have finished to know what is usual: those outside layers are quick.
+    if free <= 0 or len(seconds) < max(1, len(unfinished)) or idle_for < PATIENCE * median(seconds):
         return ()
     return tuple(each for each, tasks in unfinished.items() if tasks == 1)[:free]

@@ -43,7 +43,7 @@ def test_every_missing_unit_is_in_one_slice_of_its_layer(
 def test_layers_stay_whole_where_they_keep_workers_busy() -> None:
     order = order_of(62, 264)
     few, many = cut(order, order, 0, 4), cut(order, order, 0, 64)
-    assert len(few) == 62 + 2
+    assert len(few) == len(cut(order, order, 0, 64, whole=True)) == 62 + 2
     assert 8 * 64 <= len(many) <= 12 * 64
     assert all(len(piece.units) >= FEWEST for piece in cut(order, order, 0, 10_000)[1:-1])
 
@@ -59,8 +59,8 @@ def test_slow_slices_are_overtaken_when_workers_are_idle() -> None:
 
 def test_nothing_is_overtaken_while_it_need_not_be() -> None:
     running = {SLICES[0]: 1, SLICES[1]: 1}
-    assert overtaken(running, 4, 1.5, [1.0]) == ()  # no longer than usual
-    assert overtaken(running, 2, 99.0, [1.0]) == ()  # no worker is idle
-    assert overtaken(running, 1, 99.0, [1.0]) == ()  # a node was lost
-    assert overtaken(running, 4, 99.0, []) == ()  # nobody knows what is usual
+    assert overtaken(running, 4, 1.5, [1.0, 1.0]) == ()  # no longer than usual
+    assert overtaken(running, 2, 99.0, [1.0, 1.0]) == ()  # no worker is idle
+    assert overtaken(running, 1, 99.0, [1.0, 1.0]) == ()  # a node was lost
+    assert overtaken(running, 4, 99.0, [1.0]) == ()  # nobody knows yet what is usual
     assert overtaken({SLICES[0]: 2}, 4, 99.0, [1.0]) == ()  # it is done twice already
