@@ -131,6 +131,19 @@ def test_a_killed_run_continues_to_the_same_measurement(
     assert not list(tmp_path.glob("*partial*"))
 
 
+def test_a_run_that_was_killed_at_the_head_passes_no_layer_again(
+    measured: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: object) -> dict[str, float]:
+        raise StopError
+
+    with monkeypatch.context() as patched, pytest.raises(StopError):
+        patched.setattr("mq_quant.quantize.fit.run.divergences", stopped)
+        measured()
+    result = measured(watch=stop_at(0))
+    assert result.resumed_layers == 2 and result.measurement == measured("whole.json").measurement
+
+
 def test_a_damaged_stream_is_refused_and_a_restart_begins_anew(measured: Measure, tmp_path: Path) -> None:
     with pytest.raises(StopError):
         measured(watch=stop_at(1))
