@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,6 +31,9 @@ _WORDS = {
 }  # fmt: skip
 NOT_OFFERED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK})
 """What a file system answers that does not offer a service at all."""
+_NOT_COPIED = NOT_OFFERED | {errno.EXDEV, errno.EPERM}
+"""What systems answer that do not copy from one file to another themselves, or not between these two."""
+_PIECE = 8 << 20
 
 
 def disk_error(error: OSError, path: Path) -> OutputError:
@@ -92,6 +95,20 @@ def write_all(fd: int, data: memoryview, offset: int | None = None) -> None:
     while data:
         n = os.write(fd, data) if offset is None else os.pwrite(fd, data, offset)
         data, offset = data[n:], None if offset is None else offset + n
+
+
+def copy_range(source: int, target: int, count: int, offset: int, at: int) -> int:
+    """Copy up to `count` bytes from `offset` of an open file to `at` of another; how many it were, 0 at the end."""
+    by_system: Callable[..., int] | None = getattr(os, "copy_file_range", None)
+    if by_system is not None:
+        try:
+            return by_system(source, target, count, offset, at)
+        except OSError as e:
+            if e.errno not in _NOT_COPIED:
+                raise
+    piece = os.pread(source, min(count, _PIECE), offset)
+    write_all(target, memoryview(piece), at)
+    return len(piece)
 
 
 def sync(fd: int) -> None:

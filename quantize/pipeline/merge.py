@@ -5,14 +5,13 @@ Everything is checked on the parts' records before the first byte is copied; eac
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import xxhash
 
 from ...formats.errors import PartError
 from ...formats.hfq import TensorMeta, layout
@@ -132,7 +131,7 @@ def merge_parts(
             watch.begin("copying", sum(u.nbytes for u in whole.units), "bytes")
             for unit in whole.units:
                 if unit.key not in kept:
-                    out.put(unit, memoryview(_bytes_of(unit)), _noted(unit))
+                    _copy(unit, out)
                 watch.advance(unit.nbytes, unit.key)
             reports = [report for part in parts for report in part.record.reports]
             outcome = Outcome(
@@ -152,18 +151,19 @@ def merge_parts(
     )
 
 
-def _bytes_of(unit: _Unit) -> bytes:
-    """A unit's bytes from its part; PartError where they are not those that were noted."""
+def _copy(unit: _Unit, out: PartialFile) -> None:
+    """Copy a unit's bytes from its part; PartError where they are not those that were noted."""
+    file = unit.part.file.fileno()
     with reading(unit.part.path):
-        unit.part.file.seek(unit.offset)
-        data = unit.part.file.read(unit.nbytes)
-    if xxhash.xxh64_hexdigest(data) != unit.record["xxh64"]:
+        is_whole = os.fstat(file).st_size >= unit.offset + unit.nbytes
+    if is_whole:
+        out.copy(unit, file, unit.offset)
+    if not is_whole or not out.note(unit, str(unit.record["xxh64"]), _noted(unit)):
         raise PartError(
             f"the bytes of {unit.key} are not those that were written",
             file=unit.part.path,
             hint="copy the part again; the same command continues",
         )
-    return data
 
 
 def _noted(unit: _Unit) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ...formats.errors import OutputError
 from ...formats.file_lock import OWNER
 from ...formats.own_file import (
     NOT_OFFERED,
+    copy_range,
     disk_errors,
     free_bytes,
     is_at,
@@ -215,6 +216,19 @@ class PartialFile:
         """Write bytes of another process at their place in the file, which notes them later; on any thread."""
         with disk_errors(self.path):
             write_all(self._fd, memoryview(payload), offset)
+
+    def copy(self, where: Range, file: int, offset: int) -> None:
+        """Copy a range's bytes from an open file, which holds them from `offset` on; `note` comes next.
+
+        The system copies by itself where it can: on some file systems nothing moves, and shares copy where they are.
+        """
+        start, left = self.data_offset + where.start, where.nbytes
+        with disk_errors(self.path):
+            while left:
+                done = copy_range(file, self._fd, left, offset, start)
+                if not done:
+                    return  # the file has become shorter, which `note` finds
+                offset, start, left = offset + done, start + done, left - done
 
     def note(self, where: Range, digest: str, record: Mapping[str, Any]) -> bool:
         """Note a range that another process has written; false where its bytes, read back, have another xxh64."""

@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mq_quant.formats.errors import OutputError
-from mq_quant.formats.own_file import disk_errors, free_bytes, is_at, open_own, sync, sync_folder, write_all
+from mq_quant.formats.own_file import (
+    copy_range,
+    disk_errors,
+    free_bytes,
+    is_at,
+    open_own,
+    sync,
+    sync_folder,
+    write_all,
+)
 
 
 def test_a_plain_file_is_made_and_opened_again(tmp_path: Path) -> None:
@@ -126,3 +135,37 @@ def test_a_file_system_may_not_tell_what_is_free(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(shutil, "disk_usage", refused)
     assert free_bytes(tmp_path) is None
+
+
+@pytest.mark.parametrize("fault", [None, errno.EXDEV, errno.ENOSYS, "missing"])
+def test_bytes_are_copied_by_the_system_or_without_it(
+    fault: int | str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        assert isinstance(fault, int)
+        raise OSError(fault, "not here")
+
+    if fault == "missing":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    elif fault is not None:
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    (tmp_path / "from").write_bytes(b"0123456789")
+    source, target = open_own(tmp_path / "from"), open_own(tmp_path / "to")
+    try:
+        assert copy_range(source, target, 4, 3, 2) == 4
+        assert copy_range(source, target, 4, 10, 2) == 0
+    finally:
+        os.close(source)
+        os.close(target)
+    assert (tmp_path / "to").read_bytes() == b"\0\x003456"
+
+
+def test_a_disk_that_is_full_while_the_system_copies_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        copy_range(0, 1, 4, 0, 0)
