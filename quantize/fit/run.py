@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
@@ -88,6 +88,37 @@ def measure(
     Of the recipe only what is no format of experts matters: how matrices are rounded, and what else a file holds.
     Raises OutputError, ImatrixError, CalibrationError or ResumeError before any work where something cannot be used.
     """
+    layers = source.config.num_hidden_layers
+    plan = Streams(source.config, EXPERT_NAMES, tuple((choice,) * layers for choice in WHOLES))
+    with losses_of(recipe, source, texts, statistics, plan, options) as found:
+        measured = _measurement(recipe, source, texts, statistics, plan, found)
+        write_atomic(options.output, [memoryview(measured.text_json().encode())])
+    return MeasureResult(options.output, measured, found.resumed_layers, found.seconds, peak_rss())
+
+
+@dataclass(frozen=True)
+class Found:
+    """The KLD of every stream by its name, and the source's fingerprint."""
+
+    losses: Mapping[str, float]
+    files: Mapping[str, Mapping[str, Any]]
+    resumed_layers: int
+    seconds: float
+
+
+@contextmanager
+def losses_of(
+    recipe: Recipe,
+    source: Source,
+    texts: Texts,
+    statistics: Statistics | None,
+    plan: Streams,
+    options: MeasureOptions,
+) -> Iterator[Found]:
+    """Run all streams of a plan and compare them with the source's. Raises as `measure`.
+
+    What an interrupted run left beside the output is let go once the block has done its work with what was found.
+    """
     began, device, config = time.monotonic(), open_device(options.device), source.config
     needed = cost_of(source, texts, statistics, options.jobs).disk_bytes + source.disk_bytes()
     check_output(options.output, options.force, needed)
@@ -100,13 +131,13 @@ def measure(
         gathered = GatheredImportance(source, texts.calibrating, options.device, texts.text, stays=False)
     found = find(statistics, imatrix, config, made_from, gathered)
     assert found.model is not None
-    plan = Streams(config, EXPERT_NAMES, WHOLES)
     signature = {
         "program": program()["version"],
         "code": code(),
         "recipe": recipe.resolved(),
         "source": {name: file["sha256"] for name, file in files.items()},
         "tokens": token_record(texts.judging),
+        "wholes": [[list(choice) for choice in whole] for whole in plan.wholes],
         **device_record(device),
         **found.signature,
     }
@@ -120,14 +151,8 @@ def measure(
         with one_blas_thread():
             _layers(run, recipe, found.model, gathered, options)
         losses = divergences(run)
-        effort: Literal["imatrix", "calibrated"] = (
-            "imatrix" if effort_of(statistics) == "imatrix" else "calibrated"
-        )
-        measured = _measurement(recipe, source, files, effort, run, losses)
-        write_atomic(options.output, [memoryview(measured.text_json().encode())])
+        yield Found(losses, files, resumed, round(time.monotonic() - began, 3))
         journal.done.clear()
-    seconds = round(time.monotonic() - began, 3)
-    return MeasureResult(options.output, measured, resumed, seconds, peak_rss())
 
 
 def _layers(
@@ -148,7 +173,7 @@ def _layers(
         if gathered is not None:
             options.watch.advance(0, f"running layer {layer} of the source")
             gathered.begin_layer(layer)
-        choices, rounding = run.plan.choices(), fit_settings(recipe)
+        choices, rounding = run.plan.choices(layer), fit_settings(recipe)
         known = importance.layer(layer)
         run.pass_layer(
             layer, LayerPieces(config, layer, known, choices, rounding, source, options.encoder), options.jobs
@@ -196,34 +221,30 @@ def _gathering(gathered: GatheredImportance | None, moments: Path) -> Iterator[N
 def _measurement(
     recipe: Recipe,
     source: Source,
-    files: Mapping[str, Mapping[str, Any]],
-    effort: Literal["imatrix", "calibrated"],
-    run: StreamsRun,
-    losses: Mapping[str, float],
+    texts: Texts,
+    statistics: Statistics | None,
+    plan: Streams,
+    found: Found,
 ) -> Measurement:
     """What was found, from the losses by the names of their streams."""
-    pieces = []
+    pieces, losses = [], found.losses
     for layer in range(source.config.num_hidden_layers):
-        kinds = run.plan.pieces(layer)
+        kinds = plan.pieces(layer)
         gate_up = {c.gate_up: losses[name] for name, c in kinds.items() if c.gate_up is not None}
         down = {c.down: losses[name] for name, c in kinds.items() if c.down is not None}
         pieces.append(Piece(layer=layer, projection="gate_up", kld=gate_up))
         pieces.append(Piece(layer=layer, projection="down", kld=down))
-    record = token_record(run.tokens)
     return Measurement(
         model=MeasuredModel(
             name=recipe.model.name,
             origin=dict(source.origin),
-            files={name: file["sha256"] for name, file in files.items()},
+            files={name: file["sha256"] for name, file in found.files.items()},
             **dimensions(source.config),
         ),
-        effort=effort,
-        text=MeasuredText(tokens=int(run.tokens.size), sha256=record["sha256"]),
-        formats=run.plan.formats,
+        effort="imatrix" if effort_of(statistics) == "imatrix" else "calibrated",
+        text=MeasuredText(tokens=int(texts.judging.size), sha256=token_record(texts.judging)["sha256"]),
+        formats=plan.formats,
         pieces=tuple(pieces),
         rest=losses[REST],
-        whole={
-            whole_name(str(c.gate_up), str(c.down)): losses[f"whole{i}"]
-            for i, c in enumerate(run.plan.wholes)
-        },
+        whole={whole_name(*map(str, c)): losses[f"whole{i}"] for i, c in enumerate(WHOLES)},
     )

@@ -1,9 +1,8 @@
 """All residual streams of a measurement go through a layer together: one for each model that differs from the source.
 
 `source` is the source itself. `rest` has everything but the experts as a file stores it, `whole0`, `whole1`, … the
-experts besides, in formats that are the same in all layers. `piece0`, `piece1`, … have one piece rounded besides the
-rest; they leave the stream of the rest at the layer of that piece. Streams lie on the disk between layers, and memory
-holds a few of them.
+experts besides. `piece0`, `piece1`, … have one piece rounded besides the rest; they leave the stream of the rest at the
+layer of that piece. Streams lie on the disk between layers, and memory holds a few of them.
 
 Pieces are not compared with the bare source, since the smallest error makes some tokens take other experts. That costs
 once, not once for each piece; with the rest stored, it is paid already.
@@ -45,11 +44,11 @@ REST = "rest"
 
 @dataclass(frozen=True)
 class Streams:
-    """What is measured: `formats` of each piece, and `wholes`, the formats of whole models."""
+    """What is measured: `formats` of each piece, and `wholes`, the formats of whole models layer by layer."""
 
     config: ModelConfig
     formats: tuple[str, ...]
-    wholes: tuple[Choice, ...]
+    wholes: tuple[tuple[Choice, ...], ...]
 
     @property
     def begun(self) -> tuple[str, ...]:
@@ -65,9 +64,9 @@ class Streams:
         """All streams that enter a layer."""
         return (*self.begun, *(name for n in range(layer) for name in self.pieces(n)))
 
-    def choices(self) -> tuple[Choice, ...]:
-        """Everything that is rounded at each layer."""
-        return (*dict.fromkeys((*self.pieces(0).values(), *self.wholes)),)
+    def choices(self, layer: int) -> tuple[Choice, ...]:
+        """Everything that is rounded at a layer."""
+        return (*dict.fromkeys((*self.pieces(layer).values(), *(whole[layer] for whole in self.wholes))),)
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class StreamsRun:
         kinds = {
             START: SOURCE,
             REST: SOURCE,
-            **{f"whole{i}": kind for i, kind in enumerate(self.plan.wholes)},
+            **{f"whole{i}": whole[layer] for i, whole in enumerate(self.plan.wholes)},
         }
         of = {name: (kind, entered[name]) for name, kind in kinds.items()}
         of |= {name: (kind, entered[REST]) for name, kind in self.plan.pieces(layer).items()}
