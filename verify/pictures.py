@@ -47,6 +47,40 @@ def kld_by_size(files: Sequence[Measured]) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Curve:
+    """Files of one kind by size: (bytes, mean KLD, name or nothing) of each."""
+
+    label: str
+    points: Sequence[tuple[int, float, str]]
+
+
+def curves_by_size(curves: Sequence[Curve]) -> Figure:
+    """KLD against file size, a line for each kind of files; kinds come in pairs, the first of which is dashed."""
+    figure, axes = new(8, 4.2)
+    small = max(nbytes for curve in curves for nbytes, _, _ in curve.points) < 1e9
+    unit, size = ("MB", 1e6) if small else ("GB", 1e9)
+    axes.set(xlabel=f"file size ({unit})", ylabel="mean KL divergence (nats)", yscale="log")
+    for i, curve in enumerate(curves):
+        x = [nbytes / size for nbytes, _, _ in curve.points]
+        y = np.maximum([kld for _, kld, _ in curve.points], FLOOR)
+        color = (BLUE, ORANGE, GREEN)[i // 2 % 3]
+        axes.plot(x, y, "o--" if i % 2 == 0 else "s-", color=color, markersize=5, label=curve.label)
+        for at, value, (_, _, name) in zip(x, y, curve.points, strict=True):
+            axes.annotate(
+                name,
+                (at, value),
+                xytext=(5, 5),
+                textcoords="offset points",
+                color=INK,
+                fontsize=8,
+                parse_math=False,
+            )
+    _number_axes(axes)
+    axes.legend(frameon=False, labelcolor=INK)
+    return figure
+
+
 def kld_by_tokens(files: Sequence[Measured]) -> Figure:
     """KLD against the number of calibration tokens, of the files that were calibrated."""
     figure, axes = new(8, 4.2)
@@ -57,8 +91,6 @@ def kld_by_tokens(files: Sequence[Measured]) -> Figure:
 
 
 def _points(axes: Axes, files: Sequence[Measured], x: Sequence[float], color: str) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
     y = np.maximum([f.kld for f in files], FLOOR)
     two = np.nan_to_num([2 * f.error for f in files])
     below = np.minimum(two, y * 0.95)  # a logarithmic axis has no place for zero
@@ -77,6 +109,13 @@ def _points(axes: Axes, files: Sequence[Measured], x: Sequence[float], color: st
             parse_math=False,
         )
     axes.margins(x=0.1, y=0.14)
+    _number_axes(axes)
+
+
+def _number_axes(axes: Axes) -> None:
+    """A grid, and plain numbers on both axes, also where they are logarithmic."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axes.grid(color=INK, alpha=0.25, linewidth=0.6)
     for axis in (axes.yaxis, axes.xaxis):
         if axis.get_scale() == "log":

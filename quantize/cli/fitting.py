@@ -84,9 +84,10 @@ def told(fitted: Fitted) -> Iterator[str]:
         )
     else:
         yield f"{fitted.recipe.tier}: the formats that lose least in {at_most}"
-    yield paragraph(f"losses: {fitted.origin}")
-    if fitted.expected_kld is not None:
-        yield f"expected KLD: {fitted.expected_kld:.4g}"
+    if fitted.expected_kld is None:
+        yield f"chosen by {fitted.origin}: `mq-quant measure` finds out those of this one"
+    else:
+        yield paragraph(f"chosen by {fitted.origin}; expected KLD there {fitted.expected_kld:.4g}")
     if fitted.wrong:
         avoid = " ".join(f"--avoid {name}" for name in fitted.wrong)
         yield f"{avoid} keeps clear of what newer engines compute wrongly"

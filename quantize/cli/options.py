@@ -28,9 +28,9 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="An HFQ file.", show_
 
 def tier_names(incomplete: str) -> list[str]:
     """The bundled tiers that begin so, for a shell that completes a name."""
-    from ..spec.recipe import tiers
+    from ..spec.recipe import fitted_tiers, tiers
 
-    return [name for name in tiers() if name.startswith(incomplete)]
+    return [name for name in tiers() + fitted_tiers() if name.startswith(incomplete)]
 
 
 Tier = Annotated[

@@ -204,21 +204,22 @@ class Fitting:
     def _recipe(self, allocation: Allocation) -> Recipe:
         base = self.standard[BASE]
         at_most = f"{self.budget.limit(self.config) / 1e9:.4g} GB"
+        without = ", ".join(sorted(f"{projection}:{name}" for projection, name in self.avoided))
+        avoided = f", without {without}" if without else ""
         said = {
             "tier": self.budget.name,
-            "description": f"The formats that lose least in at most {at_most}, {self.losses.origin}.",
+            "description": f"Formats chosen layer by layer for at most {at_most}{avoided}, by {self.losses.origin}.",
             "quantization_hash": None,
-            "verify": self._bars,
+            "verify": self._bars(allocation),
             "rules": rules_of(allocation, base),
         }
         return base.model_copy(update=said)
 
-    @property
-    def _bars(self) -> Bars:
-        """What `verify` asks of the largest standard tier that is not larger than the budget, or of the smallest."""
-        limit = self.budget.limit(self.config)
-        sizes = sorted((made.nbytes, name) for name, made in self._tiers.items())
-        _, name = max((size for size in sizes if size[0] <= limit), default=sizes[0])
+    def _bars(self, allocation: Allocation) -> Bars:
+        """What `verify` asks of the best standard tier that is not better than this, or of the worst."""
+        total = self.losses.total(allocation)
+        lost = sorted((self.losses.total(made.allocation), name) for name, made in self._tiers.items())
+        _, name = next((tier for tier in lost if tier[0] >= total), lost[-1])
         return self.standard[name].verify
 
     @cached_property

@@ -12,7 +12,7 @@ from ...formats.minimax import ModelConfig
 from .losses import Losses
 from .measurement import PROJECTIONS, Projection
 
-ORIGIN = "typical of two small models, since no measurement of this one was given"
+ORIGIN = "losses typical of two small models"
 SHARES: Mapping[str, float] = {"MQ2-Lloyd": 1.0, "MQ3-Lloyd": 0.28, "MQ4": 0.1, "MQ6": 0.01}
 """What a format loses, as a share of what MQ2-Lloyd loses at the same piece."""
 DEPTH: Mapping[Projection, tuple[float, float]] = {"gate_up": (0.27, 0.77), "down": (0.52, 0.38)}

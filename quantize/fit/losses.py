@@ -57,7 +57,7 @@ def measured(measurement: Measurement) -> Losses:
         for piece in measurement.pieces
     )
     name, effort, tokens = measurement.model.name, measurement.effort, measurement.text.tokens
-    origin = f"measured on {name} at effort {effort}, on {tokens} tokens"
+    origin = f"losses measured on {name} at effort {effort}, on {tokens} tokens"
     alone = Losses(pieces, origin)
     layers = measurement.model.layers
     known = tuple(

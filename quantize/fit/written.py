@@ -62,7 +62,7 @@ def _about(fitted: Fitted, budget: Budget) -> str:
     best = "Nothing was better than this tier" if fitted.tier else "The formats that lose least"
     return (
         f"{best} under {budget.option}: at most {fitted.limit} bytes. The file will have about {fitted.total_bytes}. "
-        f"Losses: {fitted.origin}. {expected}"
+        f"Chosen by {fitted.origin}. {expected}"
     )
 
 

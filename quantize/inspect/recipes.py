@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...formats.errors import OutputError, RecipeError
-from ..spec.recipe import DEFAULT_MODEL, bundled_path, load_model, load_tier, models, tiers
+from ..spec.recipe import DEFAULT_MODEL, bundled_path, fitted_tiers, load_model, load_tier, models, tiers
 from ..write.atomic import write_atomic
 
 _OF_THE_BUNDLED_FILE = re.compile(r"^quantization_hash:.*\n", re.MULTILINE)
@@ -61,7 +61,8 @@ def list_recipes(model: str = DEFAULT_MODEL) -> RecipeList:
     names = models()
     if model not in names:
         raise RecipeError(f"there is no model {model!r}", hint=f"There are {', '.join(names)}.")
-    lines = tuple(RecipeLine(tier, load_tier(tier, model).description) for tier in tiers(model))
+    bundled = tiers(model) + fitted_tiers(model)
+    lines = tuple(RecipeLine(tier, load_tier(tier, model).description) for tier in bundled)
     return RecipeList(model, lines, tuple(ModelLine(name, load_model(name).place.address) for name in names))
 
 

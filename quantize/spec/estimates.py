@@ -27,7 +27,7 @@ from .efforts import EffortCost, default_effort, effort_costs
 from .metadata import template, totals_of
 from .places import TINY, ModelFiles, choose_recipe, local_folder, model_files
 from .plan import ROW_WEIGHTS, Plan, make_plan, plan_tensors
-from .recipe import Effort, Model, Recipe, load_tier
+from .recipe import FITTED, Effort, Model, Recipe, fitted_tiers, load_tier
 from .recipe import tiers as tier_names
 from .running import NOTE, machine_for, run_bytes
 from .tally import FileSizes, file_sizes
@@ -175,10 +175,19 @@ def plan_table(source: str | None, jobs: int | None, shard_cache: int = 2, devic
 
 
 def _tiers(source: str | None) -> Iterator[tuple[Recipe, FileSizes]]:
+    """The standard tiers, and those that were fitted to a memory where this model's files run in it."""
     for tier in tier_names():
-        recipe = choose_recipe(tier, None, source) if source else load_tier(tier)
-        files = model_files(recipe.model)
-        yield recipe, file_sizes(recipe, files, parse_config(files.config))
+        yield _sized(tier, source)
+    for tier in fitted_tiers() if source != TINY else ():
+        recipe, sizes = _sized(tier, source)
+        if machine_for(sizes.total_bytes, sizes.config) == f"{tier.removeprefix(FITTED)} GB":
+            yield recipe, sizes
+
+
+def _sized(tier: str, source: str | None) -> tuple[Recipe, FileSizes]:
+    recipe = choose_recipe(tier, None, source) if source else load_tier(tier)
+    files = model_files(recipe.model)
+    return recipe, file_sizes(recipe, files, parse_config(files.config))
 
 
 def _table(rows: list[tuple[Recipe, FileSizes]]) -> TierTable:

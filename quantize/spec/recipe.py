@@ -25,6 +25,8 @@ from .recipe_file import check_size, read_document
 
 DEFAULT_MODEL = "minimax-m2.7"
 MODEL_FILE = "model.yaml"
+FITTED = "fit-"
+"""How the names of tiers begin whose formats were chosen for a memory: fit-96 runs in 96 GB."""
 MAX_RULES = 256
 NAME_LIMIT, FILE_NAME_LIMIT = 100, 255
 SHOWN, MESSAGE_LIMIT = 8, 300
@@ -221,7 +223,16 @@ def models() -> list[str]:
 
 
 def tiers(model: str = DEFAULT_MODEL) -> list[str]:
-    """The tiers bundled for a model."""
+    """The standard tiers bundled for a model, in which all layers have the same formats."""
+    return [name for name in _bundled(model) if not name.startswith(FITTED)]
+
+
+def fitted_tiers(model: str = DEFAULT_MODEL) -> list[str]:
+    """The tiers bundled for a model whose formats were chosen for a memory, which their names say."""
+    return [name for name in _bundled(model) if name.startswith(FITTED)]
+
+
+def _bundled(model: str) -> list[str]:
     names = (entry.name for entry in (_root() / model).iterdir())
     return sorted(
         name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name != MODEL_FILE
@@ -235,10 +246,11 @@ def load_model(name: str) -> Model:
 
 def load_tier(tier: str, model: str = DEFAULT_MODEL) -> Recipe:
     """The bundled recipe of a tier; RecipeError, with the nearest name, where there is none."""
-    if tier not in tiers(model):
-        near = difflib.get_close_matches(tier, tiers(model), n=1, cutoff=0.4)
+    names = _bundled(model)
+    if tier not in names:
+        near = difflib.get_close_matches(tier, names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise RecipeError(f"there is no tier {tier!r}", hint=f"{hint}There are {', '.join(tiers(model))}.")
+        raise RecipeError(f"there is no tier {tier!r}", hint=f"{hint}There are {', '.join(names)}.")
     path = bundled_path(tier, model)
     return parse_recipe(read_document(path), str(path))
 

@@ -96,7 +96,7 @@ def test_a_plan_without_a_tier_is_of_all(mq: Run, monkeypatch: pytest.MonkeyPatc
     assert list(rows) == ["mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini"]
     assert "calibrated" in out and "5.1 h at 100 Mbit/s" in out
     result = json.loads(mq("plan", "--json", "--jobs", "2")[1])
-    assert result["jobs"] == 2 and len(result["tiers"]) == 6 and result["streamed_bytes"] > 0
+    assert result["jobs"] == 2 and len(result["tiers"]) == 9 and result["streamed_bytes"] > 0
     of_tiny = json.loads(mq("plan", "--source", "tiny", "--json")[1])
     assert of_tiny["streamed_bytes"] == 0 and of_tiny["efforts"][0]["download_bytes"] is None
 

@@ -19,7 +19,7 @@ from mq_quant.quantize.fit.request import FitRequest, fit
 from mq_quant.quantize.fit.written import recipe_text, write_recipe
 from mq_quant.quantize.spec.estimates import tier_table
 from mq_quant.quantize.spec.places import model_files
-from mq_quant.quantize.spec.recipe import load_model, load_recipe, load_tier, tiers
+from mq_quant.quantize.spec.recipe import fitted_tiers, load_model, load_recipe, load_tier, tiers
 from mq_quant.quantize.spec.running import run_bytes
 
 CONFIG = parse_config(model_files(load_model("minimax-m2.7")).config)
@@ -77,6 +77,16 @@ def test_the_sizes_of_the_hint_can_be_had() -> None:
     least, most = [word for word in (e.value.hint or "").split() if word.endswith("GB")]
     assert fit(request(least)).tier == "mq2-mini"
     assert set(fit(request(most)).allocation.of("down")) >= {"MQ6"}
+
+
+@pytest.mark.parametrize("tier", fitted_tiers())
+def test_bundled_tiers_are_what_is_chosen_for_their_memory(tier: str) -> None:
+    """Right in every version of the engine, by typical losses."""
+    budget = read_budget(f"{tier.removeprefix('fit-')}GB", None, None, None)
+    assert budget is not None
+    found = fit(FitRequest(None, None, budget, None, read_avoided(["down:MQ4"])))
+    assert load_tier(tier).rules == found.recipe.rules and found.recipe.tier == tier
+    assert not found.wrong
 
 
 def test_what_is_avoided_is_not_taken() -> None:
