@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...awq.importance import LayerImportance
-from ...formats.blocks import BY_NAME, Format
-from ...formats.minimax import PROJECTIONS, ModelConfig, expert_name
+from ...formats.blocks import BY_NAME
+from ...formats.minimax import ModelConfig, expert_name
 from ...verify.model.reference import Weights
 from ..encode.answering import answering_down, product
 from ..encode.encoders import CPU, Encoder
 from ..encode.layer_encoder import FitSettings, LayerEncoder
+from ..encode.once import Once, Together
 
 F32 = NDArray[np.float32]
 
@@ -58,63 +59,61 @@ class LayerPieces:
     ) -> None:
         """Chooses each format's AWQ scale from a few of the source's matrices."""
         self.layer, self.importance, self.choices, self.source = layer, importance, tuple(choices), source
-        self._encoders: dict[str, LayerEncoder] = {}
-        for name in dict.fromkeys(f for choice in self.choices for f in choice if f is not None):
-            formats: dict[str, Format] = dict.fromkeys(PROJECTIONS, BY_NAME[name])
-            made = LayerEncoder(config, layer, importance, formats, settings, encoder)
-            made.prepare({needed: source.weight(needed) for needed in made.needs_samples()})
-            self._encoders[name] = made
+        used = dict.fromkeys(f for choice in self.choices for f in choice if f is not None)
+        pairs = [*(Choice(f, f) for f in used), *(c for c in self.choices if c.gate_up and c.down)]
+        self._encoders: dict[Choice, LayerEncoder] = {}
+        once = Together()
+        for pair in dict.fromkeys(pairs):
+            above, below = BY_NAME[str(pair.gate_up)], BY_NAME[str(pair.down)]
+            made = LayerEncoder(
+                config, layer, importance, {"w1": above, "w2": below, "w3": above}, settings, encoder
+            )
+            made.prepare({needed: source.weight(needed) for needed in made.needs_samples()}, once)
+            self._encoders[pair] = made
 
     def expert(self, expert: int) -> dict[Choice, Matrices]:
         """One expert under each choice, and as the source has it; for any number of threads."""
         plain = Matrices(
             *(self.source.weight(expert_name(self.layer, expert, p)) for p in ("w1", "w3", "w2"))
         )
-        whole = {name: self._rounded(name, expert, plain) for name in self._encoders}
+        once = Together()
+        whole = {pair: _decoded(made, expert, plain, once) for pair, made in self._encoders.items()}
         inputs = self.importance.inputs(expert)
-        if inputs is None:
-            made = {choice: _put_together(plain, whole, choice) for choice in self.choices}
-        else:
-            made = self._answering(expert, plain, whole, inputs)
-        return {SOURCE: plain, **made}
-
-    def _rounded(self, name: str, expert: int, plain: Matrices) -> Matrices:
-        """The expert as a build in one format has it."""
-        encoder = self._encoders[name]
-        done = encoder.encode_expert(expert, *plain).payloads
-        w1, w3, w2 = (
-            encoder.stored.form(p).decode(done[p], getattr(plain, p).shape) for p in ("w1", "w3", "w2")
-        )
-        return Matrices(w1, w3, w2)
-
-    def _answering(
-        self, expert: int, plain: Matrices, whole: Mapping[str, Matrices], inputs: F32
-    ) -> dict[Choice, Matrices]:
-        """The expert under each choice, where down is fitted to what the rounded gate and up give it."""
-        there = product(inputs, plain.w1, plain.w3)
-        above: dict[str | None, tuple[Matrices, F32]] = {None: (plain, there)}
-        for name in dict.fromkeys(c.gate_up for c in self.choices if c.gate_up is not None):
-            here = product(inputs, whole[name].w1, whole[name].w3)
-            above[name] = whole[name]._replace(w2=answering_down(plain.w2, there, here)), here
-        out = {}
+        there = None if inputs is None else product(inputs, plain.w1, plain.w3)
+        out = {SOURCE: plain}
         for choice in self.choices:
-            given, seen = above[choice.gate_up]
-            if choice.down is None:
-                out[choice] = given
-            elif choice.down == choice.gate_up:
-                out[choice] = whole[choice.down]
-            else:
-                encoder = self._encoders[choice.down]
-                payload = encoder.encode_down(expert, given.w2, seen)
-                out[choice] = given._replace(w2=encoder.stored.form("w2").decode(payload, given.w2.shape))
+            if choice.gate_up is None and choice.down is not None:
+                below = self._down(choice.down, expert, plain.w2, there, whole)
+                out[choice] = plain._replace(w2=below)
+            elif choice.down is None and choice.gate_up is not None:
+                above = whole[Choice(choice.gate_up, choice.gate_up)]
+                out[choice] = above._replace(w2=_answer(plain.w2, above, inputs, there))
+            elif choice != SOURCE:
+                out[choice] = whole[choice]
         return out
 
+    def _down(
+        self, name: str, expert: int, w2: F32, seen: F32 | None, whole: Mapping[Choice, Matrices]
+    ) -> F32:
+        """Down alone in a format; where no inputs were kept it does not depend on gate and up."""
+        if seen is None:
+            return whole[Choice(name, name)].w2
+        encoder = self._encoders[Choice(name, name)]
+        return encoder.stored.form("w2").decode(encoder.encode_down(expert, w2, seen), w2.shape)
 
-def _put_together(plain: Matrices, whole: Mapping[str, Matrices], choice: Choice) -> Matrices:
-    """An expert whose matrices are rounded without looking at each other."""
-    above = plain if choice.gate_up is None else whole[choice.gate_up]
-    below = plain if choice.down is None else whole[choice.down]
-    return above._replace(w2=below.w2)
+
+def _decoded(encoder: LayerEncoder, expert: int, plain: Matrices, once: Once) -> Matrices:
+    """The expert as a build has it."""
+    done = encoder.encode_expert(expert, *plain, once).payloads
+    w1, w3, w2 = (encoder.stored.form(p).decode(done[p], getattr(plain, p).shape) for p in ("w1", "w3", "w2"))
+    return Matrices(w1, w3, w2)
+
+
+def _answer(w2: F32, above: Matrices, inputs: F32 | None, there: F32 | None) -> F32:
+    """Down, fitted to rounded gate and up where their inputs f32 [n, hidden] were kept, but not rounded."""
+    if inputs is None or there is None:
+        return w2
+    return answering_down(w2, there, product(inputs, above.w1, above.w3))
 
 
 def in_order(
