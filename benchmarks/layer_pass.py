@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from mq_quant.formats.checkpoint.safetensors_file import TensorInfo
+from mq_quant.formats.errors import MqError
 from mq_quant.formats.fp8 import dequantize, scale_shape
 from mq_quant.formats.minimax import ModelConfig, inventory
 from mq_quant.quantize.calibrate.on_the_fly import GatheredImportance
@@ -129,6 +130,13 @@ def busy_samples(device: str) -> Iterator[list[int]]:
     over.set()
 
 
+def encoded(made: LayerEncoder, expert: int, source: Any) -> None:
+    """Encode one expert; raises what prevents it."""
+    (done,) = made.encode_together([made], expert, source)
+    if isinstance(done, MqError):
+        raise done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -163,7 +171,7 @@ def main() -> None:
                 made = kind(source.config, layer, gathered.layer(layer), formats, FitSettings(), encoder)
                 made.prepare({name: source.weight(name) for name in made.needs_samples()})
                 marks.append(time.monotonic())
-                list(pool.map(lambda e: made.encode_from(e, source).notes, range(args.experts)))  # noqa: B023
+                list(pool.map(lambda e: encoded(made, e, source), range(args.experts)))  # noqa: B023
                 marks.append(time.monotonic())
             spent = [later - earlier for earlier, later in pairwise(marks)]
             row: dict[str, Any] = dict(zip(("calibrate", "prepare", "encode"), spent, strict=True))

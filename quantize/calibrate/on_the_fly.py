@@ -65,8 +65,8 @@ DOWN: DownForm = "pooled"
 class GatheredImportance:
     """The importances of a model, gathered while it is built.
 
-    Layers are begun in ascending order, all on one thread. Between two calls of `begin_layer`, `layer` may be called on
-    any thread.
+    Layers are begun in ascending order, all on one thread; `layer` may be called on any thread. Either each is begun
+    when nothing needs the one before any more, or, where the next one is `under_way`, those before it are ended later.
     """
 
     def __init__(
@@ -96,18 +96,17 @@ class GatheredImportance:
         self._manifest = manifest_of(self.config, {}, tokens, DOWN, self.device)
         self._imatrix: ImatrixModel | None = None
         self._path: Path | None = None
-        self._state, self._first = state, 0
+        self._state, self._first, self._last = state, 0, 0
         self._out: CalibrationFolder | None = None
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
-        self._entering: Tensor | None = None
+        self._entering: tuple[int, Tensor | None] = 0, None
         self.others = other_devices(self.device)
         """Devices over which the experts of a layer are spread beside the one on which the model runs."""
         self.stays = self.device.type != "cpu" if stays is None else stays
-        self._resident: Resident | None = None
-        self._writing: Future[None] | None = None
+        self._coming: dict[int, Coming] = {}
+        self._dropping: Future[None] | None = None
         self.runs_ahead = self.stays and room_for_two(self.config, tokens.size, self.device)
-        self._ahead: Future[Resident] | None = None
         self._stream = beside_others(self.device)
 
     def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:
@@ -144,17 +143,18 @@ class GatheredImportance:
             made_on["factors"] = self.device.type
         return {**said, "rows": True, "text": self._text, **made_on}
 
-    def open(self, path: Path, first: int = 0) -> None:
+    def open(self, path: Path, first: int = 0, last: int | None = None) -> None:
         """Begin, or continue what an unfinished build left in this folder; ResumeError where it is another's.
 
-        No layer before `first` will be begun. The build holds the lock of its output. Raises OutputError where the
-        folder is a link or holds anything else.
+        No layer before `first` will be begun, and none behind `last` where that is given. The build holds the lock of
+        its output. Raises OutputError where the folder is a link or holds anything else.
         """
         if path.is_symlink():
             raise OutputError(
                 "is a symbolic link, which is not followed here", file=path, hint="remove the link"
             )
         self._path, self._first = path, first
+        self._last = self.config.num_hidden_layers - 1 if last is None else last
         self._out = CalibrationFolder(path, dict(flatten(self._manifest)))
         start = self._state.start(first) if self._state else 0
         if self._state is not None and len(self._out.journal.done) < start:
@@ -164,16 +164,17 @@ class GatheredImportance:
             self._state.prime(self._out, start)
         if not self._out.journal.done:
             # Read before the build releases the embeddings, and kept until the first layer has run.
-            self._entering = enter(self._source, self.config, self._out, self.tokens, 0)
+            self._entering = 0, enter(self._source, self.config, self._out, self.tokens, 0)
 
     def close(self) -> None:
         """Let go of the folder, which stays for the next run."""
         if self._out is not None:
             with suppress(Exception):  # the layer is run again
                 self._settle()
-            with suppress(Exception):
-                self._take_over()
-            self._let_go()
+            for coming in self._coming.values():
+                wait([coming.written])
+                coming.let_go()
+            self._coming.clear()
             self._out.close()
             self._out = None
 
@@ -186,24 +187,39 @@ class GatheredImportance:
     def begin_layer(self, layer: int) -> None:
         """Have one layer's moments ready, and no others: nothing may need those of an earlier layer any more."""
         self._settle()
-        self._take_over()
-        if layer < len(self._folder.journal.done) and not self._intact(layer):
-            self._restart()
         if not self.stays:
+            self._restart_if_damaged(layer)
             self._drop(range(min(layer, len(self._folder.journal.done))))
-        self._gather_up_to(layer)
-        if not self.stays:
+            self._gather_up_to(layer)
             return
-        if not self._is_here(layer):
-            self._resident = self._again(layer)
-        self._writing = _beside(partial(self._drop, range(layer), after=self._writing))
-        if self.runs_ahead and layer + 1 < self.config.num_hidden_layers:
-            self._run_ahead(layer + 1)
+        self._leave(layer)
+        if layer not in self._coming:
+            self._restart_if_damaged(layer)
+            self._gather_up_to(layer)
+        if layer not in self._coming:
+            self._start(layer)
+        self._coming[layer].made.result()
+        self._end(layer)
+
+    def under_way(self, layer: int) -> bool:
+        """Whether a layer is run already, so that it can be begun while the one before it is still needed: `layer`
+        waits for it.
+        """
+        return layer in self._coming
+
+    def holds_before(self, layer: int) -> bool:
+        """Whether `end_before` has anything to do."""
+        return self.stays and min(self._coming, default=layer) < layer
+
+    def end_before(self, layer: int) -> None:
+        """Nothing needs the moments of layers before this one any more, which is under way."""
+        self._leave(layer)
+        self._end(layer)
 
     def layer(self, layer: int) -> LayerImportance:
-        """The importances of the layer that was begun last."""
-        if self._resident is not None:
-            return self._resident.importance
+        """The importances of a layer that was begun and is not ended."""
+        if self.stays:
+            return self._coming[layer].made.result().importance
         gathered = self._gathered(layer, self._folder.record(layer))
         return with_rows(gathered, self._folder.rows(layer, self.config, self.tokens.size))
 
@@ -240,29 +256,34 @@ class GatheredImportance:
         from which they are made again."""
         if not self._folder.intact(layer):
             return False
-        return not self.stays or self._is_here(layer) or self._folder.has_hidden(layer)
+        return not self.stays or layer in self._coming or self._folder.has_hidden(layer)
 
-    def _is_here(self, layer: int) -> bool:
-        return self._resident is not None and self._resident.layer == layer
+    def _restart_if_damaged(self, layer: int) -> None:
+        """Begin the run of the model anew where the moments of a layer are gone that has to be encoded once more."""
+        if layer < len(self._folder.journal.done) and not self._intact(layer):
+            assert self._path is not None
+            self.discard()
+            self.open(self._path, self._first, self._last)
 
     def _gather_up_to(self, layer: int) -> None:
         """Run the model to the end of `layer`, from where the last run of it stopped."""
         self._settle()
         for n in range(len(self._folder.journal.done), layer + 1):
-            hidden, self._entering = self._entering, None
-            if hidden is None:
-                hidden = enter(self._source, self.config, self._folder, self.tokens, n)
             if self.stays:
-                self._let_go()
-                self._resident, finish = self._gather_here(n, hidden)
-                self._entering = self._resident.behind
-                self._writing = _beside(finish)
-                make_room(self.device)
+                self._start(n)
             else:
-                self._gather(n, hidden, self._source).finish()
+                self._gather(n, self._entering_of(n), self._source).finish()
             if n < layer:
                 self._settle()
+                self._leave(n + 1)
                 self._folder.drop(n)
+
+    def _entering_of(self, layer: int) -> Tensor:
+        """The stream that enters a layer: from the layer before, where that was just run, or as it was saved."""
+        (n, stream), self._entering = self._entering, (0, None)
+        if stream is None or n != layer:
+            return enter(self._source, self.config, self._folder, self.tokens, layer)
+        return stream
 
     def _gather(self, layer: int, hidden: Tensor, weights: Source | DeviceWeights) -> Gathered:
         return gather_layer(
@@ -301,38 +322,55 @@ class GatheredImportance:
         behind = self._imatrix.layer(layer) if self._imatrix else None
         return self._folder.layer(layer, self.config, DOWN, record, behind)
 
-    def _run_ahead(self, layer: int) -> None:
-        """Begin to gather the next layer, where the stream that enters it is here, beside what is done meanwhile."""
-        hidden, self._entering = self._entering, None
-        if hidden is None:
-            return
-        before = self._writing
+    def _start(self, layer: int) -> None:
+        """Run a layer, or have again what its experts saw, on a thread of its own, after the layer before."""
+        before, known = self._coming.get(layer - 1), layer < len(self._folder.journal.done)
+        made: Future[Resident] = Future()
 
-        def work() -> Resident:
+        def run() -> Callable[[], None]:
+            behind = before.made.result().behind if before else None
+            if known and self._intact(layer):
+                made.set_result(self._again(layer))
+                return lambda: None
+            hidden = self._entering_of(layer) if behind is None else behind
+            resident, finish = self._gather_here(layer, hidden)
+            if not self.runs_ahead:
+                make_room(self.device)
+            made.set_result(resident)
+            return finish
+
+        def work() -> None:
             with self._stream():
-                resident, finish = self._gather_here(layer, hidden)
                 try:
-                    if before is not None:
-                        before.result()
-                    finish()
-                except BaseException:
-                    resident.weights.close()
+                    finish = run()
+                except BaseException as e:
+                    made.set_exception(e)
                     raise
-            return resident
+                if before is not None:
+                    before.written.result()
+                finish()
 
-        self._ahead = _beside(work)
+        self._coming[layer] = Coming(made, _beside(work))
 
-    def _take_over(self) -> None:
-        """The layer that was gathered ahead takes the place of the one before; raises what stood in its way."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            self._let_go()
-            self._resident = ahead.result()
-            self._entering = self._resident.behind
+    def _leave(self, layer: int) -> None:
+        """Let go of the layers before this one; the stream behind the last of them stays."""
+        for n in sorted(n for n in self._coming if n < layer):
+            coming = self._coming.pop(n)
+            wait([coming.written])
+            if n + 1 not in self._coming:
+                self._entering = n + 1, coming.made.result().behind
+            coming.let_go()
+
+    def _end(self, layer: int) -> None:
+        """Remove what is kept of layers before this one, and run the next one, where it has room beside this one."""
+        self._settle_drops()
+        self._dropping = _beside(partial(self._drop, range(layer)))
+        coming = max(self._coming) + 1
+        if self.runs_ahead and len(self._coming) < 2 and coming <= self._last:
+            self._start(coming)
 
     def _again(self, layer: int) -> Resident:
         """What the experts of a finished layer saw, from the stream that enters the layer."""
-        self._let_go()
         weights = self._weights(layer)
         moments = LayerMoments(self.config, layer, DOWN, keep_rows=True)
         with torch.inference_mode():
@@ -346,35 +384,25 @@ class GatheredImportance:
         names = [spec.name for spec in layer_inventory(self.config, layer)]
         return DeviceWeights(self._source, self.device, names)
 
-    def _drop(self, layers: range, after: Future[None] | None = None) -> None:
-        if after is not None:
-            after.result()
+    def _drop(self, layers: range) -> None:
         for layer in layers:
             self._folder.drop(layer)
 
+    def _settle_drops(self) -> None:
+        dropping, self._dropping = self._dropping, None
+        if dropping is not None:
+            dropping.result()
+
     def _settle(self) -> None:
-        """Wait until nothing is under way beside this thread, and raise what stood in the way of what was written."""
-        if self._ahead is not None:
-            wait([self._ahead])
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def _let_go(self) -> None:
-        if self._resident is not None:
-            self._resident.weights.close()
-            self._resident = None
-
-    def _restart(self) -> None:
-        """Begin the run of the model anew: the moments of a layer are gone that has to be encoded once more."""
-        assert self._path is not None
-        self.discard()
-        self.open(self._path, self._first)
+        """Wait until nothing is under way beside this thread, and raise what stood in its way."""
+        for coming in self._coming.values():
+            coming.written.result()
+        self._settle_drops()
 
 
 def _beside(work: Callable[[], T]) -> Future[T]:
     """Some work on a thread of its own."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="layer")
     try:
         return pool.submit(work)
     finally:
@@ -391,3 +419,16 @@ class Resident:
     weights: DeviceWeights
     importance: KeptOnDevice
     behind: Tensor | None
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A layer that is run on a thread of its own: it is here once it is `made`, and durable once it is `written`."""
+
+    made: Future[Resident]
+    written: Future[None]
+
+    def let_go(self) -> None:
+        """Let go of what was made, if it was."""
+        if self.made.exception() is None:
+            self.made.result().weights.close()

@@ -6,7 +6,7 @@ Nothing is written: each unit is compared with the file as it comes out of the e
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from ...texts import CALIBRATION_SHA256
 from ..calibrate.tokens import TokenRequest
 from ..pipeline.build_spec import BuildSpec, open_build
 from ..pipeline.statistics import ImatrixFile, MomentFolder, NoStatistics, OnTheFly, Statistics
+from ..pipeline.turns import LayersInTurn, Turns
 from ..pipeline.work_units import WorkUnit, work_order
 from ..pipeline.worker_pool import Encoded, UnitHook, Workers, run_units
 from ..spec.hooks import nothing
@@ -213,8 +214,8 @@ def reproduce(
             watch.advance(unit.weights, unit.key)
             on_done(unit)
 
-        with gathering(spec) as before:
-            run_units(spec, order, compare, Workers(jobs, before_layer=before))
+        with gathering(spec) as turns:
+            run_units(spec, order, compare, Workers(jobs, turns=turns))
         return Reproduction(
             path=path,
             tensor_count=len(file.entries),
@@ -227,7 +228,7 @@ def reproduce(
 
 
 @contextmanager
-def gathering(spec: BuildSpec) -> Iterator[Callable[[int], None] | None]:
+def gathering(spec: BuildSpec) -> Iterator[Turns | None]:
     """What has each layer's moments ready, where they are gathered again; the scratch folder is removed at the end."""
     gathered = spec.gathered
     if gathered is None:
@@ -236,7 +237,7 @@ def gathering(spec: BuildSpec) -> Iterator[Callable[[int], None] | None]:
     with tempfile.TemporaryDirectory(prefix="mq-quant-") as scratch:
         try:
             gathered.open(Path(scratch) / "calibration")
-            yield gathered.begin_layer
+            yield LayersInTurn(gathered)
         finally:
             gathered.close()
 

@@ -32,6 +32,7 @@ from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_build, output_
 from .notes import Notes, with_notes
 from .parts import LayerRange, PartLayout, sealed
 from .statistics import OnTheFly, Statistics, input_paths
+from .turns import LayersInTurn
 from .work_units import WorkUnit, whole_layers, work_order
 from .worker_pool import Encoded, UnitHook, Workers, in_step, run_steps
 
@@ -155,6 +156,11 @@ class Build:
         if self.options.cluster is not None:
             return self.spec.plan.config.num_hidden_layers
         return self._part.layers.first if self._part else 0
+
+    @property
+    def last_layer(self) -> int:
+        """The last layer that is encoded."""
+        return self._part.layers.last if self._part else self.spec.plan.config.num_hidden_layers - 1
 
     def __exit__(self, *_: object) -> None:
         """Let go of everything; where nothing is to be continued, nothing stays beside the output."""
@@ -338,14 +344,10 @@ def run_builds(
             gone.add(n)
             on_error(n, e)
 
-    def begin(layer: int) -> None:
-        """Have a layer's moments ready. Those of earlier layers go, so what was encoded with them is synced first."""
-        assert gathered is not None
+    def sync() -> None:
         for n in builds.keys() - gone:
             with alone(n):
                 builds[n].sync()
-        options.watch.advance(0, f"running layer {layer} of the source")
-        gathered.begin_layer(layer)
 
     def deliver(n: int, unit: WorkUnit, done: Encoded | MqError) -> None:
         with alone(n):
@@ -367,7 +369,9 @@ def run_builds(
                     builds[n].encode_on(options.cluster)
         else:
             steps = in_step(next(iter(builds.values())).order, todo)
-            workers = Workers(options.jobs, options.encoder, options.on_begin, begin if gathered else None)
+            tuned = any(build.spec.tuning is not None for build in builds.values())
+            turns = LayersInTurn(gathered, not tuned, sync, options.watch) if gathered else None
+            workers = Workers(options.jobs, options.encoder, options.on_begin, turns)
             run_steps({n: build.spec for n, build in builds.items()}, steps, deliver, workers, gone)
         results: dict[int, BuildResult] = {}
         for n, build in builds.items():
@@ -387,7 +391,8 @@ def gathering(gathered: GatheredImportance | None, folder: Path, builds: Collect
         discard_folder(folder)
     try:
         if gathered is not None:
-            gathered.open(folder, next(iter(builds)).first_layer)
+            build = next(iter(builds))
+            gathered.open(folder, build.first_layer, build.last_layer)
         yield
     finally:
         if gathered is not None:

@@ -27,6 +27,7 @@ from ..encode.once import once_for
 from ..encode.overflow import encode_tensor
 from ..spec.hooks import nothing
 from .build_spec import BuildSpec
+from .turns import Turns
 from .work_units import WorkUnit
 
 AHEAD = 2
@@ -62,14 +63,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Workers:
-    """How units are run. `before_layer(layer)`, where given, runs on the calling thread when everything before the
-    layer is delivered and nothing of it is begun; `on_begin(unit)` on the worker's thread before the unit is encoded.
+    """How units are run, in `turns` by layer where they are given; `on_begin(unit)` runs on the worker's thread before
+    the unit is encoded.
     """
 
     jobs: int = 1
     encoder: Encoder = CPU
     on_begin: UnitHook = nothing
-    before_layer: Callable[[int], None] | None = None
+    turns: Turns | None = None
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def run_steps(
     """
     source = next(iter(specs.values())).source
     source.schedule([t.name for step in todo for t in step.unit.tensors if t.spec and step.unit.is_last])
-    jobs, before_layer = workers.jobs, workers.before_layer
+    jobs, turns = workers.jobs, workers.turns
     files: dict[int, set[int]] = defaultdict(set)
     for step in todo:
         if step.unit.layer is not None:
@@ -280,9 +281,19 @@ def run_steps(
             unit = step.unit
             if unit.layer is not None:
                 layers.drop_before(unit.layer)
+                if turns is not None:
+                    turns.end_before(unit.layer)
             for tensor in unit.tensors:
                 if tensor.spec and unit.is_last:
                     source.release(tensor.name)
+
+        def begin(layer: int) -> None:
+            assert turns is not None
+            while pending and not turns.under_way(layer):
+                finish()
+            if not turns.under_way(layer):
+                layers.drop_before(layer)
+                turns.begin(layer)
 
         begun: int | None = None
         try:
@@ -290,16 +301,14 @@ def run_steps(
                 unit = step.unit
                 if not step.without(gone).units:
                     continue
-                if before_layer is not None and unit.layer not in (None, begun):
-                    while pending:
-                        finish()
+                if turns is not None and unit.layer is not None and unit.layer != begun:
+                    begin(unit.layer)
                     begun = unit.layer
-                    layers.drop_before(begun)
-                    before_layer(begun)
                 # Deadlock guard: a layer's encoder is submitted before units that wait for it, or all threads could be
                 # waiting.
                 encoders = layers.of(unit)
-                if before_layer is None or later.unit.layer == begun:
+                ahead = later.unit.layer
+                if turns is None or ahead == begun or (ahead is not None and turns.under_way(ahead)):
                     layers.of(later.unit)
                 pending.append((step, pool.submit(work, step, encoders)))
                 if len(pending) > AHEAD * jobs:

@@ -10,7 +10,7 @@ import pickle
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,7 @@ from ...spec.places import open_place
 from ...spec.provenance import code, program
 from ...write.journal import differences
 from ..build_spec import BuildSpec, resolve
+from ..turns import LayersInTurn, Turns
 from ..work_units import WorkUnit, work_order
 from ..worker_pool import Encoded, Workers, run_units
 from .delivery import open_sink
@@ -80,23 +81,23 @@ class _Opened:
                 done.append(Stands(unit.key, xxhash.xxh64_hexdigest(payload), encoded.record))
 
             todo = [self.units[key] for key in offsets]
-            with self._gathering(todo[0].layer) as before:
-                workers = Workers(self.job.threads, self.encoder, before_layer=before)
+            with self._gathering(todo[0].layer) as turns:
+                workers = Workers(self.job.threads, self.encoder, turns=turns)
                 run_units(self.spec, todo, deliver, workers)
             sink.sync()
         return tuple(done)
 
     @contextmanager
-    def _gathering(self, layer: int | None) -> Iterator[Callable[[int], None] | None]:
+    def _gathering(self, layer: int | None) -> Iterator[Turns | None]:
         """What has the moments of a layer ready, from the stream that enters it, where the build gathers moments."""
         gathered = self.spec.gathered
         if gathered is None or layer is None:
             yield None
             return
         with tempfile.TemporaryDirectory() as folder:
-            gathered.open(Path(folder) / "moments", layer)
+            gathered.open(Path(folder) / "moments", layer, layer)
             try:
-                yield gathered.begin_layer
+                yield LayersInTurn(gathered)
             finally:
                 gathered.close()
 

@@ -23,6 +23,7 @@ from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import RecipeChanges
 from mq_quant.quantize.pipeline.statistics import OnTheFly
 from mq_quant.quantize.spec.places import choose_recipe
+from mq_quant.quantize.tune.layer import TuneSettings
 from mq_quant.quantize.write.partial_file import CALIBRATION
 
 CONFIG = {**small_model.CONFIG, "num_hidden_layers": 2, "hidden_size": 512}
@@ -44,8 +45,8 @@ def stays(monkeypatch):
     monkeypatch.setattr(on_the_fly, "GatheredImportance", partial(on_the_fly.GatheredImportance, stays=True))
 
 
-def built(source, out, tier="mq2", alpha=0.3, **given):
-    own = OnTheFly(TokenRequest(tokens=source / "tokens.npy"))
+def built(source, out, tier="mq2", alpha=0.3, tuning=None, **given):
+    own = OnTheFly(TokenRequest(tokens=source / "tokens.npy"), tuning=tuning)
     options = RunOptions(**{"output": out, "jobs": 2} | given)
     return build_file(choose_recipe(tier, None, str(source)), own, options, RecipeChanges(alpha=alpha))
 
@@ -163,3 +164,36 @@ def test_a_fault_of_the_layer_ahead_ends_the_build_which_can_be_continued(
     monkeypatch.setattr(on_the_fly, "gather_layer", real)
     assert built(source, tmp_path / "out").resumed_units > 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("tuning", [None, TuneSettings(epochs=1)], ids=["calibrated", "tuned"])
+def test_layers_overlap_two_at_a_time_with_the_same_bytes(tmp_path, stays, monkeypatch, tuning):
+    """A tuned layer has the device for itself, but what is run ahead."""
+    config = {**CONFIG, "num_hidden_layers": 4}
+    source = small_model.save(tmp_path / "four", small_model.tensors(config=config), config=config)
+    np.save(source / "tokens.npy", TOKENS)
+    held, most = [], []
+
+    class Watched(on_the_fly.DeviceWeights):
+        def __init__(self, *given):
+            super().__init__(*given)
+            held.append(self)
+            most.append(len(held))
+
+        def close(self):
+            super().close()
+            held.remove(self)
+
+    monkeypatch.setattr(on_the_fly, "DeviceWeights", Watched)
+    whole = {}
+    for ahead in (True, False):
+        monkeypatch.setattr(on_the_fly, "room_for_two", lambda *_: ahead)  # noqa: B023
+        most.clear()
+        built(source, tmp_path / "out", jobs=3, force=True, tuning=tuning)
+        assert max(most) == (2 if ahead else 1) and not held
+        whole[ahead] = (tmp_path / "out").read_bytes()
+    assert whole[True] == whole[False]
+    with stopped(at="layer 2 expert 1") as hook:
+        built(source, tmp_path / "again", jobs=3, on_begin=hook, tuning=tuning)
+    built(source, tmp_path / "again", jobs=3, tuning=tuning)
+    assert (tmp_path / "again").read_bytes() == whole[True] and not held
