@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .formats.errors import MqError as MqError
     from .formats.hfq import open_hfq as open_hfq
     from .quantize.api import build_file as build_file
+    from .quantize.api import build_files as build_files
     from .quantize.api import calibrate as calibrate
     from .quantize.api import evaluate_files as evaluate_files
     from .quantize.api import load_recipe as load_recipe
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     __version__: str
 
 _API = (
-    "build_file", "calibrate", "evaluate_files", "load_recipe", "open_source", "plan_file", "reproduce_file",
-    "tiers", "verify_file",
+    "build_file", "build_files", "calibrate", "evaluate_files", "load_recipe", "open_source", "plan_file",
+    "reproduce_file", "tiers", "verify_file",
 )  # fmt: skip
 _PLACES = {
     **dict.fromkeys(_API, ".quantize.api"),
@@ -43,8 +44,8 @@ _PLACES = {
     "MqError": ".formats.errors",
 }
 __all__ = [
-    "MqError", "__version__", "build_file", "calibrate", "diff_files", "evaluate_files", "load_recipe", "open_hfq",
-    "open_source", "plan_file", "reproduce_file", "tiers", "verify_file",
+    "MqError", "__version__", "build_file", "build_files", "calibrate", "diff_files", "evaluate_files", "load_recipe",
+    "open_hfq", "open_source", "plan_file", "reproduce_file", "tiers", "verify_file",
 ]  # fmt: skip
 
 

@@ -6,8 +6,8 @@ when it is called, so that `tiers` and `plan_file` wait for no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from .calibrate.run import CalibrationResult
     from .evaluate.result import Evaluation
     from .inspect.reproduce import Reproduction
-    from .pipeline.build import BuildResult
+    from .pipeline.build import BuildResult, RunOptions
     from .pipeline.statistics import Statistics
+    from .pipeline.tiers import TierResults
     from .pipeline.work_units import WorkUnit
     from .spec.plan import Plan
     from .spec.recipe import Effort, Recipe
@@ -83,28 +84,82 @@ def build_file(
     of work stands in the file. Raises OutputError before any work where the output exists (without `force`) or does
     not fit, ResumeError where an unfinished build there is of other arguments (without `restart`).
     """
-    from ..formats.machine import cores
-    from .encode.encoders import open_encoder, torch_device
     from .pipeline import build
-    from .pipeline.effort import Wishes, choose
+
+    path = None if output is None else Path(output)
+    with _options(device, jobs, force, restart, on_done, path) as options:
+        return build.build_file(recipe, _chosen(recipe, statistics, effort, device, options.jobs), options)
+
+
+def build_files(
+    recipes: Sequence[Recipe],
+    folder: str | Path,
+    *,
+    statistics: Statistics | str | Path | None = None,
+    effort: Effort | None = None,
+    device: Device = "cpu",
+    jobs: int | None = None,
+    force: bool = False,
+    restart: bool = False,
+    on_done: Callable[[WorkUnit], None] | None = None,
+) -> TierResults:
+    """Build the files of several recipes of one model into a folder in one pass, or continue their unfinished builds.
+
+    Each file is named <model>.<tier> and is the one that `build_file` makes, whose arguments these are. One that is
+    finished there already stays as it is (without `force`). An error of one file alone is in its result, and the others
+    are made; `TierResults.raise_if_failed()` raises it. Raises OutputError where the folder is missing or has no room
+    for all, RecipeError where the recipes are not of one model.
+    """
+    from .pipeline import tiers
+
+    with _options(device, jobs, force, restart, on_done) as options:
+        chosen = [_chosen(recipe, statistics, effort, device, options.jobs) for recipe in recipes]
+        return tiers.build_files(recipes, Path(folder), tiers.one_effort(recipes, chosen), options)
+
+
+@contextmanager
+def _options(
+    device: Device,
+    jobs: int | None,
+    force: bool,
+    restart: bool,
+    on_done: Callable[[WorkUnit], None] | None,
+    output: Path | None = None,
+) -> Iterator[RunOptions]:
+    """How a build is run; its encoder is open until the end of the block."""
+    from ..formats.machine import cores
+    from .encode.encoders import open_encoder
+    from .pipeline.build import RunOptions
     from .spec.hooks import nothing
 
-    given = statistics
-    if given is None or isinstance(given, str | Path):
-        place = None if given is None else Path(given)
-        folder = place if place is not None and place.is_dir() else None
-        wishes = Wishes(effort, imatrix=None if folder else place, calibration=folder)
-        given = choose(recipe, wishes, lambda: torch_device(device, asked=True), jobs or cores())
     with open_encoder(device) as encoder:
-        options = build.RunOptions(
-            output=None if output is None else Path(output),
+        yield RunOptions(
+            output=output,
             jobs=jobs or cores(),
             encoder=encoder,
             force=force,
             restart=restart,
             on_done=on_done or nothing,
         )
-        return build.build_file(recipe, given, options)
+
+
+def _chosen(
+    recipe: Recipe,
+    given: Statistics | str | Path | None,
+    effort: Effort | None,
+    device: Device,
+    jobs: int,
+) -> Statistics | None:
+    """The statistics of a build: those that are given, as they are or by their place, or what the effort asks for."""
+    from .encode.encoders import torch_device
+    from .pipeline.effort import Wishes, choose
+
+    if given is not None and not isinstance(given, str | Path):
+        return given
+    place = None if given is None else Path(given)
+    folder = place if place is not None and place.is_dir() else None
+    wishes = Wishes(effort, imatrix=None if folder else place, calibration=folder)
+    return choose(recipe, wishes, lambda: torch_device(device, asked=True), jobs)
 
 
 def calibrate(

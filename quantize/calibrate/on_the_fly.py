@@ -119,11 +119,10 @@ class GatheredImportance:
         if self._state is not None:
             self._state.check(self._manifest)
 
-    @property
-    def disk_bytes(self) -> int:
-        """The most disk that the moments of a layer and the residual streams around it take beside the output."""
-        tokens, tuned = self.tokens.size, self._keep_outputs
-        return inline_sizes(self.config, tokens, tuned=tuned, ahead=self.runs_ahead).disk_bytes
+    def disk_bytes(self, files: int = 1) -> int:
+        """The most disk that the moments of a layer and the residual streams around it take beside so many outputs."""
+        tuned = files if self._keep_outputs else 0
+        return inline_sizes(self.config, self.tokens.size, tuned=tuned, ahead=self.runs_ahead).disk_bytes
 
     def signature(self) -> dict[str, Any]:
         """What of it decides the built bytes, besides the source."""

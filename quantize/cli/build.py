@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,17 +14,22 @@ from . import options as opt
 from .console import coverage, duration, emit, gigabytes, listed, note, paragraph, resumable, table
 from .fitting import build_within, fit_request, fitted_plan, told
 from .progress import Progress
+from .several import asked_tiers, folder_of, show_results
 
 if TYPE_CHECKING:
-    from ..pipeline.build import BuildResult
+    from ..encode.encoders import Encoder
+    from ..pipeline.build import BuildResult, RunOptions
     from ..pipeline.build_spec import BuildSpec
+    from ..pipeline.statistics import Statistics
     from ..spec.efforts import EffortCost
     from ..spec.estimates import PlanSummary, PlanTable, TierTable
     from ..spec.recipe import Recipe
+    from ..spec.several import SeveralPlan
 
 
 def build(
-    tier: opt.Tier = None,
+    tier: opt.Tiers = None,
+    all_tiers: opt.AllTiers = False,
     recipe: opt.RecipeFile = None,
     memory: opt.Memory = None,
     size: opt.Size = None,
@@ -37,6 +43,13 @@ def build(
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The file to write. Default: MODEL.TIER in this folder."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder for the files of several tiers, each under its default name. A file that is finished "
+            "there already stays as it is. Default: this folder."
+        ),
     ] = None,
     imatrix: Annotated[
         Path | None,
@@ -126,9 +139,10 @@ def build(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Build the file of a tier.
+    """Build the file of a tier, or of several tiers in one pass.
 
-    The same command continues a build that was interrupted.
+    The same command continues a build that was interrupted. Of several tiers, each tensor is read once, and each file
+    is the one that a build of its tier alone would make.
 
     \b
     Examples:
@@ -141,15 +155,19 @@ def build(
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --imatrix imatrix.gguf --part 3/8
       mq-quant build --tier mq3 --source ./MiniMax-M2.7 --effort calibrated --calibration-state state --part 3/8
       mq-quant build --tier mq3 --source /shared/MiniMax-M2.7 --effort imatrix --ray auto -o /shared/m27.mq3
+      mq-quant build --tier mq2 --tier mq3 --tier mq4 --output-dir /data
+      mq-quant build --all-tiers --effort calibrated --output-dir /data
       mq-quant build --recipe mine.yaml --jobs 8 --json
       mq-quant build --memory 96GB
       mq-quant build --size 85.0GB --measurement m27.json --avoid down:MQ4 --write-recipe mine.yaml
     """
     if no_imatrix and (fit == "hessian" or awq_alpha):
         raise typer.BadParameter("--no-imatrix leaves nothing for --fit hessian or --awq-alpha to work with")
+    names = asked_tiers(tier, all_tiers, recipe)
     wanted = fit_request(
-        (memory, size, bits, context), (tier, recipe), (source, revision), measurement, avoid, write_recipe
+        (memory, size, bits, context), (names, recipe), (source, revision), measurement, avoid, write_recipe
     )
+    folder = folder_of(names, output, output_dir, layers or part or ray or wanted)
     if layers and part:
         raise typer.BadParameter("--layers and --part both say what is encoded: give one of the two")
     if calibration_state and not (layers or part or ray):
@@ -157,7 +175,9 @@ def build(
             "--calibration-state goes with --part, --layers or --ray: a whole build runs all layers"
         )
     with (
-        Progress(f"build {output.name if output else tier or recipe or wanted}", quiet) as progress,
+        Progress(
+            f"build {output.name if output else ', '.join(names) or recipe or wanted}", quiet
+        ) as progress,
         resumable("the same command continues the build, with --restart it begins anew"),
     ):
         from ...formats.machine import cores
@@ -167,6 +187,7 @@ def build(
         from ..pipeline.build_spec import RecipeChanges
         from ..pipeline.effort import Wishes, choose
         from ..pipeline.parts import part_of
+        from ..pipeline.tiers import build_files, one_effort
         from ..spec.hooks import nothing
         from ..spec.places import choose_recipe
         from ..write.inputs import check_no_input
@@ -180,27 +201,43 @@ def build(
         workers = jobs or cores()
         cluster = opt.cluster(ray, jobs, device, shard_cache)
 
-        def make(chosen: Recipe, accept: Callable[[BuildSpec], None] = nothing) -> BuildResult:
-            statistics = choose(chosen, wishes, lambda: torch_device(where, asked=device != "auto"), workers)
-            with open_encoder("cpu" if cluster else where) as encoder:
-                options = RunOptions(
-                    output=output,
-                    jobs=workers,
-                    encoder=encoder,
-                    force=force,
-                    restart=restart,
-                    shard_cache=shard_cache,
-                    cluster=cluster,
-                    accept=accept,
-                    on_note=lambda sentence: note(f"note: {sentence}"),
-                    watch=progress,
-                )
-                return build_file(chosen, statistics, options, changes, part_of(chosen, layers, part))
+        def statistics(chosen: Recipe) -> Statistics | None:
+            return choose(chosen, wishes, lambda: torch_device(where, asked=device != "auto"), workers)
 
-        if wanted is None:
-            result = make(choose_recipe(tier, recipe, source, revision))
+        def options(encoder: Encoder, accept: Callable[[BuildSpec], None] = nothing) -> RunOptions:
+            return RunOptions(
+                output=output,
+                jobs=workers,
+                encoder=encoder,
+                force=force,
+                restart=restart,
+                shard_cache=shard_cache,
+                cluster=cluster,
+                accept=accept,
+                on_note=lambda sentence: note(f"note: {sentence}"),
+                watch=progress,
+            )
+
+        def make(chosen: Recipe, accept: Callable[[BuildSpec], None] = nothing) -> BuildResult:
+            asked_part = part_of(chosen, layers, part)
+            with open_encoder("cpu" if cluster else where) as encoder:
+                return build_file(chosen, statistics(chosen), options(encoder, accept), changes, asked_part)
+
+        if wanted is not None:
+            finish = partial(_show, build_within(wanted, write_recipe, make), as_json, quiet)
+        elif folder is None:
+            (name,) = names or (None,)
+            finish = partial(_show, make(choose_recipe(name, recipe, source, revision)), as_json, quiet)
         else:
-            result = build_within(wanted, write_recipe, make)
+            recipes = [choose_recipe(name, recipe, source, revision) for name in names or (None,)]
+            same = one_effort(recipes, [statistics(chosen) for chosen in recipes])
+            with open_encoder(where) as encoder:
+                made = build_files(recipes, folder, same, options(encoder), changes)
+            finish = partial(show_results, made, as_json, quiet)
+    finish()
+
+
+def _show(result: BuildResult, as_json: bool, quiet: bool) -> None:
     if as_json or not quiet:
         emit(result, as_json, _render_build, finished=True)
 
@@ -221,7 +258,8 @@ def _render_build(result: BuildResult) -> str:
 
 
 def plan(
-    tier: opt.Tier = None,
+    tier: opt.Tiers = None,
+    all_tiers: opt.AllTiers = False,
     recipe: opt.RecipeFile = None,
     memory: opt.Memory = None,
     size: opt.Size = None,
@@ -237,30 +275,37 @@ def plan(
 ) -> None:
     """Show what a build will take.
 
-    Hours, downloads, disk and memory of each effort, and the memory that the file runs in, of one tier or of all of
-    them. All of it follows from the recipe and a config.json: no weight is read.
+    Hours, downloads, disk and memory of each effort, and the memory that the file runs in, of one tier, of each of
+    them, or of several that are built in one pass. All of it follows from the recipe and a config.json: no weight is
+    read.
 
     \b
     Examples:
       mq-quant plan
       mq-quant plan --tier mq2-lloyd
+      mq-quant plan --all-tiers
       mq-quant plan --source MiniMaxAI/MiniMax-M2.5
       mq-quant plan --tier mq3 --source ./MiniMax-M2 --json
       mq-quant plan --memory 96GB --write-recipe mine.yaml
     """
     from ...kernels.runtime.drivers import best_device
     from ..spec.estimates import plan_summary, plan_table
+    from ..spec.several import several_plan
 
+    names = asked_tiers(tier, all_tiers, recipe)
     wanted = fit_request(
-        (memory, size, bits, context), (tier, recipe), (source, None), measurement, avoid, write_recipe
+        (memory, size, bits, context), (names, recipe), (source, None), measurement, avoid, write_recipe
     )
     if wanted is not None:
         fitted = fitted_plan(wanted, write_recipe, jobs, shard_cache, best_device())
         emit(fitted, as_json, lambda made: "\n".join((*told(made.fitted), _render_plan(made.plan))))
-    elif tier is None and recipe is None:
+    elif len(names) > 1:
+        emit(several_plan(names, source, jobs, shard_cache, best_device()), as_json, _render_several)
+    elif not names and recipe is None:
         emit(plan_table(source, jobs, shard_cache, best_device()), as_json, _render_table)
     else:
-        result = plan_summary(tier, recipe, source, jobs, shard_cache, best_device())
+        (name,) = names or (None,)
+        result = plan_summary(name, recipe, source, jobs, shard_cache, best_device())
         emit(result, as_json, _render_plan)
 
 
@@ -283,6 +328,28 @@ def _render_plan(result: PlanSummary) -> str:
             f"to calibrate on {sizes.tokens} tokens into a folder: memory about {gigabytes(sizes.memory_bytes)}, "
             f"disk {folder}",
             *(paragraph(f"warning: {text}") for text in result.warnings),
+        )
+    )
+
+
+def _render_several(result: SeveralPlan) -> str:
+    rows = [(row.tier, gigabytes(row.total_bytes), row.memory) for row in result.table.tiers]
+    together = f"{len(rows)} files, together {gigabytes(result.total_bytes)}"
+    if result.disk_bytes is None:
+        disk = "the files, and as many shards as --shard-cache allows"
+    else:
+        disk = f"{gigabytes(result.disk_bytes)}, the shards that are fetched included"
+    return "\n".join(
+        (
+            f"{result.model}, {together}:",
+            table(("tier", "file", "fits in"), rows),
+            paragraph(result.table.memory_note),
+            "",
+            f"disk for the build: {disk}",
+            f"all of them in one pass, by effort, {_where(result.device)}, with {result.jobs} workers, the disk beside "
+            "the files:",
+            *_render_efforts(result.efforts),
+            *_render_warnings(result.table),
         )
     )
 

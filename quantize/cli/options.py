@@ -37,6 +37,16 @@ Tier = Annotated[
     str | None,
     typer.Option(help="The name of a tier. `mq-quant tiers` lists them.", autocompletion=tier_names),
 ]
+Tiers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tier",
+        help="The name of a tier. `mq-quant tiers` lists them. May be given several times: then all of them are made "
+        "in one pass, from one download.",
+        autocompletion=tier_names,
+    ),
+]
+AllTiers = Annotated[bool, typer.Option("--all-tiers", help="All standard tiers, in one pass.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe of your own, a YAML file.")]
 SourceName = Annotated[
     str | None,

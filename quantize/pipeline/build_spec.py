@@ -101,7 +101,7 @@ class BuildSpec:
 
     def disk_bytes(self) -> int:
         """The most disk that the build takes besides its output."""
-        return self.source.disk_bytes() + (self.gathered.disk_bytes if self.gathered else 0)
+        return self.source.disk_bytes() + (self.gathered.disk_bytes() if self.gathered else 0)
 
     @property
     def output_name(self) -> str:
@@ -185,7 +185,7 @@ def resolve_all(
     ]
     gathered = begin_gathering(statistics, source)
     if check is not None:
-        besides = source.disk_bytes() + (gathered.disk_bytes if gathered else 0)
+        besides = source.disk_bytes() + (gathered.disk_bytes(len(recipes)) if gathered else 0)
         check([sum(t.nbytes for t in some) for some in tensors], besides)
     path = imatrix_path(recipe, statistics)
     imatrix = open_imatrix(path, config)

@@ -39,13 +39,17 @@ class TierResult:
     result: BuildResult | None = None
     error: MqError | None = None
 
+    @property
+    def state(self) -> str:
+        """What became of it, in words."""
+        return "made" if self.result else "failed" if self.error else "finished already"
+
     def as_json(self) -> dict[str, Any]:
         """One entry of what `build --json` prints for several tiers."""
-        state = "made" if self.result else "failed" if self.error else "finished already"
         return {
             "tier": self.tier,
             "path": str(self.path),
-            "state": state,
+            "state": self.state,
             **({"result": self.result.as_json()} if self.result else {}),
             **({"error": self.error.as_json()} if self.error else {}),
         }
@@ -96,7 +100,7 @@ def build_files(
 
     def fail(n: int, error: MqError) -> None:
         failed[n] = error
-        options.on_note(f"{recipes[n].tier} is left out: {error}")
+        options.on_note(f"{recipes[n].tier} is left out, the others go on: {error.problem}")
 
     @contextmanager
     def alone(n: int) -> Iterator[None]:
@@ -147,6 +151,17 @@ def build_files(
             for n, (recipe, path) in enumerate(zip(recipes, paths, strict=True))
         )
     )
+
+
+def one_effort(recipes: Sequence[Recipe], chosen: Sequence[Statistics | None]) -> Statistics | None:
+    """The statistics that were chosen for all of some recipes; RecipeError where they differ."""
+    for recipe, statistics in zip(recipes, chosen, strict=True):
+        if statistics != chosen[0]:
+            raise RecipeError(
+                f"the tiers {recipes[0].tier} and {recipe.tier} have different efforts",
+                hint="give --effort, which is then that of all of them",
+            )
+    return chosen[0] if chosen else None
 
 
 def _check_recipes(recipes: Sequence[Recipe], paths: Sequence[Path]) -> None:

@@ -166,13 +166,13 @@ def tuning_bytes(config: ModelConfig, tokens: int) -> int:
 
 
 def inline_sizes(
-    config: ModelConfig, tokens: int, build_bytes: int = 0, tuned: bool = False, ahead: bool = False
+    config: ModelConfig, tokens: int, build_bytes: int = 0, tuned: int = 0, ahead: bool = False
 ) -> InlineSizes:
     """What a build that calibrates itself takes, where its encoding alone takes `build_bytes` of memory.
 
-    What the experts of one layer see lies on the disk, with the residual streams before and after it; where layers are
-    tuned, those of the file besides. On a GPU that runs a layer `ahead`, the moments of two layers lie there, and the
-    streams around both, but not what the experts see.
+    What the experts of one layer see lies on the disk, with the residual streams before and after it, and those of each
+    file whose layers are tuned besides, of which `tuned` is the number. On a GPU that runs a layer `ahead`, the moments
+    of two layers lie there, and the streams around both, but not what the experts see.
     """
     from ...formats.statistics.row_file import row_tensors
 
@@ -180,5 +180,5 @@ def inline_sizes(
     rows = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in row_tensors(config, tokens).values())
     stream, layer = sizes.unfinished_bytes, sizes.layer_bytes
     disk = 2 * layer + 3 * stream if ahead else layer + rows + 2 * stream
-    disk += 2 * stream if tuned else 0
+    disk += 2 * stream * tuned
     return InlineSizes(tokens, max(sizes.memory_bytes, build_bytes), disk)

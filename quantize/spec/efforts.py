@@ -6,8 +6,9 @@ a factor of 1.5 on other processors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean
 from typing import Any
 
 from ...formats.minimax import ModelConfig
@@ -61,6 +62,29 @@ class EffortCost:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Share:
+    """How much of a build several tiers have in common: the number of tiers, and in how many ways their gate and up are
+    rounded, their down, and both together, in the mean of all layers.
+    """
+
+    tiers: int = 1
+    gate_up: float = 1
+    down: float = 1
+    pairs: float = 1
+
+    @classmethod
+    def of(cls, formats: Sequence[Sequence[tuple[str, str]]]) -> Share:
+        """Of tiers with these formats of gate and up, and of down, layer by layer."""
+        layers = list(zip(*formats, strict=True))
+        gate_up, down = (mean(len({pair[i] for pair in layer}) for layer in layers) for i in (0, 1))
+        return cls(len(formats), gate_up, down, mean(len(set(layer)) for layer in layers))
+
+
+ALONE = Share()
+"""One tier."""
+
+
 def expert_weights(config: ModelConfig) -> int:
     """Weights of all experts of all layers."""
     per_expert = 3 * config.hidden_size * config.intermediate_size
@@ -76,13 +100,16 @@ def gather_products(config: ModelConfig, tokens: int) -> tuple[float, float]:
     return float(config.num_hidden_layers * forward), float(config.num_hidden_layers * shared)
 
 
-def own_products(config: ModelConfig, tokens: int) -> tuple[float, float]:
-    """Multiply-adds in f32 and f64 of experts' own moments, their factors, and down's answer."""
+def own_products(config: ModelConfig, tokens: int, share: Share = ALONE) -> tuple[float, float]:
+    """Multiply-adds in f32 and f64 of experts' own moments, their factors, and down's answer.
+
+    Those at down follow from what the rounded gate and up give, so they are done for each way of rounding these.
+    """
     h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
-    rows = tokens * config.num_experts_per_tok
-    f32 = rows * (h * h + 3 * i * i + 4 * h * i)
+    rows, below = tokens * config.num_experts_per_tok, share.gate_up
+    f32 = rows * (h * h + 3 * i * i * below + 2 * h * i * (1 + below))
     sample = min(1024, rows / e)
-    f64 = e * (1.0 * h**3 + 2.0 * i**3 + 2.5 * sample * (h * h + i * i) + i * i * h)
+    f64 = e * (1.0 * h**3 + 2.5 * sample * h * h + below * (2.0 * i**3 + 2.5 * sample * i * i + i * i * h))
     return float(config.num_hidden_layers * f32), float(config.num_hidden_layers * f64)
 
 
@@ -92,15 +119,29 @@ def training_products(config: ModelConfig, tokens: int) -> float:
     return (3 * EPOCHS + 3) * forward
 
 
-def hours(config: ModelConfig, effort: Effort, tokens: int, cores: int, device: str = "cpu") -> float:
-    """Hours of a build on so many cores, or on one GPU, reading and writing left out."""
+def hours(
+    config: ModelConfig,
+    effort: Effort,
+    tokens: int,
+    cores: int,
+    device: str = "cpu",
+    share: Share = ALONE,
+) -> float:
+    """Hours of a build on so many cores, or on one GPU, reading and writing left out; `share` is that of tiers that are
+    built in one pass.
+
+    Under an imatrix down is rounded in as many ways as it has formats; under moments each way follows from that of gate
+    and up too.
+    """
     rates, cores = (CPU_CORE, cores) if device == "cpu" else (GPU, 1)
-    weights = expert_weights(config)
+    down = share.down if effort == "imatrix" else share.pairs
+    weights = expert_weights(config) * (2 * share.gate_up + down) / 3
     if effort == "imatrix":
         return weights / (rates.by_imatrix * cores) / 3600
-    gathered, own = gather_products(config, tokens), own_products(config, tokens)
+    gathered, own = gather_products(config, tokens), own_products(config, tokens, share)
     products = (gathered[0] + own[0]) / rates.f32 + (gathered[1] + own[1]) / rates.f64
-    trained = training_products(config, tokens) / rates.training if effort == "tuned" else 0.0
+    training = share.tiers * training_products(config, tokens)
+    trained = training / rates.training if effort == "tuned" else 0.0
     return (products + weights / rates.by_moments + trained) / cores / 3600
 
 
@@ -150,14 +191,16 @@ def effort_costs(
     download: int | None,
     default: Effort,
     device: str = "cpu",
+    share: Share = ALONE,
 ) -> tuple[EffortCost, ...]:
     """One row per effort on so many cores or on one GPU; `memory` is what each effort takes besides gathering."""
     rows = []
     for effort, most in memory.items():
         tokens = 0 if effort == "imatrix" else usual_tokens(config, device)
-        sizes = inline_sizes(config, tokens, most, tuned=effort == "tuned", ahead=device != "cpu")
+        tuned = share.tiers if effort == "tuned" else 0
+        sizes = inline_sizes(config, tokens, most, tuned, ahead=device != "cpu")
         disk = sizes.disk_bytes if tokens else 0
         used = sizes.memory_bytes if tokens else most
-        spent = round(hours(config, effort, tokens, cores, device), 2)
+        spent = round(hours(config, effort, tokens, cores, device, share), 2)
         rows.append(EffortCost(effort, tokens, spent, used, disk, download, effort == default))
     return tuple(rows)

@@ -6,7 +6,7 @@ Everything follows from a recipe and a config.json; no weight is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from .calibration_sizes import (
     tuning_bytes,
     usual_tokens,
 )
-from .efforts import EffortCost, default_effort, effort_costs
+from .efforts import ALONE, EffortCost, Share, default_effort, effort_costs
 from .metadata import template, totals_of
 from .places import TINY, ModelFiles, choose_recipe, local_folder, model_files
 from .plan import ROW_WEIGHTS, Plan, make_plan, plan_tensors
-from .recipe import FITTED, Effort, Model, Recipe, fitted_tiers, load_tier
+from .recipe import FITTED, Effort, Model, Recipe, fitted_tiers
 from .recipe import tiers as tier_names
 from .running import NOTE, machine_for, run_bytes
 from .tally import FileSizes, file_sizes
@@ -162,7 +162,7 @@ def summary_of(recipe: Recipe, jobs: int | None, shard_cache: int = 2, device: s
 
 def tier_table(source: str | None = None) -> TierTable:
     """The bundled tiers for the released model, or for another source."""
-    return _table([(recipe, sizes) for recipe, sizes in _tiers(source)])
+    return table_of([(recipe, sizes) for recipe, sizes in _tiers(source)])
 
 
 def plan_table(source: str | None, jobs: int | None, shard_cache: int = 2, device: str = "cpu") -> PlanTable:
@@ -171,26 +171,28 @@ def plan_table(source: str | None, jobs: int | None, shard_cache: int = 2, devic
     recipe, sizes = rows[0]
     streamed = streamed_bytes(recipe.model, sizes.config, shard_cache)
     efforts = costs(recipe, sizes, workers, device)
-    return PlanTable(recipe.model.name, _table(rows), streamed, efforts, device, workers, memory())
+    return PlanTable(recipe.model.name, table_of(rows), streamed, efforts, device, workers, memory())
 
 
 def _tiers(source: str | None) -> Iterator[tuple[Recipe, FileSizes]]:
     """The standard tiers, and those that were fitted to a memory where this model's files run in it."""
     for tier in tier_names():
-        yield _sized(tier, source)
+        yield sized(tier, source)
     for tier in fitted_tiers() if source != TINY else ():
-        recipe, sizes = _sized(tier, source)
+        recipe, sizes = sized(tier, source)
         if machine_for(sizes.total_bytes, sizes.config) == f"{tier.removeprefix(FITTED)} GB":
             yield recipe, sizes
 
 
-def _sized(tier: str, source: str | None) -> tuple[Recipe, FileSizes]:
-    recipe = choose_recipe(tier, None, source) if source else load_tier(tier)
+def sized(tier: str, source: str | None) -> tuple[Recipe, FileSizes]:
+    """A bundled tier for the released model, or for another source, and the sizes of its file."""
+    recipe = choose_recipe(tier, None, source)
     files = model_files(recipe.model)
     return recipe, file_sizes(recipe, files, parse_config(files.config))
 
 
-def _table(rows: list[tuple[Recipe, FileSizes]]) -> TierTable:
+def table_of(rows: Sequence[tuple[Recipe, FileSizes]]) -> TierTable:
+    """The rows as a table."""
     tiers = [
         Tier(
             recipe.tier,
@@ -222,11 +224,18 @@ def streamed_bytes(model: Model, config: ModelConfig, shard_cache: int) -> int |
     return shard_cache * -(-source_bytes(config) // shards)
 
 
-def costs(recipe: Recipe, sizes: FileSizes, workers: int, device: str) -> tuple[EffortCost, ...]:
-    """What each effort takes on this machine with so many workers, or on a GPU of it."""
+def costs(
+    recipe: Recipe, sizes: FileSizes, workers: int, device: str, share: Share = ALONE
+) -> tuple[EffortCost, ...]:
+    """What each effort takes on this machine with so many workers, or on a GPU of it, for tiers of this `share`.
+
+    Each worker holds an expert's payloads for every tier, and where moments are known two Hessians of gate and up.
+    """
     config = sizes.config
-    plain = build_memory(sizes, workers)
+    expert = 3 * config.hidden_size * config.intermediate_size
+    plain = build_memory(sizes, workers) + (share.tiers - 1) * workers * expert
     rounding = plain + moment_bytes(config, workers)
+    rounding += 8 * config.hidden_size**2 * workers if share.tiers > 1 else 0
     training = tuning_bytes(config, usual_tokens(config, device))
     memories: dict[Effort, int] = {
         "imatrix": plain,
@@ -235,7 +244,7 @@ def costs(recipe: Recipe, sizes: FileSizes, workers: int, device: str) -> tuple[
     }
     download = None if is_local(recipe.model) else source_bytes(config)
     default = default_effort(recipe, config, workers, device)
-    return effort_costs(config, workers, memories, download, default, device)
+    return effort_costs(config, workers, memories, download, default, device, share)
 
 
 def source_bytes(config: ModelConfig) -> int:
