@@ -1,12 +1,15 @@
-"""The layer pass at the full width of MiniMax-M2.7: two layers of random FP8 weights in memory, calibrated and encoded
-as a build does it; `model_minutes` are those of 62 such layers.
+"""The layer pass at the full width of MiniMax-M2.7: a few layers of random FP8 weights in memory, calibrated and
+encoded as a build does it, for one tier or several at once.
 
     python benchmarks/layer_pass.py --device cuda                  # 65,536 tokens, tier mq2
     python benchmarks/layer_pass.py --device cuda --sequences 1024 # 524,288 tokens
+    python benchmarks/layer_pass.py --device cuda --apart          # how long calibrating and encoding take alone
     python benchmarks/layer_pass.py --experts 4 --sequences 2      # a look on the CPU
 
-The first layer compiles kernels and takes memory. `cpu` is the processor time of all threads in seconds, `busy` the
-share of samples, ten a second, in which the first GPU ran. CUDA_VISIBLE_DEVICES says which GPUs take part.
+A layer's seconds are those from the end of the one before to its own, `model_minutes` those of 62 such layers. The
+first layer compiles kernels and takes memory, and the last one has none beside it. `cpu` is the processor time of
+all threads in seconds, `busy` the share of samples, ten a second, in which the first GPU ran. CUDA_VISIBLE_DEVICES
+says which GPUs take part.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -34,10 +37,13 @@ from mq_quant.formats.errors import MqError
 from mq_quant.formats.fp8 import dequantize, scale_shape
 from mq_quant.formats.minimax import ModelConfig, inventory
 from mq_quant.quantize.calibrate.on_the_fly import GatheredImportance
-from mq_quant.quantize.encode.encoders import open_encoder
-from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
-from mq_quant.quantize.encode.on_device.layer import DeviceLayerEncoder
-from mq_quant.quantize.spec.plan import plan_tensors
+from mq_quant.quantize.encode.encoders import Encoder, open_encoder
+from mq_quant.quantize.encode.layer_encoder import fit_settings
+from mq_quant.quantize.pipeline.build_spec import BuildSpec
+from mq_quant.quantize.pipeline.turns import LayersInTurn
+from mq_quant.quantize.pipeline.work_units import WorkUnit, work_order
+from mq_quant.quantize.pipeline.worker_pool import Encoded, Workers, in_step, prepare_layer, run_steps
+from mq_quant.quantize.spec.plan import Plan, plan_tensors
 from mq_quant.quantize.spec.recipe import load_tier
 from numpy.typing import NDArray
 
@@ -101,6 +107,13 @@ class MemorySource:
         out: NDArray[np.float32] = random.standard_normal(info.shape, np.float32)
         return out / np.float32(math.sqrt(info.shape[-1]))
 
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return ("memory",)
+
+    def schedule(self, names: Sequence[str]) -> None:
+        """Nothing is fetched."""
+
     def release(self, name: str) -> None:
         """Nothing is kept."""
 
@@ -130,11 +143,75 @@ def busy_samples(device: str) -> Iterator[list[int]]:
     over.set()
 
 
-def encoded(made: LayerEncoder, expert: int, source: Any) -> None:
-    """Encode one expert; raises what prevents it."""
-    (done,) = made.encode_together([made], expert, source)
-    if isinstance(done, MqError):
-        raise done
+@dataclass
+class Watched:
+    """Prints a row for each layer; `row` begins the next one."""
+
+    device: str
+    began: float = field(default_factory=time.monotonic)
+    cpu: float = field(default_factory=time.process_time)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def row(self, layer: int, samples: list[int], **parts: float) -> None:
+        now, cpu = time.monotonic(), time.process_time()
+        seconds = now - self.began
+        row = {"layer": layer, "seconds": seconds, **parts, "model_minutes": seconds * LAYERS / 60}
+        row |= {"cpu": cpu - self.cpu, "busy": sum(s > 0 for s in samples) / max(1, len(samples))}
+        if self.device == "cuda":
+            row["device_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        self.rows.append(row)
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        samples.clear()
+        self.began, self.cpu = now, cpu
+
+
+def spec_of(tier: str, source: Any, gathered: GatheredImportance) -> BuildSpec:
+    """What a build of a tier works by, without its file."""
+    recipe = load_tier(tier)
+    plan = Plan(recipe, source.config, plan_tensors(recipe, source.config), 0, 0, 0)
+    return BuildSpec(recipe, source, gathered, fit_settings(recipe), plan, {}, {}, gathered=gathered)
+
+
+def in_turn(specs: Mapping[int, BuildSpec], encoder: Encoder, jobs: int, device: str) -> list[dict[str, Any]]:
+    """The layers as a build takes them."""
+    gathered = specs[0].gathered
+    assert gathered is not None
+    orders = {n: [unit for unit in work_order(spec) if unit.layer is not None] for n, spec in specs.items()}
+    last = {unit.layer: unit.key for unit in orders[0]}
+    watched = Watched(device)
+    with busy_samples(device) as samples:
+
+        def deliver(n: int, unit: WorkUnit, done: Encoded | MqError) -> None:
+            if isinstance(done, MqError):
+                raise done
+            if n == len(specs) - 1 and last[unit.layer] == unit.key:
+                watched.row(int(unit.layer or 0), samples)
+
+        steps = in_step(work_order(specs[0]), orders)
+        run_steps(specs, steps, deliver, Workers(jobs, encoder, turns=LayersInTurn(gathered)))
+    return watched.rows
+
+
+def apart(spec: BuildSpec, encoder: Encoder, jobs: int, device: str) -> list[dict[str, Any]]:
+    """The parts of a layer one after the other, with none beside it."""
+    gathered, source, watched = spec.gathered, spec.source, Watched(device)
+    assert gathered is not None
+    gathered.runs_ahead = False
+    for layer in range(source.config.num_hidden_layers):
+        with busy_samples(device) as samples, ThreadPoolExecutor(jobs) as pool:
+            marks = [time.monotonic()]
+            gathered.begin_layer(layer)
+            marks.append(time.monotonic())
+            made = prepare_layer(spec, layer, encoder)
+            marks.append(time.monotonic())
+            experts = range(source.config.num_local_experts)
+            for (done,) in pool.map(lambda e: made.encode_together([made], e, source), experts):  # noqa: B023
+                if isinstance(done, MqError):
+                    raise done
+            marks.append(time.monotonic())
+            parts = zip(("calibrate", "prepare", "encode"), pairwise(marks), strict=True)
+            watched.row(layer, samples, **{name: later - earlier for name, (earlier, later) in parts})
+    return watched.rows
 
 
 def main() -> None:
@@ -142,55 +219,33 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--tier", default="mq2")
+    parser.add_argument("--tier", action="append", help="default: mq2")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--apart", action="store_true", help="calibrate and encode one after the other")
     parser.add_argument("--json", help="write the numbers to this file")
     args = parser.parse_args()
     source: Any = MemorySource(config(args.layers, args.experts))
     shape = (args.sequences, args.length)
     tokens = np.random.default_rng(1).integers(0, VOCAB, shape).astype(np.int32)
-    recipe = load_tier(args.tier)
-    planned = {t.name: t.format for t in plan_tensors(recipe, source.config)}
-    rows: list[dict[str, Any]] = []
+    tiers = args.tier or ["mq2"]
     with tempfile.TemporaryDirectory() as folder, open_encoder(args.device) as encoder:
         gathered = GatheredImportance(source, tokens, args.device)
         gathered.bind({"origin": {}, "files": {}}, None)
         gathered.open(Path(folder) / "calibration")
-        kind = DeviceLayerEncoder if gathered.stays else LayerEncoder
-        for layer in range(args.layers):
-            with busy_samples(args.device) as samples, ThreadPoolExecutor(args.jobs) as pool:
-                marks, cpu = [time.monotonic()], time.process_time()
-                gathered.begin_layer(layer)
-                marks.append(time.monotonic())
-                expert = f"model.layers.{layer}.block_sparse_moe.experts.0."
-                formats = {p: planned[f"{expert}{p}.weight"] for p in ("w1", "w2", "w3")}
-                made = kind(source.config, layer, gathered.layer(layer), formats, FitSettings(), encoder)
-                made.prepare({name: source.weight(name) for name in made.needs_samples()})
-                marks.append(time.monotonic())
-                list(pool.map(lambda e: encoded(made, e, source), range(args.experts)))  # noqa: B023
-                marks.append(time.monotonic())
-            spent = [later - earlier for earlier, later in pairwise(marks)]
-            row: dict[str, Any] = dict(zip(("calibrate", "prepare", "encode"), spent, strict=True))
-            row |= {"layer": layer, "model_minutes": sum(spent) * LAYERS / 60}
-            row["cpu"] = time.process_time() - cpu
-            row["busy"] = sum(s > 0 for s in samples) / len(samples) if samples else None
-            if args.device == "cuda":
-                row["device_gib"] = torch.cuda.max_memory_reserved() / 2**30
-            rows.append(row)
-            print(
-                json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}),
-                flush=True,
-            )
+        specs = {n: spec_of(tier, source, gathered) for n, tier in enumerate(tiers)}
+        rows = (
+            apart(specs[0], encoder, args.jobs, args.device)
+            if args.apart
+            else in_turn(specs, encoder, args.jobs, args.device)
+        )
         gathered.finish()
         gathered.discard()
     if args.json:
-        Path(args.json).write_text(
-            json.dumps({"tier": args.tier, "tokens": int(tokens.size), "layers": rows})
-        )
+        Path(args.json).write_text(json.dumps({"tiers": tiers, "tokens": int(tokens.size), "layers": rows}))
 
 
 if __name__ == "__main__":
