@@ -3,10 +3,11 @@
     python benchmarks/fit.py FOLDER -o out/fit
 
 FOLDER is a checkpoint with calib_tokens.npy, eval_tokens.npy and imatrix.gguf beside it, or options name others. For
-each effort the model is measured on every third sequence of the evaluation tokens. What is chosen by that and the tiers
-are then compared on the other sequences, all in one pass, with the pieces that a build of that effort has: the figures
-are those that `mq-quant evaluate` says of built files. A table (JSON and Markdown) and a picture come out.
-A run that is interrupted continues after the last finished layer.
+each effort the model is measured on every other sequence of the evaluation tokens, and what is chosen by that is
+compared with the tiers on all of them, in one pass, with the pieces that a build of that effort has: the figures are
+those that `mq-quant evaluate` says of built files. What was expected is held against the sequences that were measured
+on. A table (JSON and Markdown) and a picture come out. A run that is interrupted continues after the last finished
+layer.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from mq_quant.quantize.fit.streams import Streams
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, OnTheFly, Statistics
 from mq_quant.quantize.spec.estimates import tier_table
 from mq_quant.quantize.spec.places import choose_recipe, open_place
+from mq_quant.quantize.spec.recipe import tiers
 from mq_quant.verify.pictures import Curve, curves_by_size, png, svg
 
 BUDGETS = 12
-EVERY = 3
-"""One in so many sequences of the evaluation tokens is measured on, the others judge."""
+EVERY = 2
+"""One in so many sequences of the evaluation tokens is measured on."""
 
 
 class Model:
@@ -49,8 +51,8 @@ class Model:
         self.source, self.effort = str(folder), effort
         calibrating = np.load(args.tokens or folder / "calib_tokens.npy").astype(np.int32)
         evaluating = np.load(args.judge_tokens or folder / "eval_tokens.npy").astype(np.int32)
-        first = np.arange(len(evaluating)) % EVERY == 0
-        self.texts = [Texts(calibrating, evaluating[which], None) for which in (first, ~first)]
+        self.measuring = Texts(calibrating, evaluating[::EVERY], None)
+        self.judging = Texts(calibrating, evaluating, None)
         imatrix = args.imatrix or folder / "imatrix.gguf"
         self.statistics: Statistics = ImatrixFile(imatrix)
         if effort == "calibrated":
@@ -67,18 +69,21 @@ class Model:
             with closing(open_place(self.source, None, 2, self.output)) as source:
                 source.validate()
                 options = MeasureOptions(path, jobs=self.jobs)
-                measure(self.recipe, source, self.texts[0], self.statistics, options)
+                measure(self.recipe, source, self.measuring, self.statistics, options)
         return path
 
-    def divergences(self, allocations: list[Allocation]) -> list[float]:
-        """The KLD of files with these formats, on the sequences that were not measured on."""
+    def divergences(self, allocations: list[Allocation]) -> Iterator[tuple[float, float]]:
+        """The KLD of files with these formats, on all sequences and on those that were measured on."""
         wholes = tuple(tuple(Choice(*formats) for formats in a.layers) for a in allocations)
         with closing(open_place(self.source, None, 2, self.output)) as source:
             source.validate()
             plan = Streams(source.config, (), wholes)
             options = MeasureOptions(self.output / f"files-{self.effort}", jobs=self.jobs)
-            with losses_of(self.recipe, source, self.texts[1], self.statistics, plan, options) as found:
-                return [found.losses[f"whole{i}"] for i in range(len(wholes))]
+            run = losses_of(self.recipe, source, self.judging, self.statistics, plan, options)
+            with run as found:
+                for i in range(len(wholes)):
+                    kld = found.divergences[f"whole{i}"].reshape(len(self.judging.judging), -1)
+                    yield float(kld.mean()), float(kld[::EVERY].mean())
 
 
 def rows_of(model: Model) -> Iterator[dict[str, Any]]:
@@ -89,9 +94,9 @@ def rows_of(model: Model) -> Iterator[dict[str, Any]]:
     losses = measured(read_measurement(path))
     with closing(open_place(model.source, None, 2, model.output)) as source:
         config = source.config
-    tiers = sorted(tier_table(model.source).tiers, key=lambda row: row.total_bytes)
-    sizes = {row.tier: row.total_bytes for row in tiers}
-    low, high = tiers[0].total_bytes, tiers[-1].total_bytes
+    rows = [row for row in tier_table(model.source).tiers if row.tier in tiers()]
+    sizes = {row.tier: row.total_bytes for row in sorted(rows, key=lambda row: row.total_bytes)}
+    low, high = min(sizes.values()), max(sizes.values())
     budgets = {f"budget {i + 1}": low + i * (high - low) // (BUDGETS - 1) for i in range(BUDGETS)}
     own = {tier: allocation_of(choose_recipe(tier, None, model.source), config) for tier in sizes}
     fits = {
@@ -108,20 +113,21 @@ def rows_of(model: Model) -> Iterator[dict[str, Any]]:
             "bytes": found.total_bytes,
             "formats": found.allocation.layers,
             "expected": found.expected_kld,
-            "kld": klds[found.allocation],
+            "kld": klds[found.allocation][0],
+            "kld_there": klds[found.allocation][1],
         }
         if name in own:
-            row |= {"tier_kld": klds[own[name]], "tier_expected": losses.expected(own[name])}
+            row |= {"tier_kld": klds[own[name]][0], "tier_expected": losses.expected(own[name])}
         yield row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| size | effort | bytes | tier | fit | gain | expected | off |", "|" + "---|" * 8]
+    lines = ["| size | effort | bytes | tier | fit | gain | expected | found there | off |", "|" + "---|" * 9]
     for r in rows:
         tier = r.get("tier_kld")
         own = "" if tier is None else f"{tier:.5f}"
         gain = "" if tier is None else f"{1 - r['kld'] / tier:.1%}"
-        off = f"{r['expected'] / r['kld'] - 1:+.1%}"
+        off = f"{r['expected'] / r['kld_there'] - 1:+.1%}"
         cells = (
             r["name"],
             r["effort"],

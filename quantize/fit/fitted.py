@@ -133,18 +133,16 @@ class Fitting:
         )
 
     def _tier(self, limit: int, total: float) -> str | None:
-        """The smallest of the standard tiers that fit and lose no more than `total`, as far as losses tell; None where
-        there is none.
-        """
+        """The best of the standard tiers that fit and lose no more than `total` as far as losses tell; None if none."""
         total /= 1 - self.losses.doubt
         fitting = [
-            (made.nbytes, name)
+            (self.losses.total(made.allocation), made.nbytes, name)
             for name, made in self._tiers.items()
             if self._allowed(made.allocation)
             and made.nbytes <= limit
             and self.losses.total(made.allocation) <= total
         ]
-        return min(fitting)[1] if fitting else None
+        return min(fitting)[2] if fitting else None
 
     def _pieces(self) -> list[list[Choice]]:
         config = self.config

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...formats.errors import CheckError
 from ...verify.evaluate.dense import of_source
@@ -30,8 +32,8 @@ class SharedHead:
         return self._last[1]
 
 
-def divergences(run: StreamsRun) -> dict[str, float]:
-    """The mean KLD, nats per token, of every stream but the source's, when all have passed the last layer.
+def divergences(run: StreamsRun) -> dict[str, NDArray[np.float64]]:
+    """The KLD f64 [positions], in nats, of every stream but the source's, when all have passed the last layer.
 
     Raises CheckError where predictions are not numbers.
     """
@@ -44,14 +46,14 @@ def divergences(run: StreamsRun) -> dict[str, float]:
         return Head(exact if name == START else stored, stream)
 
     names = [name for name in hashes if name != START]
-    found: dict[str, float] = {}
+    found: dict[str, NDArray[np.float64]] = {}
     groups = [names[low : low + TOGETHER] for low in range(0, len(names), TOGETHER)]
     run.watch.begin("next tokens", len(groups) * config.vocab_size, "tokens")
     for group in groups:
         comparison = of_source(head(START), run.tokens, config.vocab_size, len(group))
         for name, positions in zip(group, judge(comparison, [head(n) for n in group]), strict=True):
-            found[name] = float(positions.kld.mean())
-            if not math.isfinite(found[name]):
+            found[name] = positions.kld
+            if not np.isfinite(positions.kld).all():
                 raise CheckError(
                     f"the predictions behind the stream {name} are not numbers",
                     hint="`mq-quant verify` on a file of this source says more",

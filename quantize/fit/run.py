@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
 from ...formats.machine import peak_rss
@@ -98,9 +101,9 @@ def measure(
 
 @dataclass(frozen=True)
 class Found:
-    """The KLD of every stream by its name, and the source's fingerprint."""
+    """The KLD f64 [positions] of every stream by its name, and the source's fingerprint."""
 
-    losses: Mapping[str, float]
+    divergences: Mapping[str, NDArray[np.float64]]
     files: Mapping[str, Mapping[str, Any]]
     resumed_layers: int
     seconds: float
@@ -150,8 +153,7 @@ def losses_of(
         resumed = run.done
         with one_blas_thread():
             _layers(run, recipe, found.model, gathered, options)
-        losses = divergences(run)
-        yield Found(losses, files, resumed, round(time.monotonic() - began, 3))
+        yield Found(divergences(run), files, resumed, round(time.monotonic() - began, 3))
         journal.done.clear()
 
 
@@ -226,8 +228,8 @@ def _measurement(
     plan: Streams,
     found: Found,
 ) -> Measurement:
-    """What was found, from the losses by the names of their streams."""
-    pieces, losses = [], found.losses
+    """What was found, from the mean KLD of streams by their names."""
+    pieces, losses = [], {name: float(kld.mean()) for name, kld in found.divergences.items()}
     for layer in range(source.config.num_hidden_layers):
         kinds = plan.pieces(layer)
         gate_up = {c.gate_up: losses[name] for name, c in kinds.items() if c.gate_up is not None}
