@@ -13,8 +13,10 @@ from mq_quant.formats.minimax import parse_config
 from mq_quant.quantize.fit.allocation import allocation_of
 from mq_quant.quantize.fit.avoided import read_avoided
 from mq_quant.quantize.fit.budget import read_budget
-from mq_quant.quantize.fit.fitted import Fitted
+from mq_quant.quantize.fit.fitted import Fitted, Fitting
 from mq_quant.quantize.fit.generic import generic
+from mq_quant.quantize.fit.losses import Losses
+from mq_quant.quantize.fit.measurement import EXPERT_NAMES
 from mq_quant.quantize.fit.request import FitRequest, fit
 from mq_quant.quantize.fit.written import recipe_text, write_recipe
 from mq_quant.quantize.spec.estimates import tier_table
@@ -127,3 +129,19 @@ def test_a_measurement_of_another_model_is_refused(tmp_path: Path, small: Path) 
         fit(replace(request("85GB"), measurement=path))
     with pytest.raises(MeasurementError, match="its experts is 4 and the model's 3"):
         fit(replace(request("1.2MB", str(small)), measurement=path))
+
+
+def test_a_tier_is_kept_where_a_fit_is_not_clearly_better() -> None:
+    """All pieces alike but for one in the last layer, so that something is better than the tier by a little."""
+
+    def fitted(advantage: float) -> Fitted:
+        plain = dict(zip(EXPERT_NAMES, (1.0, 0.3, 0.1, 0.01), strict=True))
+        easy = {name: value * (1 - advantage) for name, value in plain.items()}
+        pieces = (plain,) * (2 * CONFIG.num_hidden_layers - 40) + (easy,) * 40
+        standard = {name: load_tier(name) for name in tiers()}
+        budget = request(f"{SIZES['mq2']}B").budget
+        files = model_files(standard["mq2"].model)
+        return Fitting(standard, files, CONFIG, budget, Losses(pieces, "ours", doubt=0.05)).best()
+
+    assert fitted(0.0).tier == "mq2"
+    assert fitted(0.9).tier is None
