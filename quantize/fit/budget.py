@@ -46,12 +46,9 @@ class Budget:
 
     @property
     def name(self) -> str:
-        """What a recipe for it is called: fit-96, size-85gb, bits-2.9."""
-        plain = self.text.strip().lower().replace(" ", "")
-        if self.kind != "memory":
-            return f"{self.kind}-{plain}"
-        memory = f"fit-{plain.removesuffix('gb')}"
-        return memory if self.context == CONTEXT else f"{memory}-context-{self.context}"
+        """What a recipe for it is called: memory-96gb, size-85gb, bits-2.9."""
+        context = f"-context-{self.context}" if self.context != CONTEXT else ""
+        return f"{self.kind}-{self.text.strip().lower().replace(' ', '')}{context}"
 
     def limit(self, config: ModelConfig) -> int:
         """The most bytes that a file of this model may have; BudgetError where the engine itself takes all of them."""

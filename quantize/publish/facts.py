@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,6 @@ def read_facts(path: Path) -> tuple[CardFile, Origin]:
 def _facts(file: HfqFile, config: ModelConfig) -> CardFile:
     made = Provenance.of(file)
     recipe = made.recipe
-    formats = {p: format_of(file, file.entry(expert_name(0, 0, p))).name for p in ("w1", "w2")}
     experts = [(spec, file.entry(spec.name)) for spec in inventory(config) if spec.role == "expert"]
     weights = (
         3
@@ -82,8 +82,8 @@ def _facts(file: HfqFile, config: ModelConfig) -> CardFile:
         size,
         tier,
         _text(recipe.document.get("description")) if recipe else None,
-        formats["w1"],
-        formats["w2"],
+        _formats(file, config, "w1"),
+        _formats(file, config, "w2"),
         _rest(file),
         8 * sum(entry.nbytes for _, entry in experts) / weights,
         machine_for(size, config),
@@ -93,6 +93,13 @@ def _facts(file: HfqFile, config: ModelConfig) -> CardFile:
         made.program.version,
         concerns((spec, entry.quant_type) for spec, entry in experts),
     )
+
+
+def _formats(file: HfqFile, config: ModelConfig, projection: str) -> str:
+    """The formats of a projection, those of most layers first."""
+    names = (expert_name(layer, 0, projection) for layer in range(config.num_hidden_layers))
+    found = Counter(format_of(file, file.entry(name)).name for name in names)
+    return ", ".join(name for name, _ in found.most_common())
 
 
 def _rest(file: HfqFile) -> str:

@@ -86,7 +86,7 @@ def test_memory_is_what_a_tier_fits_in(m27: ModelConfig) -> None:
     assert run_bytes(limit, m27) == 96 * 10**9
     shorter = read_budget("96GB", None, None, 4096)
     assert shorter is not None and shorter.limit(m27) > limit
-    assert (budget.name, shorter.name) == ("fit-96", "fit-96-context-4096")
+    assert (budget.name, shorter.name) == ("memory-96gb", "memory-96gb-context-4096")
 
 
 def test_memory_that_the_engine_takes_alone_is_refused(m27: ModelConfig) -> None:

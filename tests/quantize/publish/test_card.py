@@ -31,6 +31,7 @@ from mq_quant.quantize.publish.card import CardOptions, write_card
 from mq_quant.quantize.publish.card_text import render_card
 from mq_quant.quantize.publish.facts import read_facts
 from mq_quant.quantize.spec.places import choose_recipe, open_place
+from mq_quant.quantize.spec.recipe import Rule
 
 TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")
 EVIL = "<script>alert(1)</script> | `x` [y](z)\n\n# no heading"
@@ -132,6 +133,15 @@ def test_the_hub_reads_its_header(files: list[Path], evaluation: Path, source: P
         "pipeline_tag": "text-generation",
         "tags": ["hipfire", "hfq", "mq-quant", "quantized", "moe", "minimax_m2"],
     }
+
+
+def test_formats_that_differ_from_layer_to_layer_are_all_named(source: Path, tmp_path: Path) -> None:
+    recipe = choose_recipe("mq2", None, str(source))
+    first = Rule(tensors=r"layers\.0\..*\.experts\.\d+\.w2\.weight$", format="MQ6")
+    mixed = recipe.model_copy(update={"rules": (first, *recipe.rules)})
+    build_file(mixed, NoStatistics(), RunOptions(tmp_path / "mixed", 2), RecipeChanges(fit="reference"))
+    facts, _ = read_facts(tmp_path / "mixed")
+    assert (facts.gate_up, sorted(facts.down.split(", "))) == ("MQ2-Lloyd", ["MQ3-Lloyd", "MQ6"])
 
 
 def test_sums_are_those_of_the_files(files: list[Path], source: Path, tmp_path: Path) -> None:
