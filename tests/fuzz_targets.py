@@ -19,6 +19,7 @@ from fuzz_evaluation import (
     read_saved_reference,
     saved_reference,
 )
+from measurement_document import document
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.hfq import Provenance, TensorMeta, layout, open_hfq, quantization_hash
 from mq_quant.formats.minimax import inventory, parse_config
@@ -32,6 +33,8 @@ from mq_quant.formats.statistics.imatrix import (
 )
 from mq_quant.formats.tokenizer import TextTokenizer, chat_template
 from mq_quant.quantize.calibrate.token_file import read_token_file
+from mq_quant.quantize.fit.losses import measured
+from mq_quant.quantize.fit.measurement import Measurement, read_measurement
 from mq_quant.quantize.inspect.diff import diff_files
 from mq_quant.quantize.inspect.show import inspect_file
 from mq_quant.quantize.spec.metadata import SideFiles
@@ -213,6 +216,17 @@ def _recipe(folder: Path) -> bytes:
 
 _BYTES_OR_JSON = either(mutate_bytes, mutate_json)
 
+
+def _measurement(folder: Path) -> bytes:
+    return json.dumps(document()).encode()
+
+
+def _read_measurement(folder: Path) -> None:
+    found = read_measurement(folder / "m.json")
+    assert Measurement.model_validate_json(found.text_json()) == found
+    measured(found)
+
+
 TARGETS: dict[str, Target] = {
     "hfq": Target(
         "x.hfq", lambda folder: GOLDEN.read_bytes(), mutate_bytes, lambda f: _read_hfq(f / "x.hfq")
@@ -237,6 +251,7 @@ TARGETS: dict[str, Target] = {
     "saved-reference": Target("x.reference", saved_reference, mutate_bytes, read_saved_reference),
     "llama-base": Target("x.base", llama_base, mutate_bytes, read_llama_base),
     "evaluation": Target("x.json", evaluation, _BYTES_OR_JSON, read_result),
+    "measurement": Target("m.json", _measurement, _BYTES_OR_JSON, _read_measurement),
     "recipe": Target("x.yaml", _recipe, mutate_bytes, lambda f: load_recipe(f / "x.yaml")),
 }
 

@@ -98,14 +98,14 @@ class Measurement(_Part):
     def _is_complete(self) -> Measurement:
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("names a format twice")
-        wanted = [(layer, p) for layer in range(self.model.layers) for p in PROJECTIONS]
-        found = [(piece.layer, piece.projection) for piece in self.pieces]
-        if found != wanted:
-            odd = next((w for w, f in zip(wanted, found, strict=False) if w != f), None)
-            where = (
-                f"layer {odd[0]} {odd[1]} is not where it belongs" if odd else "there are too many or too few"
+        if len(self.pieces) != len(PROJECTIONS) * self.model.layers:
+            raise ValueError(
+                f"holds {len(self.pieces)} pieces, not gate_up and down of {self.model.layers} layers"
             )
-            raise ValueError(f"pieces must be gate_up and down of every layer in order: {where}")
+        for number, piece in enumerate(self.pieces):
+            layer, projection = number // len(PROJECTIONS), PROJECTIONS[number % len(PROJECTIONS)]
+            if (piece.layer, piece.projection) != (layer, projection):
+                raise ValueError(f"layer {layer} {projection} is not where it belongs")
         for piece in self.pieces:
             if set(piece.kld) != set(self.formats):
                 raise ValueError(

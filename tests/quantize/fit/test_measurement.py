@@ -76,9 +76,10 @@ def _no_format(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_lost, "layer 0 down is not where it belongs"),
+        (_lost, "holds 3 pieces, not gate_up and down of 2 layers"),
         (_swapped, "layer 0 gate_up is not where it belongs"),
-        (_twice, "there are too many or too few"),
+        (_twice, "holds 5 pieces"),
+        (lambda d: d["model"].update(layers=10**300), "holds 4 pieces"),
         (_no_format, "layer 1 down has not just the formats that were measured"),
         (lambda d: d["pieces"][0].update(projection="w1"), "projection"),
         (lambda d: d["pieces"][0]["kld"].update({"Q8F16": 0.1}), "the engine runs experts in"),
