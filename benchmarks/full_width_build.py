@@ -34,12 +34,13 @@ POOL = 24 << 20
 """Random numbers of which all tensors are pieces."""
 
 
-def write_checkpoint(folder: Path, layers: int, experts: int) -> None:
-    """Full-width layers in the released layout, a shard per kind of tensor and layer."""
+def write_checkpoint(folder: Path, layers: int, experts: int, **changes: int) -> None:
+    """Full-width layers in the released layout, a shard per kind of tensor and layer; `changes` go into the config."""
     config = {
         **(load_tier("mq2-lloyd").model.config or {}),
         "num_hidden_layers": layers,
         "num_local_experts": experts,
+        **changes,
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +26,8 @@ class MatrixTask:
     """A matrix to be encoded: weights f32 [R, K] as in the checkpoint, K a multiple of 256, and the form to store.
 
     `hessian` is that of the rows in the stored basis, for the fit `hessian`; without one that fit is `exact`. `gain`
-    is how far levels go from least squares, 0, to unbiased ones, 1.
+    is how far levels go from least squares, 0, to unbiased ones, 1. `stored` gives what `form.to_stored` makes of the
+    weights, where several tasks have that in common; it is asked only where that is done on the CPU.
     """
 
     weights: F32
@@ -34,6 +35,7 @@ class MatrixTask:
     fit: Fit
     hessian: RowHessian | None = None
     gain: float = 0.0
+    stored: Callable[[], F32] | None = None
 
 
 class Encoder(Protocol):
@@ -67,7 +69,7 @@ CPU = CpuEncoder()
 
 def encode_matrix(task: MatrixTask) -> U8:
     """The payload u8 [R · K / 256 · group_bytes] of one matrix, encoded by the loops of lloyd."""
-    rows = task.form.to_stored(task.weights)
+    rows = task.form.to_stored(task.weights) if task.stored is None else task.stored()
     return encode_rotated(rows, task.form.format, task.fit, task.hessian, task.gain)
 
 

@@ -372,10 +372,12 @@ class LayerEncoder:
     ) -> dict[str, U8]:
         """The payloads u8 [bytes] of some matrices of one expert; `decided` is what decides them beside the formats."""
 
+        def task(p: str) -> MatrixTask:
+            stored = partial(once.one, ("stored", p, decided), partial(forms[p].to_stored, weights[p]))
+            return MatrixTask(weights[p], forms[p], self.fit, hessians.get(p), self.gain, stored)
+
         def encode(missing: Sequence[str]) -> list[U8]:
-            return self.encoder.encode(
-                [MatrixTask(weights[p], forms[p], self.fit, hessians.get(p), self.gain) for p in missing]
-            )
+            return self.encoder.encode([task(p) for p in missing])
 
         return once.each({p: (p, self.formats[p].name, decided) for p in weights}, encode)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import numpy as np
 import pytest
 import small_model
@@ -33,6 +35,7 @@ from small_imatrix import save_imatrix
 CONFIG = small_model.CONFIG
 TOKENS = np.random.default_rng(3).integers(0, 300, (4, 40)).astype(np.int32)
 ALL = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")
+MODELS = os.environ.get("MQ_QUANT_MODELS")
 FAST = TuneSettings(epochs=1, batch=64, held=0.34)
 
 Together = Callable[..., TierResults]
@@ -144,6 +147,17 @@ def test_the_exponent_is_searched_for_each_format_as_in_single_builds(
         assert each.path.read_bytes() == single(each.tier, alpha=None)
 
 
+@pytest.mark.skipif(not MODELS, reason="MQ_QUANT_MODELS is not set")
+def test_so_they_are_of_a_trained_model_with_exponents_searched(tmp_path: Path) -> None:
+    model = Path(str(MODELS)) / "trained-tiny"
+    given = ImatrixFile(model / "imatrix.gguf")
+    recipes = [choose_recipe(tier, None, str(model)) for tier in ("mq3-lloyd", "mq2-lloyd")]
+    results = build_files(recipes, tmp_path, given, RunOptions(jobs=2))
+    for each, recipe in zip(results.tiers, recipes, strict=True):
+        build_file(recipe, given, RunOptions(output=tmp_path / "single", jobs=2, force=True))
+        assert each.path.read_bytes() == (tmp_path / "single").read_bytes()
+
+
 def test_what_stays_on_a_device_is_shared_there_too(
     together: Together, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +210,17 @@ def test_the_source_is_run_once_for_all_tiers(together: Together, monkeypatch: p
     monkeypatch.setattr(on_the_fly, "gather_layer", counted)
     together("mq2", "mq3", effort="calibrated")
     assert layers == [0, 1]
+
+
+def test_each_shard_of_a_hub_is_fetched_once_for_all_tiers(
+    small_hub: hub_server.HubServer, tmp_path: Path
+) -> None:
+    recipes = [choose_recipe(tier, None, hub_server.REPO) for tier in ("mq2", "mq3")]
+    (tmp_path / "made").mkdir()
+    results = build_files(recipes, tmp_path / "made", NoStatistics(), RunOptions(jobs=2))
+    assert states(results) == ["made", "made"]
+    hub_server.check_each_shard_was_fetched_once(small_hub)
+    assert len(names(tmp_path / "made")) == 2
 
 
 # --- one tier stops, the others go on -------------------------------------------------------------------------------
