@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from ...formats.minimax import ModelConfig, layer_inventory
 from ...formats.statistics.moment_file import DownForm
 from ...verify.model.device_weights import DeviceWeights
 from ...verify.model.reference import before_experts
-from ..encode.on_device.kept import KeptOnDevice, keep_on_device
+from ..encode.on_device.kept import keep_on_device
 from ..encode.on_device.transfer import wait_for
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
@@ -51,12 +50,11 @@ from .layer_pass import (
     room_for_two,
 )
 from .moments import LayerMoments
+from .resident import Resident, Residents, on_a_thread
 from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .state import CalibrationState
-
-T = TypeVar("T")
 
 DOWN: DownForm = "pooled"
 """Only the layer's moment at down is kept: an expert's own follows from its rows when it is encoded."""
@@ -100,14 +98,12 @@ class GatheredImportance:
         self._out: CalibrationFolder | None = None
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
-        self._entering: tuple[int, Tensor | None] = 0, None
         self.others = other_devices(self.device)
         """Devices over which the experts of a layer are spread beside the one on which the model runs."""
         self.stays = self.device.type != "cpu" if stays is None else stays
-        self._coming: dict[int, Coming] = {}
         self._dropping: Future[None] | None = None
         self.runs_ahead = self.stays and room_for_two(self.config, tokens.size, self.device)
-        self._stream = beside_others(self.device)
+        self._residents = Residents(self._run, beside_others(self.device), 2 if self.runs_ahead else 1)
 
     def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:
         """Take the source's {origin, files}, and the imatrix that stands behind moments of too few tokens.
@@ -163,17 +159,14 @@ class GatheredImportance:
             self._state.prime(self._out, start)
         if not self._out.journal.done:
             # Read before the build releases the embeddings, and kept until the first layer has run.
-            self._entering = 0, enter(self._source, self.config, self._out, self.tokens, 0)
+            self._residents.enters(0, enter(self._source, self.config, self._out, self.tokens, 0))
 
     def close(self) -> None:
         """Let go of the folder, which stays for the next run."""
         if self._out is not None:
             with suppress(Exception):  # the layer is run again
                 self._settle()
-            for coming in self._coming.values():
-                wait([coming.written])
-                coming.let_go()
-            self._coming.clear()
+            self._residents.close()
             self._out.close()
             self._out = None
 
@@ -191,34 +184,35 @@ class GatheredImportance:
             self._drop(range(min(layer, len(self._folder.journal.done))))
             self._gather_up_to(layer)
             return
-        self._leave(layer)
-        if layer not in self._coming:
+        here = self._residents
+        here.leave(layer)
+        if layer not in here:
             self._restart_if_damaged(layer)
             self._gather_up_to(layer)
-        if layer not in self._coming:
-            self._start(layer)
-        self._coming[layer].made.result()
+        if layer not in here:
+            here.start(layer)
+        here.importance(layer)
         self._end(layer)
 
     def under_way(self, layer: int) -> bool:
         """Whether a layer is run already, so that it can be begun while the one before it is still needed: `layer`
         waits for it.
         """
-        return layer in self._coming
+        return layer in self._residents
 
     def holds_before(self, layer: int) -> bool:
         """Whether `end_before` has anything to do."""
-        return self.stays and min(self._coming, default=layer) < layer
+        return self._residents.holds_before(layer)
 
     def end_before(self, layer: int) -> None:
         """Nothing needs the moments of layers before this one any more, which is under way."""
-        self._leave(layer)
+        self._residents.leave(layer)
         self._end(layer)
 
     def layer(self, layer: int) -> LayerImportance:
         """The importances of a layer that was begun and is not ended."""
         if self.stays:
-            return self._coming[layer].made.result().importance
+            return self._residents.importance(layer)
         gathered = self._gathered(layer, self._folder.record(layer))
         return with_rows(gathered, self._folder.rows(layer, self.config, self.tokens.size))
 
@@ -253,9 +247,10 @@ class GatheredImportance:
     def _intact(self, layer: int) -> bool:
         """Whether what is needed of a finished layer is still there, or, where its rows stay on the device, the stream
         from which they are made again."""
-        if not self._folder.intact(layer):
-            return False
-        return not self.stays or layer in self._coming or self._folder.has_hidden(layer)
+        return layer in self._residents or self._intact_on_disk(layer)
+
+    def _intact_on_disk(self, layer: int) -> bool:
+        return self._folder.intact(layer) and (not self.stays or self._folder.has_hidden(layer))
 
     def _restart_if_damaged(self, layer: int) -> None:
         """Begin the run of the model anew where the moments of a layer are gone that has to be encoded once more."""
@@ -269,20 +264,17 @@ class GatheredImportance:
         self._settle()
         for n in range(len(self._folder.journal.done), layer + 1):
             if self.stays:
-                self._start(n)
+                self._residents.start(n)
             else:
-                self._gather(n, self._entering_of(n), self._source).finish()
+                kept = self._residents.take(n)
+                self._gather(n, self._entering(n) if kept is None else kept, self._source).finish()
             if n < layer:
                 self._settle()
-                self._leave(n + 1)
+                self._residents.leave(n + 1)
                 self._folder.drop(n)
 
-    def _entering_of(self, layer: int) -> Tensor:
-        """The stream that enters a layer: from the layer before, where that was just run, or as it was saved."""
-        (n, stream), self._entering = self._entering, (0, None)
-        if stream is None or n != layer:
-            return enter(self._source, self.config, self._folder, self.tokens, layer)
-        return stream
+    def _entering(self, layer: int) -> Tensor:
+        return enter(self._source, self.config, self._folder, self.tokens, layer)
 
     def _gather(self, layer: int, hidden: Tensor, weights: Source | DeviceWeights) -> Gathered:
         return gather_layer(
@@ -314,59 +306,27 @@ class GatheredImportance:
         """What stays of a layer, complete on the devices."""
         importance = keep_on_device(self._gathered(layer, record), *rows, weights.matrix, self.others)
         wait_for(self.device, *self.others)
-        return Resident(layer, weights, importance, behind)
+        return Resident(weights, importance, behind)
 
     def _gathered(self, layer: int, record: Mapping[str, Any]) -> CalibratedLayer:
         """What the file of a layer says."""
         behind = self._imatrix.layer(layer) if self._imatrix else None
         return self._folder.layer(layer, self.config, DOWN, record, behind)
 
-    def _start(self, layer: int) -> None:
-        """Run a layer, or have again what its experts saw, on a thread of its own, after the layer before."""
-        before, known = self._coming.get(layer - 1), layer < len(self._folder.journal.done)
-        made: Future[Resident] = Future()
-
-        def run() -> Callable[[], None]:
-            behind = before.made.result().behind if before else None
-            if known and self._intact(layer):
-                made.set_result(self._again(layer))
-                return lambda: None
-            hidden = self._entering_of(layer) if behind is None else behind
-            resident, finish = self._gather_here(layer, hidden)
-            if not self.runs_ahead:
-                make_room(self.device)
-            made.set_result(resident)
-            return finish
-
-        def work() -> None:
-            with self._stream():
-                try:
-                    finish = run()
-                except BaseException as e:
-                    made.set_exception(e)
-                    raise
-                if before is not None:
-                    before.written.result()
-                finish()
-
-        self._coming[layer] = Coming(made, _beside(work))
-
-    def _leave(self, layer: int) -> None:
-        """Let go of the layers before this one; the stream behind the last of them stays."""
-        for n in sorted(n for n in self._coming if n < layer):
-            coming = self._coming.pop(n)
-            wait([coming.written])
-            if n + 1 not in self._coming:
-                self._entering = n + 1, coming.made.result().behind
-            coming.let_go()
+    def _run(self, layer: int, entering: Tensor | None) -> tuple[Resident, Callable[[], None]]:
+        """A layer on the device: run, or where it is finished already what its experts saw, as `resident.Run` says."""
+        if layer < len(self._folder.journal.done) and self._intact_on_disk(layer):
+            return self._again(layer), lambda: None
+        made = self._gather_here(layer, self._entering(layer) if entering is None else entering)
+        if not self.runs_ahead:
+            make_room(self.device)
+        return made
 
     def _end(self, layer: int) -> None:
         """Remove what is kept of layers before this one, and run the next one, where it has room beside this one."""
         self._settle_drops()
-        self._dropping = _beside(partial(self._drop, range(layer)))
-        coming = max(self._coming) + 1
-        if self.runs_ahead and len(self._coming) < 2 and coming <= self._last:
-            self._start(coming)
+        self._dropping = on_a_thread(partial(self._drop, range(layer)))
+        self._residents.fill(self._last)
 
     def _again(self, layer: int) -> Resident:
         """What the experts of a finished layer saw, from the stream that enters the layer."""
@@ -394,40 +354,5 @@ class GatheredImportance:
 
     def _settle(self) -> None:
         """Wait until nothing is under way beside this thread, and raise what stood in its way."""
-        for coming in self._coming.values():
-            coming.written.result()
+        self._residents.settle()
         self._settle_drops()
-
-
-def _beside(work: Callable[[], T]) -> Future[T]:
-    """Some work on a thread of its own."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="layer")
-    try:
-        return pool.submit(work)
-    finally:
-        pool.shutdown(wait=False)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A layer whose inputs and weights lie on the device, and the stream f32 [sequences, length, hidden] behind it,
-    where the layer was run to its end.
-    """
-
-    layer: int
-    weights: DeviceWeights
-    importance: KeptOnDevice
-    behind: Tensor | None
-
-
-@dataclass(frozen=True)
-class Coming:
-    """A layer that is run on a thread of its own: it is here once it is `made`, and durable once it is `written`."""
-
-    made: Future[Resident]
-    written: Future[None]
-
-    def let_go(self) -> None:
-        """Let go of what was made, if it was."""
-        if self.made.exception() is None:
-            self.made.result().weights.close()
