@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .quantize.api import build_files as build_files
     from .quantize.api import calibrate as calibrate
     from .quantize.api import evaluate_files as evaluate_files
+    from .quantize.api import fit_recipe as fit_recipe
     from .quantize.api import load_recipe as load_recipe
     from .quantize.api import open_source as open_source
     from .quantize.api import plan_file as plan_file
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     __version__: str
 
 _API = (
-    "build_file", "build_files", "calibrate", "evaluate_files", "load_recipe", "open_source", "plan_file",
-    "reproduce_file", "tiers", "verify_file",
+    "build_file", "build_files", "calibrate", "evaluate_files", "fit_recipe", "load_recipe", "open_source",
+    "plan_file", "reproduce_file", "tiers", "verify_file",
 )  # fmt: skip
 _PLACES = {
     **dict.fromkeys(_API, ".quantize.api"),
@@ -44,8 +45,8 @@ _PLACES = {
     "MqError": ".formats.errors",
 }
 __all__ = [
-    "MqError", "__version__", "build_file", "build_files", "calibrate", "diff_files", "evaluate_files", "load_recipe",
-    "open_hfq", "open_source", "plan_file", "reproduce_file", "tiers", "verify_file",
+    "MqError", "__version__", "build_file", "build_files", "calibrate", "diff_files", "evaluate_files", "fit_recipe",
+    "load_recipe", "open_hfq", "open_source", "plan_file", "reproduce_file", "tiers", "verify_file",
 ]  # fmt: skip
 
 

@@ -45,6 +45,34 @@ def load_recipe(tier_or_path: str | Path, *, source: str | Path | None = None) -
     return choose_recipe(tier_or_path, None, place)
 
 
+def fit_recipe(
+    *,
+    memory: str | None = None,
+    size: str | None = None,
+    bits: float | None = None,
+    context: int | None = None,
+    source: str | Path | None = None,
+    measurement: str | Path | None = None,
+    avoid: Sequence[str] = (),
+) -> Recipe:
+    """The recipe that loses least in a memory ("96GB"), a file's size ("85.0GB") or so many bits per weight.
+
+    `measurement` is a file of `mq-quant measure`; without it losses are typical ones. `avoid` names formats, as in
+    "MQ4" or "down:MQ4". Raises BudgetError where no file of the model is so large or so small.
+    """
+    from ..formats.errors import BudgetError
+    from .fit.avoided import read_avoided
+    from .fit.budget import read_budget
+    from .fit.request import FitRequest, fit
+
+    budget = read_budget(memory, size, bits, context)
+    if budget is None:
+        raise BudgetError("no budget was given", hint="give memory, size or bits")
+    place = None if source is None else str(source)
+    file = None if measurement is None else Path(measurement)
+    return fit(FitRequest(place, None, budget, file, read_avoided(avoid)), sure=True).recipe
+
+
 def tiers(model: str = "minimax-m2.7") -> list[str]:
     """The names of the tiers that are bundled for a model."""
     from .spec.recipe import tiers as names

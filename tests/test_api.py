@@ -107,3 +107,10 @@ def test_a_calibration_feeds_a_build(tmp_path: Path) -> None:
     assert made.coverage is not None
     with pytest.raises(mq.MqError, match="outside the vocabulary"):
         mq.calibrate("tiny", tokens + 10**6, tmp_path / "other")
+
+
+def test_a_recipe_is_fitted_to_a_size() -> None:
+    recipe = mq.fit_recipe(size="85.0GB", avoid=["down:MQ4"])
+    assert 84.5e9 < mq.plan_file(recipe).total_bytes <= 85e9
+    with pytest.raises(mq.MqError, match="no budget was given"):
+        mq.fit_recipe()
