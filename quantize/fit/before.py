@@ -111,7 +111,7 @@ def cost_of(
         memory, disk = gathering.memory_bytes, disk + gathering.disk_bytes
     effort = effort_of(statistics) or "imatrix"
     spent = measuring_hours(config, effort, tokens, judged, len(EXPERT_NAMES), jobs, device)
-    return MeasureCost(tokens, judged, memory, disk, round(spent, 2))
+    return MeasureCost(tokens, judged, memory, disk, round(spent, 4))
 
 
 def check_output(path: Path, force: bool, needed: int) -> None:
