@@ -164,13 +164,20 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("out/fit"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = [row for effort in args.efforts for row in rows_of(Model(args, effort))]
-    (args.output / "fit.json").write_text(json.dumps(rows, indent=1))
-    (args.output / "fit.md").write_text(table(rows) + "\n")
-    figure = curves_by_size(curves(rows))
-    (args.output / "fit.png").write_bytes(png(figure))
-    (args.output / "fit.svg").write_text(svg(figure), encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for effort in args.efforts:
+        rows += rows_of(Model(args, effort))
+        write(rows, args.output)
     print(table(rows))
+
+
+def write(rows: list[dict[str, Any]], folder: Path) -> None:
+    """The table and the picture of what is known so far."""
+    (folder / "fit.json").write_text(json.dumps(rows, indent=1))
+    (folder / "fit.md").write_text(table(rows) + "\n")
+    figure = curves_by_size(curves(rows))
+    (folder / "fit.png").write_bytes(png(figure))
+    (folder / "fit.svg").write_text(svg(figure), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mq_quant.verify import pictures
 from mq_quant.verify.model.metrics import LayerFigures
-from mq_quant.verify.pictures import BLUE, GREEN, INK, ORANGE, Measured
+from mq_quant.verify.pictures import BLUE, GREEN, INK, ORANGE, Curve, Measured
 
 FILES = [Measured("a.mq4", 10**9, 0.01, 0.001, 4096), Measured("b.mq2", 5 * 10**8, 0.1, math.nan, 65536)]
 
@@ -64,3 +64,17 @@ def test_layers_and_tokens() -> None:
     for figure in (pictures.error_by_layer(layers), pictures.kld_by_tokens(FILES)):
         assert re.search(r"<svg .*</svg>", pictures.svg(figure), re.DOTALL)
     assert pictures.kld_by_tokens(FILES).axes[0].get_xscale() == "log"
+
+
+def test_kinds_of_files_are_lines_in_pairs_of_one_ink() -> None:
+    kinds = [
+        Curve("tiers", [(10**6, 0.2, "<b>"), (2 * 10**6, 0.0, "$x$")]),
+        Curve("fitted", [(10**6, 0.2, "")]),
+        Curve("tiers, other", [(10**6, 0.1, "")]),
+    ]
+    (axes,) = pictures.curves_by_size(kinds).axes
+    lines = axes.get_lines()
+    assert [line.get_color() for line in lines] == [BLUE, BLUE, ORANGE]
+    assert [line.get_linestyle() for line in lines] == ["--", "-", "--"]
+    assert all((np.asarray(line.get_ydata()) > 0).all() for line in lines)
+    assert "<b>" not in pictures.svg(pictures.curves_by_size(kinds))
