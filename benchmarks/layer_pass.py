@@ -40,9 +40,10 @@ from mq_quant.quantize.calibrate.on_the_fly import GatheredImportance
 from mq_quant.quantize.encode.encoders import Encoder, open_encoder
 from mq_quant.quantize.encode.layer_encoder import fit_settings
 from mq_quant.quantize.pipeline.build_spec import BuildSpec
+from mq_quant.quantize.pipeline.encoding import Encoded, in_step, prepare_layer
 from mq_quant.quantize.pipeline.turns import LayersInTurn
 from mq_quant.quantize.pipeline.work_units import WorkUnit, work_order
-from mq_quant.quantize.pipeline.worker_pool import Encoded, Workers, in_step, prepare_layer, run_steps
+from mq_quant.quantize.pipeline.worker_pool import Workers, run_steps
 from mq_quant.quantize.spec.plan import Plan, plan_tensors
 from mq_quant.quantize.spec.recipe import load_tier
 from numpy.typing import NDArray

@@ -27,9 +27,9 @@ from full_width_build import write_checkpoint
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.encode.blas import one_blas_thread
 from mq_quant.quantize.pipeline.build_spec import open_builds
+from mq_quant.quantize.pipeline.encoding import encode_step, in_step, prepare_layers
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, OnTheFly, Statistics
 from mq_quant.quantize.pipeline.work_units import work_order
-from mq_quant.quantize.pipeline.worker_pool import encode_step, in_step, prepare_layers
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.spec.recipe import tiers as tier_names
 

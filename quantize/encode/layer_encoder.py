@@ -6,10 +6,10 @@ more, so experts can be encoded on any number of threads with the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,12 @@ from ...lloyd.hessian.row import RowHessian, from_moment, from_weights
 from ..spec.recipe import Recipe
 from .answering import answering_down, product
 from .encoders import CPU, Encoder, MatrixTask
-from .once import ALONE, Once, once_for
+from .once import ALONE, Once, attempt, once_for
 from .overflow import check_levels
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
-T = TypeVar("T")
 
 ALPHA_GRID = (0.0, 0.15, 0.3, 0.5)
 LONE_NOISE = 0.5
@@ -113,14 +112,6 @@ class Prepared:
     losses: Mapping[str, float]
     stored: StoredLayer
     shared: RowHessian | None
-
-
-def attempt(work: Callable[[], T]) -> T | MqError:
-    """What some work returns, or the error in which it ends: that of one file stops no other."""
-    try:
-        return work()
-    except MqError as e:
-        return e
 
 
 class LayerEncoder:

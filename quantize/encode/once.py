@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence, Sized
 from typing import Any, Protocol, TypeVar
 
+from ...formats.errors import MqError
+
 T = TypeVar("T")
 
 
@@ -69,3 +71,11 @@ class Together:
 def once_for(files: Sized) -> Once:
     """What keeps results for these files."""
     return Together() if len(files) > 1 else ALONE
+
+
+def attempt(work: Callable[[], T]) -> T | MqError:
+    """What some work returns, or the error in which it ends: that of one file stops no other."""
+    try:
+        return work()
+    except MqError as e:
+        return e

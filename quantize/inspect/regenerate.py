@@ -20,9 +20,10 @@ from ...formats.hfq import HfqFile, TensorMeta, open_hfq
 from ...formats.hfq.provenance import Provenance
 from ...formats.watch import UNWATCHED, Watch
 from ..pipeline.build_spec import UNCHANGED, BuildSpec, resolve
+from ..pipeline.encoding import Encoded
 from ..pipeline.statistics import ImatrixFile
 from ..pipeline.work_units import WorkUnit, work_order
-from ..pipeline.worker_pool import Encoded, Workers, run_units
+from ..pipeline.worker_pool import Workers, run_units
 from ..spec.layer_hashes import (
     HashTable,
     bundled_table,

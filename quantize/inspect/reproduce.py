@@ -32,10 +32,11 @@ from ...formats.watch import UNWATCHED, Watch
 from ...texts import CALIBRATION_SHA256
 from ..calibrate.tokens import TokenRequest
 from ..pipeline.build_spec import BuildSpec, open_build
+from ..pipeline.encoding import Encoded
 from ..pipeline.statistics import ImatrixFile, MomentFolder, NoStatistics, OnTheFly, Statistics
 from ..pipeline.turns import LayersInTurn, Turns
 from ..pipeline.work_units import WorkUnit, work_order
-from ..pipeline.worker_pool import Encoded, UnitHook, Workers, run_units
+from ..pipeline.worker_pool import UnitHook, Workers, run_units
 from ..spec.hooks import nothing
 from ..spec.places import retarget
 from ..spec.provenance import program

@@ -23,8 +23,9 @@ from ..spec.recipe import Recipe
 from ..write.inputs import check_no_input
 from ..write.journal import SHOWN, differences
 from ..write.partial_file import CALIBRATION, beside, held_bytes
-from .build import Build, BuildResult, RunOptions, run_builds
+from .build import Build, BuildResult, RunOptions
 from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_builds, output_name
+from .run_builds import run_builds
 from .statistics import OnTheFly, Statistics, input_paths
 
 

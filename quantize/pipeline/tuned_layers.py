@@ -28,8 +28,8 @@ from ..write.journal import Record
 from ..write.partial_file import PartialFile
 from ..write.stream_folder import StreamFolder
 from .build_spec import BuildSpec
+from .encoding import Encoded
 from .work_units import WorkUnit
-from .worker_pool import Encoded
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]

@@ -27,10 +27,9 @@ from ..layer_encoder import (
     EncodedExpert,
     LayerEncoder,
     Prepared,
-    attempt,
     some_rows,
 )
-from ..once import ALONE, Once, once_for
+from ..once import ALONE, Once, attempt, once_for
 from ..overflow import check_levels
 from .answering import answering_down, product
 from .factors import Factors, factors_of

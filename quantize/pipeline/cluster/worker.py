@@ -25,9 +25,10 @@ from ...spec.places import open_place
 from ...spec.provenance import code, program
 from ...write.journal import differences
 from ..build_spec import BuildSpec, resolve
+from ..encoding import Encoded
 from ..turns import LayersInTurn, Turns
 from ..work_units import WorkUnit, work_order
-from ..worker_pool import Encoded, Workers, run_units
+from ..worker_pool import Workers, run_units
 from .delivery import open_sink
 from .job import Answer, Failure, Job, Slice, Stands
 

@@ -20,7 +20,7 @@ from mq_quant.quantize.calibrate import on_the_fly
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.encode import layer_encoder
 from mq_quant.quantize.encode.encoders import CpuEncoder, MatrixTask
-from mq_quant.quantize.pipeline import tiers, worker_pool
+from mq_quant.quantize.pipeline import encoding, tiers
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import RecipeChanges
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, NoStatistics, OnTheFly, Statistics
@@ -176,7 +176,7 @@ def test_nothing_is_read_or_encoded_twice(together: Together, monkeypatch: pytes
     read: Counter[str] = Counter()
     encoded: Counter[str] = Counter()
     plain: Counter[str] = Counter()
-    weight, encode, tensor = Checkpoint.weight, CpuEncoder.encode, worker_pool.encode_tensor
+    weight, encode, tensor = Checkpoint.weight, CpuEncoder.encode, encoding.encode_tensor
 
     def counted_weight(self: Checkpoint, name: str) -> Any:
         read[name] += 1
@@ -192,7 +192,7 @@ def test_nothing_is_read_or_encoded_twice(together: Together, monkeypatch: pytes
 
     monkeypatch.setattr(Checkpoint, "weight", counted_weight)
     monkeypatch.setattr(CpuEncoder, "encode", counted_encode)
-    monkeypatch.setattr(worker_pool, "encode_tensor", counted_tensor)
+    monkeypatch.setattr(encoding, "encode_tensor", counted_tensor)
     together(*ALL)
     assert set(read.values()) == {1} and set(plain.values()) == {1}
     experts = CONFIG["num_local_experts"] * CONFIG["num_hidden_layers"]
