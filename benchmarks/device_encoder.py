@@ -32,7 +32,8 @@ from mq_quant.kernels.encode.device_encoder import DeviceEncoder
 from mq_quant.kernels.runtime.host import Backend, open_backend
 from mq_quant.quantize.encode.encoders import CPU, Encoder, MatrixTask
 from mq_quant.quantize.encode.gpu_encoder import STREAMS, GpuEncoder
-from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder, hessian_of
+from mq_quant.quantize.encode.layer_encoder import LayerEncoder
+from mq_quant.quantize.encode.prepared_layer import FitSettings, hessian_of
 from numpy.typing import NDArray
 
 FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ6")

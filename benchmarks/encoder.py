@@ -31,7 +31,8 @@ from mq_quant.lloyd.group import Problem, fit_rows, settle_rows
 from mq_quant.lloyd.group_fit import SIGNS, as_stored, expand, initial_levels
 from mq_quant.lloyd.hessian.group import from_diagonal
 from mq_quant.lloyd.hessian.row import from_weights
-from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
+from mq_quant.quantize.encode.layer_encoder import LayerEncoder
+from mq_quant.quantize.encode.prepared_layer import FitSettings
 
 FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ6")
 FITS = ("reference", "exact", "hessian")

@@ -38,7 +38,7 @@ from mq_quant.formats.fp8 import dequantize, scale_shape
 from mq_quant.formats.minimax import ModelConfig, inventory
 from mq_quant.quantize.calibrate.on_the_fly import GatheredImportance
 from mq_quant.quantize.encode.encoders import Encoder, open_encoder
-from mq_quant.quantize.encode.layer_encoder import fit_settings
+from mq_quant.quantize.encode.prepared_layer import fit_settings
 from mq_quant.quantize.pipeline.build_spec import BuildSpec
 from mq_quant.quantize.pipeline.encoding import Encoded, in_step, prepare_layer
 from mq_quant.quantize.pipeline.turns import LayersInTurn

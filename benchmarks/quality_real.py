@@ -32,7 +32,8 @@ from mq_quant.awq.own_moments import mixed, whitening
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.fwht import GROUP
 from mq_quant.formats.minimax import ModelConfig, expert_name
-from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
+from mq_quant.quantize.encode.layer_encoder import LayerEncoder
+from mq_quant.quantize.encode.prepared_layer import FitSettings
 from mq_quant.verify.model.metrics import Divergence
 from mq_quant.verify.stages.fidelity import Fidelity, measure
 from quality_rows import plot, table

@@ -23,7 +23,7 @@ from mq_quant.formats.blocks import BY_NAME, Format
 from mq_quant.formats.fwht import GROUP, rotate, unrotate
 from mq_quant.lloyd.encode import Fit, encode_rotated
 from mq_quant.lloyd.hessian.row import from_weights
-from mq_quant.quantize.encode.layer_encoder import ALPHA_GRID
+from mq_quant.quantize.encode.prepared_layer import ALPHA_GRID
 
 SIGMAS = (0.0, 0.3, 0.6, 1.0)
 TARGETS = {  # dB at each σ: the reference fit with AWQ, and what a slow prototype of the Hessian fit reached

@@ -31,7 +31,8 @@ from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.hessian import row as whole_row
 from mq_quant.quantize.encode.blas import one_blas_thread
 from mq_quant.quantize.encode.encoders import DEVICES, Encoder, open_encoder
-from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
+from mq_quant.quantize.encode.layer_encoder import LayerEncoder
+from mq_quant.quantize.encode.prepared_layer import FitSettings
 
 LAYERS, EXPERTS, SLICE = 62, 256, 16
 HIDDEN, INTERMEDIATE = 3072, 1536

@@ -20,8 +20,9 @@ from ...formats.hfq.stored import StoredForm
 from ...formats.minimax import PROJECTIONS, ModelConfig, expert_name
 from ...verify.model.reference import Weights, layer_forward
 from ..encode.blas import one_blas_thread
-from ..encode.layer_encoder import FitSettings, LayerEncoder, fit_settings
+from ..encode.layer_encoder import LayerEncoder
 from ..encode.overflow import encode_tensor
+from ..encode.prepared_layer import FitSettings, fit_settings
 from ..spec.plan import plan_tensors
 from ..spec.recipe import Recipe
 

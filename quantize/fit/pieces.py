@@ -20,8 +20,9 @@ from ...formats.minimax import ModelConfig, expert_name
 from ...verify.model.reference import Weights
 from ..encode.answering import answering_down, product
 from ..encode.encoders import CPU, Encoder
-from ..encode.layer_encoder import FitSettings, LayerEncoder
+from ..encode.layer_encoder import LayerEncoder
 from ..encode.once import Once, Together
+from ..encode.prepared_layer import FitSettings
 
 F32 = NDArray[np.float32]
 

@@ -28,7 +28,7 @@ from ..calibrate.on_the_fly import GatheredImportance
 from ..calibrate.tokens import token_record
 from ..encode.blas import one_blas_thread
 from ..encode.encoders import CPU, Encoder
-from ..encode.layer_encoder import fit_settings
+from ..encode.prepared_layer import fit_settings
 from ..evaluate.layers import END
 from ..pipeline.statistics import OnTheFly, Statistics, check_pin, effort_of, find, imatrix_path, open_imatrix
 from ..spec.provenance import code, flatten, program

@@ -16,7 +16,7 @@ from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, RecipeError
 from ...formats.watch import UNWATCHED, Watch
-from ..encode.layer_encoder import FitSettings, fit_settings
+from ..encode.prepared_layer import FitSettings, fit_settings
 from ..spec.metadata import SideFiles, template, totals_of
 from ..spec.places import open_place, side_files
 from ..spec.plan import Plan, PlannedTensor, make_plan, plan_tensors

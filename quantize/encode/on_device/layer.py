@@ -20,17 +20,10 @@ from ....kernels.encode.device_encoder import DeviceEncoder
 from ....lloyd.hessian.row import RowHessian
 from ..encoders import Encoder
 from ..gpu_encoder import GpuEncoder
-from ..layer_encoder import (
-    ALPHA_GRID,
-    F32,
-    U8,
-    EncodedExpert,
-    LayerEncoder,
-    Prepared,
-    some_rows,
-)
+from ..layer_encoder import F32, U8, EncodedExpert, LayerEncoder
 from ..once import ALONE, Once, attempt, once_for
 from ..overflow import check_levels
+from ..prepared_layer import ALPHA_GRID, Prepared, some_rows
 from .answering import answering_down, product
 from .factors import Factors, factors_of
 from .kept import KeptOnDevice

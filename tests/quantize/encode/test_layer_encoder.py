@@ -17,13 +17,8 @@ from mq_quant.formats.fwht import rotate
 from mq_quant.formats.hfq.stored import StoredForm
 from mq_quant.formats.minimax import expert_name, parse_config
 from mq_quant.quantize.encode.encoders import MatrixTask, encode_matrix
-from mq_quant.quantize.encode.layer_encoder import (
-    ALPHA_GRID,
-    LONE_NOISE,
-    FitSettings,
-    LayerEncoder,
-    hessian_of,
-)
+from mq_quant.quantize.encode.layer_encoder import LayerEncoder
+from mq_quant.quantize.encode.prepared_layer import ALPHA_GRID, LONE_NOISE, FitSettings, hessian_of
 
 HIDDEN, INTER, EXPERTS = 512, 256, 3
 CONFIG = parse_config(small_model.CONFIG | {"hidden_size": HIDDEN, "intermediate_size": INTER})

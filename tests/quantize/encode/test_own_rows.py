@@ -16,7 +16,8 @@ from mq_quant.formats.blocks import MQ2_LLOYD, MQ3_LLOYD, Format
 from mq_quant.formats.minimax import parse_config
 from mq_quant.lloyd.encode import ENCODED
 from mq_quant.quantize.encode.answering import product
-from mq_quant.quantize.encode.layer_encoder import OWN_DAMPING, EncodedExpert, FitSettings, LayerEncoder
+from mq_quant.quantize.encode.layer_encoder import OWN_DAMPING, EncodedExpert, LayerEncoder
+from mq_quant.quantize.encode.prepared_layer import FitSettings
 
 HIDDEN, INTER, ROWS = 512, 256, 3000
 CONFIG = parse_config(small_model.CONFIG | {"hidden_size": HIDDEN, "intermediate_size": INTER})

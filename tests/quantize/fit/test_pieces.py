@@ -16,7 +16,8 @@ from mq_quant.formats.errors import WeightError
 from mq_quant.formats.minimax import PROJECTIONS, expert_name
 from mq_quant.quantize.calibrate.on_the_fly import GatheredImportance
 from mq_quant.quantize.encode.answering import product
-from mq_quant.quantize.encode.layer_encoder import FitSettings, LayerEncoder
+from mq_quant.quantize.encode.layer_encoder import LayerEncoder
+from mq_quant.quantize.encode.prepared_layer import FitSettings
 from mq_quant.quantize.fit.pieces import SOURCE, Choice, LayerPieces, Matrices, in_order
 
 SETTINGS = FitSettings(awq_alpha=0.3)
