@@ -25,6 +25,7 @@ from . import inspect as cli_inspect
 from . import kit as cli_kit
 from . import measure as cli_measure
 from . import merge as cli_merge
+from . import plan as cli_plan
 from . import publish as cli_publish
 from . import recipes as cli_recipes
 from . import regenerate as cli_regenerate
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 _MODULES = (
     cli_build,
+    cli_plan,
     cli_calibrate,
     cli_merge,
     cli_tune,

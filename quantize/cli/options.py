@@ -33,10 +33,6 @@ def tier_names(incomplete: str) -> list[str]:
     return [name for name in tiers() + fitted_tiers() if name.startswith(incomplete)]
 
 
-Tier = Annotated[
-    str | None,
-    typer.Option(help="The name of a tier. `mq-quant tiers` lists them.", autocompletion=tier_names),
-]
 Tiers = Annotated[
     list[str] | None,
     typer.Option(
