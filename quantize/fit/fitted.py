@@ -90,7 +90,7 @@ class Fitting:
         limit = self.budget.limit(self.config)
         self._check(limit)
         found = self._allocated(limit)
-        tier = self._tier(limit, self.losses.total(found))
+        tier = self._tier(limit, found)
         recipe = self._recipe(found) if tier is None else self.standard[tier]
         found = found if tier is None else self._tiers[tier].allocation
         return Fitted(
@@ -132,15 +132,14 @@ class Fitting:
             if fact.state in ("wrong", "fails") and (fact.projection, name) in used
         )
 
-    def _tier(self, limit: int, total: float) -> str | None:
-        """The best of the standard tiers that fit and lose no more than `total` as far as losses tell; None if none."""
-        total /= 1 - self.losses.doubt
+    def _tier(self, limit: int, found: Allocation) -> str | None:
+        """The best of the standard tiers that fit, unless an allocation is clearly better; None where it is."""
         fitting = [
             (self.losses.total(made.allocation), made.nbytes, name)
             for name, made in self._tiers.items()
             if self._allowed(made.allocation)
             and made.nbytes <= limit
-            and self.losses.total(made.allocation) <= total
+            and not self.losses.clearly_less(found, made.allocation)
         ]
         return min(fitting)[2] if fitting else None
 

@@ -10,8 +10,10 @@ import numpy as np
 from .allocation import Allocation
 from .measurement import Measurement, whole_formats
 
-DOUBT = 0.05
-"""How far sums of measured pieces are off against each other, on two small trained models (docs/fit.md)."""
+DOUBT, REST_DOUBT = 0.03, 0.25
+"""What of a difference between sums of measured pieces means nothing: a share of the sum, and a share of what the rest
+of the file loses, in which the smallest losses drown. On two small trained models no smaller ones hold (docs/fit.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Losses:
     """`pieces` holds the loss by the name of the format, in the order of a measurement.
 
     `origin` says in words where the numbers come from. `known` are sums of losses of whole models with the KLD that was
-    measured of each; without any, the losses are only relative and no KLD is expected. A smaller difference than the
-    share `doubt` of a sum means nothing.
+    measured of each; without any, the losses are only relative and no KLD is expected. A difference means nothing
+    that is smaller than the share `doubt` of a sum and the part REST_DOUBT of the rest.
     """
 
     pieces: tuple[Mapping[str, float], ...]
@@ -33,6 +35,11 @@ class Losses:
         """The sum over all pieces."""
         chosen = zip(self.pieces, allocation.pieces(), strict=True)
         return sum(losses[name] for losses, (_, _, name) in chosen)
+
+    def clearly_less(self, allocation: Allocation, other: Allocation) -> bool:
+        """Whether an allocation loses so much less than another one that it shows in whole files."""
+        before = self.total(other)
+        return before - self.total(allocation) > self.doubt * before + REST_DOUBT * self.rest
 
     def expected(self, allocation: Allocation) -> float | None:
         """The KLD of a file with this allocation; None where nothing whole was measured.
