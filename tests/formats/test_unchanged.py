@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from mq_quant.formats import unchanged
 from mq_quant.formats.errors import CheckpointError, ImatrixError
 from mq_quant.formats.unchanged import ATTEMPTS, UnchangedFile
 
@@ -176,3 +178,56 @@ def test_content_is_bounded_and_is_what_was_hashed(path: Path) -> None:
         file.check()
     with pytest.raises(ImatrixError, match="changed"):
         file.content(len(OLD))
+
+
+# --- hashes of somebody else ------------------------------------------------------------------------------------------
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The files that are hashed from now on."""
+    hashed: list[object] = []
+    sha256 = unchanged._sha256
+
+    def count(file: BinaryIO, **more: object) -> str:
+        hashed.append(file.name)
+        return sha256(file, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(unchanged, "_sha256", count)
+    return hashed
+
+
+def test_the_same_file_is_not_hashed_again_on_any_machine(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = UnchangedFile(path, CheckpointError).known()
+    hashed = counting(monkeypatch)
+    elsewhere = replace(known, state=replace(known.state, device=known.state.device + 1))
+    for each in (known, elsewhere):
+        file = UnchangedFile(path, CheckpointError)
+        file.believe(each)
+        assert file.read(whole) == OLD
+        assert file.record() == known.as_record() == {"bytes": len(OLD), "sha256": known.sha256}
+    assert not hashed
+
+
+def test_a_copy_is_hashed_once_before_its_first_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = UnchangedFile(path, CheckpointError).known()
+    copy = path.with_name("copy")
+    copy.write_bytes(OLD)
+    hashed = counting(monkeypatch)
+    file = UnchangedFile(copy, CheckpointError)
+    file.believe(known)
+    assert [file.read(whole) for _ in range(3)] == [OLD] * 3
+    assert len(hashed) == 1
+
+
+@pytest.mark.parametrize("content", [NEW, OLD[:-1], OLD + b"x", b""])
+def test_a_file_that_is_no_copy_is_refused(path: Path, content: bytes) -> None:
+    known = UnchangedFile(path, CheckpointError).known()
+    other = path.with_name("other")
+    other.write_bytes(content)
+    os.utime(other, ns=(10**18, 10**18))
+    file = UnchangedFile(other, CheckpointError)
+    file.believe(known)
+    with pytest.raises(CheckpointError, match="other: has other bytes than the file of this name"):
+        file.read(whole)

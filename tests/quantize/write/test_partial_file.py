@@ -325,3 +325,31 @@ def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
         opened(tmp_path / "none" / "x")
     with pytest.raises(OutputError, match="is a folder"):
         opened(tmp_path, force=True)
+
+
+# --- bytes that others write ------------------------------------------------------------------------------------------
+
+
+def test_what_another_process_has_written_is_noted(tmp_path: Path) -> None:
+    with opened(tmp_path / "out") as file:
+        file.write(file.data_offset, b"aaaa")
+        (tmp_path / "from").write_bytes(b"..bbbb")
+        with (tmp_path / "from").open("rb") as other:
+            file.copy(B, other.fileno(), 2)
+        assert file.note(A, xxhash.xxh64_hexdigest(b"aaaa"), {"note": "a"})
+        assert file.note(B, xxhash.xxh64_hexdigest(b"bbbb"), {})
+        assert file.done["a"]["note"] == "a"
+        file.commit(b"header")
+    assert (tmp_path / "out").read_bytes() == b"headeraaaabbbb"
+
+
+def test_what_is_not_there_as_it_was_told_is_not_noted(tmp_path: Path) -> None:
+    with opened(tmp_path / "out") as file:
+        file.write(file.data_offset, b"aaab")
+        assert not file.note(A, xxhash.xxh64_hexdigest(b"aaaa"), {})
+        (tmp_path / "short").write_bytes(b"bb")
+        with (tmp_path / "short").open("rb") as other:
+            file.copy(B, other.fileno(), 0)
+        assert not file.note(B, xxhash.xxh64_hexdigest(b"bbbb"), {})
+        assert not file.done
+    assert [path.name for path in tmp_path.iterdir()] == ["short"]

@@ -47,7 +47,9 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        quick = {f"health_check_{name}_ms": 400 for name in ("initial_delay", "period", "timeout")}
+        # A node that was killed refuses connections, and is missed soon; one on a busy machine answers late.
+        checks = {"initial_delay": 400, "period": 400, "timeout": 120_000}
+        quick = {f"health_check_{name}_ms": value for name, value in checks.items()}
         head = {"num_cpus": 0, "include_dashboard": False, **_SMALL}
         self._cluster = Cluster(True, head_node_args={**head, "_system_config": quick})
         self.address: str = self._cluster.address
