@@ -12,6 +12,8 @@ from ....formats.errors import ClusterError
 from ....formats.machine import cores, offer
 
 LOCAL = "local"
+STORE = 128 << 20
+"""Bytes of the object store of a cluster that is started here: no payload passes through it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def connected(ray: Any, address: str) -> Iterator[None]:
     offer("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
     if address == LOCAL:
-        options |= {"num_cpus": cores()}
+        options |= {"num_cpus": cores(), "object_store_memory": STORE}
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as e:

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import pytest
-from mq_quant.quantize.pipeline.build_spec import open_build
+from mq_quant.quantize.pipeline.build import RunOptions, build_file
+from mq_quant.quantize.pipeline.build_spec import BuildSpec, open_build
 from mq_quant.quantize.pipeline.cluster import delivery, worker
 from mq_quant.quantize.pipeline.cluster.delivery import Target, marker_of
 from mq_quant.quantize.pipeline.cluster.job import Answer, Job, Slice
 from mq_quant.quantize.pipeline.cluster.slices import cut
 from mq_quant.quantize.pipeline.cluster.worker import encode_slice, identity
-from mq_quant.quantize.pipeline.statistics import ImatrixFile
+from mq_quant.quantize.pipeline.statistics import ImatrixFile, NoStatistics
 from mq_quant.quantize.pipeline.work_units import work_order
 from mq_quant.quantize.spec.places import choose_recipe
 
@@ -40,15 +42,19 @@ class Given:
 
 @pytest.fixture
 def given(source: Path, tmp_path: Path) -> Iterator[Given]:
-    output = tmp_path / "out.partial"
-    target = Target(str(output), SECRET, ("127.0.0.1", 1))
-    marker_of(output).write_bytes(SECRET)
     recipe = choose_recipe("mq2", None, str(source))
     with open_build(recipe, ImatrixFile(source / "imatrix.gguf"), CHANGES) as spec:
-        output.write_bytes(bytes(spec.plan.total_bytes))
-        order = work_order(spec)
-        yield Given(Job.of(spec, target, 1, "cpu", 2), cut(order, order, spec.plan.data_offset, 1))
+        yield job_of(spec, tmp_path)
     worker._opened.cache_clear()
+
+
+def job_of(spec: BuildSpec, folder: Path) -> Given:
+    """The job of a spec, on an unfinished file in a folder."""
+    output = folder / "out.partial"
+    marker_of(output).write_bytes(SECRET)
+    output.write_bytes(bytes(spec.plan.total_bytes))
+    order, target = work_order(spec), Target(str(output), SECRET, ("127.0.0.1", 1))
+    return Given(Job.of(spec, target, 1, "cpu", 2), cut(order, order, spec.plan.data_offset, 1))
 
 
 def failure_of(answer: Answer) -> str:
@@ -127,3 +133,22 @@ def test_a_disk_that_is_full_is_a_clear_answer(given: Given, monkeypatch: pytest
     answer = given.answer()
     assert failure_of(answer) == f"{given.job.target.path}: the disk is full"
     assert answer.failure is not None and "it continues where it stopped" in str(answer.failure.hint)
+
+
+def test_a_worker_streams_its_own_shards_and_leaves_none(
+    small_hub: hub_server.HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(worker.tempfile, "tempdir", str(scratch))
+    recipe = choose_recipe("mq2", None, hub_server.REPO)
+    made = build_file(recipe, NoStatistics(), RunOptions(tmp_path / "one")).path.read_bytes()
+    with open_build(recipe, NoStatistics(), scratch=tmp_path) as spec:
+        given = job_of(spec, tmp_path)
+    job, start = pickle.dumps(given.job), spec.plan.data_offset
+    for piece in given.slices:
+        assert encode_slice(identity(), job, piece).failure is None
+    assert Path(given.job.target.path).read_bytes()[start:] == made[start:]
+    assert not list(scratch.rglob("*.safetensors"))
+    worker._opened(job).spec.source.close()
+    worker._opened.cache_clear()
