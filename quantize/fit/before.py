@@ -14,7 +14,7 @@ from ...formats.own_file import disk_errors, free_bytes
 from ...texts import CALIBRATION_SHA256
 from ..calibrate.tokens import EVALUATION, TokenRequest, Tokens, load_tokens, read_tokens
 from ..pipeline.statistics import OnTheFly, Statistics, effort_of
-from ..spec.calibration_sizes import inline_sizes, measuring_sizes
+from ..spec.calibration_sizes import inline_sizes, measuring_sizes, moment_bytes
 from ..spec.efforts import measuring_hours
 from .measurement import EXPERT_NAMES
 from .pieces import Choice
@@ -105,11 +105,13 @@ def cost_of(
     config, judged = source.config, int(texts.judging.size)
     tokens = int(texts.calibrating.size) if isinstance(statistics, OnTheFly) else 0
     sizes = measuring_sizes(config, judged, len(EXPERT_NAMES), len(WHOLES), jobs)
+    effort = effort_of(statistics) or "imatrix"
     memory, disk = sizes.memory_bytes, sizes.disk_bytes
+    if effort != "imatrix":
+        memory += moment_bytes(config, jobs)
     if tokens:
         gathering = inline_sizes(config, tokens, memory)
         memory, disk = gathering.memory_bytes, disk + gathering.disk_bytes
-    effort = effort_of(statistics) or "imatrix"
     spent = measuring_hours(config, effort, tokens, judged, len(EXPERT_NAMES), jobs, device)
     return MeasureCost(tokens, judged, memory, disk, round(spent, 4))
 

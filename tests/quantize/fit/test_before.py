@@ -79,7 +79,8 @@ def test_what_it_takes(source: Source, tokens: Path) -> None:
     plain, gathering = (cost_of(source, texts, s, jobs=1) for s in (None, OnTheFly()))
     assert (plain.tokens, gathering.tokens) == (0, 7 * 24)
     assert plain.judged_tokens == gathering.judged_tokens == 3 * 24
-    assert plain.disk_bytes < gathering.disk_bytes and plain.hours <= gathering.hours
+    assert plain.disk_bytes < gathering.disk_bytes and plain.memory_bytes < gathering.memory_bytes
+    assert plain.hours <= gathering.hours
 
 
 def test_memory_does_not_grow_with_the_layers() -> None:
