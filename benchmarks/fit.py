@@ -125,20 +125,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| size | effort | bytes | tier | fit | gain | expected | found there | off |", "|" + "---|" * 9]
     for r in rows:
         tier = r.get("tier_kld")
-        own = "" if tier is None else f"{tier:.5f}"
-        gain = "" if tier is None else f"{1 - r['kld'] / tier:.1%}"
+        own, gain = ("", "") if tier is None else (f"{tier:.5f}", f"{1 - r['kld'] / tier:.1%}")
+        found = [f"{r[key]:.5f}" for key in ("kld", "expected", "kld_there")]
         off = f"{r['expected'] / r['kld_there'] - 1:+.1%}"
-        cells = (
-            r["name"],
-            r["effort"],
-            r["limit"],
-            own,
-            f"{r['kld']:.5f}",
-            gain,
-            f"{r['expected']:.5f}",
-            off,
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        cells = (r["name"], r["effort"], str(r["limit"]), own, found[0], gain, *found[1:], off)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
