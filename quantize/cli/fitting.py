@@ -63,7 +63,7 @@ def build_within(request: FitRequest, recipe_file: Path | None, make: Make) -> B
         def accepted(spec: BuildSpec) -> None:
             accept(spec, fitted, request)
             if recipe_file is not None:
-                write_recipe(recipe_file, fitted, request.budget)
+                write_recipe(recipe_file, fitted, request.asked)
             for line in told(fitted):
                 note(line)
 
@@ -114,5 +114,5 @@ def fitted_plan(
 
     fitted = fit(request)
     if recipe_file is not None:
-        write_recipe(recipe_file, fitted, request.budget)
+        write_recipe(recipe_file, fitted, request.asked)
     return FittedPlan(fitted, summary_of(fitted.recipe, jobs, shard_cache, device))

@@ -200,7 +200,8 @@ class Fitting:
 
     def _recipe(self, allocation: Allocation) -> Recipe:
         base = self.standard[BASE]
-        at_most = f"{self.budget.limit(self.config) / 1e9:.4g} GB"
+        limit = self.budget.limit(self.config)
+        at_most = f"{limit / 1e9:.4g} GB" if limit >= 10**9 else f"{limit / 1e6:.4g} MB"
         without = ", ".join(sorted(f"{projection}:{name}" for projection, name in self.avoided))
         avoided = f", without {without}" if without else ""
         said = {

@@ -36,6 +36,12 @@ class FitRequest:
     def __str__(self) -> str:
         return self.budget.name
 
+    @property
+    def asked(self) -> str:
+        """The options that ask for it, but for the source and the measurement."""
+        avoid = (f"--avoid {projection}:{name}" for projection, name in sorted(self.avoided))
+        return " ".join((self.budget.option, *avoid))
+
 
 def fit(request: FitRequest, sure: bool = False) -> Fitted:
     """The best recipe under a budget. A standard tier may turn out a few kilobytes larger than `plan` says, which

@@ -12,16 +12,15 @@ import yaml
 from ...formats.errors import OutputError
 from ..spec.recipe import Recipe, load_model, models
 from ..write.atomic import write_atomic
-from .budget import Budget
 from .fitted import Fitted
 
 WIDTH = 118
 
 
-def recipe_text(fitted: Fitted, budget: Budget) -> str:
-    """The recipe with comments on what it was made for; reading it gives the same recipe."""
+def recipe_text(fitted: Fitted, asked: str) -> str:
+    """The recipe with comments on what was asked for, as options say it; reading it gives the same recipe."""
     recipe = fitted.recipe
-    lines = [f"# {line}" for line in textwrap.wrap(_about(fitted, budget), WIDTH)]
+    lines = [f"# {line}" for line in textwrap.wrap(_about(fitted, asked), WIDTH)]
     lines += [
         "schema: 1",
         f"tier: {_yaml(recipe.tier)}",
@@ -38,9 +37,9 @@ def recipe_text(fitted: Fitted, budget: Budget) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_recipe(path: Path, fitted: Fitted, budget: Budget) -> None:
+def write_recipe(path: Path, fitted: Fitted, asked: str) -> None:
     """Write the recipe to a file, which may be there already if it holds just this; OutputError otherwise."""
-    text = recipe_text(fitted, budget).encode()
+    text = recipe_text(fitted, asked).encode()
     if os.path.lexists(path):
         if path.is_file() and path.read_bytes() == text:
             return
@@ -52,7 +51,7 @@ def write_recipe(path: Path, fitted: Fitted, budget: Budget) -> None:
     write_atomic(path, [memoryview(text)])
 
 
-def _about(fitted: Fitted, budget: Budget) -> str:
+def _about(fitted: Fitted, asked: str) -> str:
     kld = fitted.expected_kld
     expected = (
         "Its KLD is not known, since nobody has measured this model."
@@ -61,7 +60,7 @@ def _about(fitted: Fitted, budget: Budget) -> str:
     )
     best = "Nothing was better than this tier" if fitted.tier else "The formats that lose least"
     return (
-        f"{best} under {budget.option}: at most {fitted.limit} bytes. The file will have about {fitted.total_bytes}. "
+        f"{best} under {asked}: at most {fitted.limit} bytes. The file will have about {fitted.total_bytes}. "
         f"Chosen by {fitted.origin}. {expected}"
     )
 

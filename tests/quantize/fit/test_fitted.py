@@ -103,22 +103,22 @@ def test_what_is_avoided_is_not_taken() -> None:
 def test_a_written_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     wanted = request("85.0GB")
     found, path = fit(wanted), tmp_path / "mine.yaml"
-    write_recipe(path, found, wanted.budget)
+    write_recipe(path, found, wanted.asked)
     assert load_recipe(path) == found.recipe
     head = " ".join(line[2:] for line in path.read_text().splitlines() if line.startswith("#"))
     assert "--size 85.0GB" in head and "nobody has measured" in head
-    write_recipe(path, found, wanted.budget)
+    write_recipe(path, found, wanted.asked)
     path.write_text(path.read_text() + "\n")
     with pytest.raises(OutputError, match="exists already"):
-        write_recipe(path, found, wanted.budget)
+        write_recipe(path, found, wanted.asked)
     with pytest.raises(OutputError, match="mkdir -p"):
-        write_recipe(tmp_path / "no" / "mine.yaml", found, wanted.budget)
+        write_recipe(tmp_path / "no" / "mine.yaml", found, wanted.asked)
 
 
 def test_a_recipe_for_a_folder_names_the_folder(small: Path, tmp_path: Path) -> None:
     wanted = request("1.2MB", str(small))
     found, path = fit(wanted), tmp_path / "mine.yaml"
-    path.write_text(recipe_text(found, wanted.budget))
+    path.write_text(recipe_text(found, wanted.asked))
     assert load_recipe(path) == found.recipe and str(small) in path.read_text()
 
 
