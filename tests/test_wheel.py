@@ -79,4 +79,5 @@ def test_it_runs_from_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> 
     sizes = {row["tier"]: round(row["total_bytes"] / 1e9, 1) for row in json.loads(listed.stdout)["tiers"]}
     assert sizes == {
         "mq4": 123.6, "mq3-lloyd": 109.6, "mq3": 102.6, "mq2-lloyd": 86.2, "mq2": 79.2, "mq2-mini": 67.5,
+        "fit-128": 124.3, "fit-96": 92.2, "fit-80": 76.1,
     }  # fmt: skip

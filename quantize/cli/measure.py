@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..fit.before import MeasureCost
     from ..fit.run import MeasureResult
 
+TIER = "mq4"
+"""The tier whose way of rounding, and of storing all but experts, is taken: in these all tiers are alike."""
+
 
 def measure(
     source: opt.SourceName = None,
@@ -101,10 +104,9 @@ def measure(
         from ..fit.run import measure as run
         from ..pipeline.statistics import ImatrixFile, MomentFolder, OnTheFly, Statistics, input_paths
         from ..spec.places import choose_recipe, local_folder, open_place
-        from ..spec.recipe import tiers
         from ..write.inputs import check_no_input
 
-        chosen = choose_recipe(None if recipe else tiers()[0], recipe, source, revision)
+        chosen = choose_recipe(None if recipe else TIER, recipe, source, revision)
         asked = opt.token_request(text, tokens, sequences, length) or TokenRequest(length=length)
         statistics: Statistics | None
         if calibration is not None:
