@@ -214,11 +214,16 @@ class Fitting:
         return base.model_copy(update=said)
 
     def _bars(self, allocation: Allocation) -> Bars:
-        """What `verify` asks of the best standard tier that is not better than this, or of the worst."""
-        total = self.losses.total(allocation)
-        lost = sorted((self.losses.total(made.allocation), name) for name, made in self._tiers.items())
-        _, name = next((tier for tier in lost if tier[0] >= total), lost[-1])
-        return self.standard[name].verify
+        """What `verify` asks of the best standard tier that is not better than this, else of the smallest."""
+        total, known = self.losses.total(allocation), set(self.losses.pieces[0])
+        worse = [
+            (lost, name)
+            for name, made in self._tiers.items()
+            if known.issuperset(name for _, _, name in made.allocation.pieces())
+            and (lost := self.losses.total(made.allocation)) >= total
+        ]
+        smallest = min(self._tiers, key=lambda name: self._tiers[name].nbytes)
+        return self.standard[min(worse)[1] if worse else smallest].verify
 
     @cached_property
     def _tiers(self) -> Mapping[str, _Made]:

@@ -145,3 +145,18 @@ def test_a_tier_is_kept_where_a_fit_is_not_clearly_better() -> None:
 
     assert fitted(0.0).tier == "mq2"
     assert fitted(0.9).tier is None
+
+
+def fitting(size: str, losses: dict[str, float]) -> Fitting:
+    """What M2.7 is fitted by where all pieces lose alike."""
+    standard = {name: load_tier(name) for name in tiers()}
+    pieces = (losses,) * (2 * CONFIG.num_hidden_layers)
+    files = model_files(standard["mq2"].model)
+    return Fitting(standard, files, CONFIG, request(size).budget, Losses(pieces, "ours"))
+
+
+def test_only_formats_that_were_measured_are_taken() -> None:
+    found = fitting("85GB", {"MQ2-Lloyd": 1.0, "MQ3-Lloyd": 0.3}).best()
+    assert {name for _, _, name in found.allocation.pieces()} == {"MQ2-Lloyd", "MQ3-Lloyd"}
+    with pytest.raises(BudgetError, match="files have"):
+        fitting("85GB", {"MQ6": 0.1}).best()
