@@ -197,7 +197,6 @@ def apart(spec: BuildSpec, encoder: Encoder, jobs: int, device: str) -> list[dic
     """The parts of a layer one after the other, with none beside it."""
     gathered, source, watched = spec.gathered, spec.source, Watched(device)
     assert gathered is not None
-    gathered.runs_ahead = False
     for layer in range(source.config.num_hidden_layers):
         with busy_samples(device) as samples, ThreadPoolExecutor(jobs) as pool:
             marks = [time.monotonic()]
@@ -234,7 +233,7 @@ def main() -> None:
     tokens = np.random.default_rng(1).integers(0, VOCAB, shape).astype(np.int32)
     tiers = args.tier or ["mq2"]
     with tempfile.TemporaryDirectory() as folder, open_encoder(args.device) as encoder:
-        gathered = GatheredImportance(source, tokens, args.device)
+        gathered = GatheredImportance(source, tokens, args.device, ahead=not args.apart)
         gathered.bind({"origin": {}, "files": {}}, None)
         gathered.open(Path(folder) / "calibration")
         specs = {n: spec_of(tier, source, gathered) for n, tier in enumerate(tiers)}

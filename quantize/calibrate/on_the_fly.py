@@ -30,10 +30,9 @@ from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
 from ...formats.minimax import ModelConfig, layer_inventory
 from ...formats.statistics.moment_file import DownForm
-from ...verify.model.device_weights import DeviceWeights
+from ...verify.model.device_weights import DeviceWeights, wait_for
 from ...verify.model.reference import before_experts
 from ..encode.on_device.kept import keep_on_device
-from ..encode.on_device.transfer import wait_for
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .folder import CalibrationFolder, discard_folder, manifest_text
@@ -76,6 +75,7 @@ class GatheredImportance:
         keep_outputs: bool = False,
         stays: bool | None = None,
         state: CalibrationState | None = None,
+        ahead: bool = True,
     ) -> None:
         """Raises BackendError where there is no such device. `bind` completes it.
 
@@ -83,7 +83,8 @@ class GatheredImportance:
         `keep_outputs` the stream behind the last layer is kept too, so that every layer has a `target`. Where it
         `stays`, what the experts of a layer see is left on the device until the next layer is begun, and is not
         written: so it is on a GPU, unless said otherwise. Then the next layer is gathered meanwhile, where the device
-        has room for two. With a `state` no layer has to be run before the first one that is needed.
+        has room for two, unless it may not run `ahead`. With a `state` no layer has to be run before the first one that
+        is needed.
         """
         self.tokens = tokens
         self._keep_outputs = keep_outputs
@@ -102,7 +103,7 @@ class GatheredImportance:
         """Devices over which the experts of a layer are spread beside the one on which the model runs."""
         self.stays = self.device.type != "cpu" if stays is None else stays
         self._dropping: Future[None] | None = None
-        self.runs_ahead = self.stays and room_for_two(self.config, tokens.size, self.device)
+        self.runs_ahead = ahead and self.stays and room_for_two(self.config, tokens.size, self.device)
         self._residents = Residents(self._run, beside_others(self.device), 2 if self.runs_ahead else 1)
 
     def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:

@@ -25,6 +25,13 @@ READERS = 8
 """Threads that read and check codes: one looks at about 1.5 GB/s, and a device takes thirty times as much."""
 
 
+def wait_for(*devices: torch.device) -> None:
+    """Wait until what this thread has asked of devices is done."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
 class StoredWeights(Protocol):
     """What is asked of a source."""
 
@@ -52,8 +59,7 @@ class DeviceMatrix:
         if device == self.codes.device:
             return self
         moved = DeviceMatrix(self.codes.to(device), self.scales.to(device), self.block)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        wait_for(device)
         return moved
 
     def values(self) -> Tensor:
@@ -94,8 +100,7 @@ class DeviceWeights:
         if name in self._coming:
             return self._coming[name].result()
         found = self.tensor(name)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        wait_for(self._device)
         return found
 
     def _read(self, name: str) -> DeviceMatrix:
@@ -104,8 +109,7 @@ class DeviceWeights:
             matrix = DeviceMatrix(
                 self._sent(codes.view(np.uint8)), self._sent(scales), self._source.config.block_shape
             )
-            if self._device.type == "cuda":
-                torch.cuda.current_stream().synchronize()
+            wait_for(self._device)
         return matrix
 
     def _sent(self, array: NDArray[np.generic]) -> Tensor:

@@ -18,6 +18,7 @@ from ....formats.hfq.stored import StoredForm
 from ....formats.minimax import expert_name
 from ....kernels.encode.device_encoder import DeviceEncoder
 from ....lloyd.hessian.row import RowHessian
+from ....verify.model.device_weights import wait_for
 from ..encoders import Encoder
 from ..gpu_encoder import GpuEncoder
 from ..layer_encoder import F32, U8, EncodedExpert, LayerEncoder
@@ -29,7 +30,6 @@ from .factors import Factors, factors_of
 from .kept import KeptOnDevice
 from .moments import rotated_moment
 from .rounding import Rounder, Streamed, ThroughMemory, on_stream, unrotated
-from .transfer import wait_for
 
 T = TypeVar("T")
 

@@ -9,15 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ....verify.model.device_weights import wait_for
+
 PIECE = 1 << 24
 """Values that are copied from a GPU at a time."""
-
-
-def wait_for(*devices: torch.device) -> None:
-    """Wait until what this thread has asked of devices is done."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
 
 
 def pieces_of(values: Tensor) -> Iterator[memoryview]:
