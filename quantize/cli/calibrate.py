@@ -61,9 +61,7 @@ def calibrate(
     device: opt.ModelDevice = "cpu",
     revision: opt.Revision = None,
     shard_cache: opt.Shards = 4,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print what it will take, and stop.")
-    ] = False,
+    dry_run: opt.DryRun = False,
     force: opt.Force = False,
     restart: opt.Restart = False,
     quiet: opt.Quiet = False,

@@ -69,9 +69,7 @@ def measure(
     device: opt.ModelDevice = "cpu",
     jobs: opt.Jobs = None,
     shard_cache: opt.Shards = 4,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print what it will take, and stop.")
-    ] = False,
+    dry_run: opt.DryRun = False,
     force: opt.Force = False,
     restart: opt.Restart = False,
     quiet: opt.Quiet = False,

@@ -65,6 +65,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an output that exi
 Restart = Annotated[
     bool, typer.Option("--restart", help="Discard the unfinished work on this output and begin anew.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print what it will take, and stop.")
+]
 Text = Annotated[
     Path | None,
     typer.Option(

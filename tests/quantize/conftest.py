@@ -9,6 +9,7 @@ from typing import Any
 import hub_server
 import pytest
 import small_model
+import torch
 from hub_server import MAIN, REPO
 from huggingface_hub import constants
 from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
@@ -18,6 +19,15 @@ from mq_quant.quantize.spec.places import choose_recipe
 from small_imatrix import save_imatrix
 
 Run = Callable[..., BuildResult]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch takes one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -16,27 +16,10 @@ from typing import Any
 
 import pytest
 from mq_quant.quantize import cli
-from mq_quant.quantize.cli.app import app, main
+from mq_quant.quantize.cli.app import app
 from mq_quant.quantize.tiny.folder import ensure_tiny
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def mq(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command line in an empty folder; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        try:
-            main([str(a) for a in arguments])
-            code = 0
-        except SystemExit as e:
-            code = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def plain(small: Path) -> list[object]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from mq_quant.formats.minimax import parse_config
-from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.spec.efforts import Share, hours
 from mq_quant.quantize.spec.estimates import plan_summary
 from mq_quant.quantize.spec.places import choose_recipe, model_files
@@ -18,23 +17,6 @@ from mq_quant.quantize.write.partial_file import JOURNAL
 
 Run = Callable[..., tuple[int, str, str]]
 TWO = ["--tier", "mq2", "--tier", "mq4"]
-
-
-@pytest.fixture
-def mq(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command line in an empty folder; returns exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        try:
-            main([str(a) for a in arguments])
-            code = 0
-        except SystemExit as e:
-            code = int(e.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.fit.before import texts_of
 from mq_quant.quantize.fit.run import MeasureOptions, MeasureResult, measure
@@ -20,11 +19,8 @@ Measure = Callable[..., MeasureResult]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def few_threads(one_thread: None) -> None:
+    """Every test here."""
 
 
 @pytest.fixture
