@@ -97,13 +97,17 @@ class Residents:
         return min(self._coming, default=layer) < layer
 
     def leave(self, layer: int) -> None:
-        """Let go of earlier layers, durable or not; the stream behind the last of them stays for the next one."""
+        """Let go of earlier layers; the stream behind the last of them stays for the next one.
+
+        Raises what stood in the way of making one of them durable.
+        """
         for n in sorted(n for n in self._coming if n < layer):
             coming = self._coming.pop(n)
             wait([coming.written])
             if n + 1 not in self._coming:
                 self._behind = n + 1, coming.made.result().behind
             coming.made.result().weights.close()
+            coming.written.result()
 
     def settle(self) -> None:
         """Wait until all that was started is durable; raises what stood in its way."""

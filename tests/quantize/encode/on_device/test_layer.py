@@ -12,11 +12,12 @@ import small_model
 import torch
 from build_hooks import stopped
 from mq_quant.formats.blocks import LloydFormat
-from mq_quant.formats.errors import CalibrationError
+from mq_quant.formats.errors import CalibrationError, OutputError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.hfq.stored import format_of
 from mq_quant.kernels.runtime.host import open_backend
 from mq_quant.quantize.calibrate import on_the_fly
+from mq_quant.quantize.calibrate.folder import CalibrationFolder
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.encode.gpu_encoder import GpuEncoder
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
@@ -197,3 +198,23 @@ def test_layers_overlap_two_at_a_time_with_the_same_bytes(tmp_path, stays, monke
         built(source, tmp_path / "again", jobs=3, on_begin=hook, tuning=tuning)
     built(source, tmp_path / "again", jobs=3, tuning=tuning)
     assert (tmp_path / "again").read_bytes() == whole[True] and not held
+
+
+def test_a_layer_that_cannot_be_kept_ends_the_build_soon(tmp_path, stays, monkeypatch):
+    """Not when all is encoded: what is encoded after it would be encoded again."""
+    config = {**CONFIG, "num_hidden_layers": 4}
+    source = small_model.save(tmp_path / "four", small_model.tensors(config=config), config=config)
+    np.save(source / "tokens.npy", TOKENS)
+    real, begun = CalibrationFolder.finish_layer, []
+
+    def full(folder, layer, *rest, **named):
+        if layer == 1:
+            raise OutputError("the disk is full")
+        real(folder, layer, *rest, **named)
+
+    monkeypatch.setattr(CalibrationFolder, "finish_layer", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        built(source, tmp_path / "out", jobs=1, on_begin=lambda unit: begun.append(unit.layer))
+    assert 1 in begun and 3 not in begun
+    monkeypatch.setattr(CalibrationFolder, "finish_layer", real)
+    assert built(source, tmp_path / "out", jobs=1).resumed_units > 0
