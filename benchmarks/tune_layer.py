@@ -18,6 +18,7 @@ import torch
 from layer_pass import LAYERS, config
 from mq_quant.formats.blocks import AffineFormat, Format, LloydFormat
 from mq_quant.formats.minimax import ModelConfig, awq_scale_name, expert_of, layer_inventory
+from mq_quant.quantize.calibrate.layer_pass import other_devices
 from mq_quant.quantize.encode.overflow import encode_tensor
 from mq_quant.quantize.spec.plan import plan_tensors
 from mq_quant.quantize.spec.recipe import load_tier
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the device's time goes")
     args = parser.parse_args()
     cfg, device = config(1, args.experts), torch.device(args.device)
+    devices = (device, *other_devices(device))
     stored, source = stored_layer(cfg, args.tier)
     shape = (args.sequences, args.length, cfg.hidden_size)
     entering = torch.randn(shape, generator=torch.Generator().manual_seed(1)).numpy()
@@ -88,15 +90,15 @@ def main() -> None:
     steps = args.epochs * -(-entering[..., 0].size // settings.batch)
     if args.profile:
         with torch.profiler.profile() as profile:
-            tune_layer(task, settings, device)
+            tune_layer(task, settings, devices)
         print(
             profile.key_averages().table(sort_by="device_time_total", row_limit=40, max_name_column_width=70)
         )
         return
     few = replace(task, entering=entering[:16], target=target[:16])
-    tune_layer(few, replace(PLAIN, epochs=1), device)  # loads libraries and compiles kernels
+    tune_layer(few, replace(PLAIN, epochs=1), devices)  # loads libraries and compiles kernels
     began = time.monotonic()
-    result = tune_layer(task, settings, device)
+    result = tune_layer(task, settings, devices)
     seconds = time.monotonic() - began
     row = {"seconds": seconds, "step": seconds / steps, "model_minutes": seconds * LAYERS / 60}
     row |= {"before": result.before or 0.0, "after": result.after or 0.0}

@@ -34,6 +34,7 @@ SCALARS = {"int": "int32", "int64_t": "int64", "float": "float32"}
 POINTERS = {
     "float*": "float32",
     "uint8_t*": "uint8",
+    "uint16_t*": "uint16",
     "int32_t*": "int32",
     "int64_t*": "int64",
     "uint32_t*": "uint32",

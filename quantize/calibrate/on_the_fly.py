@@ -99,8 +99,8 @@ class GatheredImportance:
         self._out: CalibrationFolder | None = None
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
-        self.others = other_devices(self.device)
-        """Devices over which the experts of a layer are spread beside the one on which the model runs."""
+        self.devices = (self.device, *other_devices(self.device))
+        """Devices over which the experts of a layer are spread; the model runs on the first one."""
         self.stays = self.device.type != "cpu" if stays is None else stays
         self._dropping: Future[None] | None = None
         self.runs_ahead = ahead and self.stays and room_for_two(self.config, tokens.size, self.device)
@@ -305,8 +305,8 @@ class GatheredImportance:
         behind: Tensor | None = None,
     ) -> Resident:
         """What stays of a layer, complete on the devices."""
-        importance = keep_on_device(self._gathered(layer, record), *rows, weights.matrix, self.others)
-        wait_for(self.device, *self.others)
+        importance = keep_on_device(self._gathered(layer, record), *rows, weights.matrix, self.devices[1:])
+        wait_for(*self.devices)
         return Resident(weights, importance, behind)
 
     def _gathered(self, layer: int, record: Mapping[str, Any]) -> CalibratedLayer:

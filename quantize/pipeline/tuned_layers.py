@@ -84,7 +84,7 @@ class TunedLayers:
             target=self._gathered.target(layer),
         )
         result = tune_layer(
-            task, self._settings, self._gathered.device, np.empty(self._gathered.shape, np.float32)
+            task, self._settings, self._gathered.devices, np.empty(self._gathered.shape, np.float32)
         )
         sha256 = self._streams.save(OWN, layer + 1, result.leaving)
         out: Held = []
@@ -107,7 +107,7 @@ class TunedLayers:
         for earlier in range(layer):
             stored = dict(self._in_file(earlier))
             task = LayerTask(self._spec.plan.config, earlier, stored, {}, stream, stream)
-            stream = run_layer(task, self._settings, self._gathered.device)
+            stream = run_layer(task, self._settings, self._gathered.devices)
         return stream
 
     def _embedded(self) -> F32:

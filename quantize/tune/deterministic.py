@@ -33,6 +33,11 @@ def coarse_products(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def step_dtype(device: torch.device) -> torch.dtype:
+    """What experts' products multiply while a layer is trained: on a GPU bf16, half as many bytes as f32."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 @contextmanager
 def deterministic() -> Iterator[None]:
     """In the whole process, torch takes algorithms with a fixed order of sums, and products in full f32.

@@ -11,7 +11,7 @@ that gave nothing, at 4 bits it cost one per cent of KLD.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_i
 from ..encode.on_device.transfer import fetched
 from ..encode.overflow import encode_tensor
 from ..spec.efforts import EPOCHS
-from .deterministic import coarse_products, deterministic
+from .deterministic import coarse_products, deterministic, step_dtype
 from .rounding import with_heads, within_f16, within_scales
 from .stream import Stream
 from .student import Matrices, StoredTensor, Student
@@ -136,19 +136,20 @@ class LayerTask:
 def tune_layer(
     task: LayerTask,
     settings: TuneSettings = PLAIN,
-    device: torch.device = CPU,
+    devices: Sequence[torch.device] = (CPU,),
     leaving: F32 | None = None,
 ) -> LayerTuning:
     """Train one layer of a file against the source's.
 
-    `leaving`, of the shape of the streams, takes the file's stream behind the layer; without it an array is made.
+    All is done on the first of the devices but experts, which are spread over them. `leaving`, of the shape of the
+    streams, takes the file's stream behind the layer; without it an array is made.
 
-    The bytes are the same whenever the same is done with the same torch on the same kind of device; on a CPU, with the
-    same number of threads. Raises WeightError where a trained matrix cannot be stored.
+    The bytes are the same whenever the same is done with the same torch on the same kind of device, on any number of
+    devices; on a CPU, with the same number of threads. Raises WeightError where a trained matrix cannot be stored.
     """
     with deterministic():
-        training = _Training.of(task, settings, device)
-        student = Student.read(task.config, task.layer, task.stored, device)
+        training = _Training.of(task, settings, devices[0])
+        student = Student.read(task.config, task.layer, task.stored, devices)
         held, trained = training.divided()
         payloads: dict[str, U8] = {}
         before = after = note = None
@@ -173,11 +174,13 @@ def tune_layer(
     return LayerTuning(task.layer, payloads, before, after, note, out)
 
 
-def run_layer(task: LayerTask, settings: TuneSettings = PLAIN, device: torch.device = CPU) -> F32:
+def run_layer(
+    task: LayerTask, settings: TuneSettings = PLAIN, devices: Sequence[torch.device] = (CPU,)
+) -> F32:
     """The file's own stream f32 [sequences, length, hidden] behind a layer as it is stored; the bits of `leaving`."""
     with deterministic():
-        student = Student.read(task.config, task.layer, task.stored, device)
-        return _Training.of(task, settings, device).run(student, np.empty_like(task.entering))
+        student = Student.read(task.config, task.layer, task.stored, devices)
+        return _Training.of(task, settings, devices[0]).run(student, np.empty_like(task.entering))
 
 
 @dataclass
@@ -276,7 +279,8 @@ class _Training:
         size *= math.sqrt(min(1.0, len(chosen) * self.task.entering.shape[1] / FEW_TOKENS))
         dense, heads = self._parts(student, size)
         parts = [*dense.values(), *heads.values()]
-        adam = torch.optim.Adam([{"params": [part.moved], "lr": part.step} for part in parts], betas=BETAS)
+        groups = [{"params": [part.moved], "lr": part.step} for part in parts]
+        adam = torch.optim.Adam(groups, betas=BETAS, fused=self.device.type == "cuda")
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
         order = torch.Generator().manual_seed(self.settings.seed)
         epochs = (
@@ -285,7 +289,7 @@ class _Training:
         with coarse_products(self.device):
             for some in (batch for shuffled in epochs for batch in self._batches(shuffled)):
                 moved = student.changed(*({k: p.value for k, p in of.items()} for of in (dense, heads)))
-                out = moved.forward(self.entering.of(some))
+                out = moved.forward(self.entering.of(some), step_dtype(self.device))
                 missed = (out - self.target.of(some)).square().sum(-1)
                 adam.zero_grad()
                 (missed.mean() / energy).backward()  # type: ignore[no-untyped-call]

@@ -51,7 +51,7 @@ class LayersTuning:
     source: Source
     tokens: Tokens
     settings: TuneSettings
-    device: torch.device
+    devices: Sequence[torch.device]
 
     def run(
         self,
@@ -108,7 +108,7 @@ class LayersTuning:
         config, specs = self.source.config, list(layer_inventory(self.source.config, layer))
         reading = Reading(self.source, UNWATCHED, layer, once=False)
         with torch.inference_mode():
-            hidden = torch.from_numpy(entering.source).to(self.device)
+            hidden = torch.from_numpy(entering.source).to(self.devices[0])
             target = layer_forward(reading, config, layer, hidden).cpu().numpy()
         matrices = {s.name: reading.weight(s.name) for s in specs if s.role == "attn"}
         reading.finish(specs)
@@ -117,7 +117,7 @@ class LayersTuning:
             e.name: StoredTensor(format_of(self.file, e), e.shape, self.file.read(e.name)) for e in entries
         }
         task = LayerTask(config, layer, stored, matrices, entering.own, target)
-        return target, tune_layer(task, self.settings, self.device)
+        return target, tune_layer(task, self.settings, self.devices)
 
     def _payload(self, piece: Piece, changed: Mapping[str, U8]) -> U8:
         """The bytes of a piece, with what changed in place of what the file holds."""

@@ -1,11 +1,13 @@
 """Which token goes where: the choices of a router laid out so that several experts are computed at once.
 
 Experts are taken in blocks, those with most tokens first. All experts of a block have as many places as the first of
-them has tokens. Places that are left over hold some token, and what is computed there is not used.
+them has tokens, and more than half as many tokens. Places that are left over hold some token, and what is computed
+there is not used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,13 +51,27 @@ class Placement:
         counts = np.bincount(chosen, minlength=experts)
         order = np.argsort(-counts, kind="stable")
         taken = order[: np.count_nonzero(counts)]
-        parts = [taken[i : i + together] for i in range(0, len(taken), together)]
-        blocks = tuple(Block(tuple(part.tolist()), int(counts[part[0]])) for part in parts)
+        parts = _divided(counts[taken].tolist(), together)
+        blocks = tuple(Block(tuple(taken[part].tolist()), int(counts[taken[part.start]])) for part in parts)
         place = _places(chosen, counts, blocks)
         total = sum(block.rows for block in blocks)
         choice, used = np.zeros(total, np.int64), np.zeros(total, np.bool_)
         choice[place], used[place] = np.arange(len(chosen)), True
         return cls(blocks, *(torch.from_numpy(each).to(ids.device) for each in (order, place, choice, used)))
+
+    def rows_and_experts(self) -> tuple[list[int], list[int]]:
+        """The places of each block, and its experts; behind these, the number of experts that no token takes."""
+        sizes = [len(block.experts) for block in self.blocks]
+        return [block.rows for block in self.blocks], [*sizes, len(self.order) - sum(sizes)]
+
+
+def _divided(counts: list[int], together: int) -> Iterator[slice]:
+    """Blocks of experts whose tokens, in descending order, are so many, up to `together` in one."""
+    first = 0
+    for n in range(1, len(counts) + 1):
+        if n == len(counts) or n - first == together or 2 * counts[n] <= counts[first]:
+            yield slice(first, n)
+            first = n
 
 
 def _places(

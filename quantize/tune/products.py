@@ -1,8 +1,8 @@
 """Products of stored matrices in torch, with gradients for the levels of their groups and none for their codes.
 
 A matrix [R, K] is held as codes u8 [G, 256] and the numbers at the head of each group, f32 [G, n], with G = R·K/256:
-the n levels of a codebook, or scale and zero of an even grid. Its f32 values exist only while a product is computed,
-once forward and once backward, so that a layer of many experts fits into memory. Every sum has a fixed order, on a GPU
+the n levels of a codebook, or scale and zero of an even grid. Its values exist only while a product is computed, once
+forward and once backward, so that a layer of many experts fits into memory. Every sum has a fixed order, on a GPU
 too.
 """
 
@@ -34,70 +34,75 @@ def unpacked(body: Tensor, bits: int) -> Tensor:
 
 
 @cache
-def _kernels() -> Backend:
-    """A back end whose kernels run in torch's own stream, in turn with what torch does."""
-    return open_gpu("cuda", own_stream=False)
+def _kernels(index: int) -> Backend:
+    """A back end whose kernels run in torch's own stream of a GPU, the current one, in turn with what torch does."""
+    return open_gpu("cuda", own_stream=False, index=index)
 
 
-def dequantised(heads: Tensor, codes: Tensor, even: bool) -> Tensor:
-    """Values f32 [G, 256] of codes u8 [G, 256]; `heads` f32 [G, n] are levels or, of an even grid, (scale, zero).
+def dequantised(heads: Tensor, codes: Tensor, chosen: Tensor, even: bool, dtype: torch.dtype) -> Tensor:
+    """Values [B, G, 256] of the matrices `chosen` i32 [B] among codes u8 [E, G, 256], rounded to `dtype`.
 
-    The bits are those of `Format.decode`.
+    `heads` f32 [B, G, n] are levels or, of an even grid, (scale, zero). In f32 the bits are those of `Format.decode`.
     """
     if heads.is_cuda:
-        values = torch.empty(codes.shape, device=codes.device)
-        there = _kernels()
-        out, given, levels = (borrowed(there, t.contiguous()) for t in (values, codes, heads))
-        spread_levels(there, out, given, levels, even)
+        values = torch.empty(heads.shape[0], *codes.shape[1:], dtype=dtype, device=codes.device)
+        with torch.cuda.device(codes.device):
+            there = _kernels(codes.device.index)
+            tensors = (_as_stored(values), codes, heads.contiguous(), chosen)
+            out, from_codes, levels, which = (borrowed(there, tensor) for tensor in tensors)
+            spread_levels(there, out, from_codes, levels, which, even)
         return values
-    if even:
-        return heads[:, 1:] + heads[:, :1] * codes.float()
-    groups, count = heads.shape
-    first = torch.arange(0, groups * count, count, dtype=torch.int32, device=codes.device)
-    places = (codes + first[:, None]).flatten()
-    return heads.flatten().index_select(0, places).view_as(codes)
+    mine = codes[chosen]
+    values = heads[..., 1:] + heads[..., :1] * mine.float() if even else heads.gather(-1, mine.long())
+    return values.to(dtype)
 
 
-def head_gradient(gradient: Tensor, codes: Tensor, count: int, even: bool) -> Tensor:
-    """The gradient f32 [G, n] of a matrix's heads, from that of its values f32 [G, 256]."""
+def head_gradient(gradient: Tensor, codes: Tensor, chosen: Tensor, count: int, even: bool) -> Tensor:
+    """The gradient f32 [B, G, n] of the heads of chosen matrices, from that of their values [B, G, 256]."""
     if gradient.is_cuda:
-        sums = torch.empty(len(gradient), count, device=codes.device)
-        there = _kernels()
-        out, given, chosen = (borrowed(there, t.contiguous()) for t in (sums, gradient, codes))
-        level_gradients(there, out, given, chosen, even)
+        sums = torch.empty(*gradient.shape[:2], count, device=codes.device)
+        with torch.cuda.device(codes.device):
+            there = _kernels(codes.device.index)
+            tensors = (sums, _as_stored(gradient.contiguous()), codes, chosen)
+            out, of_values, from_codes, which = (borrowed(there, tensor) for tensor in tensors)
+            level_gradients(there, out, of_values, from_codes, which, even)
         return sums
+    gradient, mine = gradient.float(), codes[chosen]
     if even:
-        return torch.stack([(gradient * codes.float()).sum(-1), gradient.sum(-1)], -1)
-    return gradient.new_zeros(len(gradient), count).scatter_add_(1, codes.long(), gradient)
+        return torch.stack([(gradient * mine.float()).sum(-1), gradient.sum(-1)], -1)
+    return gradient.new_zeros(*gradient.shape[:2], count).scatter_add_(-1, mine.long(), gradient)
+
+
+def _as_stored(values: Tensor) -> Tensor:
+    """Values as the kernels take them: bf16 as u16."""
+    return values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
 
 
 class _Products(torch.autograd.Function):
-    """x W^T for x f32 [B, m, K] and B matrices; saves x, heads and codes."""
+    """x W^T f32 for x [B, m, K] and B matrices, multiplied in the dtype of x; saves x and heads, but no matrix."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, heads: Tensor, codes: Tensor, even: bool) -> Tensor:
-        ctx.save_for_backward(x, heads, codes)
+    def forward(ctx: Any, x: Tensor, heads: Tensor, codes: Tensor, chosen: Tensor, even: bool) -> Tensor:
+        ctx.save_for_backward(x, heads, codes, chosen)
         ctx.even = even
-        return torch.bmm(x, _matrices(heads, codes, even, x.shape[2]).mT)
+        return torch.bmm(x, _matrices(x, heads, codes, chosen, even).mT).float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (gradient,) = gradients
-        x, heads, codes = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, heads, codes, chosen = ctx.saved_tensors
+        gradient = gradients[0].to(x.dtype)
         of_x = of_heads = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.bmm(gradient, _matrices(heads, codes, ctx.even, x.shape[2]))
+            of_x = torch.bmm(gradient, _matrices(x, heads, codes, chosen, ctx.even))
         if ctx.needs_input_grad[1]:
-            of_values = torch.bmm(gradient.mT, x).view(-1, GROUP)
-            of_heads = head_gradient(of_values, codes.view(-1, GROUP), heads.shape[2], ctx.even)
-            of_heads = of_heads.view_as(heads)
-        return of_x, of_heads, None, None
+            of_values = torch.bmm(gradient.mT, x).view(len(x), -1, GROUP)
+            of_heads = head_gradient(of_values, codes, chosen, heads.shape[2], ctx.even)
+        return of_x, of_heads, None, None, None
 
 
-def _matrices(heads: Tensor, codes: Tensor, even: bool, width: int) -> Tensor:
-    """Values f32 [B, R, K] of heads f32 [B, G, n] and codes u8 [B, G, 256]."""
-    values = dequantised(heads.flatten(0, 1), codes.flatten(0, 1), even)
-    return values.view(len(heads), -1, width)
+def _matrices(x: Tensor, heads: Tensor, codes: Tensor, chosen: Tensor, even: bool) -> Tensor:
+    """Matrices [B, R, K] that x [B, m, K] is multiplied by, in its dtype."""
+    return dequantised(heads, codes, chosen, even, x.dtype).view(len(x), -1, x.shape[2])
 
 
 class _Taken(torch.autograd.Function):
@@ -132,9 +137,13 @@ class _Spread(torch.autograd.Function):
         return back.sum(1), None, None, None
 
 
-def products(x: Tensor, heads: Tensor, codes: Tensor, even: bool) -> Tensor:
-    """x W^T f32 [B, m, R] for x f32 [B, m, K] and B matrices as codes u8 [B, G, 256] and heads f32 [B, G, n]."""
-    out: Tensor = _Products.apply(x, heads, codes, even)  # type: ignore[no-untyped-call]
+def products(x: Tensor, heads: Tensor, codes: Tensor, chosen: Tensor, even: bool) -> Tensor:
+    """x W^T f32 [B, m, R] for x [B, m, K] and the matrices `chosen` i32 [B] among codes u8 [E, G, 256], with heads f32
+    [B, G, n].
+
+    They are multiplied in the dtype of x, which may be bf16: products of f32 are exact up to the order of sums.
+    """
+    out: Tensor = _Products.apply(x, heads, codes, chosen, even)  # type: ignore[no-untyped-call]
     return out
 
 

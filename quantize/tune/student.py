@@ -7,7 +7,7 @@ rotated as the engine does it, and whose matrices stay in their stored form. A f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ...formats.blocks import AffineFormat, Format, LloydFormat
+from ...formats.fwht import GROUP
 from ...formats.minimax import (
     ModelConfig,
     awq_scale_name,
@@ -31,9 +32,9 @@ from .products import permuted, products, returned, rotated, spread, unpacked
 
 U8 = NDArray[np.uint8]
 EXPERT_PROJECTIONS = ("w1", "w3", "w2")
-BLOCK_WEIGHTS = 1 << 27
-"""Weights of one projection that a GPU dequantises at a time (512 MiB in f32). Launching work for one expert after the
-other would take longer than the work.
+BLOCK_WEIGHTS = 160 << 20
+"""Weights of one projection that a GPU dequantises at a time (640 MiB in f32). Launching work for one expert after the
+other would take longer than the work. Does not depend on the number of GPUs, so that sums are the same on any number.
 """
 
 
@@ -50,7 +51,8 @@ class StoredTensor:
 class Matrices:
     """One projection of all experts of a layer, [R, K] each; G = R·K/256 groups.
 
-    `heads` f32 [E, G, n] holds each group's levels, or scale and zero; `codes` u8 [G, 256] of each expert.
+    `heads` f32 [E, G, n] holds each group's levels, or scale and zero; `codes` u8 [E, G, 256] lie on every device that
+    computes experts.
     """
 
     format: LloydFormat | AffineFormat
@@ -62,13 +64,18 @@ class Matrices:
         """Whether levels are given by scale and zero."""
         return isinstance(self.format, AffineFormat)
 
-    def codes_of(self, experts: tuple[int, ...]) -> Tensor:
-        """The codes u8 [B, G, 256] of some experts."""
-        return torch.stack([self.codes[e] for e in experts])
-
     def together(self) -> int:
-        """How many experts are computed at once: on a GPU as many as BLOCK_WEIGHTS has room for."""
-        return max(1, BLOCK_WEIGHTS // self.codes[0].numel()) if self.heads.is_cuda else 1
+        """How many experts are computed at once: on a GPU blocks as even as BLOCK_WEIGHTS allows."""
+        if not self.heads.is_cuda:
+            return 1
+        blocks = -(-self.codes[0].numel() // BLOCK_WEIGHTS)
+        return -(-len(self.heads) // blocks)
+
+    def products(self, x: Tensor, heads: Tensor, chosen: Tensor, place: int) -> Tensor:
+        """x W^T f32 [B, m, R] for x [B, m, K] and the `chosen` i32 [B] experts, whose heads are f32 [B, G, n]; all
+        on the device of this number.
+        """
+        return products(x, heads, self.codes[place], chosen, self.even)
 
     def enter(self, x: Tensor) -> Tensor:
         """Inputs [..., K] in the basis in which the matrices are stored."""
@@ -93,16 +100,21 @@ class Student:
 
     @classmethod
     def read(
-        cls, config: ModelConfig, layer: int, stored: Mapping[str, StoredTensor], device: torch.device
+        cls,
+        config: ModelConfig,
+        layer: int,
+        stored: Mapping[str, StoredTensor],
+        devices: Sequence[torch.device],
     ) -> Student:
         """The layer from its payloads, as every reader of the file decodes them.
 
-        `stored` names each tensor of the layer, and the AWQ scale where the file has one.
+        `stored` names each tensor of the layer, and the AWQ scale where the file has one. All lies on the first of the
+        devices, over which experts are spread.
         """
         names = [spec.name for spec in layer_inventory(config, layer) if spec.role != "expert"]
         scale = awq_scale_name(layer)
-        dense = {n: _decoded(stored[n], device) for n in ([*names, scale] if scale in stored else names)}
-        experts = {p: _matrices(config, layer, p, stored, device) for p in EXPERT_PROJECTIONS}
+        dense = {n: _decoded(stored[n], devices[0]) for n in ([*names, scale] if scale in stored else names)}
+        experts = {p: _matrices(config, layer, p, stored, devices) for p in EXPERT_PROJECTIONS}
         return cls(config, layer, dense, experts)
 
     def reread(self, stored: Mapping[str, StoredTensor]) -> Student:
@@ -114,7 +126,7 @@ class Student:
                 dense[name] = _decoded(tensor, dense[name].device)
             else:
                 _, expert, projection = place
-                heads[projection][expert] = _split(tensor, heads[projection].device)[0]
+                heads[projection][expert] = _heads(tensor)
         return self.changed(dense, heads)
 
     def tensor(self, name: str) -> Tensor:
@@ -126,35 +138,44 @@ class Student:
         experts = {p: replace(m, heads=heads.get(p, m.heads)) for p, m in self.experts.items()}
         return replace(self, dense={**self.dense, **dense}, experts=experts)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The residual stream f32 [sequences, length, hidden] before the layer to the one after it."""
+    def forward(self, hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The residual stream f32 [sequences, length, hidden] before the layer to the one after it. The experts'
+        products multiply numbers of `dtype`.
+        """
         cfg, prefix = self.config, layer_prefix(self.layer)
         hidden = hidden + attention(self, cfg, self.layer, hidden)
         norm = self.tensor(f"{prefix}post_attention_layernorm.weight")
         t = rms_norm(hidden, norm, cfg.rms_norm_eps).flatten(0, 1)
-        return hidden + self._mix(t, route(self, cfg, self.layer, t)).view_as(hidden)
+        return hidden + self._mix(t, route(self, cfg, self.layer, t), dtype).view_as(hidden)
 
-    def _mix(self, t: Tensor, routing: Routing) -> Tensor:
-        """The weighted sum of the routed experts' outputs [m, hidden] for normed inputs [m, hidden]."""
+    def _mix(self, t: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+        """The weighted sum of the routed experts' outputs [m, hidden] for normed inputs [m, hidden].
+
+        Blocks of experts go to the devices in turn. All that they need is sent before any is computed, and brought back
+        after that, since a copy waits for what both devices do.
+        """
         count, (gate, up, down) = routing.ids.shape[1], (self.experts[p] for p in EXPERT_PROJECTIONS)
         placement = Placement.of(routing.ids, self.config.num_local_experts, gate.together())
         scale = self.dense.get(awq_scale_name(self.layer))
-        x = spread(gate.enter(t if scale is None else t / scale), placement, count)
-        blocks = placement.blocks
-        sizes = [len(block.experts) for block in blocks]
-        sizes.append(len(placement.order) - sum(sizes))
+        x = spread(gate.enter(t if scale is None else t / scale).to(dtype), placement, count)
+        places, sizes = placement.rows_and_experts()
         parts = [torch.split(permuted(m.heads, placement.order), sizes) for m in (gate, up, down)]
-        outputs = []
-        for i, rows in enumerate(torch.split(x, [b.rows for b in blocks])):
-            experts = blocks[i].experts
-            rows = rows.view(len(experts), blocks[i].places, -1)
-            g, u = (
-                products(rows, parts[j][i], m.codes_of(experts), m.even) for j, m in enumerate((gate, up))
-            )
-            h = down.enter(F.silu(g) * u)
-            outputs.append(products(h, parts[2][i], down.codes_of(experts), down.even).flatten(0, 1))
-        mixed = returned(torch.cat(outputs), placement).view(len(t), count, -1)
+        given = zip(torch.split(x, places), torch.split(placement.order.int(), sizes), *parts, strict=False)
+        devices = [codes.device for codes in gate.codes]
+        sent = [[each.to(devices[n % len(devices)]) for each in block] for n, block in enumerate(given)]
+        outputs = [self._block(n % len(devices), *block) for n, block in enumerate(sent)]
+        mixed = returned(torch.cat([y.to(t.device) for y in outputs]), placement).view(len(t), count, -1)
         return (mixed * routing.weights[..., None]).sum(1)
+
+    def _block(self, place: int, rows: Tensor, chosen: Tensor, *heads: Tensor) -> Tensor:
+        """What the experts `chosen` i32 [B] make of rows [B · places, hidden], f32, on the device of this number;
+        `heads` are those of gate, up and down.
+        """
+        gate, up, down = (self.experts[p] for p in EXPERT_PROJECTIONS)
+        x = rows.view(len(chosen), -1, rows.shape[1])
+        g, u = (m.products(x, of, chosen, place) for m, of in zip((gate, up), heads[:2], strict=True))
+        h = down.enter(F.silu(g) * u).to(rows.dtype)
+        return down.products(h, heads[2], chosen, place).flatten(0, 1)
 
 
 def _decoded(tensor: StoredTensor, device: torch.device) -> Tensor:
@@ -168,12 +189,19 @@ def _rotated_format(tensor: StoredTensor) -> LloydFormat | AffineFormat:
     return tensor.format
 
 
-def _split(tensor: StoredTensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A matrix's heads f32 [G, n] and its packed codes u8 [G, bytes]."""
+def _heads(tensor: StoredTensor) -> Tensor:
+    """A matrix's heads f32 [G, n], in the machine's memory."""
+    fmt = _rotated_format(tensor)
+    dtype = np.float16 if isinstance(fmt, LloydFormat) else np.float32
+    head = np.ascontiguousarray(fmt.groups(tensor.payload)[:, : head_bytes(fmt)])
+    return torch.from_numpy(head.view(dtype).astype(np.float32))
+
+
+def _packed(tensor: StoredTensor, device: torch.device) -> Tensor:
+    """A matrix's codes as they are packed, u8 [G, bytes]."""
     fmt = _rotated_format(tensor)
     raw = torch.from_numpy(fmt.groups(np.require(tensor.payload, requirements="W"))).to(device)
-    width, dtype = head_bytes(fmt), torch.float16 if isinstance(fmt, LloydFormat) else torch.float32
-    return raw[:, :width].contiguous().view(dtype).float(), raw[:, width:]
+    return raw[:, head_bytes(fmt) :]
 
 
 def _matrices(
@@ -181,13 +209,13 @@ def _matrices(
     layer: int,
     projection: str,
     stored: Mapping[str, StoredTensor],
-    device: torch.device,
+    devices: Sequence[torch.device],
 ) -> Matrices:
-    """Read one projection of all experts, unpacked on the device one at a time."""
+    """Read one projection of all experts, unpacked on the first device one at a time."""
     tensors = [stored[expert_name(layer, e, projection)] for e in range(config.num_local_experts)]
-    fmt, heads, codes = _rotated_format(tensors[0]), [], []
-    for tensor in tensors:
-        head, packed = _split(tensor, device)
-        heads.append(head)
-        codes.append(unpacked(packed, fmt.bits))
-    return Matrices(fmt, torch.stack(heads), tuple(codes))
+    fmt, first = _rotated_format(tensors[0]), devices[0]
+    heads = torch.stack([_heads(tensor) for tensor in tensors]).to(first)
+    codes = torch.empty(*heads.shape[:2], GROUP, dtype=torch.uint8, device=first)
+    for mine, tensor in zip(codes, tensors, strict=True):
+        mine.copy_(unpacked(_packed(tensor, first), fmt.bits))
+    return Matrices(fmt, heads, tuple(codes.to(device) for device in devices))

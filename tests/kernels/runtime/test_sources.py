@@ -26,7 +26,8 @@ def test_every_kernel_of_the_sources_is_found():
             "answer_targets",
             "diagonal_hessian",
         ),
-        *("dense_sums", "spread_levels", "level_gradients"),
+        *("dense_sums", "spread_levels_f32", "level_gradients_f32"),
+        *("spread_levels_bf16", "level_gradients_bf16"),
     }
     books, grids = ("MQ2-Lloyd", "MQ3-Lloyd"), ("MQ4", "MQ6")
     per_format = {

@@ -91,7 +91,7 @@ def test_the_student_is_the_reference_forward_of_the_file(
     task = task_of(small, path, tokens)
     with open_hfq(path) as file, torch.no_grad():
         plain = layer_forward(DecodedFile(file), task.config, 0, torch.from_numpy(task.entering))
-        mine = Student.read(task.config, 0, task.stored, CPU).forward(torch.from_numpy(task.entering))
+        mine = Student.read(task.config, 0, task.stored, [CPU]).forward(torch.from_numpy(task.entering))
     torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
 
 
@@ -107,6 +107,39 @@ def test_experts_computed_at_once_give_what_one_after_the_other_does(
     np.testing.assert_allclose(at_once.leaving, alone.leaving, atol=2e-3 * np.abs(alone.leaving).max())
     assert alone.after is not None
     assert at_once.after == pytest.approx(alone.after, rel=1e-2)
+
+
+def test_experts_spread_over_devices_give_the_bytes_of_one(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make("mq2")
+    monkeypatch.setattr(Matrices, "together", lambda _: 2)
+    used: list[int] = []
+    whole = Matrices.products
+
+    def counted(
+        self: Matrices, x: torch.Tensor, heads: torch.Tensor, chosen: torch.Tensor, place: int
+    ) -> Any:
+        used.append(place)
+        return whole(self, x, heads, chosen, place)
+
+    monkeypatch.setattr(Matrices, "products", counted)
+    one, two = tune_layer(task, SHORT), tune_layer(task, SHORT, [CPU, CPU])
+    assert set(used) == {0, 1}
+    assert one.payloads and one.payloads.keys() == two.payloads.keys()
+    for name, payload in one.payloads.items():
+        np.testing.assert_array_equal(two.payloads[name], payload)
+    np.testing.assert_array_equal(two.leaving, one.leaving)
+
+
+def test_steps_in_bf16_lead_where_steps_in_f32_do(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a GPU multiplies them."""
+    task = make("mq2")
+    full = tune_layer(task, SHORT)
+    monkeypatch.setattr("mq_quant.quantize.tune.layer.step_dtype", lambda _: torch.bfloat16)
+    half = tune_layer(task, SHORT)
+    assert full.before == half.before and full.after is not None
+    assert half.after == pytest.approx(full.after, rel=2e-2)
 
 
 def test_sizes_and_codes_stay(make: Make) -> None:
@@ -137,7 +170,7 @@ def test_what_leaves_is_computed_from_the_payloads_as_stored(make: Make) -> None
         stored[name] = replace(stored[name], payload=payload)
     again = tune_layer(replace(task, stored=stored), replace(SHORT, epochs=0))
     assert result.after == again.before
-    fresh = Student.read(task.config, 0, stored, CPU)
+    fresh = Student.read(task.config, 0, stored, [CPU])
     with torch.no_grad():
         np.testing.assert_allclose(
             fresh.forward(torch.from_numpy(task.entering)).numpy(), result.leaving, rtol=1e-4, atol=1e-4
