@@ -77,6 +77,8 @@ def build_within(request: FitRequest, recipe_file: Path | None, make: Make) -> B
 
 def told(fitted: Fitted) -> Iterator[str]:
     """What was chosen, in lines."""
+    from ..spec.by_layer import formats_by_layer
+
     at_most = gigabytes(fitted.limit)
     if fitted.tier:
         yield paragraph(
@@ -84,6 +86,10 @@ def told(fitted: Fitted) -> Iterator[str]:
         )
     else:
         yield f"{fitted.recipe.tier}: the formats that lose least in {at_most}"
+        for what, of in zip(
+            ("gate and up", "down"), zip(*fitted.allocation.layers, strict=True), strict=True
+        ):
+            yield paragraph(f"{what}: {formats_by_layer(dict(enumerate(of)))}")
     if fitted.expected_kld is None:
         yield f"chosen by {fitted.origin}: `mq-quant measure` finds out those of this one"
     else:

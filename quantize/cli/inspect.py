@@ -12,7 +12,7 @@ import typer
 
 from ...formats.text import printable, shown
 from . import options as opt
-from .console import AFTER, SHOWN, WIDTH, emit, gigabytes, listed, table
+from .console import AFTER, SHOWN, WIDTH, emit, gigabytes, listed, paragraph, table
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def _render_provenance(provenance: Provenance) -> str:
 
 def _render_file(listing: bool) -> Callable[[FileSummary], str]:
     def render(result: FileSummary) -> str:
+        from ..spec.by_layer import formats_by_layer
+
         header, metadata = result.header, result.metadata
         config = ", ".join(f"{k} {_value(v)}" for k, v in metadata.config.items() if v is not None)
         parts = [
@@ -76,6 +78,10 @@ def _render_file(listing: bool) -> Callable[[FileSummary], str]:
                 [(name, s.tensors, s.weights, gigabytes(s.bytes)) for name, s in result.by_format.items()],
             ),
         ]
+        experts = {"gate and up": result.gate_up, "down": result.down}
+        if any(len(set(formats.values())) > 1 for formats in experts.values()):
+            lines = (f"{what}: {formats_by_layer(formats)}" for what, formats in experts.items())
+            parts.append("\n".join(map(paragraph, lines)))
         if header.trailing_bytes:
             parts.append(f"{header.trailing_bytes} {AFTER}; mq-quant does not read them")
         if result.tensor:

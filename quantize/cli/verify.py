@@ -85,8 +85,9 @@ def verify(
     """Judge a file.
 
     Its structure is checked, it is decoded and run by the kernels, and its weights and predictions are compared with
-    those of the checkpoint. Without a checkpoint the latter is left out. The bars are those of the file's tier.
-    The exit code is 1 where one of them is missed.
+    those of the checkpoint. Without a checkpoint the latter is left out. The bars are those of the file's tier,
+    or of the largest tier whose formats are nowhere larger than the file's. The exit code is 1 where one of them is
+    missed.
 
     \b
     Examples:

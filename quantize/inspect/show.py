@@ -16,6 +16,7 @@ from ...formats.errors import HfqError, HfqKind, RecipeError
 from ...formats.hfq import HfqFile, TensorEntry, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.hfq.totals import FormatTotals, by_format, format_name
+from ...formats.minimax import expert_of
 
 CONFIG_KEYS = (
     "hidden_size",
@@ -96,12 +97,16 @@ class DecodedTensor:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """One file: `tensors` are those that were asked for, `tensor` the one that was to be decoded, if any."""
+    """One file: `tensors` are those that were asked for, `tensor` the one that was to be decoded, if any. `gate_up` and
+    `down` are the formats of experts by layer, those of expert 0, by which the engine goes.
+    """
 
     path: Path
     header: Header
     metadata: MetadataSummary
     by_format: Mapping[str, FormatTotals]
+    gate_up: Mapping[int, str]
+    down: Mapping[int, str]
     tensors: tuple[TensorRow, ...]
     tensor: DecodedTensor | None
 
@@ -111,6 +116,8 @@ class FileSummary:
             "header": asdict(self.header),
             "metadata": asdict(self.metadata),
             "by_format": {name: totals.as_json() for name, totals in self.by_format.items()},
+            "gate_up": self.gate_up,
+            "down": self.down,
             "tensors": [asdict(row) for row in self.tensors],
             "tensor": self.tensor.as_json() if self.tensor else None,
         }
@@ -137,6 +144,8 @@ def inspect_file(
             header,
             summarise(file.metadata, len(file.metadata_bytes)),
             by_format(file.entries),
+            _by_layer(file, "w1"),
+            _by_layer(file, "w2"),
             tuple(row(entry) for entry in matching(file, pattern)),
             decoded(file, tensor, groups) if tensor else None,
         )
@@ -149,6 +158,11 @@ def matching(file: HfqFile, pattern: str | None) -> list[TensorEntry]:
     except (re.error, RecursionError, OverflowError) as e:
         raise RecipeError(f"{pattern!r} is not a regular expression: {e}", hint="check --filter") from None
     return [entry for entry in file.entries if search(entry.name)]
+
+
+def _by_layer(file: HfqFile, projection: str) -> dict[int, str]:
+    places = ((expert_of(entry.name), format_name(entry.quant_type)) for entry in file.entries)
+    return {place[0]: name for place, name in places if place and place[1:] == (0, projection)}
 
 
 def row(entry: TensorEntry) -> TensorRow:

@@ -13,12 +13,12 @@ from ...formats.hfq import HfqFile
 from ...formats.hfq.provenance import Provenance, RecipeRecord
 from ...formats.minimax import parse_config
 from ...formats.statistics.imatrix import read_imatrix
-from ...verify.bars import Bars
 from ...verify.model.metrics import FEWEST
 from ...verify.run import VerifyInputs
 from ...verify.stages.generation import tokenizer_of
 from ..spec.places import TINY, local_folder, open_place
-from ..spec.recipe import DEFAULT_MODEL, load_recipe, load_tier, tiers
+from ..spec.recipe import load_recipe
+from .tier_bars import bars_of
 from .verify_tokens import held_out_tokens, prompt_tokens, read_tokens
 
 CONTEXT = 16
@@ -50,7 +50,7 @@ class VerifyOptions:
 def inputs_of(file: HfqFile, options: VerifyOptions) -> VerifyInputs:
     """Open and read what the options name, for one file; raises the error of whatever cannot be used."""
     built_with = Provenance.of(file).recipe
-    bars = _bars(built_with, options.recipe)
+    bars = load_recipe(options.recipe).verify if options.recipe else bars_of(file, built_with)
     place = _place(built_with, options.source)
     folder = local_folder(place) if place else None
     source = open_place(place, options.revision, options.shard_cache, Path()) if place else None
@@ -71,16 +71,6 @@ def inputs_of(file: HfqFile, options: VerifyOptions) -> VerifyInputs:
         notes=_notes(file, tokens, options),
         unjudged=_unjudged(tokens, options),
     )
-
-
-def _bars(built_with: RecipeRecord | None, path: Path | None) -> Bars:
-    """The bars of the given recipe, or of the bundled tier that the file was built as; none for other files."""
-    if path is not None:
-        return load_recipe(path).verify
-    if built_with is None or built_with.tier is None:
-        return Bars()
-    model = TINY if built_with.model == TINY else DEFAULT_MODEL
-    return load_tier(built_with.tier, model).verify if built_with.tier in tiers(model) else Bars()
 
 
 def _place(built_with: RecipeRecord | None, source: str | None) -> str | None:

@@ -15,7 +15,7 @@ from ...formats.hfq import HfqFile, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.hfq.stored import format_of
 from ...formats.minimax import ModelConfig, expert_name, inventory, parse_config
-from ..spec.recipe import DEFAULT_MODEL, tiers
+from ..spec.recipe import fitted_tiers, tiers
 from ..spec.running import machine_for
 
 
@@ -88,7 +88,7 @@ def _facts(file: HfqFile, config: ModelConfig) -> CardFile:
         8 * sum(entry.nbytes for _, entry in experts) / weights,
         machine_for(size, config),
         _statistics(made),
-        _build(made, file.path.name) if tier in tiers(DEFAULT_MODEL) else None,
+        _build(made, file.path.name) if tier in (*tiers(), *fitted_tiers()) else None,
         stated_quantization_hash(file.metadata),
         made.program.version,
         concerns((spec, entry.quant_type) for spec, entry in experts),
@@ -96,10 +96,14 @@ def _facts(file: HfqFile, config: ModelConfig) -> CardFile:
 
 
 def _formats(file: HfqFile, config: ModelConfig, projection: str) -> str:
-    """The formats of a projection, those of most layers first."""
+    """The formats of a projection, those of most layers first; with how many they are where there are several."""
     names = (expert_name(layer, 0, projection) for layer in range(config.num_hidden_layers))
     found = Counter(format_of(file, file.entry(name)).name for name in names)
-    return ", ".join(name for name, _ in found.most_common())
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(
+        f"{name} ({count} layer{'s' if count > 1 else ''})" for name, count in found.most_common()
+    )
 
 
 def _rest(file: HfqFile) -> str:
