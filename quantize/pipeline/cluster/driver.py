@@ -76,8 +76,7 @@ class Cluster:
             workers = sum(map(needs.slots, resources_of_nodes(ray)))
             if not workers:
                 raise ClusterError(
-                    f"no node of the cluster has {needs.cores} cores, {needs.gpus} GPUs and "
-                    f"{needs.memory / 1e9:.1f} GB of memory for one task",
+                    f"no node of the cluster has {needs} for one task",
                     hint="give fewer --jobs, or start larger nodes",
                 )
             host = ray.util.get_node_ip_address()

@@ -29,6 +29,14 @@ class Needs:
         asked = {"CPU": self.cores, "GPU": self.gpus, "memory": self.memory}
         return int(min(node.get(name, 0) // amount for name, amount in asked.items() if amount))
 
+    def __str__(self) -> str:
+        return in_words(self.cores, self.gpus, self.memory)
+
+
+def in_words(cores: float, gpus: float, memory: float) -> str:
+    """Resources for a message."""
+    return f"{cores:.0f} cores, {gpus:.0f} GPUs and {memory / 1e9:.1f} GB of memory"
+
 
 def load_ray() -> Any:
     """The module `ray`; ClusterError where it is not installed."""

@@ -14,6 +14,7 @@ from ..work_units import WorkUnit
 from .job import Answer, Slice
 from .ray_session import Needs, resources_of_nodes
 from .slices import overtaken
+from .waiting import Waiting
 from .worker import encode_slice, identity
 
 RETRIES = 3
@@ -52,13 +53,14 @@ class Tasks:
     job: bytes
     output: Output
     on_note: Callable[[str], None]
+    clock: Callable[[], float] = time.monotonic
     _slices: dict[Any, Slice] = field(default_factory=dict)
     _wrong: Counter[Slice] = field(default_factory=Counter)
     _seconds: list[float] = field(default_factory=list)
     _idle_since: float | None = None
-    _is_waiting: bool = False
 
     def __post_init__(self) -> None:
+        self._waiting = Waiting(self.needs, self.clock(), self.on_note)
         # Without `max_calls` Ray ends a process after each task on a GPU, and what it has opened with it.
         asked = {"num_cpus": self.needs.cores, "num_gpus": self.needs.gpus, "memory": self.needs.memory}
         self._encode = self.ray.remote(**asked, max_retries=RETRIES, max_calls=0)(encode_slice)
@@ -94,6 +96,7 @@ class Tasks:
         if piece is None:  # it was overtaken just now
             return
         answer = self._answer(task, piece)
+        self._waiting.heard(self.clock())
         if answer.failure is not None:
             raise _failed(piece, answer)
         if not self.output.note(answer):
@@ -132,15 +135,13 @@ class Tasks:
             return
 
     def _look_around(self) -> None:
-        """Begin slow slices once more where workers have nothing else to do, and say where no worker is left."""
-        workers = sum(map(self.needs.slots, resources_of_nodes(self.ray)))
-        if not workers and not self._is_waiting:
-            self.on_note("the cluster has lost every node that could go on; the build waits for a new one")
-        self._is_waiting = not workers
+        """Begin slow slices once more where workers have nothing else to do; ClusterError where none will come back."""
+        nodes, now = resources_of_nodes(self.ray), self.clock()
+        self._waiting.look(nodes, now)
+        workers = sum(map(self.needs.slots, nodes))
         if len(self._slices) >= workers:
             self._idle_since = None
             return
-        now = time.monotonic()
         self._idle_since = self._idle_since or now
         for piece in overtaken(
             Counter(self._slices.values()), workers, now - self._idle_since, self._seconds

@@ -19,7 +19,7 @@ from mq_quant.quantize.calibrate.state import StateOptions, make_state
 from mq_quant.quantize.calibrate.tokens import TokenRequest, load_tokens
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
-from mq_quant.quantize.pipeline.cluster import ray_session, tasks
+from mq_quant.quantize.pipeline.cluster import ray_session, tasks, waiting
 from mq_quant.quantize.pipeline.cluster.driver import Cluster
 from mq_quant.quantize.pipeline.cluster.job import Answer
 from mq_quant.quantize.pipeline.cluster.ray_session import Needs
@@ -169,6 +169,28 @@ def test_a_source_that_a_worker_does_not_see_ends_the_build_which_continues(
             on_done=after(8, lambda: source.rename(hidden)),
         )
     hidden.rename(source)
+    noted, _ = read_journal(tmp_path / "out.partial.journal")
+    assert len(noted) > 8
+    assert build(source, tmp_path / "out", cluster=Cluster(nodes.address)).read_bytes() == whole
+
+
+def test_a_cluster_without_nodes_ends_the_build_which_continues(
+    source: Path, whole: bytes, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = list[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(waiting, "LOST", 0.0)
+        lost = after(8, lambda: patch.setattr(tasks, "resources_of_nodes", lambda _: []))
+        with pytest.raises(
+            ClusterError, match=r"no node of the cluster can take a task: .* there are no nodes"
+        ):
+            build(
+                source,
+                tmp_path / "out",
+                cluster=Cluster(nodes.address, on_note=said.append),
+                on_done=lost,
+            )
+    assert len(said) == 1
     noted, _ = read_journal(tmp_path / "out.partial.journal")
     assert len(noted) > 8
     assert build(source, tmp_path / "out", cluster=Cluster(nodes.address)).read_bytes() == whole
