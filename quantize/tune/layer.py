@@ -24,7 +24,7 @@ from torch import Tensor
 from ...formats.blocks import AffineFormat, FloatFormat, LloydFormat, Q8Format
 from ...formats.machine import cores
 from ...formats.minimax import ModelConfig, awq_scale_name, expert_name, layer_inventory
-from ..encode.on_device.transfer import fetched
+from ..encode.on_device.transfer import fetch, fetched
 from ..encode.overflow import encode_tensor
 from ..spec.efforts import EPOCHS
 from .deterministic import coarse_products, deterministic, step_dtype
@@ -263,7 +263,7 @@ class _Training:
     def run(self, student: Student, leaving: F32) -> F32:
         """The stream behind the layer, written into `leaving`."""
         for some in self._batches(np.arange(len(self.task.entering))):
-            leaving[some] = fetched(student.forward(self.entering.of(some)))
+            fetch(student.forward(self.entering.of(some)), leaving[some[0] : some[-1] + 1])
         return leaving
 
     def train(

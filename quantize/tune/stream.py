@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ..encode.on_device.transfer import sent
 
 F32 = NDArray[np.float32]
 
@@ -31,18 +32,10 @@ class Stream:
         """A stream of which a device is to see sequences."""
         if device.type == "cpu" or array.nbytes > SHARE * torch.cuda.mem_get_info(device)[0]:
             return cls(array, device, None)
-        there = torch.empty(array.shape, device=device)
-        for first in _pieces(array):
-            there[first] = torch.from_numpy(np.array(array[first], np.float32))
-        return cls(array, device, there)
+        return cls(array, device, sent(array, device))
 
     def of(self, chosen: NDArray[np.int64]) -> Tensor:
         """The chosen sequences on the device, f32 [chosen, length, hidden]."""
         if self.there is not None:
             return self.there[torch.from_numpy(chosen).to(self.device)]
         return torch.from_numpy(np.asarray(self.array[chosen], np.float32)).to(self.device)
-
-
-def _pieces(array: F32) -> Iterator[slice]:
-    """Sixteen sequences at a time."""
-    return (slice(n, n + 16) for n in range(0, len(array), 16))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ...formats.blocks import AffineFormat, Format, LloydFormat
 from ...formats.fwht import GROUP
+from ...formats.machine import cores
 from ...formats.minimax import (
     ModelConfig,
     awq_scale_name,
@@ -36,6 +38,10 @@ BLOCK_WEIGHTS = 160 << 20
 """Weights of one projection that a GPU dequantises at a time (640 MiB in f32). Launching work for one expert after the
 other would take longer than the work. Does not depend on the number of GPUs, so that sums are the same on any number.
 """
+SCORES = 128 << 20
+"""Scores of attention that a GPU holds at once (512 MiB), for the same reason."""
+READ_TOGETHER = 32
+"""Experts whose payloads are sent to a device and unpacked there at once."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +125,15 @@ class Student:
 
     def reread(self, stored: Mapping[str, StoredTensor]) -> Student:
         """The layer with some tensors as these payloads give them; the codes in them are those that it has."""
-        dense, heads = dict(self.dense), {p: m.heads.clone() for p, m in self.experts.items()}
-        for name, tensor in stored.items():
-            place = expert_of(name)
-            if place is None:
-                dense[name] = _decoded(tensor, dense[name].device)
-            else:
-                _, expert, projection = place
-                heads[projection][expert] = _heads(tensor)
+        dense = {n: _decoded(t, self.dense[n].device) for n, t in stored.items() if expert_of(n) is None}
+        heads = {projection: m.heads.clone() for projection, m in self.experts.items()}
+        with ThreadPoolExecutor(cores()) as pool:
+            for projection, mine in heads.items():
+                names = {e: expert_name(self.layer, e, projection) for e in range(len(mine))}
+                there = [e for e, name in names.items() if name in stored]
+                if there:
+                    read = list(pool.map(_heads, (stored[names[e]] for e in there)))
+                    mine[there] = torch.stack(read).to(mine.device)
         return self.changed(dense, heads)
 
     def tensor(self, name: str) -> Tensor:
@@ -143,7 +150,9 @@ class Student:
         products multiply numbers of `dtype`.
         """
         cfg, prefix = self.config, layer_prefix(self.layer)
-        hidden = hidden + attention(self, cfg, self.layer, hidden)
+        scores = cfg.num_attention_heads * hidden.shape[1] ** 2
+        together = max(1, SCORES // scores) if hidden.is_cuda else 1
+        hidden = hidden + attention(self, cfg, self.layer, hidden, together=together)
         norm = self.tensor(f"{prefix}post_attention_layernorm.weight")
         t = rms_norm(hidden, norm, cfg.rms_norm_eps).flatten(0, 1)
         return hidden + self._mix(t, route(self, cfg, self.layer, t), dtype).view_as(hidden)
@@ -197,13 +206,6 @@ def _heads(tensor: StoredTensor) -> Tensor:
     return torch.from_numpy(head.view(dtype).astype(np.float32))
 
 
-def _packed(tensor: StoredTensor, device: torch.device) -> Tensor:
-    """A matrix's codes as they are packed, u8 [G, bytes]."""
-    fmt = _rotated_format(tensor)
-    raw = torch.from_numpy(fmt.groups(np.require(tensor.payload, requirements="W"))).to(device)
-    return raw[:, head_bytes(fmt) :]
-
-
 def _matrices(
     config: ModelConfig,
     layer: int,
@@ -211,11 +213,23 @@ def _matrices(
     stored: Mapping[str, StoredTensor],
     devices: Sequence[torch.device],
 ) -> Matrices:
-    """Read one projection of all experts, unpacked on the first device one at a time."""
+    """Read one projection of all experts, unpacked on the first device some at a time."""
     tensors = [stored[expert_name(layer, e, projection)] for e in range(config.num_local_experts)]
-    fmt, first = _rotated_format(tensors[0]), devices[0]
-    heads = torch.stack([_heads(tensor) for tensor in tensors]).to(first)
-    codes = torch.empty(*heads.shape[:2], GROUP, dtype=torch.uint8, device=first)
-    for mine, tensor in zip(codes, tensors, strict=True):
-        mine.copy_(unpacked(_packed(tensor, first), fmt.bits))
-    return Matrices(fmt, heads, tuple(codes.to(device) for device in devices))
+    fmt = _rotated_format(tensors[0])
+    width, dtype = head_bytes(fmt), torch.float16 if isinstance(fmt, LloydFormat) else torch.float32
+    groups = math.prod(tensors[0].shape) // GROUP
+    heads, codes = [], torch.empty(len(tensors), groups, GROUP, dtype=torch.uint8, device=devices[0])
+    for first in range(0, len(tensors), READ_TOGETHER):
+        some = tensors[first : first + READ_TOGETHER]
+        raw = _together([fmt.groups(tensor.payload) for tensor in some], devices[0])
+        heads.append(raw[..., :width].contiguous().view(dtype).float())
+        codes[first : first + len(some)] = unpacked(raw[..., width:], fmt.bits)
+    return Matrices(fmt, torch.cat(heads), tuple(codes.to(device) for device in devices))
+
+
+def _together(arrays: Sequence[U8], device: torch.device) -> Tensor:
+    """Arrays of one shape one after the other on a device, through page-locked memory where that is a GPU."""
+    tensors = [torch.from_numpy(np.require(array, requirements="W")) for array in arrays]
+    staged = torch.empty(len(tensors), *tensors[0].shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    torch.stack(tensors, out=staged)
+    return staged.to(device, non_blocking=True)

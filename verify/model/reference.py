@@ -123,8 +123,12 @@ def attention(
     layer: int,
     hidden: Tensor,
     observer: Observer = _SILENT,
+    together: int = 1,
 ) -> Tensor:
-    """The attention block's addition to the residual stream, [n_seq, len, H], causal within each sequence."""
+    """The attention block's addition to the residual stream, [n_seq, len, H], causal within each sequence.
+
+    The scores of so many sequences, f32 [heads, len, len] each, are held at once.
+    """
     p, (n_seq, length, _) = layer_prefix(layer), hidden.shape
     norm = load(weights, f"{p}input_layernorm.weight", hidden)
     t = rms_norm(hidden, norm, cfg.rms_norm_eps)
@@ -141,19 +145,20 @@ def attention(
     q = project("q", cfg.num_attention_heads)
     k, v = (project(name, cfg.num_key_value_heads) for name in "kv")
     mixed = torch.empty_like(q)
-    for s in range(n_seq):  # one sequence at a time bounds the scores to [heads, len, len]
-        mixed[s] = _causal(q[s], k[s], v[s])
+    for n in range(0, n_seq, together):
+        some = slice(n, n + together)
+        mixed[some] = _causal(q[some], k[some], v[some])
     flat = mixed.transpose(1, 2).reshape(n_seq, length, cfg.q_dim)
     observer.dense(layer, "o_proj", flat.flatten(0, 1))
     return F.linear(flat, load(weights, f"{p}self_attn.o_proj.weight", hidden))
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q [heads, len, d] over k, v [kv, len, d]; query heads share kv heads in order."""
-    share = q.shape[0] // k.shape[0]
-    k, v = k.repeat_interleave(share, 0), v.repeat_interleave(share, 0)
-    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-    future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+    """Softmax attention of q [n, heads, len, d] over k, v [n, kv, len, d]; query heads share kv heads in order."""
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
     out: Tensor = scores.masked_fill_(future, -torch.inf).softmax(-1) @ v
     return out
 

@@ -27,11 +27,27 @@ def fetched(values: Tensor) -> NDArray[np.float32]:
     """A contiguous f32 tensor in the machine's memory."""
     if values.device.type == "cpu":
         return values.numpy()
-    out, at = np.empty(values.numel(), np.float32), 0
+    out = np.empty(values.shape, np.float32)
+    fetch(values, out)
+    return out
+
+
+def fetch(values: Tensor, out: NDArray[np.float32]) -> None:
+    """Write a contiguous f32 tensor to an array of its shape, contiguous too, in the machine's memory."""
+    flat, at = out.reshape(-1), 0
     for piece in _pieces(values):
-        out[at : at + len(piece)] = piece
+        flat[at : at + len(piece)] = piece
         at += len(piece)
-    return out.reshape(values.shape)
+
+
+def sent(array: NDArray[np.float32], device: torch.device) -> Tensor:
+    """A contiguous array f32 as a tensor on a GPU, through page-locked memory; it may lie in a mapped file."""
+    out, flat = torch.empty(array.shape, device=device), array.reshape(-1)
+    for first, part in zip(range(0, len(flat), PIECE), torch.split(out.view(-1), PIECE), strict=True):
+        staged = torch.empty(len(part), pin_memory=True)
+        staged.numpy()[:] = flat[first : first + len(part)]
+        part.copy_(staged, non_blocking=True)
+    return out
 
 
 def _pieces(values: Tensor) -> Iterator[NDArray[np.float32]]:
