@@ -19,6 +19,8 @@ VARIABLES: Mapping[str, str] = {
     "CXX": "the C++ compiler of kernels for the CPU, with its flags, quoted as for a shell",
     "ROCM_PATH": "the folder of ROCm, whose bin holds hipcc",
     "HF_ENDPOINT": "the address of the hub or of a mirror",
+    "CUDA_VISIBLE_DEVICES": "the GPUs that CUDA shows this process; read to find the one that Ray has given to a task",
+    "HIP_VISIBLE_DEVICES": "the same of HIP",
     "HF_HUB_OFFLINE": "1, true, yes or on: the hub is not asked, what is in its cache is used",
 }
 """The environment variables that mq-quant reads itself. Others are read by huggingface_hub (HF_TOKEN, HF_HOME), torch,

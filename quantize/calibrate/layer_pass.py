@@ -32,15 +32,17 @@ EMBED = "model.embed_tokens.weight"
 
 
 def open_device(name: str) -> torch.device:
-    """cpu, or cuda (ROCm is cuda to torch); BackendError where torch has no such device."""
-    if name == "cuda" and not torch.cuda.is_available():
+    """cpu, or cuda (ROCm is cuda to torch): the first GPU with those like it beside it, or one by its number, as in
+    cuda:1. BackendError where torch has no such device.
+    """
+    if name != "cpu" and not torch.cuda.is_available():
         raise BackendError("torch sees no GPU", hint="use --device cpu, or install torch for this GPU")
     return torch.device(name)
 
 
 def other_devices(first: torch.device) -> tuple[torch.device, ...]:
-    """The other GPUs of the kind of the first one: sums are the same there."""
-    if first.type == "cpu":
+    """The other GPUs of the kind of the first one: sums are the same there. None where one was named by its number."""
+    if str(first) != "cuda":
         return ()
     kind = torch.cuda.get_device_name(0)
     alike = [n for n in range(1, torch.cuda.device_count()) if torch.cuda.get_device_name(n) == kind]

@@ -87,11 +87,12 @@ def torch_device(device: str, asked: bool) -> str:
 
 @contextmanager
 def open_encoder(device: str) -> Iterator[Encoder]:
-    """The encoder of `cpu`, `hip`, or `cuda`, which means either make of GPU, as it does in torch.
+    """The encoder of `cpu`, `hip`, or `cuda`, which means either make of GPU, as it does in torch. All GPUs of one kind
+    take part, or the one of a number, as in `cuda:1`.
 
     Raises BackendError that says what is missing.
     """
-    if device not in DEVICES:
+    if device.partition(":")[0] not in DEVICES:
         raise BackendError(f"there is no device {device!r}", hint=f"choose one of {', '.join(DEVICES)}")
     if device == "cpu":
         yield CPU

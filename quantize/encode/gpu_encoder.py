@@ -177,9 +177,12 @@ def open_gpu(device: str, own_stream: bool = True, index: int = 0) -> Backend:
 
 
 def open_gpus(device: str) -> GpuEncoder:
-    """The encoder of all GPUs of `hip` or `cuda` that are of the first one's kind; BackendError without one."""
-    found = max(1, devices(_vendor(device)))
-    return GpuEncoder(*(partial(open_gpu, device, index=n) for n in range(found)))
+    """The encoder of all GPUs of `hip` or `cuda` that are of the first one's kind, or of one by its number, as in
+    `cuda:1`; BackendError without one.
+    """
+    name, _, number = device.partition(":")
+    found = [int(number)] if number else range(max(1, devices(_vendor(name))))
+    return GpuEncoder(*(partial(open_gpu, name, index=n) for n in found))
 
 
 def _vendor(device: str) -> str:

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....formats.errors import ClusterError
-from ....formats.machine import cores, offer
+from ....formats.machine import cores, offer, variable
 
 LOCAL = "local"
 STORE = 128 << 20
 """Bytes of the object store of a cluster that is started here: no payload passes through it."""
+
+SEE_ALL_GPUS = {f"RAY_EXPERIMENTAL_NOSET_{make}_VISIBLE_DEVICES": "1" for make in ("CUDA", "HIP")}
+"""The environment of tasks on GPUs. By default Ray shows a task its own GPU alone, and the next task of a process
+may get another one, which a process that has used a GPU cannot see any more."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,16 @@ class Needs:
 
     def __str__(self) -> str:
         return in_words(self.cores, self.gpus, self.memory)
+
+    def options(self) -> dict[str, Any]:
+        """What Ray is asked for of each task.
+
+        Without `max_calls` it ends a process after each task on a GPU, and what that has opened with it.
+        """
+        asked: dict[str, Any] = {"num_cpus": self.cores, "num_gpus": self.gpus, "memory": self.memory}
+        if self.gpus:
+            asked["runtime_env"] = {"env_vars": SEE_ALL_GPUS}
+        return {**asked, "max_calls": 0}
 
 
 def in_words(cores: float, gpus: float, memory: float) -> str:
@@ -79,6 +93,17 @@ def connected(ray: Any, address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def own_gpu() -> int | None:
+    """The GPU that Ray has given to the task which this process runs, by its number among those that the process sees;
+    None where the task asked for none.
+    """
+    ids = load_ray().get_gpu_ids()
+    if not ids:
+        return None
+    shown = variable("CUDA_VISIBLE_DEVICES") or variable("HIP_VISIBLE_DEVICES")
+    return shown.split(",").index(str(ids[0])) if shown else int(ids[0])
 
 
 def resources_of_nodes(ray: Any) -> list[dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from ....formats.errors import ClusterError, MqError
 from ...write.partial_file import PartialFile
 from ..work_units import WorkUnit
 from .job import Answer, Slice
-from .ray_session import Needs, resources_of_nodes
+from .ray_session import Needs, own_gpu, resources_of_nodes
 from .slices import overtaken
 from .waiting import Waiting
 from .worker import encode_slice, identity
@@ -61,9 +61,7 @@ class Tasks:
 
     def __post_init__(self) -> None:
         self._waiting = Waiting(self.needs, self.clock(), self.on_note)
-        # Without `max_calls` Ray ends a process after each task on a GPU, and what it has opened with it.
-        asked = {"num_cpus": self.needs.cores, "num_gpus": self.needs.gpus, "memory": self.needs.memory}
-        self._encode = self.ray.remote(**asked, max_retries=RETRIES, max_calls=0)(encode_slice)
+        self._encode = self.ray.remote(**self.needs.options(), max_retries=RETRIES)(_encode)
 
     def run(self, slices: Sequence[Slice]) -> None:
         """Run all slices. Where one fails, what others have finished by then is noted before the error is raised."""
@@ -152,6 +150,11 @@ class Tasks:
         for task in tasks:
             del self._slices[task]
             self.ray.cancel(task, force=True)
+
+
+def _encode(driver: Mapping[str, str], job: bytes, piece: Slice) -> Answer:
+    """What a task runs, on a node."""
+    return encode_slice(driver, job, piece, own_gpu())
 
 
 def _failed(piece: Slice, answer: Answer) -> ClusterError:

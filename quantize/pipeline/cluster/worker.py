@@ -12,8 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -26,6 +25,7 @@ from ...spec.provenance import code, program
 from ...write.journal import differences
 from ..build_spec import BuildSpec, resolve
 from ..encoding import Encoded
+from ..statistics import OnTheFly
 from ..turns import LayersInTurn, Turns
 from ..work_units import WorkUnit, work_order
 from ..worker_pool import Workers, run_units
@@ -38,15 +38,16 @@ def identity() -> dict[str, str]:
     return {"mq-quant": program()["version"], **code()}
 
 
-def encode_slice(driver: Mapping[str, str], job: bytes, piece: Slice) -> Answer:
+def encode_slice(driver: Mapping[str, str], job: bytes, piece: Slice, gpu: int | None = None) -> Answer:
     """Encode the units of a slice of a pickled `Job`, of a driver with this identity; errors become the answer.
 
-    The job is looked at only where both are the same program. Everything that is answered stands in the output.
+    A job for GPUs uses the one of this number. The job is looked at only where both are the same program. Everything
+    that is answered stands in the output.
     """
     began, node = time.monotonic(), platform.node()
     try:
         _check(driver)
-        opened = _opened(job)
+        opened = _HERE.open(job, gpu)
         units = opened.encode(piece)
     except MqError as e:
         return Answer(node, os.getpid(), time.monotonic() - began, failure=Failure.of(e))
@@ -103,27 +104,54 @@ class _Opened:
                 gathered.close()
 
 
-@lru_cache(maxsize=1)
-def _opened(job: bytes) -> _Opened:
-    """Open a job once in this process; the errors of `open_build` and `open_encoder`, and ClusterError where this node
-    sees other inputs than the driver.
+class _Workplace:
+    """What this process has open: one job on one device."""
+
+    def __init__(self) -> None:
+        self._at: tuple[bytes, int | None] | None = None
+        self._stack = ExitStack()
+
+    def open(self, job: bytes, gpu: int | None) -> _Opened:
+        """What a job has open on a GPU, or on the CPU; it stays so for the next slice."""
+        if self._at != (job, gpu):
+            self.close()
+            with ExitStack() as stack:
+                self._opened = _open(job, gpu, stack)
+                self._stack, self._at = stack.pop_all(), (job, gpu)
+        return self._opened
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._at = None
+        self._stack.close()
+
+
+_HERE = _Workplace()
+
+
+def _open(job: bytes, gpu: int | None, stack: ExitStack) -> _Opened:
+    """Open a job, until the stack is closed; the errors of `open_build` and `open_encoder`, and ClusterError where this
+    node sees other inputs than the driver.
     """
     given: Job = pickle.loads(job)
-    with ExitStack() as stack:
-        place = given.recipe.model.place
-        source = open_place(place.address, place.revision, given.shard_cache, Path(tempfile.gettempdir()))
-        stack.callback(source.close)
-        source.validate()
-        if isinstance(source, Checkpoint):
-            source.believe(given.hashes)
-        spec = resolve(given.recipe, given.statistics, source)
-        different = differences(given.signature, spec.signature)
-        if different:
-            raise ClusterError(
-                "has other inputs than the driver:" + "".join(f"\n    {line}" for line in different),
-                hint="give every node the same checkpoint and imatrix or calibration",
-            )
-        encoder = stack.enter_context(open_encoder(given.device))
-        units = {unit.key: unit for unit in work_order(spec)}
-        stack.pop_all()  # everything is open now, and stays so until the process ends
-        return _Opened(given, spec, encoder, units)
+    place, statistics = given.recipe.model.place, given.statistics
+    source = open_place(place.address, place.revision, given.shard_cache, Path(tempfile.gettempdir()))
+    stack.callback(source.close)
+    source.validate()
+    if isinstance(source, Checkpoint):
+        source.believe(given.hashes)
+    number = "" if given.device == "cpu" or gpu is None else f":{gpu}"
+    if isinstance(statistics, OnTheFly) and statistics.device != "cpu":
+        from torch.cuda import empty_cache
+
+        stack.callback(empty_cache)
+        statistics = replace(statistics, device=statistics.device + number)
+    spec = resolve(given.recipe, statistics, source)
+    different = differences(given.signature, spec.signature)
+    if different:
+        raise ClusterError(
+            "has other inputs than the driver:" + "".join(f"\n    {line}" for line in different),
+            hint="give every node the same checkpoint and imatrix or calibration",
+        )
+    encoder = stack.enter_context(open_encoder(given.device + number))
+    return _Opened(given, spec, encoder, {unit.key: unit for unit in work_order(spec)})

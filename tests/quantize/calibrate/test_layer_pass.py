@@ -12,7 +12,7 @@ import torch
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import ResumeError
 from mq_quant.quantize.calibrate import layer_pass
-from mq_quant.quantize.calibrate.layer_pass import device_record
+from mq_quant.quantize.calibrate.layer_pass import device_record, open_device, other_devices
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from watching import Heard
 
@@ -27,6 +27,15 @@ def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_record(torch.device("cpu")) == {"device": "cpu"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Radeon 8060S")
     assert device_record(torch.device("cuda")) == {"device": "cuda", "gpu": "Radeon 8060S"}
+
+
+def test_gpus_of_one_kind_help_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "another" if n == 2 else "H200")
+    assert [device.index for device in other_devices(open_device("cuda"))] == [1, 3]
+    assert open_device("cuda:3").index == 3
+    assert other_devices(open_device("cuda:3")) == other_devices(open_device("cuda:0")) == ()
 
 
 def test_a_calibration_is_not_continued_on_another_gpu(

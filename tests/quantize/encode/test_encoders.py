@@ -74,6 +74,9 @@ def test_every_device_opens_its_own_back_end(monkeypatch: pytest.MonkeyPatch) ->
         task = MatrixTask(np.ones((1, 256), np.float32), StoredForm(MQ2_LLOYD), "exact")
         assert len({found.encode([task])[0].tobytes() for _ in range(3)}) == 1
     assert sorted(set(opened)) == [("cuda", n) for n in range(3)] and len(opened) == 24
+    opened.clear()
+    with open_encoder("cuda:2"):
+        assert opened == [("cuda", 2)] * 8
 
 
 def test_devices_of_another_kind_take_no_part() -> None:

@@ -42,7 +42,9 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 class Nodes:
-    """A cluster of nodes with one core each, and a head that only looks after them; this process is its driver."""
+    """A cluster of nodes with one core and one GPU each, though there is none, and a head that only looks after them;
+    this process is its driver.
+    """
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -56,7 +58,7 @@ class Nodes:
         self.nodes = [self._start(), self._start()]
 
     def _start(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, **_SMALL)
+        return self._cluster.add_node(num_cpus=1, num_gpus=1, **_SMALL)
 
     def replace_one(self) -> None:
         """Kill a node, and start another one."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,23 @@ def test_without_a_shared_folder_payloads_are_sent(
     source: Path, whole: bytes, tmp_path: Path, nodes: Nodes
 ) -> None:
     assert build(source, tmp_path / "out", cluster=Cluster(nodes.address, shared=False)).read_bytes() == whole
+
+
+def test_tasks_that_ask_for_gpus_make_the_same_file(
+    source: Path, whole: bytes, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cluster, "_needs", lambda *_: Needs(1, 1, 10**8))
+    assert build(source, tmp_path / "out", cluster=Cluster(nodes.address)).read_bytes() == whole
+
+
+def test_a_task_on_a_gpu_sees_all_of_them_and_has_one(nodes: Nodes) -> None:
+    def look() -> tuple[str | None, int | None]:
+        return os.environ.get("CUDA_VISIBLE_DEVICES"), ray_session.own_gpu()
+
+    ray = ray_session.load_ray()
+    for gpus in (0, 1):
+        asked = Needs(1, gpus, 10**8).options()
+        assert ray.get(ray.remote(**asked)(look).remote()) == (None, 0 if gpus else None)
 
 
 def test_a_node_is_lost_and_another_one_joins(
@@ -199,8 +217,8 @@ def test_a_cluster_without_nodes_ends_the_build_which_continues(
 def test_tasks_that_fit_on_no_node_are_refused(source: Path, tmp_path: Path, nodes: Nodes) -> None:
     with pytest.raises(ClusterError, match="no node of the cluster has 64 cores"):
         build(source, tmp_path / "out", cluster=Cluster(nodes.address, threads=64))
-    with pytest.raises(ClusterError, match="1 GPUs"):
-        build(source, tmp_path / "out", cluster=Cluster(nodes.address, device="cuda"))
+    with pytest.raises(ClusterError, match="64 cores, 1 GPUs"):
+        build(source, tmp_path / "out", cluster=Cluster(nodes.address, threads=64, device="cuda"))
     assert not list(tmp_path.iterdir())
 
 
@@ -242,6 +260,18 @@ def test_an_address_without_a_cluster_is_named() -> None:
     client = pytest.raises(ClusterError, match="no address of Ray's client")
     with client, ray_session.connected(NoRay, "ray://head:10001"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("shown", "given", "number"),
+    [(None, [], None), (None, [1], 1), ("4,6", ["6"], 1), ("GPU-a,GPU-b", ["GPU-a"], 0)],
+)
+def test_the_gpu_of_a_task_is_numbered_as_its_process_sees_it(
+    shown: str | None, given: list[object], number: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_session, "load_ray", lambda: SimpleNamespace(get_gpu_ids=lambda: given))
+    monkeypatch.setattr(ray_session, "variable", {"CUDA_VISIBLE_DEVICES": shown}.get)
+    assert ray_session.own_gpu() == number
 
 
 def test_a_node_has_room_for_what_its_scarcest_resource_allows() -> None:

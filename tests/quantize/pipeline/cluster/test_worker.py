@@ -7,12 +7,14 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hub_server
 import pytest
+from mq_quant.quantize.encode.encoders import Encoder
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import BuildSpec, open_build
 from mq_quant.quantize.pipeline.cluster import delivery, worker
@@ -45,7 +47,7 @@ def given(source: Path, tmp_path: Path) -> Iterator[Given]:
     recipe = choose_recipe("mq2", None, str(source))
     with open_build(recipe, ImatrixFile(source / "imatrix.gguf"), CHANGES) as spec:
         yield job_of(spec, tmp_path)
-    worker._opened.cache_clear()
+    worker._HERE.close()
 
 
 def job_of(spec: BuildSpec, folder: Path) -> Given:
@@ -71,6 +73,22 @@ def test_a_slice_stands_where_it_is_planned(given: Given, whole: bytes) -> None:
     for _, place in given.slices[1].units:
         end = next((start for start in starts if start > place), len(whole))
         assert written[place:end] == whole[place:end]
+
+
+def test_a_process_opens_the_job_anew_where_it_is_given_another_gpu(
+    given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, open_encoder = list[str](), worker.open_encoder
+
+    def opens(device: str) -> AbstractContextManager[Encoder]:
+        opened.append(device)
+        return open_encoder("cpu")
+
+    monkeypatch.setattr(worker, "open_encoder", opens)
+    job = pickle.dumps(replace(given.job, device="cuda"))
+    answers = [encode_slice(identity(), job, given.slices[1], gpu) for gpu in (1, 1, 0)]
+    assert opened == ["cuda:1", "cuda:0"]
+    assert answers[0].units == answers[1].units == answers[2].units == given.answer().units
 
 
 def test_another_program_is_refused_before_the_job_is_looked_at(given: Given) -> None:
@@ -150,5 +168,4 @@ def test_a_worker_streams_its_own_shards_and_leaves_none(
         assert encode_slice(identity(), job, piece).failure is None
     assert Path(given.job.target.path).read_bytes()[start:] == made[start:]
     assert not list(scratch.rglob("*.safetensors"))
-    worker._opened(job).spec.source.close()
-    worker._opened.cache_clear()
+    worker._HERE.close()
