@@ -104,10 +104,16 @@ class LayerPieces:
 
 
 def _decoded(encoder: LayerEncoder, expert: int, plain: Matrices, once: Once) -> Matrices:
-    """The expert as a build has it."""
+    """The expert as a build has it. A payload that `once` keeps for several encoders, whose stored form is one then, is
+    decoded once.
+    """
     done = encoder.encode_expert(expert, *plain, once).payloads
-    w1, w3, w2 = (encoder.stored.form(p).decode(done[p], getattr(plain, p).shape) for p in ("w1", "w3", "w2"))
-    return Matrices(w1, w3, w2)
+
+    def decoded(p: str) -> F32:
+        payload, shape = done[p], getattr(plain, p).shape
+        return once.one(("decoded", id(payload)), lambda: encoder.stored.form(p).decode(payload, shape))
+
+    return Matrices(decoded("w1"), decoded("w3"), decoded("w2"))
 
 
 def _answer(w2: F32, above: Matrices, inputs: F32 | None, there: F32 | None) -> F32:

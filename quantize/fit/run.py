@@ -23,7 +23,7 @@ from ...formats.minimax import layer_inventory
 from ...formats.own_file import disk_errors
 from ...formats.watch import UNWATCHED, Watch
 from ..calibrate.folder import discard_folder
-from ..calibrate.layer_pass import EMBED, device_record, open_device
+from ..calibrate.layer_pass import EMBED, device_record, make_room, open_device
 from ..calibrate.on_the_fly import GatheredImportance
 from ..calibrate.tokens import token_record
 from ..encode.blas import one_blas_thread
@@ -175,6 +175,7 @@ def _layers(
         if gathered is not None:
             options.watch.advance(0, f"running layer {layer} of the source")
             gathered.begin_layer(layer)
+            make_room(run.device)
         choices, rounding = run.plan.choices(layer), fit_settings(recipe)
         known = importance.layer(layer)
         run.pass_layer(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ class StreamsRun:
         outs = {name: torch.zeros_like(before.inputs) for name, (_, before) in of.items()}
         needed = sorted({expert for before in entered.values() for expert in before.taken})
         for expert, made in in_order(pieces, needed, jobs):
-            there = {kind: self._there(matrices) for kind, matrices in made.items()}
+            there = self._there(made)
             for name, (kind, before) in of.items():
                 if expert in before.taken:
                     add_expert(outs[name], there[kind], before.inputs, before.routing, before.taken[expert])
@@ -183,11 +184,14 @@ class StreamsRun:
                 0, f"layer {layer}, {low + len(group)} of {len(names)} pieces of earlier layers"
             )
 
-    def _there(self, matrices: Matrices) -> tuple[Tensor, Tensor, Tensor]:
-        w1, w3, w2 = (
-            torch.from_numpy(np.require(m, requirements=["C", "W"])).to(self.device) for m in matrices
-        )
-        return w1, w3, w2
+    def _there(self, made: Mapping[Choice, Matrices]) -> dict[Choice, tuple[Tensor, Tensor, Tensor]]:
+        """An expert under each choice, on the device; what several choices have in common goes there once."""
+        sent: dict[int, Tensor] = {}
+        for matrix in chain.from_iterable(made.values()):
+            if id(matrix) not in sent:
+                writable = np.require(matrix, requirements=["C", "W"])
+                sent[id(matrix)] = torch.from_numpy(writable).to(self.device)
+        return {choice: (sent[id(w1)], sent[id(w3)], sent[id(w2)]) for choice, (w1, w3, w2) in made.items()}
 
 
 def weights_of_expert(config: ModelConfig) -> int:
