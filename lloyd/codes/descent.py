@@ -40,11 +40,12 @@ class Codebook(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """What every row's descent has in common, sixteen columns a value: `lines` f32 [4096, 16] are the rows of H;
-    inverse f32 [16, 16] holds 1 / H_jj; signs f32 [16 · sweeps, 16] say which way warm sweeps shift targets.
+    """What every row's descent has in common, sixteen columns a value: row j of H begins at value j · `pitch` of
+    `lines`; inverse f32 [16, 16] holds 1 / H_jj; signs f32 [16 · sweeps, 16] say which way warm sweeps shift targets.
     """
 
     lines: NDArray[np.float32]
+    pitch: int
     inverse: NDArray[np.float32]
     signs: NDArray[np.float32]
 
@@ -81,7 +82,7 @@ def sweep_row(row, pull, book, columns, first, sweeps, shift, spare):
     targets that keep them. `shift` f32 is the row's heat; spare f32 [2, 16] is scratch.
     """
     levels, mids, edges = book.levels, book.mids, book.edges
-    lines, inverse, signs = columns.lines, columns.inverse, columns.signs
+    lines, pitch, inverse, signs = columns.lines, columns.pitch, columns.inverse, columns.signs
     for lane in range(LANES):
         spare[0, lane] = lane
     numbers = load(spare, 0)
@@ -114,7 +115,7 @@ def sweep_row(row, pull, book, columns, first, sweeps, shift, spare):
                 store(row, LOW + block, where_eq(numbers, here, splat(edges[code]), low))
                 store(row, HIGH + block, where_eq(numbers, here, splat(edges[code + 1]), high))
                 moved = splat(before - level)
-                line = (block * LANES + lane) * BLOCKS
+                line = (block * LANES + lane) * pitch
                 for i in range(BLOCKS):
                     store(pull, i, fma(load(lines, line + i), moved, load(pull, i)))
                 still = False
@@ -140,8 +141,9 @@ def descend(codes, pull, levels, matrix, signs, first, sweeps, shifts):
     for i in range(GROUP):
         inverse[i // LANES, i % LANES] = np.float32(1) / matrix[i, i]
     book = Codebook(row_levels, mids, edges)
-    lines, lined_signs = matrix.reshape(GROUP * BLOCKS, LANES), signs.reshape(signs.shape[0] * BLOCKS, LANES)
-    columns = Columns(lines, inverse, lined_signs)
+    pitch = matrix.shape[1] // LANES
+    lines, lined_signs = matrix.reshape(GROUP * pitch, LANES), signs.reshape(signs.shape[0] * BLOCKS, LANES)
+    columns = Columns(lines, pitch, inverse, lined_signs)
     for r in range(LANES):
         for k in range(count):
             row_levels[k] = levels[k, r]

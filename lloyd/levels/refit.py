@@ -71,21 +71,29 @@ def members(codes, order, bounds):
     bounds i64 [16, K, 3] receives where each code's list begins, where it leaves the first half of the columns, and
     where it ends.
     """
+    count = bounds.shape[1]
+    numbers = np.empty((2 * count, LANES), np.float32)
+    one, zero = splat(np.float32(1)), splat(np.float32(0))
+    for part in range(2):
+        for k in range(count):
+            wanted, total = splat(np.float32(k)), zero
+            for i in range(part * HALF, part * HALF + HALF):
+                total = total + where_eq(load(codes, i), wanted, one, zero)
+            store(numbers, part * count + k, total)
+    places = np.empty((count, LANES), np.int64)
     for r in range(LANES):
-        bounds[r] = 0
-        for i in range(GROUP):
-            k = int(codes[i, r])
-            bounds[r, k, 1 if i < HALF else 2] += 1
         start = 0
-        for k in range(bounds.shape[1]):
+        for k in range(count):
+            places[k, r] = start
             bounds[r, k, 0] = start
-            bounds[r, k, 1] += start
-            start = bounds[r, k, 1] + bounds[r, k, 2]
-            bounds[r, k, 2] = bounds[r, k, 0]
-        for i in range(GROUP):
-            k = int(codes[i, r])
-            order[r, bounds[r, k, 2]] = i
-            bounds[r, k, 2] += 1
+            bounds[r, k, 1] = start + int(numbers[k, r])
+            start = bounds[r, k, 1] + int(numbers[count + k, r])
+            bounds[r, k, 2] = start
+    for i in range(GROUP):
+        for r in range(LANES):
+            k = np.uint32(codes[i, r])
+            order[r, places[k, r]] = i
+            places[k, r] += 1
 
 
 @compiled
@@ -94,8 +102,8 @@ def row_sums(matrix, order, bounds, sums):
 
     The loop takes 64 columns of half the rows at a time, for all lanes: so much of the matrix fits the innermost cache.
     """
-    width, count = GROUP // LANES, bounds.shape[1]
-    lines = matrix.reshape(GROUP * width, LANES)
+    width, count, pitch = GROUP // LANES, bounds.shape[1], matrix.shape[1] // LANES
+    lines = matrix.reshape(GROUP * pitch, LANES)
     out = sums.reshape(LANES * count * width, LANES)
     sums[:] = 0.0
     for half in range(2):
@@ -108,7 +116,7 @@ def row_sums(matrix, order, bounds, sums):
                     s2 = load(out, at + 2)
                     s3 = load(out, at + 3)
                     for n in range(bounds[r, k, half], bounds[r, k, half + 1]):
-                        line = order[r, n] * width + tile
+                        line = order[r, n] * pitch + tile
                         s0 = s0 + load(lines, line)
                         s1 = s1 + load(lines, line + 1)
                         s2 = s2 + load(lines, line + 2)
@@ -133,17 +141,15 @@ def dense_equations(pulled, codes, matrix, sums, gram, rhs):
     for r in range(LANES):
         for m in range(count):
             first, last = bounds[r, m, 0], bounds[r, m, 2]
-            total = np.float32(0)
-            for n in range(first, last):
-                total += pulled[order[r, n], r]
-            rhs[m, r] = total
             for k in range(m - m % 4, count, 4):
                 s0 = np.float32(0)
                 s1 = np.float32(0)
                 s2 = np.float32(0)
                 s3 = np.float32(0)
+                total = np.float32(0)
                 for n in range(first, last):
                     i = order[r, n]
+                    total += pulled[i, r]
                     s0 += sums[r, k, i]
                     s1 += sums[r, k + 1, i]
                     s2 += sums[r, k + 2, i]
@@ -152,6 +158,7 @@ def dense_equations(pulled, codes, matrix, sums, gram, rhs):
                 gram[k + 1, m, r] = s1
                 gram[k + 2, m, r] = s2
                 gram[k + 3, m, r] = s3
+                rhs[m, r] = total
 
 
 @compiled

@@ -17,11 +17,16 @@ PANEL = 8
 
 @compiled
 def lined_up(matrix):
-    """A copy of an f32 matrix whose rows begin at cache lines, so that none of their vectors lies in two of them."""
-    flat = np.empty(matrix.size + LANES, np.float32)
+    """A copy f32 [n, K + 16] of an f32 matrix [n, K], K a multiple of 16, whose rows begin at cache lines, so that none
+    of their vectors lies in two of them.
+
+    The last columns are zeros. Rows that are a power of two apart would share a few sets of the innermost cache.
+    """
+    count, width = matrix.shape
+    flat = np.zeros(count * (width + LANES) + LANES, np.float32)
     skip = -(flat.ctypes.data // flat.itemsize) % LANES
-    copy = flat[skip : skip + matrix.size].reshape(matrix.shape)
-    copy[:] = matrix
+    copy = flat[skip : skip + count * (width + LANES)].reshape(count, width + LANES)
+    copy[:, :width] = matrix
     return copy
 
 

@@ -9,7 +9,7 @@ from mq_quant.formats.fwht import SIGNS2
 from mq_quant.lloyd import group as lloyd
 from mq_quant.lloyd.constants import RIDGE
 from mq_quant.lloyd.group_fit import SIGNS
-from mq_quant.lloyd.levels.refit import dense_equations, multiply
+from mq_quant.lloyd.levels.refit import dense_equations, members, multiply, row_sums
 from mq_quant.lloyd.simd.vec import LANES
 
 
@@ -163,3 +163,29 @@ def test_dense_equations_add_in_ascending_order_to_the_last_bit(count: int, used
             want[:, int(codes[i, r])] += sums[:, i]
         np.testing.assert_array_equal(rhs[:, r], right)
         np.testing.assert_array_equal(np.tril(gram[:, :, r]), np.tril(want))
+
+
+def test_each_lane_lists_its_columns_by_code() -> None:
+    codes = np.random.default_rng(2).integers(0, 8, (256, LANES)).astype(np.float32)
+    codes[:, 5] = 3  # one list has all, the others none
+    order, bounds = np.empty((LANES, 256), np.uint8), np.empty((LANES, 8, 3), np.int64)
+    members(codes, order, bounds)
+    for r in range(LANES):
+        for k in range(8):
+            first, half, last = bounds[r, k]
+            want = np.flatnonzero(codes[:, r] == k)
+            np.testing.assert_array_equal(order[r, first:last], want)
+            assert half - first == (want < 128).sum()
+
+
+@pytest.mark.parametrize("pitch", [256, 272])
+def test_row_sums_take_rows_at_any_pitch(pitch: int) -> None:
+    random = np.random.default_rng(3)
+    codes = random.integers(0, 4, (256, LANES)).astype(np.float32)
+    matrix = random.standard_normal((256, pitch), np.float32)
+    order, bounds = np.empty((LANES, 256), np.uint8), np.empty((LANES, 4, 3), np.int64)
+    sums = np.empty((LANES, 4, 256), np.float32)
+    members(codes, order, bounds)
+    row_sums(matrix, order, bounds, sums)
+    of = np.stack([[matrix[codes[:, r] == k, :256].sum(axis=0) for k in range(4)] for r in range(LANES)])
+    np.testing.assert_allclose(sums, of, atol=1e-4)

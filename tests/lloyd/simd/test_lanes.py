@@ -62,12 +62,13 @@ def test_product_subtracts_eight_rows_of_a_matrix_product(count: int) -> None:
     np.testing.assert_allclose(out, want, atol=1e-4)
 
 
-def test_a_lined_up_copy_is_the_matrix_at_the_start_of_a_cache_line() -> None:
+def test_rows_of_a_lined_up_copy_begin_at_cache_lines_and_end_in_an_empty_one() -> None:
     for rows in (1, 3, 256):
         matrix = block(rows)
         copy = lined_up(matrix)
-        assert copy.ctypes.data % 64 == 0 and not np.shares_memory(copy, matrix)
-        np.testing.assert_array_equal(copy, matrix)
+        assert copy.ctypes.data % 64 == 0 and copy.strides == (128, 4) and not np.shares_memory(copy, matrix)
+        np.testing.assert_array_equal(copy[:, :16], matrix)
+        assert not copy[:, 16:].any()
 
 
 @pytest.mark.parametrize("count", [2, 4, 16, 64])
