@@ -83,7 +83,7 @@ def connected(ray: Any, address: str) -> Iterator[None]:
         options |= {"num_cpus": cores(), "object_store_memory": STORE}
     try:
         ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError) as e:
         said = str(e).strip().partition("\n")[0]
         raise ClusterError(
             f"no Ray cluster can be used at {address}: {said}",
