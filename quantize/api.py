@@ -99,6 +99,7 @@ def build_file(
     effort: Effort | None = None,
     device: Device = "cpu",
     jobs: int | None = None,
+    ray: str | None = None,
     force: bool = False,
     restart: bool = False,
     on_done: Callable[[WorkUnit], None] | None = None,
@@ -108,14 +109,23 @@ def build_file(
     `effort` is "imatrix", "calibrated" or "tuned"; by default the recipe's own, else the most that this machine does in
     a night. `statistics`: a file is an imatrix, which is what the build rounds under unless an effort is asked for; a
     folder is a calibration. `jobs` workers, one per core by default, do not change a byte; `device` changes none of a
-    build under an imatrix or a folder. `on_done(unit)` is called on this thread when a unit
-    of work stands in the file. Raises OutputError before any work where the output exists (without `force`) or does
-    not fit, ResumeError where an unfinished build there is of other arguments (without `restart`).
+    build under an imatrix or a folder. `ray` is a cluster that encodes: "auto", "local" or an address, as `--ray` takes
+    it; then `jobs` are the cores of one task. `on_done(unit)` is called on this thread when a unit of work stands in
+    the file.
+
+    Raises OutputError before any work where the output exists (without `force`) or does not fit, ResumeError where an
+    unfinished build there is of other arguments (without `restart`), ClusterError where a cluster cannot be used.
     """
+    from dataclasses import replace
+
     from .pipeline import build
 
     path = None if output is None else Path(output)
-    with _options(device, jobs, force, restart, on_done, path) as options:
+    with _options("cpu" if ray else device, jobs, force, restart, on_done, path) as options:
+        if ray is not None:
+            from .pipeline.cluster.driver import Cluster
+
+            options = replace(options, cluster=Cluster(ray, jobs, device))
         return build.build_file(recipe, _chosen(recipe, statistics, effort, device, options.jobs), options)
 
 
