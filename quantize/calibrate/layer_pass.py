@@ -66,12 +66,10 @@ def room_for_two(config: ModelConfig, tokens: int, device: torch.device) -> bool
 
 
 def beside_others(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """What makes the work of a thread on a device wait for none of other threads, and go before theirs: the same stream
-    each time.
-    """
+    """What makes the work of a thread on a device wait for none of other threads: the same stream each time."""
     if device.type != "cuda":
         return nullcontext
-    stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return lambda: torch.cuda.stream(stream)
 
 

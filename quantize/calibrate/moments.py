@@ -15,7 +15,6 @@ from torch import Tensor
 from ...formats.errors import CalibrationError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import (
-    F64,
     Arrays,
     DownForm,
     layer_tensors,
@@ -46,6 +45,7 @@ class LayerMoments(Observer):
         self.arrays: Arrays = {
             name: np.zeros(shape, self._names[dtype]) for name, (dtype, shape) in tensors.items()
         }
+        self._gate_up: Tensor | None = None
         self._pooled: Tensor | None = None
         self._all_finite = False
         self._seen: dict[int, _Seen] = {}
@@ -70,14 +70,14 @@ class LayerMoments(Observer):
                 hint="the checkpoint is damaged, or the tokens are not text of its tokenizer",
             )
         self.arrays["gate_up.tokens"][0] = len(rows)
-        self.arrays["gate_up.moment"][:] = pack_moment(second_moment(rows) / len(rows))
+        self._gate_up = packed(second_moment(rows) / len(rows))
 
     def expert(self, layer: int, expert: int, tokens: Tensor, inputs: Tensor, product: Tensor) -> None:
         """Nothing here waits for a GPU, so that it is never idle between two experts."""
         seen = inputs if self._all_finite else self._finite(inputs, None)
         good = _usable(product)
         rows, count = torch.where(good[:, None], product, 0), good.sum()
-        mean = (total := _summed(rows)) / count.clamp_min(1)
+        mean = (total := second_moment(rows)) / count.clamp_min(1)
         self._pooled = total if self._pooled is None else self._pooled + total
         self._seen[expert] = _Seen(len(seen), len(rows), mean_squares(seen), count, mean.diagonal().clone())
         if self.down != "pooled" and int(count):
@@ -88,6 +88,8 @@ class LayerMoments(Observer):
     def finish(self) -> Arrays:
         """All tensors of the layer's file, once the layer has run; CalibrationError where down saw no row."""
         arrays, seen = self.arrays, self._seen
+        if self._gate_up is not None:
+            arrays["gate_up.moment"][:] = self._gate_up.cpu().numpy()
         order = sorted(seen)
         if order:
             for name in ("gate_up.diagonal", "down.diagonal", "down.counts"):
@@ -101,7 +103,7 @@ class LayerMoments(Observer):
         count = int(arrays["down.counts"].sum())
         if not count or self._pooled is None:
             raise CalibrationError(f"layer {self.layer}: no expert's down projection saw finite activations")
-        arrays["down.pooled"][:] = pack_moment((self._pooled / count).cpu().numpy())
+        arrays["down.pooled"][:] = packed(self._pooled / count).cpu().numpy()
         return arrays
 
     @property
@@ -148,14 +150,14 @@ def _without(inputs: Tensor, ids: Tensor) -> Tensor:
     return ids.masked_fill(~_usable(inputs)[:, None], NOBODY)
 
 
-def second_moment(rows: Tensor) -> F64:
-    """Σ x xᵀ over rows [n, K], f64 [K, K], exactly symmetric."""
-    out: F64 = _summed(rows).cpu().numpy()
-    return out
+def packed(moment: Tensor) -> Tensor:
+    """What `pack_moment` makes of a moment f64 [k, k], where that is: f32 [k(k+1)/2]."""
+    k = len(moment)
+    return moment.float()[torch.ones(k, k, dtype=torch.bool, device=moment.device).triu()]
 
 
-def _summed(rows: Tensor) -> Tensor:
-    """Σ x xᵀ over rows [n, K], f64 [K, K], where the rows are."""
+def second_moment(rows: Tensor) -> Tensor:
+    """Σ x xᵀ over rows [n, K], f64 [K, K], exactly symmetric, where the rows are."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for chunk in torch.split(rows, CHUNK):
         wide = chunk.double()

@@ -32,6 +32,17 @@ def wait_for(*devices: torch.device) -> None:
             torch.cuda.current_stream(device).synchronize()
 
 
+def page_locked(array: NDArray[np.generic]) -> Tensor:
+    """A copy of an array in page-locked memory, from which a GPU copies without holding up other threads.
+
+    numpy copies it: torch would take all cores for it, in each thread that asks.
+    """
+    kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    staged = torch.empty(array.shape, dtype=kind, pin_memory=True)
+    np.copyto(staged.numpy(), array)
+    return staged
+
+
 class StoredWeights(Protocol):
     """What is asked of a source."""
 
@@ -113,10 +124,9 @@ class DeviceWeights:
         return matrix
 
     def _sent(self, array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
         if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+            return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        return page_locked(array).to(self._device, non_blocking=True)
 
 
 def _own_stream(device: torch.device) -> torch.cuda.StreamContext | nullcontext[None]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....verify.model.device_weights import wait_for
+from ....verify.model.device_weights import page_locked, wait_for
 
 PIECE = 1 << 24
 """Values that are copied from a GPU at a time."""
@@ -44,9 +44,7 @@ def sent(array: NDArray[np.float32], device: torch.device) -> Tensor:
     """A contiguous array f32 as a tensor on a GPU, through page-locked memory; it may lie in a mapped file."""
     out, flat = torch.empty(array.shape, device=device), array.reshape(-1)
     for first, part in zip(range(0, len(flat), PIECE), torch.split(out.view(-1), PIECE), strict=True):
-        staged = torch.empty(len(part), pin_memory=True)
-        staged.numpy()[:] = flat[first : first + len(part)]
-        part.copy_(staged, non_blocking=True)
+        part.copy_(page_locked(flat[first : first + len(part)]), non_blocking=True)
     return out
 
 

@@ -30,13 +30,14 @@ from mq_quant.formats.statistics.moment_file import (
     layer_file,
     layer_tensors,
     open_layer_file,
+    pack_moment,
     unpack_correlation,
     unpack_moment,
 )
 from mq_quant.formats.statistics.moment_folder import IMATRIX, MANIFEST
 from mq_quant.quantize.calibrate.folder import JOURNAL, hidden_file
 from mq_quant.quantize.calibrate.layer_pass import open_device
-from mq_quant.quantize.calibrate.moments import LayerMoments, mean_squares, second_moment
+from mq_quant.quantize.calibrate.moments import LayerMoments, mean_squares, packed, second_moment
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.tokens import check_tokens, read_tokens, tokenize
 from mq_quant.quantize.spec.calibration_sizes import calibration_sizes
@@ -410,7 +411,9 @@ def test_experts_without_a_token_are_named(tmp_path: Path) -> None:
 def test_sums_over_many_chunks_are_exact_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mq_quant.quantize.calibrate.moments.CHUNK", 3)
     x = torch.randint(-8, 9, (10, 5), generator=torch.Generator().manual_seed(0)).float()
-    assert (second_moment(x) == (x.double().T @ x.double()).numpy()).all()
+    total = second_moment(x)
+    assert (total == x.double().T @ x.double()).all()
+    np.testing.assert_array_equal(packed(total / 7).numpy(), pack_moment((total / 7).numpy()))
     assert torch.equal(mean_squares(x), x.double().square().mean(0))
     assert (mean_squares(x[:0]) == 0).all()
 
