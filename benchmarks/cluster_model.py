@@ -2,10 +2,10 @@
 
 Run `python benchmarks/cluster_model.py`; `-o docs/pictures/cluster.svg` draws it. Slices are cut, and slow ones
 overtaken, by the program's own functions; how fast a core or a GPU encodes is what plan counts with (measured,
-docs/speed.md). A line or a shared disk is divided equally among those who read at a time. The driver hashes a folder's
-shards before, over its line; it reads back what was written, and hashes that, at the speed of its line or at the 2.2 GB
-in a second of processor time that `PartialFile.note` took. Nodes differ in speed by a twentieth; one in 32 is slow by
-half.
+docs/speed.md). A line or a shared disk is divided equally among those who read at a time. The nodes hash a folder's
+shards before, over their lines; the driver reads back what was written, and hashes that, at the speed of its line or at
+the 2.2 GB in a second of processor time that `PartialFile.note` took. Nodes differ in speed by a twentieth; one in 32
+is slow by half.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ CORES = 16
 SHARDS = 125
 OPENS = 10.0
 """Seconds in which a worker starts and opens the build: the interpreter, headers of 125 shards, the imatrix."""
+STARTS = 5.0
+"""Seconds in which processes start that hash shards."""
 SAMPLED = 4 * 4 * 2 * 64
 """Rows of gate and up that every slice encodes to choose its layer's AWQ exponent."""
 SLOW = 0.5
@@ -147,9 +149,8 @@ class Run:
 def simulate(site: Site, tasks: Sequence[Task], workers: Sequence[Worker]) -> Run:
     """A build of these tasks, in steps that are small beside a slice."""
     todo = list(tasks)
-    hashing = (
-        0.0 if site.shard_bytes else sum(task.reads for task in tasks) / min(site.source_line, site.driver)
-    )
+    together = min(site.source_line, site.nodes * site.node_line)
+    hashing = 0.0 if site.shard_bytes else STARTS + sum(task.reads for task in tasks) / together
     by_piece, running = {task.piece: task for task in tasks}, dict[Slice, int]()
     step = max(0.02, median(task.seconds for task in tasks) / 50)
     now = driver_free = read = 0.0

@@ -131,6 +131,17 @@ class UnchangedFile:
         """The file's hash and its state, for another process that reads the same file or a copy of it."""
         return KnownHash(self._state, self.sha256())
 
+    def trust(self, known: KnownHash) -> bool:
+        """Take over the hash of this same file that another machine has computed; False where it is not the same one.
+
+        The number of its device may differ, for every machine has its own.
+        """
+        with self._lock:
+            if replace(known.state, device=self._state.device) != self._state:
+                return False
+            self._sha256 = known.sha256
+            return True
+
     def believe(self, known: KnownHash) -> None:
         """Take over a hash that somebody else has computed. A file that is not the same one is held against it before
         it is used for the first time; the number of its device may differ, for every machine has its own.

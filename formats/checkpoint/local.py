@@ -106,6 +106,14 @@ class Checkpoint:
         """The hashes of the shards, for another process that opens this checkpoint or a copy of it."""
         return {name: self._file(name).known() for name in self.shards}
 
+    def shard_bytes(self) -> dict[str, int]:
+        """The size of each shard."""
+        return {name: self._file(name).size for name in self.shards}
+
+    def trust(self, shard: str, known: KnownHash) -> bool:
+        """Take over the hash of a shard that another machine has computed; False where it saw another file."""
+        return self._file(shard).trust(known)
+
     def believe(self, hashes: Mapping[str, KnownHash]) -> None:
         """Take over hashes of shards: `fingerprint` gives them, and a shard that is not the same file is held against
         its hash before it is used.

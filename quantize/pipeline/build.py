@@ -310,6 +310,7 @@ def build_file(
         shard_cache=shards,
         scratch=scratch,
         watch=options.watch,
+        hash_source=options.cluster.hash_source if options.cluster else nothing,
     )
     with opened as spec, Build(spec, options, part) as build:
         for sentence in spec.source.notes:

@@ -17,6 +17,7 @@ from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, RecipeError
 from ...formats.watch import UNWATCHED, Watch
 from ..encode.prepared_layer import FitSettings, fit_settings
+from ..spec.hooks import nothing
 from ..spec.metadata import SideFiles, template, totals_of
 from ..spec.places import open_place, side_files
 from ..spec.plan import Plan, PlannedTensor, make_plan, plan_tensors
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 SpaceCheck = Callable[[Sequence[int], int], None]
 """Called before anything large is read: with the bytes of each output, and the disk taken besides."""
+
+SourceHook = Callable[[Source, Watch], None]
+"""Called with a source that is open and validated, before it is hashed."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,18 @@ def open_build(
     shard_cache: int = 2,
     scratch: Path | None = None,
     watch: Watch = UNWATCHED,
+    hash_source: SourceHook = nothing,
 ) -> Iterator[BuildSpec]:
     """`open_builds` of one recipe."""
     opened = open_builds(
-        [recipe], statistics, changes, check=check, shard_cache=shard_cache, scratch=scratch, watch=watch
+        [recipe],
+        statistics,
+        changes,
+        check=check,
+        shard_cache=shard_cache,
+        scratch=scratch,
+        watch=watch,
+        hash_source=hash_source,
     )
     with opened as (spec,):
         yield spec
@@ -142,17 +154,19 @@ def open_builds(
     shard_cache: int = 2,
     scratch: Path | None = None,
     watch: Watch = UNWATCHED,
+    hash_source: SourceHook = nothing,
 ) -> Iterator[list[BuildSpec]]:
     """Resolve and check everything before any work; raises the error of whatever does not fit.
 
     The recipes are of one model. Without `statistics` their own imatrix is used. Streamed shards, at most `shard_cache`
     of them, are kept in `scratch`. `watch` hears of the hashing of the source, which is open until the end of the
-    block.
+    block. `hash_source(source, watch)` may hash some of it before.
     """
     recipes = [changes.apply(recipe, statistics) for recipe in recipes]
     where = recipes[0].model.place
     with closing(open_place(where.address, where.revision, shard_cache, scratch)) as source:
         source.validate()
+        hash_source(source, watch)
         yield resolve_all(recipes, statistics, source, check, watch)
 
 

@@ -210,6 +210,21 @@ def test_the_same_file_is_not_hashed_again_on_any_machine(
     assert not hashed
 
 
+def test_the_hash_of_another_machine_is_taken_for_the_same_file_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = UnchangedFile(path, CheckpointError).known()
+    copy = path.with_name("copy")
+    copy.write_bytes(OLD)
+    hashed = counting(monkeypatch)
+    file = UnchangedFile(path, CheckpointError)
+    assert file.trust(replace(known, state=replace(known.state, device=known.state.device + 1)))
+    assert file.sha256() == known.sha256 and not hashed
+    other = UnchangedFile(copy, CheckpointError)
+    assert not other.trust(known)
+    assert other.sha256() == known.sha256 and len(hashed) == 1
+
+
 def test_a_copy_is_hashed_once_before_its_first_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = UnchangedFile(path, CheckpointError).known()
     copy = path.with_name("copy")

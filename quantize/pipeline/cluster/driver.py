@@ -8,11 +8,14 @@ continues like any build. A unit counts when its bytes, read back, have the work
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ....formats.checkpoint.local import Checkpoint
+from ....formats.checkpoint.source import Source
 from ....formats.errors import ClusterError, RecipeError
+from ....formats.watch import Watch
 from ...spec.calibration_sizes import inline_sizes, moment_bytes
 from ...spec.estimates import worker_memory
 from ...spec.hooks import nothing
@@ -21,10 +24,37 @@ from ..build_spec import BuildSpec
 from ..statistics import MomentFolder, OnTheFly, Statistics
 from ..work_units import WorkUnit
 from .delivery import receiving
-from .job import Job
-from .ray_session import Needs, connected, load_ray, resources_of_nodes
+from .job import Answer, Job, Shard, Slice
+from .ray_session import LOCAL, Needs, connected, load_ray, own_gpu, resources_of_nodes
 from .slices import cut
-from .tasks import Output, Tasks
+from .tasks import Tasks
+from .worker import encode_slice, hash_shard, identity
+
+WORTH_SHARING = 10 << 30
+"""Bytes of a checkpoint from which on its hashing is shared: workers need seconds to start."""
+HASHING = Needs(1, 0, 100 << 20)
+"""What hashing one shard takes."""
+
+
+@dataclass
+class Output:
+    """The unfinished file, the units that it still needs, and who hears of each that stands."""
+
+    file: PartialFile
+    missing: dict[str, WorkUnit]
+    stands: Callable[[WorkUnit], None]
+
+    def note(self, piece: Slice, answer: Answer) -> bool:
+        """Note the units of an answer that are missing yet; false where the bytes of one are not as they were told."""
+        for told in answer.units:
+            unit = self.missing.get(told.key)
+            if unit is None:
+                continue
+            if not self.file.note(unit, told.digest, told.record):
+                return False
+            del self.missing[told.key]
+            self.stands(unit)
+        return True
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,30 @@ class Cluster:
                 hint="run it once with `mq-quant calibrate --streams`, and give its folder as --calibration-state",
             )
 
+    def hash_source(self, source: Source, watch: Watch) -> None:
+        """Have the nodes hash the shards of a large folder that they see as this machine does: together they read
+        faster than the driver, which hashes the others. Errors as `run`.
+        """
+        if self.address == LOCAL or not isinstance(source, Checkpoint):
+            return
+        sizes = source.shard_bytes()
+        total = sum(sizes.values())
+        if total < WORTH_SHARING:
+            return
+        watch.begin("hashing the source", total, "bytes")
+
+        def note(shard: Shard, answer: Answer) -> bool:
+            if answer.hashed is not None:
+                source.trust(shard.name, answer.hashed)
+            watch.advance(sizes[shard.name], shard.name)
+            return True
+
+        ray = load_ray()
+        with connected(ray, self.address):
+            _workers(ray, HASHING)
+            shards = [Shard(name, str(source.path.absolute() / name)) for name in sizes]
+            Tasks(ray, HASHING, hash_shard, (identity(),), note, self.on_note).run(shards)
+
     def run(
         self,
         spec: BuildSpec,
@@ -73,19 +127,15 @@ class Cluster:
         ray = load_ray()
         with connected(ray, self.address):
             needs = self._needs(ray, spec)
-            workers = sum(map(needs.slots, resources_of_nodes(ray)))
-            if not workers:
-                raise ClusterError(
-                    f"no node of the cluster has {needs} for one task",
-                    hint="give fewer --jobs, or start larger nodes",
-                )
+            workers = _workers(ray, needs)
             host = ray.util.get_node_ip_address()
             with receiving(file.path, host, file.write, self.shared) as target:
                 job = Job.of(spec, target, needs.cores, self.device, self.shard_cache)
                 whole = spec.gathered is not None or spec.source.disk_bytes() > 0
                 slices = cut(order, todo, file.data_offset, workers, whole)
                 output = Output(file, {unit.key: unit for unit in todo}, stands)
-                Tasks(ray, needs, pickle.dumps(job), output, self.on_note).run(slices)
+                told = identity(), pickle.dumps(job)
+                Tasks(ray, needs, _encode, told, output.note, self.on_note).run(slices)
 
     def _needs(self, ray: Any, spec: BuildSpec) -> Needs:
         gpus = 0 if self.device == "cpu" else 1
@@ -99,3 +149,19 @@ class Cluster:
         if spec.gathered is not None:
             memory = inline_sizes(spec.plan.config, spec.gathered.tokens.size, memory).memory_bytes
         return Needs(threads, gpus, memory)
+
+
+def _workers(ray: Any, needs: Needs) -> int:
+    """How many tasks with these needs the cluster runs at a time; ClusterError where it runs none."""
+    workers = sum(map(needs.slots, resources_of_nodes(ray)))
+    if not workers:
+        raise ClusterError(
+            f"no node of the cluster has {needs} for one task",
+            hint="give fewer --jobs, or start larger nodes",
+        )
+    return workers
+
+
+def _encode(driver: Mapping[str, str], job: bytes, piece: Slice) -> Answer:
+    """What a task runs, on a node."""
+    return encode_slice(driver, job, piece, own_gpu())

@@ -76,6 +76,14 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A shard that one task hashes, where the driver sees it."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Stands:
     """A unit whose bytes stand in the output: their xxh64, and what the journal says of it besides."""
 
@@ -86,12 +94,13 @@ class Stands:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a slice on a node, in so many seconds: its units stand, or it failed."""
+    """What became of a slice or a shard on a node, in so many seconds: units stand, it is hashed, or it failed."""
 
     node: str
     pid: int
     seconds: float
     units: tuple[Stands, ...] = ()
+    hashed: KnownHash | None = None
     failure: Failure | None = None
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from statistics import median
+from typing import TypeVar
 
 from ..work_units import WorkUnit
 from .job import Slice
+
+P = TypeVar("P")
 
 ROUNDS = 8
 """Slices per worker of a whole build: the last round leaves at most an eighth of the workers' time unused."""
@@ -54,12 +57,12 @@ def _name(layer: int | None, units: Sequence[WorkUnit]) -> str:
 
 
 def overtaken(
-    unfinished: Mapping[Slice, int], workers: int, idle_for: float, seconds: Sequence[float]
-) -> tuple[Slice, ...]:
-    """The slices that idle workers begin once more, because those who have them are slow; the bytes are the same.
+    unfinished: Mapping[P, int], workers: int, idle_for: float, seconds: Sequence[float]
+) -> tuple[P, ...]:
+    """The pieces that idle workers begin once more, because those who have them are slow; the bytes are the same.
 
-    `unfinished` has the number of tasks of each slice, fewer than there are `workers` for so many seconds; `seconds` is
-    what finished slices took.
+    `unfinished` has the number of tasks of each piece, fewer than there are `workers` for so many seconds; `seconds` is
+    what finished pieces took.
     """
     free = workers - sum(unfinished.values())
     # Too few have finished to know what is usual: those outside layers are quick.

@@ -10,15 +10,17 @@ import pickle
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from ....formats.checkpoint.local import Checkpoint
-from ....formats.errors import ClusterError, MqError
+from ....formats.errors import CheckpointError, ClusterError, MqError
+from ....formats.unchanged import UnchangedFile
 from ...encode.encoders import Encoder, open_encoder
 from ...spec.places import open_place
 from ...spec.provenance import code, program
@@ -30,7 +32,7 @@ from ..turns import LayersInTurn, Turns
 from ..work_units import WorkUnit, work_order
 from ..worker_pool import Workers, run_units
 from .delivery import open_sink
-from .job import Answer, Failure, Job, Slice, Stands
+from .job import Answer, Failure, Job, Shard, Slice, Stands
 
 
 def identity() -> dict[str, str]:
@@ -44,14 +46,23 @@ def encode_slice(driver: Mapping[str, str], job: bytes, piece: Slice, gpu: int |
     A job for GPUs uses the one of this number. The job is looked at only where both are the same program. Everything
     that is answered stands in the output.
     """
+    return _answer(driver, lambda: {"units": _HERE.open(job, gpu).encode(piece)})
+
+
+def hash_shard(driver: Mapping[str, str], shard: Shard) -> Answer:
+    """Hash a shard as this node sees it, for a driver with this identity; errors become the answer."""
+    return _answer(driver, lambda: {"hashed": UnchangedFile(Path(shard.path), CheckpointError).known()})
+
+
+def _answer(driver: Mapping[str, str], work: Callable[[], Mapping[str, Any]]) -> Answer:
+    """What is answered of some work, which is done only where the driver is of the same program."""
     began, node = time.monotonic(), platform.node()
     try:
         _check(driver)
-        opened = _HERE.open(job, gpu)
-        units = opened.encode(piece)
+        done = work()
     except MqError as e:
         return Answer(node, os.getpid(), time.monotonic() - began, failure=Failure.of(e))
-    return Answer(node, os.getpid(), time.monotonic() - began, units)
+    return Answer(node, os.getpid(), time.monotonic() - began, **done)
 
 
 def _check(driver: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ from mq_quant.quantize.calibrate.state import StateOptions, make_state
 from mq_quant.quantize.calibrate.tokens import TokenRequest, load_tokens
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
-from mq_quant.quantize.pipeline.cluster import ray_session, tasks, waiting
+from mq_quant.quantize.pipeline.cluster import driver, ray_session, tasks, waiting
 from mq_quant.quantize.pipeline.cluster.driver import Cluster
 from mq_quant.quantize.pipeline.cluster.job import Answer
 from mq_quant.quantize.pipeline.cluster.ray_session import Needs
@@ -168,7 +168,7 @@ def test_a_worker_that_stands_still_is_overtaken(
 def test_two_versions_in_one_cluster_are_refused(
     source: Path, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "identity", lambda: {"mq-quant": "0.0.1"})
+    monkeypatch.setattr(driver, "identity", lambda: {"mq-quant": "0.0.1"})
     said = r"on node .*: runs another mq-quant than the driver: mq-quant is '0\.0\.1' there"
     with pytest.raises(ClusterError, match=said):
         build(source, tmp_path / "out", cluster=Cluster(nodes.address))

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import hub_server
 import numpy as np
 import pytest
+from mq_quant.formats import unchanged
 from mq_quant.formats.checkpoint.local import open_checkpoint
+from mq_quant.formats.watch import UNWATCHED, Watch
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
+from mq_quant.quantize.pipeline.cluster import driver
 from mq_quant.quantize.pipeline.cluster.driver import Cluster
 from mq_quant.quantize.pipeline.statistics import MomentFolder, NoStatistics
 from mq_quant.quantize.spec.places import choose_recipe
+from watching import Heard
 
-from .conftest import CHANGES, Nodes
+from .conftest import CHANGES, Nodes, build
 
 
 def test_every_node_reads_the_moments_of_a_calibration(source: Path, tmp_path: Path, nodes: Nodes) -> None:
@@ -30,6 +35,24 @@ def test_every_node_reads_the_moments_of_a_calibration(source: Path, tmp_path: P
     many = build_file(recipe, statistics, cluster, CHANGES)
     assert many.path.read_bytes() == one.path.read_bytes()
     assert many.coverage == one.coverage
+
+
+def test_nodes_hash_the_shards_of_a_folder_that_they_share(
+    source: Path, whole: bytes, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, sha256 = list[str](), unchanged._sha256
+
+    def here(file: BufferedReader, watch: Watch = UNWATCHED) -> str:
+        hashed.append(file.name)
+        return sha256(file, watch)
+
+    monkeypatch.setattr(unchanged, "_sha256", here)
+    monkeypatch.setattr(driver, "WORTH_SHARING", 1)
+    watch = Heard()
+    assert build(source, tmp_path / "out", cluster=Cluster(nodes.address), watch=watch).read_bytes() == whole
+    assert not [name for name in hashed if name.endswith(".safetensors")]
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert watch.phase("hashing the source") == (size, 0, size)
 
 
 def test_every_worker_fetches_its_own_shards_and_leaves_none(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import pickle
 import shutil
@@ -19,9 +20,9 @@ from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import BuildSpec, open_build
 from mq_quant.quantize.pipeline.cluster import delivery, worker
 from mq_quant.quantize.pipeline.cluster.delivery import Target, marker_of
-from mq_quant.quantize.pipeline.cluster.job import Answer, Job, Slice
+from mq_quant.quantize.pipeline.cluster.job import Answer, Job, Shard, Slice
 from mq_quant.quantize.pipeline.cluster.slices import cut
-from mq_quant.quantize.pipeline.cluster.worker import encode_slice, identity
+from mq_quant.quantize.pipeline.cluster.worker import encode_slice, hash_shard, identity
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, NoStatistics
 from mq_quant.quantize.pipeline.work_units import work_order
 from mq_quant.quantize.spec.places import choose_recipe
@@ -108,6 +109,15 @@ def test_a_worker_without_the_source_says_where_it_looked(given: Given, tmp_path
 
 def test_a_worker_without_the_imatrix_says_so(given: Given, tmp_path: Path) -> None:
     assert "nothing.gguf" in failure_of(given.answer(statistics=ImatrixFile(tmp_path / "nothing.gguf")))
+
+
+def test_a_shard_that_a_node_does_not_see_is_named(source: Path, tmp_path: Path) -> None:
+    (shard, *_) = source.glob("*.safetensors")
+    hashed = hash_shard(identity(), Shard(shard.name, str(shard))).hashed
+    assert hashed is not None and hashed.sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
+    answer = hash_shard(identity(), Shard(shard.name, str(tmp_path / shard.name)))
+    assert "cannot be read: No such file" in failure_of(answer)
+    assert "runs another mq-quant" in failure_of(hash_shard({}, Shard(shard.name, str(shard))))
 
 
 def test_other_inputs_are_named(given: Given) -> None:
