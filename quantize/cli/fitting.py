@@ -61,10 +61,10 @@ def build_within(request: FitRequest, recipe_file: Path | None, make: Make) -> B
 
     def built(fitted: Fitted) -> BuildResult:
         def accepted(spec: BuildSpec) -> None:
-            accept(spec, fitted, request)
+            notes = accept(spec, fitted, request)
             if recipe_file is not None:
                 write_recipe(recipe_file, fitted, request.asked)
-            for line in told(fitted):
+            for line in (*told(fitted), *notes):
                 note(line)
 
         return make(fitted.recipe, accepted)
@@ -101,19 +101,22 @@ def told(fitted: Fitted) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class FittedPlan:
-    """What was chosen for a budget, and what building it takes."""
+    """What was chosen for a budget, why what is expected may be off, and what building it takes."""
 
     fitted: Fitted
+    notes: tuple[str, ...]
     plan: PlanSummary
 
     def as_json(self) -> dict[str, Any]:
-        return {**self.plan.as_json(), "fit": self.fitted.as_json()}
+        return {**self.plan.as_json(), "fit": {**self.fitted.as_json(), "notes": list(self.notes)}}
 
 
 def fitted_plan(
     request: FitRequest, recipe_file: Path | None, jobs: int | None, shard_cache: int, device: str
 ) -> FittedPlan:
     """The plan of the best file of a budget, whose recipe is written where that is asked for."""
+    from ..fit.matching import reservations
+    from ..fit.measurement import read_measurement
     from ..fit.request import fit
     from ..fit.written import write_recipe
     from ..spec.estimates import summary_of
@@ -121,4 +124,6 @@ def fitted_plan(
     fitted = fit(request)
     if recipe_file is not None:
         write_recipe(recipe_file, fitted, request.asked)
-    return FittedPlan(fitted, summary_of(fitted.recipe, jobs, shard_cache, device))
+    measured = read_measurement(request.measurement) if request.measurement else None
+    notes = tuple(reservations(measured)) if measured else ()
+    return FittedPlan(fitted, notes, summary_of(fitted.recipe, jobs, shard_cache, device))

@@ -9,7 +9,7 @@ import typer
 
 from . import options as opt
 from .console import duration, emit, gigabytes, paragraph, table
-from .fitting import fit_request, fitted_plan, told
+from .fitting import FittedPlan, fit_request, fitted_plan, told
 from .several import asked_tiers
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def plan(
     )
     if wanted is not None:
         fitted = fitted_plan(wanted, write_recipe, jobs, shard_cache, best_device())
-        emit(fitted, as_json, lambda made: "\n".join((*told(made.fitted), _render_plan(made.plan))))
+        emit(fitted, as_json, _render_fitted)
     elif len(names) > 1:
         emit(several_plan(names, source, jobs, shard_cache, best_device()), as_json, _render_several)
     elif not names and recipe is None:
@@ -68,6 +68,10 @@ def plan(
         (name,) = names or (None,)
         result = plan_summary(name, recipe, source, jobs, shard_cache, best_device())
         emit(result, as_json, _render_plan)
+
+
+def _render_fitted(result: FittedPlan) -> str:
+    return "\n".join((*told(result.fitted), *map(paragraph, result.notes), _render_plan(result.plan)))
 
 
 def _render_plan(result: PlanSummary) -> str:

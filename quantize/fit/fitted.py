@@ -86,15 +86,16 @@ class Fitting:
     sure: bool = False
 
     def best(self) -> Fitted:
-        """The allocation with the least loss, or a standard tier of no more loss."""
+        """The allocation with the least loss, or a standard tier of no more loss; at the effort that was measured."""
         limit = self.budget.limit(self.config)
         self._check(limit)
         found = self._allocated(limit)
         tier = self._tier(limit, found)
         recipe = self._recipe(found) if tier is None else self.standard[tier]
         found = found if tier is None else self._tiers[tier].allocation
+        effort = self.losses.effort or recipe.effort
         return Fitted(
-            recipe,
+            recipe.model_copy(update={"effort": effort}),
             found,
             limit,
             self._tiers[tier].nbytes if tier else self._bytes(recipe),

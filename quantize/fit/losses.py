@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -22,7 +23,8 @@ class Losses:
 
     `origin` says in words where the numbers come from. `known` are sums of losses of whole models with the KLD that was
     measured of each; without any, the losses are only relative and no KLD is expected. A difference means nothing
-    that is smaller than the share `doubt` of a sum and the part REST_DOUBT of the rest.
+    that is smaller than the share `doubt` of a sum and the part REST_DOUBT of the rest. `effort` is how pieces were
+    rounded when they were measured.
     """
 
     pieces: tuple[Mapping[str, float], ...]
@@ -30,6 +32,7 @@ class Losses:
     rest: float = 0.0
     known: tuple[tuple[float, float], ...] = ()
     doubt: float = 0.0
+    effort: Literal["imatrix", "calibrated"] | None = None
 
     def total(self, allocation: Allocation) -> float:
         """The sum over all pieces."""
@@ -74,4 +77,4 @@ def measured(measurement: Measurement) -> Losses:
         (alone.total(Allocation((whole_formats(name),) * layers)), kld)
         for name, kld in measurement.whole.items()
     )
-    return Losses(pieces, origin, measurement.rest, known, DOUBT)
+    return Losses(pieces, origin, measurement.rest, known, DOUBT, effort)

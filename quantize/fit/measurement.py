@@ -1,7 +1,7 @@
 """What each piece of a model loses in each format, as `mq-quant measure` wrote it down, to be shared and read again.
 
-A piece is one projection of one layer, of all its experts: gate and up together, or down. Its loss in a format is the
-KLD, in nats per token, of X
+A piece is one projection of one layer, of all its experts: gate and up together, or down. Its loss in a format is what
+rounding it adds to the KLD, in nats per token, of a file whose experts are not rounded.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class MeasuredModel(_Part):
 
 
 class MeasuredText(_Part):
-    """The tokens on which predictions were compared: others than those that importances were gathered from."""
+    """Some tokens."""
 
     tokens: Count
     sha256: Sha256
@@ -80,6 +80,8 @@ class Piece(_Part):
 class Measurement(_Part):
     """All pieces of a model, layer by layer, gate and up before down.
 
+    `text` are the tokens on which predictions were compared, others than those that importances were gathered from.
+    What is known of these: `calibration` are the tokens where the model was run on some, `imatrix` the SHA-256 of one.
     `rest` is the KLD of a file whose experts are not rounded, `whole` that of files with all pieces rounded, by what
     `whole_name` calls the formats of gate and up and of down.
     """
@@ -89,6 +91,8 @@ class Measurement(_Part):
     model: MeasuredModel
     effort: Literal["imatrix", "calibrated"]
     text: MeasuredText
+    calibration: MeasuredText | None = None
+    imatrix: Sha256 | None = None
     formats: tuple[FormatName, ...] = Field(min_length=1, strict=False)
     pieces: tuple[Piece, ...] = Field(strict=False)
     rest: Loss

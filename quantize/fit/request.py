@@ -15,6 +15,7 @@ from .budget import Budget
 from .fitted import BASE, Avoided, Fitted, Fitting
 from .generic import generic
 from .losses import Losses, measured
+from .matching import check_effort, reservations
 from .measurement import read_measurement
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ class OverBudgetError(BudgetError):
     """A file that turned out larger than its budget once its source was open."""
 
 
-def accept(spec: BuildSpec, fitted: Fitted, request: FitRequest) -> None:
-    """Hold what a build resolved against the budget and against the model that was measured, before any work.
+def accept(spec: BuildSpec, fitted: Fitted, request: FitRequest) -> tuple[str, ...]:
+    """Hold what a build resolved against the budget and against what was measured, before any work; sentences on why
+    what is expected may be off.
 
     Raises OverBudgetError or MeasurementError.
     """
@@ -72,10 +74,13 @@ def accept(spec: BuildSpec, fitted: Fitted, request: FitRequest) -> None:
             f"the file of {fitted.recipe.tier} takes {spec.plan.total_bytes} bytes, and {request.budget.option} leaves "
             f"{fitted.limit}"
         )
-    if request.measurement is not None:
-        stated = Provenance.read(spec.metadata).source
-        measurement = read_measurement(request.measurement)
-        measurement.check_model(spec.plan.config, spec.source.origin, stated.files if stated else None)
+    if request.measurement is None:
+        return ()
+    made = Provenance.read(spec.metadata)
+    measurement = read_measurement(request.measurement)
+    measurement.check_model(spec.plan.config, spec.source.origin, made.source.files if made.source else None)
+    check_effort(measurement, spec.recipe.effort)
+    return tuple(reservations(measurement, made))
 
 
 def _measured(path: Path, model: Model, config: ModelConfig) -> Losses:

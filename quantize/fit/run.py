@@ -7,14 +7,11 @@ work lie in folders beside it, and the same command continues after the last fin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
@@ -38,11 +35,12 @@ from ..write.journal import MEASUREMENT, Journal
 from ..write.partial_file import CALIBRATION, beside
 from ..write.stream_folder import StreamFolder
 from .before import WHOLES, Texts, check_output, cost_of
+from .found import Found, measurement_of
 from .heads import divergences
-from .measurement import EXPERT_NAMES, MeasuredModel, MeasuredText, Measurement, Piece, dimensions, whole_name
+from .measurement import EXPERT_NAMES, Measurement
 from .pieces import LayerPieces
 from .rest import RestWeights
-from .streams import REST, Streams, StreamsRun, weights_of_expert
+from .streams import Streams, StreamsRun, weights_of_expert
 
 WORK = ".partial.measurement"
 JOURNAL = "journal"
@@ -94,19 +92,11 @@ def measure(
     layers = source.config.num_hidden_layers
     plan = Streams(source.config, EXPERT_NAMES, tuple((choice,) * layers for choice in WHOLES))
     with losses_of(recipe, source, texts, statistics, plan, options) as found:
-        measured = _measurement(recipe, source, texts, statistics, plan, found)
+        measured = measurement_of(
+            found, plan, source, recipe.model.name, texts.judging, effort_of(statistics)
+        )
         write_atomic(options.output, [memoryview(measured.text_json().encode())])
     return MeasureResult(options.output, measured, found.resumed_layers, found.seconds, peak_rss())
-
-
-@dataclass(frozen=True)
-class Found:
-    """The KLD f64 [positions] of every stream by its name, and the source's fingerprint."""
-
-    divergences: Mapping[str, NDArray[np.float64]]
-    files: Mapping[str, Mapping[str, Any]]
-    resumed_layers: int
-    seconds: float
 
 
 @contextmanager
@@ -153,7 +143,7 @@ def losses_of(
         resumed = run.done
         with one_blas_thread():
             _layers(run, recipe, found.model, gathered, options)
-        yield Found(divergences(run), files, resumed, round(time.monotonic() - began, 3))
+        yield Found(divergences(run), files, found.stated, resumed, round(time.monotonic() - began, 3))
         journal.done.clear()
 
 
@@ -219,35 +209,3 @@ def _gathering(gathered: GatheredImportance | None, moments: Path) -> Iterator[N
         yield
     finally:
         gathered.close()
-
-
-def _measurement(
-    recipe: Recipe,
-    source: Source,
-    texts: Texts,
-    statistics: Statistics | None,
-    plan: Streams,
-    found: Found,
-) -> Measurement:
-    """What was found, from the mean KLD of streams by their names."""
-    pieces, losses = [], {name: float(kld.mean()) for name, kld in found.divergences.items()}
-    for layer in range(source.config.num_hidden_layers):
-        kinds = plan.pieces(layer)
-        gate_up = {c.gate_up: losses[name] for name, c in kinds.items() if c.gate_up is not None}
-        down = {c.down: losses[name] for name, c in kinds.items() if c.down is not None}
-        pieces.append(Piece(layer=layer, projection="gate_up", kld=gate_up))
-        pieces.append(Piece(layer=layer, projection="down", kld=down))
-    return Measurement(
-        model=MeasuredModel(
-            name=recipe.model.name,
-            origin=dict(source.origin),
-            files={name: file["sha256"] for name, file in found.files.items()},
-            **dimensions(source.config),
-        ),
-        effort="imatrix" if effort_of(statistics) == "imatrix" else "calibrated",
-        text=MeasuredText(tokens=int(texts.judging.size), sha256=token_record(texts.judging)["sha256"]),
-        formats=plan.formats,
-        pieces=tuple(pieces),
-        rest=losses[REST],
-        whole={whole_name(*map(str, c)): losses[f"whole{i}"] for i, c in enumerate(WHOLES)},
-    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import PROJECTIONS, expert_name
@@ -75,10 +77,75 @@ def test_a_measurement_of_other_weights_is_refused_before_any_work(
     model = {**document()["model"], "layers": 2, "hidden": 256, "intermediate": 256, "experts": 3}
     model["files"] = {"model-00001-of-00002.safetensors": "2" * 64}
     path = tmp_path / "measured.json"
-    path.write_text(json.dumps(document(model=model)))
+    path.write_text(json.dumps(document(model=model, effort="imatrix")))
     code, _, said = build(capsys, small, tmp_path / "out", 1_200_000, "--measurement", path)
     assert code == 2 and "is of another model" in said and "model-00001-of-00002.safetensors" in said
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*partial*"))
+
+
+@pytest.fixture
+def measurement(small: Path, tmp_path: Path) -> Path:
+    """Of the small checkpoint under its imatrix, on few tokens."""
+    from measurement_document import document
+
+    model = {
+        **document()["model"],
+        "layers": 2,
+        "hidden": 256,
+        "intermediate": 256,
+        "experts": 3,
+        "origin": {},
+    }
+    files = small.glob("*.safetensors")
+    model["files"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    path = tmp_path / "measured.json"
+    text = {"tokens": 511, "sha256": "3" * 64}
+    path.write_text(json.dumps(document(model=model, effort="imatrix", imatrix="4" * 64, text=text)))
+    return path
+
+
+def test_a_build_is_of_the_effort_that_was_measured(
+    small: Path, measurement: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    """That of the measurement is the default; what is otherwise and lets the choice stand is said."""
+    code, _, said = build(capsys, small, tmp_path / "out", 1_100_000, "--measurement", measurement)
+    assert code == 0, said
+    assert "on 511 tokens only" in said and "under another imatrix" in said and "expected KLD" in said
+    with open_hfq(tmp_path / "out") as file:
+        assert file.metadata["mq_quant"]["recipe"]["effort"] == "imatrix"
+
+
+@pytest.mark.parametrize(
+    ("options", "of"),
+    [
+        (("--effort", "calibrated"), "a build of effort calibrated"),
+        (("--effort", "tuned"), "a build of effort tuned"),
+        (("--no-imatrix",), "a build without importances"),
+    ],
+)
+def test_a_measurement_of_another_effort_is_refused_before_any_work(
+    options: tuple[str, ...], of: str, small: Path, measurement: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, (2, 16)))
+    tokens = () if "--no-imatrix" in options else ("--tokens", tmp_path / "tokens.npy")
+    line = ("--source", small, "-o", tmp_path / "out", "--size", "1100000B", "--measurement", measurement)
+    code, printed, said = run(capsys, "build", *line, *options, *tokens, "--device", "cpu", "--quiet")
+    assert code == 2 and not printed
+    assert "is of effort imatrix" in said and of in said and "--effort imatrix" in said
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*partial*"))
+
+
+def test_a_plan_has_the_effort_that_was_measured(
+    small: Path, measurement: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    line = ("plan", "--source", small, "--size", "1100000B", "--measurement", measurement)
+    code, printed, said = run(capsys, *line, "--write-recipe", recipe, "--json")
+    assert code == 0, said
+    planned = json.loads(printed)
+    assert [effort["effort"] for effort in planned["efforts"] if effort["default"]] == ["imatrix"]
+    assert "511 tokens only" in planned["fit"]["notes"][0]
+    assert load_recipe(recipe).effort == "imatrix"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def test_it_prints_one_object_and_writes_the_measurement(
     printed = json.loads(capsys.readouterr().out)
     found = read_measurement(output)
     assert printed["pieces"] == found.model_dump(mode="json")["pieces"]
+    assert found.imatrix == hashlib.sha256((small / "imatrix.gguf").read_bytes()).hexdigest()
+    assert found.calibration is None
     assert set(Measurement.model_fields) < set(printed) and printed["path"] == str(output)
     assert run(*given, "--held-out", 2, "-o", output) == 2
     assert "exists already" in capsys.readouterr().err
