@@ -23,30 +23,35 @@ if TYPE_CHECKING:
     from .quantize.api import build_files as build_files
     from .quantize.api import calibrate as calibrate
     from .quantize.api import evaluate_files as evaluate_files
-    from .quantize.api import fit_recipe as fit_recipe
     from .quantize.api import load_recipe as load_recipe
     from .quantize.api import open_source as open_source
     from .quantize.api import plan_file as plan_file
     from .quantize.api import reproduce_file as reproduce_file
     from .quantize.api import tiers as tiers
     from .quantize.api import verify_file as verify_file
+    from .quantize.api_fit import build_fitted as build_fitted
+    from .quantize.api_fit import fit_recipe as fit_recipe
+    from .quantize.api_fit import measure_model as measure_model
     from .quantize.inspect.diff import diff_files as diff_files
 
     __version__: str
 
 _API = (
-    "build_file", "build_files", "calibrate", "evaluate_files", "fit_recipe", "load_recipe", "open_source",
-    "plan_file", "reproduce_file", "tiers", "verify_file",
+    "build_file", "build_files", "calibrate", "evaluate_files", "load_recipe", "open_source", "plan_file",
+    "reproduce_file", "tiers", "verify_file",
 )  # fmt: skip
+_FIT = ("build_fitted", "fit_recipe", "measure_model")
 _PLACES = {
     **dict.fromkeys(_API, ".quantize.api"),
+    **dict.fromkeys(_FIT, ".quantize.api_fit"),
     "diff_files": ".quantize.inspect.diff",
     "open_hfq": ".formats.hfq",
     "MqError": ".formats.errors",
 }
 __all__ = [
-    "MqError", "__version__", "build_file", "build_files", "calibrate", "diff_files", "evaluate_files", "fit_recipe",
-    "load_recipe", "open_hfq", "open_source", "plan_file", "reproduce_file", "tiers", "verify_file",
+    "MqError", "__version__", "build_file", "build_files", "build_fitted", "calibrate", "diff_files", "evaluate_files",
+    "fit_recipe", "load_recipe", "measure_model", "open_hfq", "open_source", "plan_file", "reproduce_file", "tiers",
+    "verify_file",
 ]  # fmt: skip
 
 

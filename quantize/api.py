@@ -45,34 +45,6 @@ def load_recipe(tier_or_path: str | Path, *, source: str | Path | None = None) -
     return choose_recipe(tier_or_path, None, place)
 
 
-def fit_recipe(
-    *,
-    memory: str | None = None,
-    size: str | None = None,
-    bits: float | None = None,
-    context: int | None = None,
-    source: str | Path | None = None,
-    measurement: str | Path | None = None,
-    avoid: Sequence[str] = (),
-) -> Recipe:
-    """The recipe that loses least in a memory ("96GB"), a file's size ("85.0GB") or so many bits per weight.
-
-    `measurement` is a file of `mq-quant measure`; without it losses are typical ones. `avoid` names formats, as in
-    "MQ4" or "down:MQ4". Raises BudgetError where no file of the model is so large or so small.
-    """
-    from ..formats.errors import BudgetError
-    from .fit.avoided import read_avoided
-    from .fit.budget import read_budget
-    from .fit.request import FitRequest, fit
-
-    budget = read_budget(memory, size, bits, context)
-    if budget is None:
-        raise BudgetError("no budget was given", hint="give memory, size or bits")
-    place = None if source is None else str(source)
-    file = None if measurement is None else Path(measurement)
-    return fit(FitRequest(place, None, budget, file, read_avoided(avoid)), sure=True).recipe
-
-
 def tiers(model: str = "minimax-m2.7") -> list[str]:
     """The names of the tiers that are bundled for a model."""
     from .spec.recipe import tiers as names
@@ -121,12 +93,13 @@ def build_file(
     from .pipeline import build
 
     path = None if output is None else Path(output)
-    with _options("cpu" if ray else device, jobs, force, restart, on_done, path) as options:
+    with run_options("cpu" if ray else device, jobs, force, restart, on_done, path) as options:
         if ray is not None:
             from .pipeline.cluster.driver import Cluster
 
             options = replace(options, cluster=Cluster(ray, jobs, device))
-        return build.build_file(recipe, _chosen(recipe, statistics, effort, device, options.jobs), options)
+        known = chosen_statistics(recipe, statistics, effort, device, options.jobs)
+        return build.build_file(recipe, known, options)
 
 
 def build_files(
@@ -150,13 +123,13 @@ def build_files(
     """
     from .pipeline import tiers
 
-    with _options(device, jobs, force, restart, on_done) as options:
-        chosen = [_chosen(recipe, statistics, effort, device, options.jobs) for recipe in recipes]
+    with run_options(device, jobs, force, restart, on_done) as options:
+        chosen = [chosen_statistics(recipe, statistics, effort, device, options.jobs) for recipe in recipes]
         return tiers.build_files(recipes, Path(folder), tiers.one_effort(recipes, chosen), options)
 
 
 @contextmanager
-def _options(
+def run_options(
     device: Device,
     jobs: int | None,
     force: bool,
@@ -181,7 +154,7 @@ def _options(
         )
 
 
-def _chosen(
+def chosen_statistics(
     recipe: Recipe,
     given: Statistics | str | Path | None,
     effort: Effort | None,

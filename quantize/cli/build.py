@@ -12,7 +12,7 @@ import typer
 from ...formats.text import printable
 from . import options as opt
 from .console import coverage, emit, gigabytes, listed, note, paragraph, resumable
-from .fitting import build_within, fit_request
+from .fitting import build_told, fit_request
 from .progress import Progress
 from .several import asked_tiers, folder_of, show_results
 
@@ -221,7 +221,7 @@ def build(
                 return build_file(chosen, statistics(chosen), options(encoder, accept), changes, asked_part)
 
         if wanted is not None:
-            finish = partial(_show, build_within(wanted, write_recipe, make), as_json, quiet)
+            finish = partial(_show, build_told(wanted, write_recipe, make), as_json, quiet)
         elif folder is None:
             (name,) = names or (None,)
             finish = partial(_show, make(choose_recipe(name, recipe, source, revision)), as_json, quiet)

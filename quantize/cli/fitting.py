@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,9 @@ from .console import gigabytes, note, paragraph
 
 if TYPE_CHECKING:
     from ..fit.fitted import Fitted
-    from ..fit.request import FitRequest
+    from ..fit.request import FitRequest, Make
     from ..pipeline.build import BuildResult
-    from ..pipeline.build_spec import BuildSpec
     from ..spec.estimates import PlanSummary
-    from ..spec.recipe import Recipe
-
-    Accept = Callable[[BuildSpec], None]
-    Make = Callable[[Recipe, Accept], BuildResult]
 
 
 def fit_request(
@@ -54,25 +49,18 @@ def fit_request(
     return FitRequest(*source, asked, measurement, read_avoided(avoid or ()))
 
 
-def build_within(request: FitRequest, recipe_file: Path | None, make: Make) -> BuildResult:
+def build_told(request: FitRequest, recipe_file: Path | None, make: Make) -> BuildResult:
     """Build the best file of a budget, and say what was chosen once the source is seen to have room for it."""
-    from ..fit.request import OverBudgetError, accept, fit
+    from ..fit.request import build_within
     from ..fit.written import write_recipe
 
-    def built(fitted: Fitted) -> BuildResult:
-        def accepted(spec: BuildSpec) -> None:
-            notes = accept(spec, fitted, request)
-            if recipe_file is not None:
-                write_recipe(recipe_file, fitted, request.asked)
-            for line in (*told(fitted), *notes):
-                note(line)
+    def accepted(fitted: Fitted, notes: tuple[str, ...]) -> None:
+        if recipe_file is not None:
+            write_recipe(recipe_file, fitted, request.asked)
+        for line in (*told(fitted), *notes):
+            note(line)
 
-        return make(fitted.recipe, accepted)
-
-    try:
-        return built(fit(request))
-    except OverBudgetError:
-        return built(fit(request, sure=True))
+    return build_within(request, make, accepted)
 
 
 def told(fitted: Fitted) -> Iterator[str]:

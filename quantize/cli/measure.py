@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from ..fit.before import MeasureCost
     from ..fit.run import MeasureResult
 
-TIER = "mq4"
-"""The tier whose way of rounding, and of storing all but experts, is taken: in these all tiers are alike."""
-
 
 def measure(
     source: opt.SourceName = None,
@@ -97,24 +94,17 @@ def measure(
         from ...formats.machine import cores
         from ..calibrate.tokens import TokenRequest
         from ..encode.encoders import open_encoder
-        from ..fit.before import cost_of, texts_of
-        from ..fit.run import MeasureOptions
+        from ..fit.before import cost_of, measuring_statistics, texts_of
+        from ..fit.run import TIER, MeasureOptions
         from ..fit.run import measure as run
-        from ..pipeline.statistics import ImatrixFile, MomentFolder, OnTheFly, Statistics, input_paths
         from ..spec.places import choose_recipe, local_folder, open_place
         from ..write.inputs import check_no_input
 
         chosen = choose_recipe(None if recipe else TIER, recipe, source, revision)
         asked = opt.token_request(text, tokens, sequences, length) or TokenRequest(length=length)
-        statistics: Statistics | None
-        if calibration is not None:
-            statistics = MomentFolder(calibration, imatrix)
-        elif effort == "calibrated":
-            statistics = OnTheFly(asked, device, imatrix)
-        else:
-            statistics = ImatrixFile(imatrix) if imatrix else None
+        statistics = measuring_statistics(effort, imatrix, calibration, device)
         place, workers = chosen.model.place, jobs or cores()
-        inputs = [recipe, text, tokens, judge_tokens, local_folder(place.address), *input_paths(statistics)]
+        inputs = [recipe, text, tokens, judge_tokens, local_folder(place.address), imatrix, calibration]
         check_no_input(output, inputs)
         with (
             closing(open_place(place.address, place.revision, shard_cache, output.parent)) as opened,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ...formats.errors import OutputError, TokenError
 from ...formats.own_file import disk_errors, free_bytes
 from ...texts import CALIBRATION_SHA256
 from ..calibrate.tokens import EVALUATION, TokenRequest, Tokens, load_tokens, read_tokens
-from ..pipeline.statistics import OnTheFly, Statistics, effort_of
+from ..pipeline.statistics import ImatrixFile, MomentFolder, OnTheFly, Statistics, effort_of
 from ..spec.calibration_sizes import inline_sizes, measuring_sizes, moment_bytes
 from ..spec.efforts import measuring_hours
 from .measurement import EXPERT_NAMES
@@ -37,32 +37,56 @@ class Texts:
     text: str | None
 
 
+def measuring_statistics(
+    effort: Literal["imatrix", "calibrated"],
+    imatrix: Path | None = None,
+    calibration: Path | None = None,
+    device: str = "cpu",
+) -> Statistics | None:
+    """What pieces are rounded under: a calibration folder, or what the effort asks for, on a device of torch's."""
+    if calibration is not None:
+        return MomentFolder(calibration, imatrix)
+    if effort == "calibrated":
+        return OnTheFly(device=device, imatrix=imatrix)
+    return ImatrixFile(imatrix) if imatrix else None
+
+
 def texts_of(
-    source: Source, request: TokenRequest, judging: Path | None, held_out: int | None, calibrates: bool
+    source: Source,
+    request: TokenRequest | Tokens,
+    judging: Path | Tokens | None,
+    held_out: int | None,
+    calibrates: bool,
 ) -> Texts:
     """The tokens of a request, and `held_out` sequences to compare predictions on; TokenError where there are too few.
 
-    The latter are of the token file `judging`, or of the evaluation text that comes with mq-quant where the request is
-    of its calibration text; spread evenly over either. Else they are the last ones of the request, and nothing is
-    calibrated on them. Without `held_out` it is HELD_OUT tokens, or of the request at most a quarter.
+    The latter are those of `judging`, or of the evaluation text that comes with mq-quant where the request is of its
+    calibration text; spread evenly over either. Else they are the last ones of the request, and nothing is calibrated
+    on them. Without `held_out` it is HELD_OUT tokens, or of the request at most a quarter.
     """
+    bundled = isinstance(request, TokenRequest) and request.bundled
+
+    def calibrating() -> Tokens:
+        return load_tokens(source, request) if isinstance(request, TokenRequest) else request
+
     if judging is not None:
-        judged = _spread(read_tokens(judging, source.config), held_out, judging)
-    elif request.bundled:
+        given = read_tokens(judging, source.config) if isinstance(judging, Path) else judging
+        judged = _spread(given, held_out, judging if isinstance(judging, Path) else "judge_tokens")
+    elif isinstance(request, TokenRequest) and request.bundled:
         judged = _spread(load_tokens(source, TokenRequest(length=request.length), EVALUATION), held_out)
     else:
-        return _last_aside(load_tokens(source, request), held_out, calibrates)
-    tokens = load_tokens(source, request) if calibrates else judged[:0]
-    return Texts(tokens, judged, CALIBRATION_SHA256 if request.bundled else None)
+        return _last_aside(calibrating(), held_out, calibrates)
+    tokens = calibrating() if calibrates else judged[:0]
+    return Texts(tokens, judged, CALIBRATION_SHA256 if bundled else None)
 
 
-def _spread(tokens: Tokens, wanted: int | None, file: Path | None = None) -> Tokens:
+def _spread(tokens: Tokens, wanted: int | None, file: Path | str = EVALUATION.name) -> Tokens:
     """So many of the sequences, at even distances."""
     count = wanted or min(len(tokens), max(1, HELD_OUT // tokens.shape[1]))
     if count > len(tokens):
         raise TokenError(
             f"has {len(tokens)} sequences to compare predictions on, fewer than the {count} asked for",
-            file=file or EVALUATION.name,
+            file=file,
             hint="ask for less with --held-out",
         )
     chosen: Tokens = tokens[np.arange(count) * len(tokens) // count]

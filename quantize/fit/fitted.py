@@ -74,7 +74,7 @@ class _Made:
 @dataclass(frozen=True)
 class Fitting:
     """All that decides what is best: the standard tiers by name, the model, the budget, and the losses. With `sure` the
-    bytes of standard tiers are the most that their files will have, else those that `plan` says.
+    provenance, which is known once the source is open, is counted at its most, else not at all, as in `plan`.
     """
 
     standard: Mapping[str, Recipe]
@@ -238,12 +238,15 @@ class Fitting:
         }
 
     def _bytes(self, recipe: Recipe) -> int:
-        """The most bytes that a recipe's file will have."""
+        """The bytes that a recipe's file will have, or, where that has to be `sure`, the most."""
         return file_sizes(recipe, self.files, self.config, self._unknown).total_bytes
 
     @cached_property
     def _unknown(self) -> int:
+        side = 0 if self.files.complete else SIDE_FILES
+        if not self.sure:
+            return side
         place = self.standard[BASE].model.place
         folder = local_folder(place.address)
         shards = place.shards or (len(list(folder.glob("*.safetensors"))) if folder else SHARDS)
-        return PROVENANCE + PER_SHARD * shards + (0 if self.files.complete else SIDE_FILES)
+        return PROVENANCE + PER_SHARD * shards + side

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from ...formats.errors import BudgetError
 from ...formats.hfq.provenance import Provenance
 from ...formats.minimax import ModelConfig, parse_config
 from ..spec.places import choose_recipe, model_files
-from ..spec.recipe import Model, tiers
+from ..spec.recipe import Model, Recipe, tiers
 from .budget import Budget
 from .fitted import BASE, Avoided, Fitted, Fitting
 from .generic import generic
@@ -19,7 +20,10 @@ from .matching import check_effort, reservations
 from .measurement import read_measurement
 
 if TYPE_CHECKING:
+    from ..pipeline.build import BuildResult
     from ..pipeline.build_spec import BuildSpec
+
+    Make = Callable[[Recipe, Callable[[BuildSpec], None]], BuildResult]
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class FitRequest:
 
 
 def fit(request: FitRequest, sure: bool = False) -> Fitted:
-    """The best recipe under a budget. A standard tier may turn out a few kilobytes larger than `plan` says, which
-    counts no provenance; `sure` leaves room for that.
+    """The best recipe under a budget. A file may turn out a few kilobytes larger than `plan` says, which counts no
+    provenance; `sure` leaves room for that.
 
     Raises BudgetError where no file of the model has such a size, MeasurementError for a measurement that is not of the
     model, RecipeError or WeightError where the model cannot be planned.
@@ -81,6 +85,24 @@ def accept(spec: BuildSpec, fitted: Fitted, request: FitRequest) -> tuple[str, .
     measurement.check_model(spec.plan.config, spec.source.origin, made.source.files if made.source else None)
     check_effort(measurement, spec.recipe.effort)
     return tuple(reservations(measurement, made))
+
+
+def build_within(
+    request: FitRequest, make: Make, accepted: Callable[[Fitted, tuple[str, ...]], None]
+) -> BuildResult:
+    """Build the best file of a budget: `make` builds a recipe, whose build is held to the budget by what it is given.
+
+    `accepted` hears what was chosen, and why what is expected may be off, once the source is seen to have room for it
+    and before anything is written. Raises the errors of `fit` and `accept`.
+    """
+
+    def built(fitted: Fitted) -> BuildResult:
+        return make(fitted.recipe, lambda spec: accepted(fitted, accept(spec, fitted, request)))
+
+    try:
+        return built(fit(request))
+    except OverBudgetError:
+        return built(fit(request, sure=True))
 
 
 def _measured(path: Path, model: Model, config: ModelConfig) -> Losses:

@@ -42,6 +42,8 @@ from .pieces import LayerPieces
 from .rest import RestWeights
 from .streams import Streams, StreamsRun, weights_of_expert
 
+TIER = "mq4"
+"""The tier whose way of rounding, and of storing all but experts, is taken: in these all tiers are alike."""
 WORK = ".partial.measurement"
 JOURNAL = "journal"
 RESTART = "give --restart to begin the measurement anew"
