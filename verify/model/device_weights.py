@@ -6,11 +6,12 @@ Several threads read ahead. What was read stays on the device until the layer is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,12 @@ from ...formats.minimax import ModelConfig
 
 READERS = 8
 """Threads that read and check codes: one looks at about 1.5 GB/s, and a device takes thirty times as much."""
+TOGETHER = 48 << 20
+"""Bytes of codes that a thread reads and sends at once. Each call into torch hands the interpreter on, and threads that
+wait for their turn leave the device idle: read one by one, the matrices of a layer held up all threads for a second.
+"""
+ALIGNMENT = 256
+"""Bytes to which the places of codes and scales are aligned where they are sent."""
 
 
 def wait_for(*devices: torch.device) -> None:
@@ -32,15 +39,12 @@ def wait_for(*devices: torch.device) -> None:
             torch.cuda.current_stream(device).synchronize()
 
 
-def page_locked(array: NDArray[np.generic]) -> Tensor:
-    """A copy of an array in page-locked memory, from which a GPU copies without holding up other threads.
+def page_locked(nbytes: int) -> Tensor:
+    """Page-locked memory u8 [nbytes], from which a GPU copies without holding up other threads.
 
-    numpy copies it: torch would take all cores for it, in each thread that asks.
+    To be filled by numpy: torch would take all cores for it, in each thread that asks.
     """
-    kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
-    staged = torch.empty(array.shape, dtype=kind, pin_memory=True)
-    np.copyto(staged.numpy(), array)
-    return staged
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 class StoredWeights(Protocol):
@@ -88,11 +92,12 @@ class DeviceWeights:
     """Weights of a source on a device. Safe for several threads; `tensor` is what the reference forward asks for."""
 
     def __init__(self, source: StoredWeights, device: torch.device, names: Sequence[str]) -> None:
-        """Begin to read the FP8 matrices among `names`, in their order."""
+        """Begin to read the FP8 matrices among `names`, in their order, some at a time."""
         self._source, self._device = source, device
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
-        fp8 = [name for name in names if source.tensors[name].dtype == FP8]
-        self._coming: dict[str, Future[DeviceMatrix]] = {n: self._pool.submit(self._read, n) for n in fp8}
+        self._coming: dict[str, Future[dict[str, DeviceMatrix]]] = {}
+        for some in _some_at_a_time({n: source.tensors[n] for n in names if source.tensors[n].dtype == FP8}):
+            self._coming |= dict.fromkeys(some, self._pool.submit(self._read, some))
 
     def close(self) -> None:
         """Read nothing any more, and let go of what was read."""
@@ -102,31 +107,79 @@ class DeviceWeights:
     def tensor(self, name: str) -> Tensor:
         """A tensor f32 in the basis of the checkpoint; errors as `Source.weight`."""
         if name in self._coming:
-            return self._coming[name].result().values()
+            return self._coming[name].result()[name].values()
         array = np.require(self._source.weight(name), requirements=["C", "W"])
         return torch.from_numpy(array).to(self._device)
 
     def matrix(self, name: str) -> DeviceMatrix | Tensor:
         """A matrix as it lies on the device, complete there; errors as `Source.stored`."""
         if name in self._coming:
-            return self._coming[name].result()
+            return self._coming[name].result()[name]
         found = self.tensor(name)
         wait_for(self._device)
         return found
 
-    def _read(self, name: str) -> DeviceMatrix:
-        codes, scales = self._source.stored(name)
+    def _read(self, names: Sequence[str]) -> dict[str, DeviceMatrix]:
+        """Read some matrices, and send their codes and scales in one copy."""
+        stored = [self._source.stored(name) for name in names]
         with _own_stream(self._device):
-            matrix = DeviceMatrix(
-                self._sent(codes.view(np.uint8)), self._sent(scales), self._source.config.block_shape
+            there = _sent(
+                [part for codes, scales in stored for part in (codes.view(np.uint8), scales)], self._device
             )
             wait_for(self._device)
-        return matrix
+        pairs = zip(there[::2], there[1::2], strict=True)
+        block = self._source.config.block_shape
+        return {
+            n: DeviceMatrix(codes, scales, block) for n, (codes, scales) in zip(names, pairs, strict=True)
+        }
 
-    def _sent(self, array: NDArray[np.generic]) -> Tensor:
-        if self._device.type == "cpu":
-            return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        return page_locked(array).to(self._device, non_blocking=True)
+
+def _some_at_a_time(infos: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """Names of matrices of about TOGETHER bytes each time."""
+    some: list[str] = []
+    size = 0
+    for name, info in infos.items():
+        some.append(name)
+        size += math.prod(info.shape)
+        if size >= TOGETHER:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def _sent(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Arrays u8 and f32 on a device, through one piece of page-locked memory where that is a GPU."""
+    if device.type == "cpu":
+        return [torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays]
+    staged = page_locked(places(arrays)[-1])
+    lay_out(arrays, staged.numpy())
+    return laid_out(arrays, staged.to(device, non_blocking=True))
+
+
+def places(arrays: Sequence[NDArray[Any]]) -> list[int]:
+    """Where each of some arrays begins in memory that holds them all, and how many bytes that has."""
+    return [0, *np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]).tolist()]
+
+
+def lay_out(arrays: Sequence[NDArray[Any]], memory: NDArray[np.uint8]) -> None:
+    """Write arrays to their places in memory."""
+    for start, array in zip(places(arrays), arrays, strict=False):
+        np.copyto(memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape), array)
+
+
+def laid_out(arrays: Sequence[NDArray[Any]], memory: Tensor) -> list[Tensor]:
+    """The arrays u8 and f32 that were laid out in memory u8, as tensors there."""
+    of_kind = {1: memory, 4: memory.view(torch.float32)}
+    return [
+        of_kind[array.itemsize].as_strided(array.shape, _row_major(array.shape), start // array.itemsize)
+        for start, array in zip(places(arrays), arrays, strict=False)
+    ]
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor, counted in values."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _own_stream(device: torch.device) -> torch.cuda.StreamContext | nullcontext[None]:

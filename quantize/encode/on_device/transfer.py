@@ -44,7 +44,9 @@ def sent(array: NDArray[np.float32], device: torch.device) -> Tensor:
     """A contiguous array f32 as a tensor on a GPU, through page-locked memory; it may lie in a mapped file."""
     out, flat = torch.empty(array.shape, device=device), array.reshape(-1)
     for first, part in zip(range(0, len(flat), PIECE), torch.split(out.view(-1), PIECE), strict=True):
-        part.copy_(page_locked(flat[first : first + len(part)]), non_blocking=True)
+        staged = page_locked(part.nbytes).view(torch.float32)
+        np.copyto(staged.numpy(), flat[first : first + len(part)])
+        part.copy_(staged, non_blocking=True)
     return out
 
 
