@@ -29,7 +29,7 @@ def fit_request(
 
     Raises BudgetError where options contradict each other.
     """
-    if not any((*budget, measurement, avoid, write_recipe)):
+    if all(given is None for given in (*budget, measurement, avoid or None, write_recipe)):
         return None
     from ...formats.errors import BudgetError
     from ..fit.avoided import read_avoided

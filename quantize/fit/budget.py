@@ -126,8 +126,9 @@ def read_size(text: str, option: str) -> Decimal:
             if match
             else "it is no size"
         )
+        point = ", with a point and no comma" if "," in text else ""
         raise BudgetError(
             f"{option} {text[:DIGITS]!r}: {unit}",
-            hint="give a number with B, kB, MB, GB, TB, MiB or GiB, as in 96GB or 79200000000B",
+            hint=f"give a number with B, kB, MB, GB, TB, MiB or GiB, as in 96GB, 85.5GB or 79200000000B{point}",
         )
     return Decimal(math.floor(Decimal(match[1]) * factor))

@@ -165,7 +165,7 @@ class Fitting:
         found = tuple(n for n in EXPERT_NAMES if n in known and (projection, n) not in self.avoided)
         if not found:
             raise BudgetError(
-                f"no format is left for {projection}: all that were measured are avoided",
+                f"no format is left for {projection}: --avoid names all that there are losses of",
                 hint=f"leave one of {', '.join(known)}",
             )
         return found

@@ -39,7 +39,9 @@ def _expert_format(name: str) -> str:
 
 
 FormatName = Annotated[str, AfterValidator(_expert_format)]
-Loss = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST = 1e6
+"""Nats that no loss reaches, so that sums stay finite."""
+Loss = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -115,6 +117,10 @@ class Measurement(_Part):
                 raise ValueError(
                     f"layer {piece.layer} {piece.projection} has not just the formats that were measured"
                 )
+        if not any(self.loss(p.layer, p.projection, name) for p in self.pieces for name in self.formats):
+            raise ValueError(
+                "says that no piece loses anything beside the rest, so nothing can be chosen by it"
+            )
         for name in self.whole:
             if not set(whole_formats(name)) <= set(self.formats):
                 raise ValueError(f"whole holds {name!r}, which is made of formats that were not measured")
@@ -184,6 +190,8 @@ def whole_formats(name: str) -> tuple[str, str]:
 def read_measurement(path: Path) -> Measurement:
     """The measurement in a file; MeasurementError where it is none, or not whole."""
     try:
+        if not path.is_dir() and not path.is_file() and path.exists():  # opening a pipe may wait for ever
+            raise MeasurementError("is no regular file", file=path, hint=HINT)
         with path.open("rb") as f:
             raw = f.read(LIMIT + 1)
     except OSError as e:

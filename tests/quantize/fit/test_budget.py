@@ -40,6 +40,8 @@ def test_sizes_are_exact(text: str, nbytes: int) -> None:
     ("text", "why"),
     [
         ("85", "it has no unit"),
+        ("85,0GB", r"it is no size[^$]*with a point and no comma"),
+        ("1e10", "it is no size"),
         ("85GX", "the unit 'GX' is not known"),
         ("85 GB of it", "it is no size"),
         ("-85GB", "it is no size"),

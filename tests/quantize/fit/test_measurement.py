@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +39,17 @@ def test_a_file_that_is_missing_cut_or_no_json_is_refused(tmp_path: Path) -> Non
         file.write_text(whole[:cut])
         with pytest.raises(MeasurementError, match="is no measurement"):
             read_measurement(file)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MeasurementError, match="is no regular file"):
+        read_measurement(tmp_path / "pipe")
+    with pytest.raises(MeasurementError, match="cannot be read: Is a directory"):
+        read_measurement(tmp_path)
     file.write_bytes(b" " * (LIMIT + 1))
     with pytest.raises(MeasurementError, match="is larger than"):
         read_measurement(file)
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-0.1", "1e999", "null", "true", '"0.1"'])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-0.1", "1e999", "1e7", "null", "true", '"0.1"'])
 def test_a_loss_that_is_no_number_of_nats_is_refused(tmp_path: Path, number: str) -> None:
     for where in ("pieces", "whole"):
         found = document()
@@ -84,6 +90,10 @@ def _no_format(found: dict[str, Any]) -> None:
         (lambda d: d["pieces"][0].update(projection="w1"), "projection"),
         (lambda d: d["pieces"][0]["kld"].update({"Q8F16": 0.1}), "the engine runs experts in"),
         (lambda d: d.update(formats=["MQ4", "MQ4"]), "names a format twice"),
+        (lambda d: d.update(rest=1.0), "no piece loses anything beside the rest"),
+        (lambda d: d.update(effort="tuned"), "effort"),
+        (lambda d: d.update(calibration={"tokens": 0, "sha256": "1" * 64}), "calibration.tokens"),
+        (lambda d: d.update(imatrix="not a hash"), "imatrix"),
         (lambda d: d.update(whole={}), "whole"),
         (lambda d: d.update(whole={"MQ6": 0.1}), "formats that were not measured"),
         (lambda d: d.update(kind="something"), "kind"),
