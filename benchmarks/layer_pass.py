@@ -4,6 +4,7 @@ encoded as a build does it, for one tier or several at once.
     python benchmarks/layer_pass.py --device cuda                  # 65,536 tokens, tier mq2
     python benchmarks/layer_pass.py --device cuda --sequences 1024 # 524,288 tokens
     python benchmarks/layer_pass.py --device cuda --apart          # how long calibrating and encoding take alone
+    python benchmarks/layer_pass.py --device cuda --trace out.png  # and a picture of what the GPUs did from layer 1 on
     python benchmarks/layer_pass.py --experts 4 --sequences 2      # a look on the CPU
 
 A layer's seconds are those from the end of the one before to its own, `model_minutes` those of 62 such layers. The
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from device_trace import draw, kernels_of
 from mq_quant.formats.checkpoint.safetensors_file import TensorInfo
 from mq_quant.formats.errors import MqError
 from mq_quant.formats.fp8 import dequantize, scale_shape
@@ -152,6 +154,7 @@ class Watched:
     began: float = field(default_factory=time.monotonic)
     cpu: float = field(default_factory=time.process_time)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    trace: Any = None
 
     def row(self, layer: int, samples: list[int], **parts: float) -> None:
         now, cpu = time.monotonic(), time.process_time()
@@ -161,6 +164,8 @@ class Watched:
         if self.device == "cuda":
             row["device_gib"] = torch.cuda.max_memory_reserved() / 2**30
         self.rows.append(row)
+        if self.trace is not None and not layer:
+            self.trace.start()
         print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
         samples.clear()
         self.began, self.cpu = now, cpu
@@ -173,13 +178,15 @@ def spec_of(tier: str, source: Any, gathered: GatheredImportance) -> BuildSpec:
     return BuildSpec(recipe, source, gathered, fit_settings(recipe), plan, {}, {}, gathered=gathered)
 
 
-def in_turn(specs: Mapping[int, BuildSpec], encoder: Encoder, jobs: int, device: str) -> list[dict[str, Any]]:
-    """The layers as a build takes them."""
+def in_turn(
+    specs: Mapping[int, BuildSpec], encoder: Encoder, jobs: int, device: str, trace: Any = None
+) -> list[dict[str, Any]]:
+    """The layers as a build takes them; a `trace` is begun after the first."""
     gathered = specs[0].gathered
     assert gathered is not None
     orders = {n: [unit for unit in work_order(spec) if unit.layer is not None] for n, spec in specs.items()}
     last = {unit.layer: unit.key for unit in orders[0]}
-    watched = Watched(device)
+    watched = Watched(device, trace=trace)
     with busy_samples(device) as samples:
 
         def deliver(n: int, unit: WorkUnit, done: Encoded | MqError) -> None:
@@ -226,12 +233,16 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--apart", action="store_true", help="calibrate and encode one after the other")
+    parser.add_argument(
+        "--trace", type=Path, help="draw what the GPUs do to this file, which costs some time"
+    )
     parser.add_argument("--json", help="write the numbers to this file")
     args = parser.parse_args()
     source: Any = MemorySource(config(args.layers, args.experts))
     shape = (args.sequences, args.length)
     tokens = np.random.default_rng(1).integers(0, VOCAB, shape).astype(np.int32)
     tiers = args.tier or ["mq2"]
+    trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if args.trace else None
     with tempfile.TemporaryDirectory() as folder, open_encoder(args.device) as encoder:
         gathered = GatheredImportance(source, tokens, args.device, ahead=not args.apart)
         gathered.bind({"origin": {}, "files": {}}, None)
@@ -240,8 +251,12 @@ def main() -> None:
         rows = (
             apart(specs[0], encoder, args.jobs, args.device)
             if args.apart
-            else in_turn(specs, encoder, args.jobs, args.device)
+            else in_turn(specs, encoder, args.jobs, args.device, trace)
         )
+        if trace is not None:
+            trace.stop()
+            busy = draw(kernels_of(trace), "Kernels that ran at once, from the second layer on", args.trace)
+            print(json.dumps({"traced_busy": round(busy, 3)}))
         gathered.finish()
         gathered.discard()
     if args.json:

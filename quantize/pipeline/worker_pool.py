@@ -21,6 +21,7 @@ from ..encode.layer_encoder import LayerEncoder
 from ..spec.hooks import nothing
 from .build_spec import BuildSpec
 from .encoding import Encoded, Step, encode_step, prepare_layers
+from .short_collections import short_collections
 from .turns import Turns
 from .work_units import WorkUnit
 
@@ -92,6 +93,7 @@ def run_units(
 
 
 @one_blas_thread()
+@short_collections()
 def run_steps(
     specs: Mapping[int, BuildSpec],
     todo: Sequence[Step],
