@@ -49,7 +49,8 @@ class Needs:
 
 def in_words(cores: float, gpus: float, memory: float) -> str:
     """Resources for a message."""
-    return f"{cores:.0f} cores, {gpus:.0f} GPUs and {memory / 1e9:.1f} GB of memory"
+    counted = [f"{n:.0f} {what}{'s' * (n != 1)}" for n, what in ((cores, "core"), (gpus, "GPU"))]
+    return f"{', '.join(counted)} and {memory / 1e9:.1f} GB of memory"
 
 
 def load_ray() -> Any:

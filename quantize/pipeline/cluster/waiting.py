@@ -30,8 +30,8 @@ class Waiting:
     _lost_at: float | None = None
 
     def heard(self, now: float) -> None:
-        """A task has ended."""
-        self.heard_at, self._patience = now, QUIET
+        """A task has ended. Where tasks are long, silence that is twice as long as this one tells nothing either."""
+        self.heard_at, self._patience = now, max(QUIET, 2 * (now - self.heard_at))
 
     def look(self, nodes: Sequence[Mapping[str, float]], now: float) -> None:
         """Say what is waited for, if it is time, given what each living node has.
@@ -40,8 +40,7 @@ class Waiting:
         """
         if any(map(self.needs.slots, nodes)):
             if self._lost_at is not None:
-                self._lost_at = None
-                self.heard(now)
+                self._lost_at, self.heard_at = None, now
             if now - self.heard_at >= self._patience:
                 self.on_note(
                     f"no task has ended for {_minutes(now - self.heard_at)}; each asks for {self.needs}, and there "

@@ -217,7 +217,7 @@ def test_a_cluster_without_nodes_ends_the_build_which_continues(
 def test_tasks_that_fit_on_no_node_are_refused(source: Path, tmp_path: Path, nodes: Nodes) -> None:
     with pytest.raises(ClusterError, match="no node of the cluster has 64 cores"):
         build(source, tmp_path / "out", cluster=Cluster(nodes.address, threads=64))
-    with pytest.raises(ClusterError, match="64 cores, 1 GPUs"):
+    with pytest.raises(ClusterError, match="64 cores, 1 GPU and"):
         build(source, tmp_path / "out", cluster=Cluster(nodes.address, threads=64, device="cuda"))
     assert not list(tmp_path.iterdir())
 

@@ -28,7 +28,7 @@ def test_busy_nodes_are_waited_for_with_a_word_now_and_then() -> None:
     assert not driver.said
     driver.look([LARGE, SMALL, LARGE], *range(int(QUIET), int(4 * QUIET)))
     assert driver.said == [
-        f"no task has ended for {minutes} minutes; each asks for 8 cores, 1 GPUs and 1.0 GB of memory, and there are "
+        f"no task has ended for {minutes} minutes; each asks for 8 cores, 1 GPU and 1.0 GB of memory, and there are "
         "2 nodes with 16 cores, 2 GPUs and 64.0 GB of memory; 1 node with 4 cores, 0 GPUs and 8.0 GB of memory. "
         "`ray status` tells whether others use them"
         for minutes in (5, 10)
@@ -45,10 +45,20 @@ def test_every_task_that_ends_is_a_sign_of_life() -> None:
     assert len(driver.said) == 1
 
 
+def test_long_tasks_are_no_reason_to_complain_again_and_again() -> None:
+    driver = Driver()
+    for n in range(1, 10):
+        driver.look([LARGE], *(QUIET * (3 * (n - 1) + m / 10) for m in range(1, 31)))
+        driver.waiting.heard(100.0 + 3 * QUIET * n)
+    assert len(driver.said) == 2  # before the first one has ended: after one, and after two times as long
+
+
 def test_without_a_node_for_its_tasks_a_driver_gives_up_after_a_while() -> None:
     driver = Driver()
     driver.look([SMALL], 0, 1, LOST - 1)
-    asks = "no node of the cluster can take a task: each asks for 8 cores, 1 GPUs and 1.0 GB of memory, and there"
+    asks = (
+        "no node of the cluster can take a task: each asks for 8 cores, 1 GPU and 1.0 GB of memory, and there"
+    )
     small = "1 node with 4 cores, 0 GPUs and 8.0 GB of memory"
     assert driver.said == [f"{asks} is {small}. The build waits 10 minutes for one that can"]
     with pytest.raises(ClusterError) as given_up:
