@@ -146,9 +146,15 @@ def judge_hidden(kit: Path, model: dict[str, Any], prompt: dict[str, Any], dump:
     for layer, (mine, right) in enumerate(zip(got, expected)):  # noqa: B905
         worst = min((cosine(a, b) for a, b in zip(mine, right)), key=lambda c: (c == c, c))  # noqa: B905
         if not worst >= model["bar"]:
-            names, said = suspects(folder, prompt, mine, right) if layer == 0 else ((), "")
+            names, said = suspects(folder, prompt, mine, right) if layer == 0 else ((), later(model, layer))
             return Finding(where, f"layer {layer} departs (cosine {worst:.5f}){said}", names)
     return None
+
+
+def later(model: dict[str, Any], layer: int) -> str:
+    """Words on a layer that departs where those before it are right."""
+    gate_up, down = model["formats"][layer]
+    return f", and those before it are right: its gate and up are in {gate_up} and its down in {down}, unlike theirs"
 
 
 def suspects(folder: Path, prompt: dict[str, Any], mine: Rows, right: Rows) -> tuple[tuple[str, ...], str]:

@@ -1,4 +1,4 @@
-"""Dumps of hidden states (HFHS) of a kit's models, which have one layer."""
+"""Dumps of hidden states (HFHS) of a kit's models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ....verify.hidden import HiddenWriter
 
 
 def write_hidden(path: Path, states: NDArray[np.float32]) -> None:
-    """A dump of the states f32 [positions, hidden] after a single layer."""
-    with HiddenWriter(path, 1, *states.shape) as writer:
-        writer.add(states)
+    """A dump of the states f32 [layers, positions, hidden] after each layer."""
+    with HiddenWriter(path, *states.shape) as writer:
+        for layer in states:
+            writer.add(layer)

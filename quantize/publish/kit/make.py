@@ -132,8 +132,7 @@ def _model(folder: Path, model: KitModel, backend: Backend) -> dict[str, Any]:
         "name": model.name,
         "file": path.name,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "gate_up": model.gate_up,
-        "down": model.down,
+        "formats": [list(pair) for pair in model.layers],
         **asdict(model.shape),
         "bar": BAR,
         "prompts": prompts,
@@ -143,9 +142,10 @@ def _model(folder: Path, model: KitModel, backend: Backend) -> dict[str, Any]:
 def _prompt(folder: Path, name: str, held: HeldFile, config: ModelConfig, backend: Backend) -> dict[str, Any]:
     tokens = np.array(PROMPTS[name])
     with torch.inference_mode():
-        ((_, stream),) = layer_by_layer(held, config, tokens[None], dtype=torch.float64)
-        (values,) = logits(held, config, stream)
-    right, ours = stream[0].float().numpy(), run_model(held.file, config, backend, tokens)
+        streams = [s for _, s in layer_by_layer(held, config, tokens[None], dtype=torch.float64)]
+        (values,) = logits(held, config, streams[-1])
+    right = torch.cat(streams).float().numpy()
+    ours = run_model(held.file, config, backend, tokens)
     write_hidden(folder / f"{name}.hfhs", right)
     write_hidden(folder / f"{name}.kernels.hfhs", ours.states)
     values.float().numpy().astype("<f4").tofile(folder / f"{name}.logits.f32")
@@ -158,14 +158,16 @@ def _prompt(folder: Path, name: str, held: HeldFile, config: ModelConfig, backen
         "logits": f"{name}.logits.f32",
         "kernels_logits": f"{name}.kernels.logits.f32",
         "suspect_positions": min(POSITIONS, len(tokens)),
-        "suspects": _suspects(folder, name, held, config, tokens, right),
+        "suspects": _suspects(folder, name, held, config, tokens, right[0]),
     }
 
 
 def _suspects(
     folder: Path, prompt: str, held: HeldFile, config: ModelConfig, tokens: NDArray[np.int64], right: F32
 ) -> list[dict[str, Any]]:
-    """The faults that show on a prompt; those that give the same states share one entry."""
+    """The faults that show on a prompt after the first layer, where `right` is f32 [positions, hidden]; those that give
+    the same states share one entry.
+    """
     found: list[tuple[F32, list[Fault]]] = []
     last = min(POSITIONS, len(tokens))
     for fault in FAULTS:

@@ -30,19 +30,21 @@ class BrokenKitError(MqError):
 
 @dataclass(frozen=True)
 class Ran:
-    """Of one prompt: the states f32 [len, hidden] after the layer, and logits f32 [len, vocabulary]."""
+    """Of one prompt: the states f32 [layers, len, hidden] after each layer, and logits f32 [len, vocabulary]."""
 
     states: F32
     logits: F32
 
 
 def run_model(file: HfqFile, config: ModelConfig, backend: Backend, tokens: NDArray[np.integer]) -> Ran:
-    """Run token ids [len] through a model of one layer."""
+    """Run token ids [len] through a model."""
     model = KernelModel(file, config, backend, len(tokens))
-    state = model.embed(tokens)
-    model.layer(0, [state], [model.positions(0, len(tokens))], [model.cache()])
+    state, states = model.embed(tokens), []
+    for layer in range(config.num_hidden_layers):
+        model.layer(layer, [state], [model.positions(0, len(tokens))], [model.cache()])
+        states.append(backend.download(state).copy())
     (values,) = model.logits([state])
-    return Ran(backend.download(state), values)
+    return Ran(np.stack(states), values)
 
 
 def product(backend: Backend, kernel: str, v: Vector) -> F32:

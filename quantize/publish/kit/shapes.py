@@ -25,12 +25,21 @@ class Shape:
 
 @dataclass(frozen=True)
 class KitModel:
-    """One model of a kit: `gate_up` and `down` are names of block formats."""
+    """One model of a kit: `layers` holds the block formats of each layer, of gate and up and of down."""
 
     name: str
     shape: Shape
-    gate_up: str
-    down: str
+    layers: tuple[tuple[str, str], ...]
+
+    @property
+    def gate_up(self) -> str:
+        """The formats of gate and up, layer by layer."""
+        return ", ".join(gate_up for gate_up, _ in self.layers)
+
+    @property
+    def down(self) -> str:
+        """The formats of down, layer by layer."""
+        return ", ".join(down for _, down in self.layers)
 
     def config(self) -> dict[str, Any]:
         """Its config.json, with the flat keys that the engine reads."""
@@ -39,7 +48,7 @@ class KitModel:
             "model_type": "minimax_m2",
             "hidden_size": self.shape.hidden,
             "intermediate_size": self.shape.width,
-            "num_hidden_layers": 1,
+            "num_hidden_layers": len(self.layers),
             "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS,
             "head_dim": HEAD_DIM,
@@ -66,17 +75,26 @@ FULL = Shape(3072, 1536, 1, 1)
 """The width of M2.7. One expert: with more, the kit would be too large to be handed around."""
 EIGHT = Shape(1024, 768, 8, 8)
 """Eight experts a token, as M2.7 has, since engines write kernels for that number; narrower, to stay small."""
+MIXED = KitModel(
+    "mixed",
+    Shape(256, 256, 2, 2),
+    (("MQ3-Lloyd", "MQ2-Lloyd"), ("MQ2-Lloyd", "MQ6"), ("MQ6", "MQ3-Lloyd")),
+)
+"""Other formats in each layer, as files have that are fitted to a size: an engine reads them for each layer."""
 PROMPTS = {"one": (72,), "eight": (84, 104, 101, 32, 107, 105, 116, 46)}
 """Token ids by name. With one token, attention hands on its value whatever queries, keys and positions are."""
 
 
 def kit_models() -> tuple[KitModel, ...]:
-    """A model of full width for each pair of formats that a tier has, and one of eight experts where both are equal."""
+    """A model of full width for each pair of formats that a tier has, one of eight experts where both are equal, and
+    one whose formats differ from layer to layer.
+    """
     pairs = {tier: formats_of(tier) for tier in tiers()}
-    full = [KitModel(tier, FULL, *pair) for tier, pair in pairs.items()]
+    full = [KitModel(tier, FULL, (pair,)) for tier, pair in pairs.items()]
     return (
         *full,
-        *(KitModel(f"{tier}-eight", EIGHT, *pair) for tier, pair in pairs.items() if len(set(pair)) == 1),
+        *(KitModel(f"{tier}-eight", EIGHT, (pair,)) for tier, pair in pairs.items() if len(set(pair)) == 1),
+        MIXED,
     )
 
 

@@ -87,8 +87,10 @@ def _values(spec: TensorSpec) -> F64:
 
 def _matrix(model: KitModel, spec: TensorSpec) -> tuple[Format, U8]:
     rows, columns = spec.shape
-    expert = {"w1": model.gate_up, "w3": model.gate_up, "w2": model.down}
-    fmt = BY_NAME[expert[spec.projection] if spec.projection else "Q8F16"]
+    fmt = BY_NAME["Q8F16"]
+    if spec.projection and spec.layer is not None:
+        gate_up, down = model.layers[spec.layer]
+        fmt = BY_NAME[down if spec.projection == "w2" else gate_up]
     gain = GAINS[spec.projection or spec.role]
     deviation = gain if spec.role == "embed" else gain / math.sqrt(columns)
     made = payload(spec.name, fmt, rows, columns, deviation)

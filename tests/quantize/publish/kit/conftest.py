@@ -11,7 +11,7 @@ from mq_quant.kernels.runtime.sources import FOLDER, Sources
 from mq_quant.quantize.publish.kit.make import write_kit
 from mq_quant.quantize.publish.kit.shapes import KitModel, Shape
 
-SMALL = KitModel("small", Shape(512, 1280, 3, 2), "MQ4", "MQ4")
+SMALL = KitModel("small", Shape(512, 1280, 3, 2), (("MQ4", "MQ4"),))
 FORMATS = ("MQ4", "Q8F16")
 Changes = Mapping[str, tuple[tuple[str, str], ...]]
 """Of each source file, pieces of text and what stands in their place."""

@@ -7,18 +7,21 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.errors import OutputError
 from mq_quant.formats.hfq import open_hfq
-from mq_quant.formats.minimax import inventory, parse_config
+from mq_quant.formats.minimax import expert_name, inventory, parse_config
 from mq_quant.kernels.runtime.host import open_backend
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.inspect.verify_inputs import VerifyOptions, inputs_of
+from mq_quant.quantize.publish.kit.check_kit import judge
 from mq_quant.quantize.publish.kit.make import POSITIONS, write_kit
 from mq_quant.quantize.publish.kit.run import BrokenKitError, check_kit
-from mq_quant.quantize.publish.kit.shapes import FULL, PROMPTS, kit_models
+from mq_quant.quantize.publish.kit.shapes import FULL, MIXED, PROMPTS, kit_models
 from mq_quant.quantize.publish.kit.suspects import FAULTS
+from mq_quant.quantize.publish.kit.vectors import FORMATS
 from mq_quant.quantize.publish.kit.weights import write_model
 from mq_quant.quantize.spec.recipe import tiers
 from mq_quant.verify.run import verify
@@ -46,14 +49,32 @@ def test_a_whole_kit_has_every_tier_at_full_width_and_stays_small() -> None:
     assert (FULL.hidden, FULL.width) == (3072, 1536)
     total = 0
     for model in models:
-        formats = {"w1": model.gate_up, "w3": model.gate_up, "w2": model.down}
         for spec in inventory(parse_config(model.config())):
-            name = formats[spec.projection] if spec.projection else "Q8F16" if len(spec.shape) > 1 else "F32"
+            name = "Q8F16" if len(spec.shape) > 1 else "F32"
+            if spec.projection and spec.layer is not None:
+                name = model.layers[spec.layer][spec.projection == "w2"]
             total += BY_NAME[name].nbytes(math.prod(spec.shape))
         for tokens in PROMPTS.values():
-            rows = 2 * len(tokens) + len(FAULTS) * min(POSITIONS, len(tokens))
+            rows = 2 * len(tokens) * len(model.layers) + len(FAULTS) * min(POSITIONS, len(tokens))
             total += 4 * (rows * model.shape.hidden + 2 * len(tokens) * 300)
     assert total + 2_000_000 < LIMIT  # the rest is metadata and single products
+
+
+def test_a_model_has_other_formats_in_each_layer_and_a_layer_that_departs_is_named(tmp_path: Path) -> None:
+    """As a file that is fitted to a size. An engine that goes by the formats of the first layer is found out."""
+    with open_backend("cpu") as backend:
+        write_kit(tmp_path / "kit", backend, [MIXED], FORMATS)
+        checked = check_kit(tmp_path / "kit", tmp_path / "results", backend)
+    assert not checked.judgement.findings
+    with open_hfq(tmp_path / "kit" / "mixed" / "mixed.hfq") as file:
+        formats = [[file.entry(expert_name(n, 0, p)).quant_type for p in ("w1", "w2")] for n in range(3)]
+    assert formats == [[BY_NAME[name].quant_type for name in pair] for pair in MIXED.layers]
+    dump = tmp_path / "results" / "mixed.one.hfhs"
+    states = np.frombuffer(dump.read_bytes()[24:], "<f4").reshape(3, 1, 256).copy()
+    states[1:] = states[:1]
+    dump.write_bytes(dump.read_bytes()[:24] + states.tobytes())
+    (finding,) = judge(tmp_path / "kit", tmp_path / "results").findings
+    assert "layer 1 departs" in finding.problem and "down in MQ6, unlike theirs" in finding.problem
 
 
 def test_nothing_is_replaced_but_a_kit(kit: Path, tmp_path: Path) -> None:
