@@ -1,5 +1,5 @@
-"""The CPU back end with what only NVIDIA's header has: tiles of bits, made of shuffles, and copies into LDS, made as
-late as they may be."""
+"""The CPU back end with what only NVIDIA's header has: tiles of bits and of bytes, made of shuffles, and copies into
+LDS, made as late as they may be."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ FORMATS = tuple(CudaBackend.counted)
 
 class CountingBackend(CpuBackend):
     slices = CudaBackend.counted
+    multiprocessors = 3
     most_lds = 0
 
     def lds_for_copies(self, kernel):

@@ -6,13 +6,11 @@
 // share a row, and eight such teams a tile of 16 rows; lane s has the 32 columns of words s and s + 4. Sums over columns are
 // whole numbers, sums over groups f32.
 #pragma once
-#include "dot.h"
-#include "forward_constants.h"    // made by geometry.py
+#include "units.h"
 
 #ifdef MQ_BITS
 // Formats for BitDot. `bits` gives, for word i of the lane, the columns in which all bits of a set are 1, in the order in which
-// `load_x` takes columns; `shares` gives the d of each set, and returns that of the empty set. LDS holds all rows of products
-// of at most WHOLE matrices, and then a turn of the loop takes UNROLLED groups.
+// `load_x` takes columns; `shares` gives the d of each set, and returns that of the empty set.
 template <class Block>
 struct CountedGroup {
   static constexpr int BYTES = Block::BYTES, HEAD = Block::HEAD, WORDS = Block::BITS, SETS = Block::LEVELS - 1;
@@ -37,7 +35,6 @@ struct CountedGroup {
 };
 
 struct MQ2_Bits : CountedGroup<blocks::MQ2_Lloyd> {
-  static constexpr int WHOLE = WHOLE_MQ2_Lloyd, UNROLLED = 1;
   // Even bits come from the first word of a pair, odd bits from the second.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
     const Quad* quads = reinterpret_cast<const Quad*>(x + i / 4 * 32) + i % 4;
@@ -66,7 +63,6 @@ struct MQ2_Bits : CountedGroup<blocks::MQ2_Lloyd> {
 };
 
 struct MQ3_Bits : CountedGroup<blocks::MQ3_Lloyd> {
-  static constexpr int WHOLE = WHOLE_MQ3_Lloyd, UNROLLED = 3;
   // The lowest bit of code i is bit 3i of the three words together, and so bit 3i % 32 of one of them: each place of a word
   // belongs to one code.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
@@ -137,22 +133,11 @@ struct BitDot {
 
   // A lane's eight elements of a group into LDS.
   static DEVICE_MEMBER void stage(float* staged, const float (&x)[PER_LANE]) {
-    int most = 0;    // without their signs, f32 have the order of their bits as whole numbers
-#pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-      const int size = (int)__float_as_uint(fabsf(x[j]));
-      most = size > most ? size : most;
-    }
-    most = wave_most(most);
-    const bool finite = most < 0x7f800000;
-    const bool tiny = most < 64 << 23;    // then all are multiplied by 2^64 first
-    const float lift = tiny ? 18446744073709551616.0f : 1.0f;
-    const int bits = (int)__float_as_uint(__int_as_float(most) * lift) >> 23, exponent = bits > 63 ? bits : 63;
-    const float inverse = __int_as_float((254 + TOP - exponent) << 23);
+    const Units units = units_of<TOP>(x);
     uint32_t u[PER_LANE], total = 0;    // two's complement
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) {
-      u[j] = __float_as_uint(fmaf(x[j] * lift, inverse, HIGH)) - 0x4b400000;
+      u[j] = __float_as_uint(fmaf(x[j] * units.lift, units.inverse, HIGH)) - 0x4b400000;
       total += u[j];
     }
     const int odd = lane() % 2, upper = lane() / 2 % 2;
@@ -178,8 +163,7 @@ struct BitDot {
     }
     total = wave_total(total);
     if (lane() == 0) {
-      const float unit = __int_as_float((exponent - TOP) << 23) * (tiny ? 5.421010862427522e-20f : 1.0f);
-      staged[UNIT] = finite ? unit : not_a_number();
+      staged[UNIT] = units.unit * units.lower;
       staged[UNIT + 1] = (float)(int)total;
     }
   }

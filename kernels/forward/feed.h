@@ -1,10 +1,7 @@
-// How the weights of a matrix-vector product come to its lanes. A team of lanes multiplies ROWS rows of one or two matrices,
-// STEP groups at a time; its row r belongs to matrix r / PER. The teams of a wave take rows in turns, so that at one time
-// they read neighbouring rows, which meet less often in a bank of LDS than every other row. Loads may begin before the kernel
-// awaits the one before it.
+// How the weights of a matrix-vector product come to its lanes. A team of lanes multiplies ROWS rows of one or two matrices;
+// its row r belongs to matrix r / PER. Loads may begin before the kernel awaits the one before it.
 #pragma once
 #include "formats.h"
-#include "forward_constants.h"
 
 template <class Format, int MATRICES>
 struct Rows {
@@ -31,7 +28,7 @@ struct Rows {
 template <class Format, int MATRICES>
 struct Direct {
   using Raw = typename Format::Raw;
-  static constexpr int STEP = 1, ROWS = Format::ROWS, TEAM = GROUP / Format::SLICE;
+  static constexpr int ROWS = Format::ROWS, TEAM = GROUP / Format::SLICE;
   const uint8_t* row[ROWS];
   Raw raw[ROWS], ahead[ROWS];
   int group = 0, groups;
@@ -53,102 +50,4 @@ struct Direct {
     }
   }
 
-  DEVICE_MEMBER void read(int, Raw (&now)[ROWS]) const {
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) now[r] = raw[r];
-  }
 };
-
-#ifndef MQ_COPY    // no vendor's copies to await
-typedef int Arrival;
-DEVICE void prepare(Arrival*) {}
-#else
-// Through LDS, which holds all rows of the block. One thread asks for them, in one piece for each matrix, as they lie in
-// memory: memory is fastest when a line or page is read at once, and a kernel that still runs on the same multiprocessor is
-// disturbed least. A feed is made after the copies have been asked for. Pieces begin and end at multiples of 16 bytes.
-template <class Format, int MATRICES>
-struct Whole {
-  using Raw = typename Format::Raw;
-  using Share = Rows<Format, MATRICES>;
-  static constexpr int STEP = 1, ROWS = Share::ROWS, TEAM = Share::TEAM, PER = Share::PER, TILE = Share::TILE;
-  const uint8_t* lines;    // the team's first
-  int line, piece, at = -Format::BYTES;
-
-  // One thread calls it, of the first team.
-  static DEVICE_MEMBER void request(const Share& share, uint8_t* lds, int waves, Arrival* arrival) {
-    const int piece = waves * TILE * share.line(), bytes = min(piece, (share.rows - share.first) * share.line());
-    expect(arrival, MATRICES * bytes);
-#pragma unroll
-    for (int m = 0; m < MATRICES; m++) {
-      copy_run(lds + m * piece, share.matrix[m] + (int64_t)share.first * share.line(), bytes, arrival);
-    }
-  }
-
-  DEVICE_MEMBER Whole(const Share& share, const uint8_t* lds, int waves)
-      : lines(lds + (wave() * TILE + lane() / TEAM) * share.line()), line(share.line()), piece(waves * TILE * line) {}
-
-  DEVICE_MEMBER void next() { at += Format::BYTES; }
-
-  DEVICE_MEMBER void read(int, Raw (&now)[ROWS]) const {
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      now[r] = Format::read(lines + r / PER * piece + r % PER * Share::APART * line + at, lane() % TEAM);
-    }
-  }
-};
-
-// Through a ring of stages in LDS, one ring for each wave, for rows that LDS cannot hold at once. A stage is STEP groups of
-// each row of the wave; each team copies its own rows in the background, 16 bytes a lane. Rows begin at multiples of 16 bytes
-// and are whole stages.
-template <class Format, int MATRICES>
-struct Ring {
-  using Raw = typename Format::Raw;
-  using Share = Rows<Format, MATRICES>;
-  static constexpr int ROWS = Share::ROWS, TEAM = Share::TEAM, COPY = 16 * TEAM, STEP = RING_STEP;
-  static constexpr int LINE = STEP * Format::BYTES, APART = Share::APART * LINE, STAGE = ROWS * APART;
-  static constexpr int DEPTH = RING_DEPTH, WAVE_BYTES = DEPTH * STAGE;
-  const uint8_t* row[ROWS];
-  const uint8_t* ring;    // the team's first line
-  LdsAddress target;
-  int left, put = 0, got = -STAGE;
-
-  DEVICE_MEMBER Ring(const Share& share, const uint8_t* lds)
-      : ring(lds + wave() * WAVE_BYTES + lane() / TEAM * LINE), left(share.groups) {
-    target = lds_address(ring) + 16 * (lane() % TEAM);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) row[r] = share.row(r) + 16 * (lane() % TEAM);
-#pragma unroll 1
-    for (int i = 0; i < DEPTH - 1; i++) request();
-  }
-
-  // Begins to copy the next stage. Past the last stage it closes an empty batch, since `next` counts batches.
-  DEVICE_MEMBER void request() {
-    if (left > 0) {
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-        for (int at = 0; at < LINE; at += COPY) {
-          if (at + 16 * (lane() % TEAM) < LINE) copy_quad(target + put + r * APART + at, row[r] + at);
-        }
-        row[r] += LINE;
-      }
-      left -= STEP;
-    }
-    close_batch();
-    put = put + STAGE == WAVE_BYTES ? 0 : put + STAGE;
-  }
-
-  DEVICE_MEMBER void next() {
-    await_batches<DEPTH - 2>();
-    sync_wave();    // every lane's copies are there, and nobody reads the stage before any more
-    request();
-    got = got + STAGE == WAVE_BYTES ? 0 : got + STAGE;
-  }
-
-  // The i-th group of the stage.
-  DEVICE_MEMBER void read(int i, Raw (&now)[ROWS]) const {
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) now[r] = Format::read(ring + got + r * APART + i * Format::BYTES, lane() % TEAM);
-  }
-};
-#endif

@@ -10,27 +10,27 @@ CHUNK = 12
 """Groups of x that a block of a product has in LDS at a time."""
 MATRIX_THREADS = 128
 """Threads of a block that decodes, or multiplies one matrix."""
-EXPERT_THREADS = 384
-"""Threads of a block that multiplies experts' matrices, at most."""
-RESIDENT_THREADS = 768
+EXPERT_THREADS = 32 * (CHUNK + 1)
+"""Threads of a block that multiplies experts' matrices, at most: a wave for each of CHUNK groups, and one that copies."""
+DIRECT_THREADS = 384
+"""The same where rows come directly."""
+RESIDENT_THREADS = 2 * EXPERT_THREADS
 """Threads of a multiprocessor for which products are given registers, where a vendor's header can say so."""
 ATTENTION_THREADS = 128
 """Threads of a block of attention, and keys that it scores at a time."""
 MAX_HEAD_DIM = 256
 """Dimensions of a head, at most."""
-WHOLE: Mapping[str, int] = {"MQ2-Lloyd": 2, "MQ3-Lloyd": 1}
-"""By format, of how many matrices LDS may hold all rows of a block at once; products of more matrices take the ring."""
-RING_STEP = 2
-"""Groups of a stage of the ring through which rows come that LDS does not hold."""
-RING_DEPTH = 3
-"""Stages of the ring."""
-COPYING_WAVES: Mapping[tuple[str, str], int] = {
-    ("expert_gate_up", "MQ2-Lloyd"): 7,
-    ("expert_gate_up", "MQ3-Lloyd"): 12,
-    ("expert_down", "MQ2-Lloyd"): 6,
-    ("expert_down", "MQ3-Lloyd"): 8,
-}
-"""By product and format, the waves of a block whose rows a back end copies into LDS. Found best on an H100."""
+WAVE_ROWS: Mapping[str, int] = {"MQ4": 8, "MQ6": 8, "Q8F16": 8, "MQ2-Lloyd": 16, "MQ3-Lloyd": 16}
+"""By format, rows that a wave multiplies at a time of those that come through a ring in LDS; others come directly."""
+MOST_STAGES = 8
+"""Stages of the ring, at most."""
+BATCH = 4
+"""Tiles whose sums over groups are made at once."""
+LEAD = 1
+"""Tiles that a block has left to ask for when the next kernel may begin."""
+ROW_CONFLICT = 64
+"""Rows of a multiple of so many bytes meet in the banks of LDS, and are put ROW_SHIFT bytes further apart."""
+ROW_SHIFT = 16
 
 CONSTANTS: Mapping[str, Number] = {
     "CHUNK": CHUNK,
@@ -39,9 +39,11 @@ CONSTANTS: Mapping[str, Number] = {
     "RESIDENT_THREADS": RESIDENT_THREADS,
     "ATTENTION_THREADS": ATTENTION_THREADS,
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
-    "RING_STEP": RING_STEP,
-    "RING_DEPTH": RING_DEPTH,
-    **{f"WHOLE_{name.replace('-', '_')}": count for name, count in WHOLE.items()},
+    "MOST_STAGES": MOST_STAGES,
+    "BATCH": BATCH,
+    "LEAD": LEAD,
+    "ROW_CONFLICT": ROW_CONFLICT,
+    "ROW_SHIFT": ROW_SHIFT,
 }
 
 

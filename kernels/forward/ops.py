@@ -20,7 +20,17 @@ from ...formats.fwht import GROUP, SIGNS1, SIGNS2
 from ..runtime.block_table import BLOCK_THREADS, SLICES, WAVE
 from ..runtime.host import Argument, Backend, Buffer
 from ..runtime.sources import Kernel
-from .geometry import CHUNK, COPYING_WAVES, MATRIX_THREADS, MAX_HEAD_DIM, RING_DEPTH, RING_STEP, WHOLE
+from .geometry import (
+    BATCH,
+    CHUNK,
+    DIRECT_THREADS,
+    MATRIX_THREADS,
+    MAX_HEAD_DIM,
+    MOST_STAGES,
+    ROW_CONFLICT,
+    ROW_SHIFT,
+    WAVE_ROWS,
+)
 
 
 @dataclass(frozen=True)
@@ -290,22 +300,39 @@ def _launch_experts(
 ) -> None:
     """Launch a product of one or two matrices of each expert, all of one shape, through LDS where that can be done."""
     first, kernel = w[0], backend.kernel(name, w[0].format)
-    copied, lds = _copied(backend, kernel, w)
-    waves = copied or kernel.threads // WAVE
-    blocks = _ceil(first.rows, _rows(backend, first.format, waves) // len(w))
-    shape = (first.offsets.size, first.rows, first.cols // GROUP)
-    backend.launch(kernel, (blocks, *grid), (waves * WAVE,), (*args, *shape, copied), lds)
+    slots, tokens = grid
+    shape = (first.offsets.size, first.rows, first.cols // GROUP, tokens, slots)
+    if ring := _ring(backend, kernel, w):
+        blocks = min(backend.multiprocessors, tokens * slots * len(w) * _ceil(first.rows, ring.rows))
+        threads = (ring.waves + 1) * WAVE
+        backend.launch(kernel, (blocks,), (threads,), (*args, *shape, ring.stages), ring.lds)
+    else:
+        threads = min(kernel.threads, DIRECT_THREADS)
+        blocks = _ceil(first.rows, _rows(backend, first.format, threads // WAVE) // len(w))
+        backend.launch(kernel, (blocks, *grid), (threads,), (*args, *shape, 0))
 
 
-def _copied(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int]:
-    """(waves of a block whose rows are copied into LDS, bytes of LDS that they take); (0, 0) where that cannot be."""
+@dataclass(frozen=True)
+class _Ring:
+    """How rows come through LDS: waves of a block that multiply, rows of a tile, stages, bytes of LDS in all."""
+
+    waves: int
+    rows: int
+    stages: int
+    lds: int
+
+
+def _ring(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> _Ring | None:
+    """None where rows cannot come through LDS."""
     fmt, groups = w[0].format, w[0].cols // GROUP
-    waves, whole = COPYING_WAVES.get((kernel.name, fmt), 0), len(w) <= WHOLE.get(fmt, 0)
-    held = groups if whole else RING_DEPTH * RING_STEP
-    lds = _rows(backend, fmt, waves) * held * BY_NAME[fmt].nbytes(GROUP)
-    walkable = groups <= CHUNK if whole else groups % RING_STEP == 0
-    possible = waves > 0 and walkable and all(m.aligned for m in w) and lds <= backend.lds_for_copies(kernel)
-    return (waves, lds) if possible else (0, 0)
+    line, parts = groups * BY_NAME[fmt].nbytes(GROUP), CHUNK // groups
+    waves, rows = parts * groups, parts * WAVE_ROWS.get(fmt, 0)
+    if not rows or not all(m.aligned for m in w):
+        return None
+    stage = rows * (line if line % ROW_CONFLICT else line + ROW_SHIFT)
+    sums = 2 * BATCH * groups * rows * 4
+    stages = min(MOST_STAGES, (backend.lds_for_copies(kernel) - sums) // stage)
+    return _Ring(waves, rows, stages, stages * stage + sums) if stages > 1 else None
 
 
 def _rows(backend: Backend, fmt: str, waves: int) -> int:

@@ -35,6 +35,9 @@ _OWN_LDS = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _DYNAMIC_LDS = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _LDS_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _MOST_LDS = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_RESERVED_LDS = 1024
+"""Bytes that every block gives to the system. A multiprocessor has as many more than a block may have."""
+_MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -110,8 +113,8 @@ class CudaBackend(GpuBackend):
         self.call("cuCtxSetCurrent", context)
         name = ctypes.create_string_buffer(256)
         self.call("cuDeviceGetName", name, ctypes.c_int(len(name)), device)
-        major, minor, self._most_lds = (
-            self._attribute(device, number) for number in (*_CAPABILITY, _MOST_LDS)
+        major, minor, self._most_lds, self.multiprocessors = (
+            self._attribute(device, number) for number in (*_CAPABILITY, _MOST_LDS, _MULTIPROCESSORS)
         )
         self.arch = f"sm_{major}{minor}"
         self._overlaps = major >= 9
@@ -147,13 +150,16 @@ class CudaBackend(GpuBackend):
         self.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments(values), none)
 
     def lds_for_copies(self, kernel: Kernel) -> int:
-        """Bytes of LDS that a block may have beside the kernel's own arrays; 0 on devices that copy no rows."""
+        """Bytes of LDS that each of two blocks of a multiprocessor may have beside the kernel's own arrays; 0 on devices
+        that copy no rows.
+        """
         if not self._overlaps:
             return 0
         if kernel not in self._lds:
             own, function = ctypes.c_int(), self._function(kernel)
             self.call("cuFuncGetAttribute", ctypes.byref(own), ctypes.c_int(_OWN_LDS), function)
-            self._lds[kernel] = left = self._most_lds - own.value
+            half = (self._most_lds + _RESERVED_LDS) // 2 - _RESERVED_LDS
+            self._lds[kernel] = left = half - own.value
             for attribute, value in ((_DYNAMIC_LDS, left), (_LDS_CARVEOUT, 100)):
                 self.call("cuFuncSetAttribute", function, ctypes.c_int(attribute), ctypes.c_int(value))
         return self._lds[kernel]

@@ -5,6 +5,7 @@
 //   weights  the decoded elements, with the bits of blocks.py
 //   dot      their product with x, added to `sum`; affine formats take scale and zero out of it (x_sum is the sum of x)
 //   Counted  the struct for units that count bits (bits.h), where the format has one
+//   Bytes    the struct for units that multiply tiles of bytes (bytes.h), where it has one
 // Alignment: 8 bytes for the MQ formats, 2 for Q8F16, else that of the value.
 #pragma once
 #include "device.h"
@@ -70,7 +71,9 @@ struct F16 : blocks::F16 {
 };
 
 // Blocks of an f16 scale and signed bytes, a few lanes to a block.
+struct Q8_Bytes;
 struct Q8F16 : blocks::Q8F16 {
+  using Bytes = Q8_Bytes;
   static constexpr int LANES = BLOCK_WEIGHTS / SLICE;
   struct Raw {
     uint16_t scale, pairs[SLICE / 2];
@@ -139,12 +142,16 @@ struct Affine : Packed<Block> {
   }
 };
 
+struct MQ4_Bytes;
+struct MQ6_Bytes;
 struct MQ4 : Affine<MQ4, blocks::MQ4> {
+  using Bytes = MQ4_Bytes;
   DEVICE uint32_t codes(const Raw& raw, int j) { return raw.codes[j / 8]; }
   DEVICE int shift(int j) { return BITS * (j % 8); }
 };
 
 struct MQ6 : Affine<MQ6, blocks::MQ6> {
+  using Bytes = MQ6_Bytes;
   DEVICE uint32_t codes(const Raw& raw, int j) { return bits24(raw.codes, j / 4); }
   DEVICE int shift(int j) { return BITS * (j % 4); }
 };

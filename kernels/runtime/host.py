@@ -78,6 +78,8 @@ class Backend(ABC):
     """The device in words, for reports."""
     slices: Mapping[str, int] = MappingProxyType({})
     """By format, elements of a group that one lane multiplies, where that is not SLICE of block_table.py."""
+    multiprocessors: int = 1
+    """Blocks that a launch needs to keep the whole device busy, where each of them takes half a multiprocessor's LDS."""
 
     @classmethod
     def devices(cls) -> int:
@@ -111,7 +113,10 @@ class Backend(ABC):
         return self.sources.kernel(name, fmt)
 
     def lds_for_copies(self, kernel: Kernel) -> int:
-        """Bytes of dynamic LDS to which a block of the kernel may have rows copied; 0 where nothing copies them."""
+        """Bytes of dynamic LDS to which a block of the kernel may have rows copied; 0 where nothing copies them.
+
+        They leave room for a block of the next kernel.
+        """
         return 0
 
     def alloc(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:

@@ -44,3 +44,20 @@ DEVICE Counts count_common(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, u
   }
   return count;
 }
+DEVICE void multiply_bytes(Counts& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  const int row = lane() / 4 * 4, columns = lane() % 4 * 8;
+  for (int c = 0; c < 4; c++) {
+    const uint32_t upper[2] = {__shfl(a0, row + c), __shfl(a2, row + c)};
+    const uint32_t lower[2] = {__shfl(a1, row + c), __shfl(a3, row + c)};
+    for (int n = 0; n < 2; n++) {
+      const uint32_t x[2] = {__shfl(b0, columns + 4 * n + c), __shfl(b1, columns + 4 * n + c)};
+      for (int half = 0; half < 2; half++) {
+        for (int byte = 0; byte < 32; byte += 8) {
+          const int factor = static_cast<int8_t>(x[half] >> byte);
+          sum.v[n] += static_cast<int8_t>(upper[half] >> byte) * factor;
+          sum.v[2 + n] += static_cast<int8_t>(lower[half] >> byte) * factor;
+        }
+      }
+    }
+  }
+}

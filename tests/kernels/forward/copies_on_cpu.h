@@ -3,55 +3,46 @@
 #include <map>
 #include <vector>
 #define MQ_COPY
-typedef uint8_t* LdsAddress;
 struct Copy {
   uint8_t* to;
   const uint8_t* from;
   size_t bytes;
 };
-DEVICE void ask(std::vector<Copy>& copies, uint8_t* to, const uint8_t* from, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) __builtin_trap();
-  std::memset(to, 0xff, bytes);
-  copies.push_back({to, from, bytes});
-}
-DEVICE void make(std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
-  copies.clear();
-}
-
-static thread_local std::map<void*, std::vector<std::vector<Copy>>> batches;    // by lane
-DEVICE std::vector<std::vector<Copy>>& mine() {
-  auto& own = batches[mq::self->fiber];
-  if (own.empty()) own.emplace_back();
-  return own;
-}
-DEVICE LdsAddress lds_address(const uint8_t* p) { return const_cast<uint8_t*>(p); }
-DEVICE void copy_quad(LdsAddress to, const uint8_t* from) { ask(mine().back(), to, from, 16); }
-DEVICE void close_batch() { mine().emplace_back(); }
-template <int LATER>
-DEVICE void await_batches() {
-  auto& own = mine();
-  while (own.size() > LATER + 1) {
-    make(own.front());
-    own.erase(own.begin());
-  }
-}
 
 struct Arrival {
-  int prepared, bytes;
+  int count, missing, bytes, times;
 };
 static thread_local std::map<void*, std::vector<Copy>> runs;    // by arrival
-DEVICE void prepare(Arrival* arrival) {
-  if (threadIdx.x > 0) return;
-  *arrival = {1, 0};
+DEVICE void prepare(Arrival* arrival, int count) {
+  *arrival = {count, count, 0, 0};
   runs[arrival].clear();
 }
-DEVICE void expect(Arrival* arrival, int bytes) { arrival->bytes = bytes; }
+DEVICE void arrive(Arrival* arrival) {
+  if (arrival->missing == 0) __builtin_trap();    // one too many
+  arrival->missing--;
+}
+DEVICE void expect(Arrival* arrival, int bytes) {
+  arrival->bytes += bytes;
+  arrive(arrival);
+}
 DEVICE void copy_run(uint8_t* to, const uint8_t* from, int bytes, Arrival* arrival) {
-  ask(runs[arrival], to, from, bytes);
+  if (reinterpret_cast<uintptr_t>(from) % 16 || reinterpret_cast<uintptr_t>(to) % 16 || bytes % 16) __builtin_trap();
+  std::memset(to, 0xff, bytes);
+  runs[arrival].push_back({to, from, static_cast<size_t>(bytes)});
   arrival->bytes -= bytes;
 }
-DEVICE void await_arrival(Arrival* arrival) {
-  if (arrival->prepared != 1 || arrival->bytes != 0) __builtin_trap();    // on a GPU it would never come
-  make(runs[arrival]);
+// Whether the arrival was there more often than `parity` says, after making it so if it can be.
+DEVICE bool is_there(Arrival* arrival, int parity) {
+  if (arrival->times % 2 == parity && arrival->missing == 0 && arrival->bytes == 0) {
+    for (const Copy& copy : runs[arrival]) std::memcpy(copy.to, copy.from, copy.bytes);
+    runs[arrival].clear();
+    arrival->missing = arrival->count;
+    arrival->times++;
+  }
+  return arrival->times % 2 != parity;
+}
+DEVICE void await_arrival(Arrival* arrival, int parity) {
+  for (int tried = 0; !__shfl(static_cast<int>(is_there(arrival, parity)), 0); tried++) {
+    if (tried == 1000000) __builtin_trap();    // on a GPU it would never come
+  }
 }

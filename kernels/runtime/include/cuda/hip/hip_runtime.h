@@ -38,10 +38,14 @@ static __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return f;
 }
 #define MQ_AWAIT
-static __device__ __forceinline__ void await_previous() {
+static __device__ __forceinline__ void await_end() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");    // the next one may begin, now that all before this one is done
+#endif
+}
+static __device__ __forceinline__ void begin_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 // One instruction picks four of eight bytes by nibbles.
@@ -96,6 +100,14 @@ static __device__ __forceinline__ Counts count_common(uint32_t a0, uint32_t a1, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
   return count;
 }
+// Products of a tile of 16 × 32 signed bytes and one of 32 × 8, added to `sum`: lane 4g + c holds of row g four columns twice (a0,
+// a2), the same of row g + 8 (a1, a3), those of column g (b0, b1), and the sums of both rows with columns 2c and 2c + 1.
+static __device__ __forceinline__ void multiply_bytes(Counts& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                      uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum.v[0]), "+r"(sum.v[1]), "+r"(sum.v[2]), "+r"(sum.v[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 #endif
 // Volatile, or they would be moved to their first use.
 #define MQ_FETCH
@@ -112,36 +124,29 @@ static __device__ __forceinline__ uint32_t fetch_u32(const uint8_t* p) {
 static __device__ __forceinline__ void fetch_pair(const uint8_t* p, uint32_t& a, uint32_t& b) {
   asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(p));
 }
-// Copies from memory into LDS that go on while the lanes do. Those of 16 bytes each lane makes for itself, in batches that end
-// in order. Runs of many more, multiples of 16, one thread lets be made: it has prepared an arrival, and `expect`s their bytes;
-// every thread may await it behind a barrier.
+// Copies from memory into LDS that go on while the lanes do, in multiples of 16 bytes. An arrival is there once, of the number
+// that `prepare` gave, all have arrived and the bytes that they expect have come; then it begins anew, and the parity of the
+// times that it was there tells which one to await.
 #if __CUDA_ARCH__ >= 900
 #define MQ_COPY
-typedef uint32_t LdsAddress;
 typedef uint64_t Arrival;
-static __device__ __forceinline__ LdsAddress lds_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-static __device__ __forceinline__ void copy_quad(LdsAddress lds, const uint8_t* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(lds), "l"(from) : "memory");
-}
-static __device__ __forceinline__ void close_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LATER>
-static __device__ __forceinline__ void await_batches() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
-}
-static __device__ __forceinline__ void prepare(Arrival* arrival) {
-  if (threadIdx.x > 0) return;
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(lds_address(arrival)) : "memory");
+static __device__ __forceinline__ uint32_t lds_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+static __device__ __forceinline__ void prepare(Arrival* arrival, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(lds_address(arrival)), "r"(count) : "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 static __device__ __forceinline__ void expect(Arrival* arrival, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(lds_address(arrival)), "r"(bytes) : "memory");
 }
+static __device__ __forceinline__ void arrive(Arrival* arrival) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(lds_address(arrival)) : "memory");
+}
 static __device__ __forceinline__ void copy_run(uint8_t* lds, const uint8_t* from, int bytes, Arrival* arrival) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    lds_address(lds)), "l"(from), "r"(bytes), "r"(lds_address(arrival)) : "memory");
 }
-static __device__ __forceinline__ void await_arrival(Arrival* arrival) {
-  asm volatile("{.reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0; @!done bra wait;}" ::"r"(
-                   lds_address(arrival)) : "memory");
+static __device__ __forceinline__ void await_arrival(Arrival* arrival, int parity) {
+  asm volatile("{.reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait;}" ::"r"(
+                   lds_address(arrival)), "r"(parity) : "memory");
 }
 #endif
