@@ -11,7 +11,7 @@ CHUNK = 12
 MATRIX_THREADS = 128
 """Threads of a block that decodes, or multiplies one matrix."""
 EXPERT_THREADS = 32 * (CHUNK + 1)
-"""Threads of a block that multiplies experts' matrices, at most: a wave for each of CHUNK groups, and one that copies."""
+"""Threads of a block that multiplies experts' matrices: at most a wave for each of CHUNK groups, and one that copies."""
 DIRECT_THREADS = 384
 """The same where rows come directly."""
 RESIDENT_THREADS = 2 * EXPERT_THREADS

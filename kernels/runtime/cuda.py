@@ -150,8 +150,8 @@ class CudaBackend(GpuBackend):
         self.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments(values), none)
 
     def lds_for_copies(self, kernel: Kernel) -> int:
-        """Bytes of LDS that each of two blocks of a multiprocessor may have beside the kernel's own arrays; 0 on devices
-        that copy no rows.
+        """Bytes of LDS that two blocks of a multiprocessor may each have beside the kernel's own arrays; 0 on devices that
+        copy no rows.
         """
         if not self._overlaps:
             return 0

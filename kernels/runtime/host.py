@@ -79,7 +79,7 @@ class Backend(ABC):
     slices: Mapping[str, int] = MappingProxyType({})
     """By format, elements of a group that one lane multiplies, where that is not SLICE of block_table.py."""
     multiprocessors: int = 1
-    """Blocks that a launch needs to keep the whole device busy, where each of them takes half a multiprocessor's LDS."""
+    """Of the device: as many blocks keep it busy if each takes all that one multiprocessor has."""
 
     @classmethod
     def devices(cls) -> int:

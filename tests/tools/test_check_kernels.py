@@ -12,7 +12,7 @@ import check_kernels as check
 import pytest
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.errors import CheckError
-from mq_quant.kernels.forward.geometry import COPYING_WAVES, RING_DEPTH, RING_STEP, WHOLE
+from mq_quant.kernels.forward.geometry import BATCH, CHUNK, EXPERT_THREADS, WAVE_ROWS
 from mq_quant.kernels.runtime import cuda
 from mq_quant.kernels.runtime.sources import INCLUDE, Module, Sources
 
@@ -50,18 +50,17 @@ def test_devices_that_do_not_count_bits_or_copy_rows_have_kernels_too(arch):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("name", "fmt"), list(COPYING_WAVES))
-def test_copies_leave_room_for_the_next_launch_where_two_fit(name, fmt):
-    """A multiprocessor has 64 K registers and 227 KB of LDS, from which a block takes 1 KB more than its own."""
+@pytest.mark.parametrize("fmt", list(WAVE_ROWS))
+def test_blocks_that_copy_rows_leave_room_for_the_next_launch(fmt):
+    """A multiprocessor has 64 K registers and 228 KB of LDS, from which a block takes 1 KB more than its own."""
     sources, module = Sources(), Module("matrix.hip", fmt)
     usage = check.check_nvidia(sources, module, sources.modules()[module], check.NVIDIA_ARCH)
-    own = next(u for u in usage if u.kernel == f"{name}[{fmt}]")
-    waves, whole = COPYING_WAVES[name, fmt], {"expert_gate_up": 2, "expert_down": 1}[name] <= WHOLE[fmt]
-    groups = {"expert_gate_up": 3072, "expert_down": 1536}[name] // 256 if whole else RING_DEPTH * RING_STEP
-    lds = own.lds + waves * 16 * groups * BY_NAME[fmt].nbytes(256) + 1024
-    blocks = 1 if (name, fmt) == ("expert_gate_up", "MQ3-Lloyd") else 2
-    assert blocks * lds <= 227 * 1024
-    assert 2 * 384 * own.vector <= 65536
+    stage = CHUNK * WAVE_ROWS[fmt] * (BY_NAME[fmt].nbytes(256) + 16)
+    sums = 2 * BATCH * CHUNK * WAVE_ROWS[fmt] * 4
+    for own in usage:
+        if own.kernel.startswith("expert_"):
+            assert 2 * EXPERT_THREADS * own.vector <= 65536
+            assert 2 * (own.lds + 3 * stage + sums + 1024) <= 228 * 1024
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from mq_quant.kernels.runtime.cuda import CudaBackend
 
 FORMATS = tuple(WAVE_ROWS)
 WAVES, LDS = 6, 48 << 10
-"""Waves of a block that multiply, and bytes for its copies, so that with its other arrays it fits into the 64 KiB of the
-CPU's LDS."""
+"""Waves of a block that multiply, and bytes for its copies: with its other arrays it fits into 64 KiB of LDS."""
 
 
 @pytest.fixture(scope="module", params=["ascending", "descending"])
@@ -132,7 +131,9 @@ def test_x_of_any_size_keeps_its_precision(copying, payload, fmt, size):
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_what_is_not_a_number_stays_none(copying, payload, fmt, value):
-    w = ops.experts(copying, copying.upload(payload(fmt, 8 * 512, np.random.default_rng(1))), [0], fmt, 8, 512)
+    w = ops.experts(
+        copying, copying.upload(payload(fmt, 8 * 512, np.random.default_rng(1))), [0], fmt, 8, 512
+    )
     x = np.ones((1, 1, 512), np.float32)
     x[..., 300] = value
     got = ops.expert_down(copying, w, copying.upload(np.zeros((1, 1), np.int32)), copying.upload(x))
@@ -175,7 +176,8 @@ class DirectBackend(CudaBackend):
 @pytest.mark.skipif(not CudaBackend.available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize(
-    ("rows", "cols", "start"), [(1536, 3072, 0), (3072, 1536, 0), (300, 256 * 14, 0), (97, 512, 8), (300, 256, 0)]
+    ("rows", "cols", "start"),
+    [(1536, 3072, 0), (3072, 1536, 0), (300, 256 * 14, 0), (97, 512, 8), (300, 256, 0)],
 )
 def test_copies_on_a_gpu_give_the_product(payload, fmt, rows, cols, start):
     data = payload(fmt, rows * cols * 3, np.random.default_rng(1))
