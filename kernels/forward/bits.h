@@ -107,6 +107,7 @@ struct BitDot {
   static constexpr int PLANES = 24, TILES = PLANES / 8, WORDS = 8;    // bits of x, tiles of 8 of them, words of a plane
   static constexpr int UNIT = PLANES * WORDS, STAGE = UNIT + 4;       // words of LDS that a group of x takes
   static constexpr int ROWS = Format::ROWS, TEAM = GROUP / Format::SLICE, SETS = Format::SETS;
+  static constexpr int AT_ONCE = 1;    // groups that are multiplied at once
   static constexpr int TOP = 21;    // the largest element's power of two, in units
   static constexpr float HIGH = 12582912.0f;    // 1.5 · 2^23: f32 from 2^23 to 2^24 are whole numbers
   float sum[ROWS] = {};

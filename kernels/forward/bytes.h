@@ -110,6 +110,7 @@ template <class Format>
 struct ByteDot {
   static constexpr int ROWS = 1, TEAM = 4, DIGITS = 4, PAIRS = 4;    // pairs of words of a half
   static constexpr int UNIT = GROUP * DIGITS / 4, STAGE = UNIT + 4;  // words of LDS that a group of x takes
+  static constexpr int AT_ONCE = 3;    // groups that are multiplied at once
   static constexpr int TOP = 29;    // the largest element's power of two, in units
   float sum[ROWS] = {};
 

@@ -10,8 +10,10 @@ CHUNK = 12
 """Groups of x that a block of a product has in LDS at a time."""
 MATRIX_THREADS = 128
 """Threads of a block that decodes, or multiplies one matrix."""
-EXPERT_THREADS = 32 * (CHUNK + 1)
-"""Threads of a block that multiplies experts' matrices: at most a wave for each of CHUNK groups, and one that copies."""
+WAVES = 12
+"""Waves of a block that multiply experts' rows which come through a ring in LDS; one more wave copies them."""
+EXPERT_THREADS = 32 * (WAVES + 1)
+"""Threads of a block that multiplies experts' matrices, at most."""
 DIRECT_THREADS = 384
 """The same where rows come directly."""
 RESIDENT_THREADS = 2 * EXPERT_THREADS
@@ -20,17 +22,16 @@ ATTENTION_THREADS = 128
 """Threads of a block of attention, and keys that it scores at a time."""
 MAX_HEAD_DIM = 256
 """Dimensions of a head, at most."""
-WAVE_ROWS: Mapping[str, int] = {"MQ4": 8, "MQ6": 8, "Q8F16": 8, "MQ2-Lloyd": 16, "MQ3-Lloyd": 16}
-"""By format, rows that a wave multiplies at a time of those that come through a ring in LDS; others come directly."""
-MOST_STAGES = 8
+TILE: Mapping[str, int] = {"MQ4": 8, "MQ6": 8, "Q8F16": 8, "MQ2-Lloyd": 16, "MQ3-Lloyd": 16}
+"""By format, rows of a stage of the ring; rows of other formats come directly."""
+SHARE = 3
+"""Groups of a row that a wave multiplies."""
+MOST_STAGES = 16
 """Stages of the ring, at most."""
-BATCH = 4
-"""Tiles whose sums over groups are made at once."""
-LEAD = 1
+LEAD = 4
 """Tiles that a block has left to ask for when the next kernel may begin."""
-ROW_CONFLICT = 64
-"""Rows of a multiple of so many bytes meet in the banks of LDS, and are put ROW_SHIFT bytes further apart."""
-ROW_SHIFT = 16
+CONFLICT, SHIFTED, SHIFT = 64, 4, 16
+"""Rows of a multiple of CONFLICT bytes meet in the banks of LDS: each SHIFTED of them are put SHIFT bytes further."""
 
 CONSTANTS: Mapping[str, Number] = {
     "CHUNK": CHUNK,
@@ -39,11 +40,12 @@ CONSTANTS: Mapping[str, Number] = {
     "RESIDENT_THREADS": RESIDENT_THREADS,
     "ATTENTION_THREADS": ATTENTION_THREADS,
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
+    "SHARE": SHARE,
     "MOST_STAGES": MOST_STAGES,
-    "BATCH": BATCH,
     "LEAD": LEAD,
-    "ROW_CONFLICT": ROW_CONFLICT,
-    "ROW_SHIFT": ROW_SHIFT,
+    "CONFLICT": CONFLICT,
+    "SHIFTED": SHIFTED,
+    "SHIFT": SHIFT,
 }
 
 

@@ -36,7 +36,7 @@ constexpr int SLICE = FORMAT::SLICE, SPAN = GROUP / SLICE;    // of decoding: el
 constexpr int ROWS = Weights::ROWS;
 constexpr int TEAM = GROUP / Weights::SLICE;    // lanes that share a row
 constexpr int GROUP_STAGE = Dot::STAGE > Tiled<FORMAT>::STAGE ? Dot::STAGE : Tiled<FORMAT>::STAGE;
-constexpr int STAGES = GROUP_STAGE ? CHUNK * GROUP_STAGE : 1;
+constexpr int STAGES = GROUP_STAGE ? (CHUNK + 1) * GROUP_STAGE : 1;
 
 DEVICE int slice() { return threadIdx.x % TEAM; }
 
@@ -155,7 +155,7 @@ DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* 
     HIP_DYNAMIC_SHARED(uint8_t, lds)
     LDS(Ring, ring, 1);
     if (stages > 0) {
-      const Stream<FORMAT, MATRICES> stream(job, ring, lds, stages);
+      Stream<FORMAT, MATRICES> stream(job, ring, lds, stages);
       if (wave() == stream.waves) {
         stream.copy();
       } else {

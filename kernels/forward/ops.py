@@ -21,16 +21,19 @@ from ..runtime.block_table import BLOCK_THREADS, SLICES, WAVE
 from ..runtime.host import Argument, Backend, Buffer
 from ..runtime.sources import Kernel
 from .geometry import (
-    BATCH,
     CHUNK,
+    CONFLICT,
     DIRECT_THREADS,
     MATRIX_THREADS,
     MAX_HEAD_DIM,
     MOST_STAGES,
-    ROW_CONFLICT,
-    ROW_SHIFT,
-    WAVE_ROWS,
+    SHARE,
+    SHIFT,
+    SHIFTED,
+    TILE,
+    WAVES,
 )
+
 
 
 @dataclass(frozen=True)
@@ -302,37 +305,27 @@ def _launch_experts(
     first, kernel = w[0], backend.kernel(name, w[0].format)
     slots, tokens = grid
     shape = (first.offsets.size, first.rows, first.cols // GROUP, tokens, slots)
-    if ring := _ring(backend, kernel, w):
-        blocks = min(backend.multiprocessors, tokens * slots * len(w) * _ceil(first.rows, ring.rows))
-        threads = (ring.waves + 1) * WAVE
-        backend.launch(kernel, (blocks,), (threads,), (*args, *shape, ring.stages), ring.lds)
+    stages, lds = _ring(backend, kernel, w)
+    if stages:
+        tiles = tokens * slots * len(w) * _ceil(first.rows, TILE[first.format])
+        blocks = (min(backend.multiprocessors, tiles),)
+        threads = (WAVES + 1) * WAVE
     else:
         threads = min(kernel.threads, DIRECT_THREADS)
-        blocks = _ceil(first.rows, _rows(backend, first.format, threads // WAVE) // len(w))
-        backend.launch(kernel, (blocks, *grid), (threads,), (*args, *shape, 0))
+        blocks = (_ceil(first.rows, _rows(backend, first.format, threads // WAVE) // len(w)), *grid)
+    backend.launch(kernel, blocks, (threads,), (*args, *shape, stages), lds)
 
 
-@dataclass(frozen=True)
-class _Ring:
-    """How rows come through LDS: waves of a block that multiply, rows of a tile, stages, bytes of LDS in all."""
-
-    waves: int
-    rows: int
-    stages: int
-    lds: int
-
-
-def _ring(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> _Ring | None:
-    """None where rows cannot come through LDS."""
+def _ring(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int]:
+    """(stages of the ring through which rows come, bytes of LDS that it takes); (0, 0) where they come directly."""
     fmt, groups = w[0].format, w[0].cols // GROUP
-    line, parts = groups * BY_NAME[fmt].nbytes(GROUP), CHUNK // groups
-    waves, rows = parts * groups, parts * WAVE_ROWS.get(fmt, 0)
-    if not rows or not all(m.aligned for m in w):
-        return None
-    stage = rows * (line if line % ROW_CONFLICT else line + ROW_SHIFT)
-    sums = 2 * BATCH * groups * rows * 4
-    stages = min(MOST_STAGES, (backend.lds_for_copies(kernel) - sums) // stage)
-    return _Ring(waves, rows, stages, stages * stage + sums) if stages > 1 else None
+    if fmt not in TILE or groups > CHUNK or not all(m.aligned for m in w):
+        return 0, 0
+    line, members = groups * BY_NAME[fmt].nbytes(GROUP), _ceil(groups, SHARE)
+    shift = 0 if line % CONFLICT else SHIFT
+    stage = TILE[fmt] * (line + 4 * members) + TILE[fmt] // SHIFTED * shift
+    stages = min(MOST_STAGES, backend.lds_for_copies(kernel) // stage)
+    return (stages, stages * stage) if stages > 1 else (0, 0)
 
 
 def _rows(backend: Backend, fmt: str, waves: int) -> int:

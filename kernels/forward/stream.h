@@ -1,10 +1,10 @@
 // Experts' rows through LDS, for GPUs whose header defines MQ_COPY. What a launch multiplies is one list of tiles: for each slot
-// the rows of its expert's matrices, as many at a time as a block's waves can take. The blocks, one for each multiprocessor,
-// take equal shares of the list. The last wave of a block copies: tiles go to the stages of a ring, one after the other, and
-// it runs ahead of the others as far as the ring reaches. Each other wave multiplies a group of columns of a part of the
-// tile's rows, and has that group of x in LDS for as long as x stays the same. Sums over groups are made for BATCH tiles at a time, in the
-// order of the groups. The copies begin before the kernel before this one has ended, and the next kernel may begin once
-// the last copies are under way, so that memory is never idle.
+// the rows of its expert's matrices, as many at a time as a wave's lanes can take. The blocks, one for each multiprocessor, take
+// equal shares of the list. The last wave of a block copies: tiles go to the stages of a ring, one after the other. The
+// other waves form teams that take tiles in turns; each wave of a team multiplies SHARE of a tile's groups. Before a stage is filled anew, the
+// copying wave adds up what the team's waves have made of it. x lies in LDS for as long as it stays the same. The copies
+// begin before the kernel before this one has ended, and the next kernel may begin before the last copies are under way, so
+// that memory is idle for a short time only.
 #pragma once
 #include "bits.h"
 #include "bytes.h"
@@ -50,7 +50,7 @@ struct Tiled<Format, decltype((void)sizeof(typename Format::Bytes))>
     : TiledBy<ByteDot<typename Format::Bytes>, typename Format::Bytes> {};
 
 struct Ring {
-  Arrival filled[MOST_STAGES], emptied[MOST_STAGES], added;
+  Arrival filled[MOST_STAGES], emptied[MOST_STAGES], met;
   int missing[MOST_STAGES];    // whether the expert of a stage's tile is not there
 };
 
@@ -58,146 +58,156 @@ template <class Format, int MATRICES>
 struct Stream {
   using Dot = typename Tiled<Format>::Dot;
   using Weights = typename Tiled<Format>::Weights;
-  static constexpr int ROWS = Dot::ROWS, TEAM = 4, TEAMS = WAVE / TEAM, WAVE_ROWS = TEAMS * ROWS;
+  static constexpr int ROWS = Dot::ROWS, LANES = 4, APART = WAVE / LANES, TILE = APART * ROWS;    // LANES share a row
 
-  // Where a tile of the list lies.
+  // Where a tile of the list lies, and its stage of the ring with how often the ring was gone round before.
   struct Tile {
-    int tiles, number, matrix, slot;
-    DEVICE_MEMBER Tile(int tiles, int at)
-        : tiles(tiles), number(at % tiles), matrix(at / tiles % MATRICES), slot(at / tiles / MATRICES) {}
-    DEVICE_MEMBER void next() {
-      if (++number < tiles) return;
-      number = 0;
-      slot += matrix == MATRICES - 1;
-      matrix = matrix == MATRICES - 1 ? 0 : matrix + 1;
-    }
-  };
-
-  // A stage of the ring, and how often the ring was gone round, modulo 2.
-  struct Turn {
-    int stage = 0, parity = 0;
-    DEVICE_MEMBER void next(int stages) {
-      if (++stage < stages) return;
-      stage = 0;
-      parity ^= 1;
+    int tiles, stages, number, matrix, slot, stage = 0, rounds = 0;
+    DEVICE_MEMBER Tile(int tiles, int stages, int at)
+        : tiles(tiles), stages(stages), number(at % tiles), matrix(at / tiles % MATRICES), slot(at / tiles / MATRICES) {}
+    DEVICE_MEMBER void move(int by) {
+      for (number += by; number >= tiles; number -= tiles) {
+        slot += matrix == MATRICES - 1;
+        matrix = matrix == MATRICES - 1 ? 0 : matrix + 1;
+      }
+      for (stage += by; stage >= stages; stage -= stages) rounds++;
     }
   };
 
   const Job<MATRICES>& job;
   Ring* ring;
   uint8_t* lds;
-  int stages, waves, parts, rows, tiles, line, apart;    // rows of a tile, tiles of a matrix, bytes of a row, and from row to row in LDS
-  int first, count;                                      // the block's share of the list
+  int stages, waves, members, teams, tiles, line, shift;    // waves that multiply, of a team; tiles of a matrix
+  int first, count;                                         // the block's share of the list
+  const uint8_t* matrix = nullptr;                          // of the first tile
 
   DEVICE_MEMBER Stream(const Job<MATRICES>& job, Ring* ring, uint8_t* lds, int stages)
-      : job(job), ring(ring), lds(lds), stages(stages), waves((int)blockDim.x / WAVE - 1), parts(waves / job.groups),
-        rows(parts * WAVE_ROWS), tiles((job.rows + rows - 1) / rows), line(job.groups * Format::BYTES),
-        apart(line % ROW_CONFLICT ? line : line + ROW_SHIFT) {
+      : job(job), ring(ring), lds(lds), stages(stages), waves((int)blockDim.x / WAVE - 1),
+        members((job.groups + SHARE - 1) / SHARE), teams(min(waves / members, stages)), tiles((job.rows + TILE - 1) / TILE),
+        line(job.groups * Format::BYTES), shift(line % CONFLICT ? 0 : SHIFT) {
     const int all = job.slots * MATRICES * tiles, share = all / (int)gridDim.x, rest = all % (int)gridDim.x;
     first = (int)blockIdx.x * share + min((int)blockIdx.x, rest);
     count = share + ((int)blockIdx.x < rest);
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < stages; i++) {
-        prepare(ring->filled + i, 1);
-        prepare(ring->emptied + i, waves);
-      }
-      prepare(&ring->added, waves);
+    if (wave() == waves) matrix = job.matrix(first / tiles % MATRICES, first / tiles / MATRICES);
+    if ((int)threadIdx.x < stages) {
+      prepare(ring->filled + threadIdx.x, 1);
+      prepare(ring->emptied + threadIdx.x, members);
     }
+    if (threadIdx.x == 0) prepare(&ring->met, waves);
     __syncthreads();
   }
 
-  DEVICE_MEMBER uint8_t* stage(int i) const { return lds + i * rows * apart; }
+  // Where a row of a stage lies: SHIFTED rows follow one another, and the next ones lie `shift` bytes further.
+  DEVICE_MEMBER uint8_t* row(int stage, int r) const {
+    return lds + (stage * TILE + r) * line + (stage * (TILE / SHIFTED) + r / SHIFTED) * shift;
+  }
+
+  // What a team's waves made of a stage.
+  DEVICE_MEMBER float* sums(int stage) const { return reinterpret_cast<float*>(row(stages, 0)) + stage * members * TILE; }
 
   // The last wave's work.
-  DEVICE_MEMBER void copy() const {
-    Tile tile(tiles, first);
-    Turn turn;
-    const uint8_t* matrix = nullptr;
+  DEVICE_MEMBER void copy() {
+    Tile tile(tiles, stages, first), done = tile;
     const int last = count - LEAD > stages ? count - LEAD : stages;    // when the next kernel may begin
     for (int i = 0; i < count; i++) {
-      if (i == 0 || tile.number == 0) matrix = job.matrix(tile.matrix, tile.slot);
-      if (i >= stages) {
-        if (i == stages) await_end();
-        await_arrival(ring->emptied + turn.stage, turn.parity ^ 1);
-      }
+      if (i > 0 && tile.number == 0) matrix = job.matrix(tile.matrix, tile.slot);
+      if (i == stages) await_end();
       if (i == last) begin_next();
-      const int present = matrix ? min(rows, job.rows - tile.number * rows) : 0;
+      if (i >= stages) finish(done);
+      const int present = matrix ? min(TILE, job.rows - tile.number * TILE) : 0;
       if (lane() == 0) {
-        ring->missing[turn.stage] = !matrix;
-        expect(ring->filled + turn.stage, present * line);
+        ring->missing[tile.stage] = !matrix;
+        expect(ring->filled + tile.stage, present * line);
       }
       sync_wave();
-      const uint8_t* from = matrix + (int64_t)tile.number * rows * line;
-      const int pieces = apart == line ? min(present, 1) : present, bytes = apart == line ? present * line : line;
-      for (int p = lane(); p < pieces; p += WAVE) {
-        copy_run(stage(turn.stage) + p * apart, from + p * line, bytes, ring->filled + turn.stage);
+      const int piece = shift ? SHIFTED : TILE, at = lane() * piece;
+      if (at < present) {
+        copy_run(row(tile.stage, at), matrix + (int64_t)(tile.number * TILE + at) * line, min(piece, present - at) * line,
+                 ring->filled + tile.stage);
       }
-      tile.next();
-      turn.next(stages);
+      tile.move(1);
     }
     await_end();
     begin_next();
+    for (int i = min(stages, count); i > 0; i--) finish(done);
+  }
+
+  // Waits until a stage is filled with a tile. Only the stage's last but one parity could be mistaken for this one, so it must
+  // have been emptied of the tile before.
+  DEVICE_MEMBER void await_filled(const Tile& tile) const {
+    if (tile.rounds > 0) await_arrival(ring->emptied + tile.stage, (tile.rounds - 1) % 2);
+    await_arrival(ring->filled + tile.stage, tile.rounds % 2);
+  }
+
+  // Waits until a tile is multiplied, adds up what the waves have of it, in the order of the waves, and goes to the next.
+  DEVICE_MEMBER void finish(Tile& done) const {
+    await_arrival(ring->emptied + done.stage, done.rounds % 2);
+    const int r = done.number * TILE + lane();
+    if (lane() < TILE && r < job.rows) {
+      const float* of = sums(done.stage) + lane();
+      float total = of[0];
+      for (int m = 1; m < members; m++) total += of[m * TILE];
+      job.row(done.matrix, done.slot)[r] = ring->missing[done.stage] ? not_a_number() : total;
+    }
+    done.move(1);
   }
 
   // The other waves' work.
   DEVICE_MEMBER void multiply(const float* x, float* staged) const {
-    const int group = wave() / parts, part = wave() % parts, team = lane() / TEAM;
-    float* own = staged + wave() * Dot::STAGE;
-    float* sums = reinterpret_cast<float*>(stage(stages)) + wave() * WAVE_ROWS;
-    Tile tile(tiles, first);
-    Turn turn;
-    int x_row = -1, batch = 0, held = 0;
+    const int member = wave() % members, team = wave() / members;
+    const int lead = lane() / LANES, part = lane() % LANES;
+    Tile tile(tiles, stages, first);
+    int x_row = tile.slot / job.per_x, met = 0;
+    const int last_row = (first + count - 1) / tiles / MATRICES / job.per_x;
+    for (int i = threadIdx.x; i < Dot::STAGE; i += waves * WAVE) staged[job.groups * Dot::STAGE + i] = 0.0f;
     await_end();
-    for (int i = 0; i < count; i++) {
-      if (i == 0 || tile.number == 0) {
-        if (const int row = tile.slot / job.per_x; row != x_row) {
-          float v[PER_LANE];
-          Dot::load_x(x + ((int64_t)row * job.groups + group) * GROUP, lane(), v);
-          sync_wave();    // no lane reads the row before any more
-          Dot::stage(own, v);
-          sync_wave();
-          x_row = row;
-        }
-      }
-      await_arrival(ring->filled + turn.stage, turn.parity);
-      const bool missing = ring->missing[turn.stage];
-      const uint8_t* at = stage(turn.stage) + (part * WAVE_ROWS + team) * apart + group * Format::BYTES;
-      typename Weights::Raw raw[ROWS];
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) raw[r] = Weights::read(at + r * TEAMS * apart, lane() % TEAM);
-      sync_wave();
-      if (lane() == 0) arrive(ring->emptied + turn.stage);
+    take(x, x_row, staged);
+    meet(met);
+    tile.move(team);
+    for (int i = team < teams ? team : count; i < count; i += teams) {
+      for (const int wanted = tile.slot / job.per_x; x_row < wanted;) turn(x, ++x_row, staged, met);
+      await_filled(tile);
       Dot dot;
-      dot.add(raw, own, nullptr);
+#pragma unroll(Dot::AT_ONCE)
+      for (int k = 0; k < SHARE; k++) {
+        const int group = k * members + member, there = min(group, job.groups - 1);    // past the end x is 0
+        typename Weights::Raw raw[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) raw[r] = Weights::read(row(tile.stage, r * APART + lead) + there * Format::BYTES, part);
+        dot.add(raw, staged + min(group, job.groups) * Dot::STAGE, nullptr);
+      }
       const float total = dot.total();
-      constexpr int KEEPERS = TEAM / ROWS;    // lanes that have the total of a row
-      const int kept = lane() % TEAM / KEEPERS;
-      if (lane() % KEEPERS == 0) {
-        sums[(batch % 2 * BATCH + held) * waves * WAVE_ROWS + kept * TEAMS + team] = missing ? not_a_number() : total;
-      }
-      if (++held == BATCH || i == count - 1) {
-        add_up(first + i + 1 - held, held, batch++);
-        held = 0;
-      }
-      tile.next();
-      turn.next(stages);
+      constexpr int KEEPERS = LANES / ROWS;    // lanes that have the total of a row
+      if (part % KEEPERS == 0) sums(tile.stage)[member * TILE + part / KEEPERS * APART + lead] = total;
+      sync_wave();
+      if (lane() == 0) arrive(ring->emptied + tile.stage);
+      tile.move(teams);
+    }
+    while (x_row < last_row) turn(x, ++x_row, staged, met);
+  }
+
+  // Waits for all waves that multiply.
+  DEVICE_MEMBER void meet(int& met) const {
+    sync_wave();
+    if (lane() == 0) arrive(&ring->met);
+    await_arrival(&ring->met, met);
+    met ^= 1;
+  }
+
+  // Puts a row of x into LDS, a group to a wave.
+  DEVICE_MEMBER void take(const float* x, int x_row, float* staged) const {
+    for (int group = wave(); group < job.groups; group += waves) {
+      float v[PER_LANE];
+      Dot::load_x(x + ((int64_t)x_row * job.groups + group) * GROUP, lane(), v);
+      Dot::stage(staged + group * Dot::STAGE, v);
     }
   }
 
-  // Adds the groups' sums of `held` tiles from `at` on. The waves have two sets of sums in turns: whoever writes to one again has
-  // seen all waves come here with the other, and so leave this one.
-  DEVICE_MEMBER void add_up(int at, int held, int batch) const {
-    sync_wave();
-    if (lane() == 0) arrive(&ring->added);
-    await_arrival(&ring->added, batch % 2);
-    const float* sums = reinterpret_cast<const float*>(stage(stages)) + batch % 2 * BATCH * waves * WAVE_ROWS;
-    for (int i = threadIdx.x; i < held * rows; i += waves * WAVE) {
-      const Tile tile(tiles, at + i / rows);
-      const int row = tile.number * rows + i % rows;
-      float total = 0.0f;
-      for (int g = 0; g < job.groups; g++) total += sums[(i / rows * job.groups + g) * rows + i % rows];
-      if (row < job.rows) job.row(tile.matrix, tile.slot)[row] = total;
-    }
+  // The same for another row: no wave reads the old one any more, and every wave finds the new one.
+  DEVICE_MEMBER void turn(const float* x, int x_row, float* staged, int& met) const {
+    meet(met);
+    take(x, x_row, staged);
+    meet(met);
   }
 };
 #endif

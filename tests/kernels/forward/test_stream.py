@@ -7,12 +7,12 @@ import pytest
 from counted_cpu import counting
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.kernels.forward import ops
-from mq_quant.kernels.forward.geometry import WAVE_ROWS
+from mq_quant.kernels.forward.geometry import TILE
 from mq_quant.kernels.runtime.cuda import CudaBackend
 
-FORMATS = tuple(WAVE_ROWS)
-WAVES, LDS = 6, 48 << 10
-"""Waves of a block that multiply, and bytes for its copies: with its other arrays it fits into 64 KiB of LDS."""
+FORMATS = tuple(TILE)
+GROUPS, LDS = 6, 48 << 10
+"""Groups of a row at most, and bytes for the copies of a block: with its other arrays it fits into 64 KiB of LDS."""
 
 
 @pytest.fixture(scope="module", params=["ascending", "descending"])
@@ -28,8 +28,8 @@ def copying(order, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(ops, "CHUNK", WAVES)
+def few_groups(monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK", GROUPS)
 
 
 @pytest.fixture
@@ -80,11 +80,11 @@ SHAPES = {
     "whole tiles": (192, 512, 0),
     "few rows": (5, 512, 16),
     "one group": (300, 256, 0),
-    "as many groups as waves": (37, 256 * 6, 0),
-    "fewer waves than there may be": (50, 256 * 4, 16),
+    "as many groups as may be": (37, 256 * 6, 0),
+    "teams of two": (50, 256 * 4, 16),
 }
 DIRECT = {
-    "more groups than waves": (20, 256 * 7, 0),
+    "more groups than may be": (20, 256 * 7, 0),
     "between multiples of 16": (97, 512, 8),
 }
 
