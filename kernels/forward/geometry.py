@@ -22,14 +22,14 @@ ATTENTION_THREADS = 128
 """Threads of a block of attention, and keys that it scores at a time."""
 MAX_HEAD_DIM = 256
 """Dimensions of a head, at most."""
-TILE: Mapping[str, int] = {"MQ4": 8, "MQ6": 8, "Q8F16": 8, "MQ2-Lloyd": 16, "MQ3-Lloyd": 16}
-"""By format, rows of a stage of the ring; rows of other formats come directly."""
+WAVE_ROWS: Mapping[str, int] = {"MQ4": 8, "MQ6": 8, "Q8F16": 8, "MQ2-Lloyd": 16, "MQ3-Lloyd": 16}
+"""By format, rows that a wave multiplies at a time; rows of other formats come directly."""
 SHARE = 3
 """Groups of a row that a wave multiplies."""
+MOST_RUNS = 4
+"""Such runs of rows in a stage of the ring, at most, and waves that share one, at most."""
 MOST_STAGES = 16
 """Stages of the ring, at most."""
-LEAD = 4
-"""Tiles that a block has left to ask for when the next kernel may begin."""
 CONFLICT, SHIFTED, SHIFT = 64, 4, 16
 """Rows of a multiple of CONFLICT bytes meet in the banks of LDS: each SHIFTED of them are put SHIFT bytes further."""
 
@@ -42,7 +42,7 @@ CONSTANTS: Mapping[str, Number] = {
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
     "SHARE": SHARE,
     "MOST_STAGES": MOST_STAGES,
-    "LEAD": LEAD,
+    "MOST_RUNS": MOST_RUNS,
     "CONFLICT": CONFLICT,
     "SHIFTED": SHIFTED,
     "SHIFT": SHIFT,

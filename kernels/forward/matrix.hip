@@ -4,11 +4,17 @@
 // at a time. A struct of dot.h or bits.h says how it multiplies, a struct of feed.h how the weights come.
 #include "feed.h"
 #include "stream.h"
-// Registers are limited so that RESIDENT_THREADS threads fit a multiprocessor; two steps are unrolled so that two register sets
-// alternate without copies.
+// Registers are limited so that RESIDENT_THREADS threads fit a multiprocessor, or one block that copies its rows; two steps are
+// unrolled so that two register sets alternate without copies.
+#ifdef MQ_COPY
+constexpr int EXPERT_BLOCKS = 1;
+#else
+constexpr int EXPERT_BLOCKS = RESIDENT_THREADS / EXPERT_THREADS;
+#endif
 #ifdef MQ_RESIDENT
 #undef KERNEL
-#define KERNEL(threads) extern "C" __global__ void MQ_RESIDENT(threads, RESIDENT_THREADS / threads)
+#define KERNEL(threads) \
+  extern "C" __global__ void MQ_RESIDENT(threads, threads == EXPERT_THREADS ? EXPERT_BLOCKS : RESIDENT_THREADS / threads)
 constexpr int LANE_STEPS = 2;
 #else
 constexpr int LANE_STEPS = 1;

@@ -26,11 +26,12 @@ from .geometry import (
     DIRECT_THREADS,
     MATRIX_THREADS,
     MAX_HEAD_DIM,
+    MOST_RUNS,
     MOST_STAGES,
     SHARE,
     SHIFT,
     SHIFTED,
-    TILE,
+    WAVE_ROWS,
     WAVES,
 )
 
@@ -305,9 +306,9 @@ def _launch_experts(
     first, kernel = w[0], backend.kernel(name, w[0].format)
     slots, tokens = grid
     shape = (first.offsets.size, first.rows, first.cols // GROUP, tokens, slots)
-    stages, lds = _ring(backend, kernel, w)
+    rows, stages, lds = _ring(backend, kernel, w)
     if stages:
-        tiles = tokens * slots * len(w) * _ceil(first.rows, TILE[first.format])
+        tiles = tokens * slots * len(w) * _ceil(first.rows, rows)
         blocks = (min(backend.multiprocessors, tiles),)
         threads = (WAVES + 1) * WAVE
     else:
@@ -316,16 +317,17 @@ def _launch_experts(
     backend.launch(kernel, blocks, (threads,), (*args, *shape, stages), lds)
 
 
-def _ring(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int]:
-    """(stages of the ring through which rows come, bytes of LDS that it takes); (0, 0) where they come directly."""
+def _ring(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int, int]:
+    """(rows of a stage, stages, bytes of LDS in all) of the ring through which rows come; zeros where they come directly."""
     fmt, groups = w[0].format, w[0].cols // GROUP
-    if fmt not in TILE or groups > CHUNK or not all(m.aligned for m in w):
-        return 0, 0
-    line, members = groups * BY_NAME[fmt].nbytes(GROUP), _ceil(groups, SHARE)
+    if fmt not in WAVE_ROWS or groups > CHUNK or not all(m.aligned for m in w):
+        return 0, 0, 0
+    members = _ceil(groups, SHARE)
+    rows, line = MOST_RUNS // members * WAVE_ROWS[fmt], groups * BY_NAME[fmt].nbytes(GROUP)
     shift = 0 if line % CONFLICT else SHIFT
-    stage = TILE[fmt] * (line + 4 * members) + TILE[fmt] // SHIFTED * shift
+    stage = rows * (line + 4 * members) + rows // SHIFTED * shift
     stages = min(MOST_STAGES, backend.lds_for_copies(kernel) // stage)
-    return (stages, stages * stage) if stages > 1 else (0, 0)
+    return (rows, stages, stages * stage) if stages > 1 else (0, 0, 0)
 
 
 def _rows(backend: Backend, fmt: str, waves: int) -> int:

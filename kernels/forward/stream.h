@@ -1,10 +1,9 @@
 // Experts' rows through LDS, for GPUs whose header defines MQ_COPY. What a launch multiplies is one list of tiles: for each slot
-// the rows of its expert's matrices, as many at a time as a wave's lanes can take. The blocks, one for each multiprocessor, take
-// equal shares of the list. The last wave of a block copies: tiles go to the stages of a ring, one after the other. The
-// other waves form teams that take tiles in turns; each wave of a team multiplies SHARE of a tile's groups. Before a stage is filled anew, the
-// copying wave adds up what the team's waves have made of it. x lies in LDS for as long as it stays the same. The copies
-// begin before the kernel before this one has ended, and the next kernel may begin before the last copies are under way, so
-// that memory is idle for a short time only.
+// the rows of its expert's matrices, some at a time. The blocks, one for each multiprocessor, take equal shares of the list. The
+// last wave of a block copies: tiles go to the stages of a ring, one after the other, as far ahead as the ring is long. The
+// other waves form teams that take tiles in turns. A wave of a team multiplies SHARE groups of ROWS rows; the one that is the
+// last to have made its part of these rows adds the parts up, in the order of the groups. x lies in LDS for as long as it
+// stays the same. The copies begin before the kernel before this one has ended.
 #pragma once
 #include "bits.h"
 #include "bytes.h"
@@ -51,14 +50,15 @@ struct Tiled<Format, decltype((void)sizeof(typename Format::Bytes))>
 
 struct Ring {
   Arrival filled[MOST_STAGES], emptied[MOST_STAGES], met;
-  int missing[MOST_STAGES];    // whether the expert of a stage's tile is not there
+  int missing[MOST_STAGES];          // whether the expert of a stage's tile is not there
+  int made[MOST_STAGES][MOST_RUNS];  // waves that have made their part of a run of rows
 };
 
 template <class Format, int MATRICES>
 struct Stream {
   using Dot = typename Tiled<Format>::Dot;
   using Weights = typename Tiled<Format>::Weights;
-  static constexpr int ROWS = Dot::ROWS, LANES = 4, APART = WAVE / LANES, TILE = APART * ROWS;    // LANES share a row
+  static constexpr int LANES = 4, APART = WAVE / LANES, ROWS = APART * Dot::ROWS;    // LANES share a row; rows of a wave
 
   // Where a tile of the list lies, and its stage of the ring with how often the ring was gone round before.
   struct Tile {
@@ -77,21 +77,25 @@ struct Stream {
   const Job<MATRICES>& job;
   Ring* ring;
   uint8_t* lds;
-  int stages, waves, members, teams, tiles, line, shift;    // waves that multiply, of a team; tiles of a matrix
-  int first, count;                                         // the block's share of the list
-  const uint8_t* matrix = nullptr;                          // of the first tile
+  int stages, waves;                  // waves that multiply
+  int members, runs, teams;           // waves that share a run of ROWS rows, runs of a tile, teams of members · runs waves
+  int rows, tiles, line, shift;       // of a tile, of a matrix, bytes of a row
+  int first, count;                   // the block's share of the list
+  const uint8_t* matrix = nullptr;    // of the first tile
 
   DEVICE_MEMBER Stream(const Job<MATRICES>& job, Ring* ring, uint8_t* lds, int stages)
       : job(job), ring(ring), lds(lds), stages(stages), waves((int)blockDim.x / WAVE - 1),
-        members((job.groups + SHARE - 1) / SHARE), teams(min(waves / members, stages)), tiles((job.rows + TILE - 1) / TILE),
-        line(job.groups * Format::BYTES), shift(line % CONFLICT ? 0 : SHIFT) {
+        members((job.groups + SHARE - 1) / SHARE), runs(MOST_RUNS / members), teams(min(waves / (members * runs), stages)),
+        rows(runs * ROWS), tiles((job.rows + rows - 1) / rows), line(job.groups * Format::BYTES),
+        shift(line % CONFLICT ? 0 : SHIFT) {
     const int all = job.slots * MATRICES * tiles, share = all / (int)gridDim.x, rest = all % (int)gridDim.x;
     first = (int)blockIdx.x * share + min((int)blockIdx.x, rest);
     count = share + ((int)blockIdx.x < rest);
     if (wave() == waves) matrix = job.matrix(first / tiles % MATRICES, first / tiles / MATRICES);
     if ((int)threadIdx.x < stages) {
       prepare(ring->filled + threadIdx.x, 1);
-      prepare(ring->emptied + threadIdx.x, members);
+      prepare(ring->emptied + threadIdx.x, runs);
+      for (int i = 0; i < runs; i++) ring->made[threadIdx.x][i] = 0;
     }
     if (threadIdx.x == 0) prepare(&ring->met, waves);
     __syncthreads();
@@ -99,37 +103,31 @@ struct Stream {
 
   // Where a row of a stage lies: SHIFTED rows follow one another, and the next ones lie `shift` bytes further.
   DEVICE_MEMBER uint8_t* row(int stage, int r) const {
-    return lds + (stage * TILE + r) * line + (stage * (TILE / SHIFTED) + r / SHIFTED) * shift;
+    return lds + (stage * rows + r) * line + (stage * (rows / SHIFTED) + r / SHIFTED) * shift;
   }
 
-  // What a team's waves made of a stage.
-  DEVICE_MEMBER float* sums(int stage) const { return reinterpret_cast<float*>(row(stages, 0)) + stage * members * TILE; }
+  // What the members have made of a run of rows.
+  DEVICE_MEMBER float* parts(int stage, int run) const {
+    return reinterpret_cast<float*>(row(stages, 0)) + (stage * runs + run) * members * ROWS;
+  }
 
   // The last wave's work.
   DEVICE_MEMBER void copy() {
-    Tile tile(tiles, stages, first), done = tile;
-    const int last = count - LEAD > stages ? count - LEAD : stages;    // when the next kernel may begin
+    Tile tile(tiles, stages, first);
     for (int i = 0; i < count; i++) {
       if (i > 0 && tile.number == 0) matrix = job.matrix(tile.matrix, tile.slot);
-      if (i == stages) await_end();
-      if (i == last) begin_next();
-      if (i >= stages) finish(done);
-      const int present = matrix ? min(TILE, job.rows - tile.number * TILE) : 0;
+      if (tile.rounds > 0) await_arrival(ring->emptied + tile.stage, (tile.rounds - 1) % 2);
       if (lane() == 0) {
+        const int present = matrix ? min(rows, job.rows - tile.number * rows) : 0, piece = shift ? SHIFTED : rows;
         ring->missing[tile.stage] = !matrix;
         expect(ring->filled + tile.stage, present * line);
-      }
-      sync_wave();
-      const int piece = shift ? SHIFTED : TILE, at = lane() * piece;
-      if (at < present) {
-        copy_run(row(tile.stage, at), matrix + (int64_t)(tile.number * TILE + at) * line, min(piece, present - at) * line,
-                 ring->filled + tile.stage);
+        for (int at = 0; at < present; at += piece) {
+          copy_run(row(tile.stage, at), matrix + (int64_t)(tile.number * rows + at) * line, min(piece, present - at) * line,
+                   ring->filled + tile.stage);
+        }
       }
       tile.move(1);
     }
-    await_end();
-    begin_next();
-    for (int i = min(stages, count); i > 0; i--) finish(done);
   }
 
   // Waits until a stage is filled with a tile. Only the stage's last but one parity could be mistaken for this one, so it must
@@ -139,28 +137,15 @@ struct Stream {
     await_arrival(ring->filled + tile.stage, tile.rounds % 2);
   }
 
-  // Waits until a tile is multiplied, adds up what the waves have of it, in the order of the waves, and goes to the next.
-  DEVICE_MEMBER void finish(Tile& done) const {
-    await_arrival(ring->emptied + done.stage, done.rounds % 2);
-    const int r = done.number * TILE + lane();
-    if (lane() < TILE && r < job.rows) {
-      const float* of = sums(done.stage) + lane();
-      float total = of[0];
-      for (int m = 1; m < members; m++) total += of[m * TILE];
-      job.row(done.matrix, done.slot)[r] = ring->missing[done.stage] ? not_a_number() : total;
-    }
-    done.move(1);
-  }
-
   // The other waves' work.
   DEVICE_MEMBER void multiply(const float* x, float* staged) const {
-    const int member = wave() % members, team = wave() / members;
+    const int member = wave() % members, run = wave() / members % runs, team = wave() / (members * runs);
     const int lead = lane() / LANES, part = lane() % LANES;
     Tile tile(tiles, stages, first);
     int x_row = tile.slot / job.per_x, met = 0;
     const int last_row = (first + count - 1) / tiles / MATRICES / job.per_x;
     for (int i = threadIdx.x; i < Dot::STAGE; i += waves * WAVE) staged[job.groups * Dot::STAGE + i] = 0.0f;
-    await_end();
+    await_previous();
     take(x, x_row, staged);
     meet(met);
     tile.move(team);
@@ -171,19 +156,39 @@ struct Stream {
 #pragma unroll(Dot::AT_ONCE)
       for (int k = 0; k < SHARE; k++) {
         const int group = k * members + member, there = min(group, job.groups - 1);    // past the end x is 0
-        typename Weights::Raw raw[ROWS];
+        typename Weights::Raw raw[Dot::ROWS];
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) raw[r] = Weights::read(row(tile.stage, r * APART + lead) + there * Format::BYTES, part);
+        for (int r = 0; r < Dot::ROWS; r++) {
+          raw[r] = Weights::read(row(tile.stage, run * ROWS + r * APART + lead) + there * Format::BYTES, part);
+        }
         dot.add(raw, staged + min(group, job.groups) * Dot::STAGE, nullptr);
       }
       const float total = dot.total();
-      constexpr int KEEPERS = LANES / ROWS;    // lanes that have the total of a row
-      if (part % KEEPERS == 0) sums(tile.stage)[member * TILE + part / KEEPERS * APART + lead] = total;
+      float* made = parts(tile.stage, run);
+      constexpr int KEEPERS = LANES / Dot::ROWS;    // lanes that have the total of a row
+      if (part % KEEPERS == 0) made[member * ROWS + part / KEEPERS * APART + lead] = total;
       sync_wave();
-      if (lane() == 0) arrive(ring->emptied + tile.stage);
+      int before = 0;
+      if (lane() == 0) before = count_up(&ring->made[tile.stage][run]);
+      if (__shfl(before, 0) == members - 1) finish(tile, run, made);
       tile.move(teams);
     }
     while (x_row < last_row) turn(x, ++x_row, staged, met);
+  }
+
+  // Adds up the parts of a run of rows; then nobody needs the stage for it any more.
+  DEVICE_MEMBER void finish(const Tile& tile, int run, const float* made) const {
+    const int r = tile.number * rows + run * ROWS + lane();
+    if (lane() < ROWS && r < job.rows) {
+      float total = made[lane()];
+      for (int m = 1; m < members; m++) total += made[m * ROWS + lane()];
+      job.row(tile.matrix, tile.slot)[r] = ring->missing[tile.stage] ? not_a_number() : total;
+    }
+    sync_wave();
+    if (lane() == 0) {
+      ring->made[tile.stage][run] = 0;
+      arrive(ring->emptied + tile.stage);
+    }
   }
 
   // Waits for all waves that multiply.

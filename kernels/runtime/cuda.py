@@ -35,8 +35,6 @@ _OWN_LDS = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _DYNAMIC_LDS = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _LDS_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _MOST_LDS = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-_RESERVED_LDS = 1024
-"""Bytes that every block gives to the system. A multiprocessor has as many more than a block may have."""
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
@@ -150,16 +148,13 @@ class CudaBackend(GpuBackend):
         self.call("cuLaunchKernelEx", ctypes.byref(config), function, arguments(values), none)
 
     def lds_for_copies(self, kernel: Kernel) -> int:
-        """Bytes of LDS that two blocks of a multiprocessor may each have beside the kernel's own arrays; 0 on devices that
-        copy no rows.
-        """
+        """Bytes of LDS that a block may have beside the kernel's own arrays; 0 on devices that copy no rows."""
         if not self._overlaps:
             return 0
         if kernel not in self._lds:
             own, function = ctypes.c_int(), self._function(kernel)
             self.call("cuFuncGetAttribute", ctypes.byref(own), ctypes.c_int(_OWN_LDS), function)
-            half = (self._most_lds + _RESERVED_LDS) // 2 - _RESERVED_LDS
-            self._lds[kernel] = left = half - own.value
+            self._lds[kernel] = left = self._most_lds - own.value
             for attribute, value in ((_DYNAMIC_LDS, left), (_LDS_CARVEOUT, 100)):
                 self.call("cuFuncSetAttribute", function, ctypes.c_int(attribute), ctypes.c_int(value))
         return self._lds[kernel]

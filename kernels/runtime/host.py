@@ -113,10 +113,7 @@ class Backend(ABC):
         return self.sources.kernel(name, fmt)
 
     def lds_for_copies(self, kernel: Kernel) -> int:
-        """Bytes of dynamic LDS to which a block of the kernel may have rows copied; 0 where nothing copies them.
-
-        They leave room for a block of the next kernel.
-        """
+        """Bytes of dynamic LDS to which a block of the kernel may have rows copied; 0 where nothing copies them."""
         return 0
 
     def alloc(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:

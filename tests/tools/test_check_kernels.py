@@ -12,7 +12,7 @@ import check_kernels as check
 import pytest
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.errors import CheckError
-from mq_quant.kernels.forward.geometry import CHUNK, EXPERT_THREADS, SHARE, TILE
+from mq_quant.kernels.forward.geometry import CHUNK, EXPERT_THREADS, MOST_RUNS, SHARE, WAVE_ROWS
 from mq_quant.kernels.runtime import cuda
 from mq_quant.kernels.runtime.sources import INCLUDE, Module, Sources
 
@@ -50,16 +50,19 @@ def test_devices_that_do_not_count_bits_or_copy_rows_have_kernels_too(arch):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("fmt", list(TILE))
-def test_blocks_that_copy_rows_leave_room_for_the_next_launch(fmt):
-    """A multiprocessor has 64 K registers and 228 KB of LDS, from which a block takes 1 KB more than its own."""
+@pytest.mark.parametrize("fmt", list(WAVE_ROWS))
+@pytest.mark.parametrize("groups", [6, 12])
+def test_a_multiprocessor_holds_a_block_and_a_ring_of_some_stages(fmt, groups):
+    """It has 64 K registers, and a block may have 227 KB of LDS."""
     sources, module = Sources(), Module("matrix.hip", fmt)
     usage = check.check_nvidia(sources, module, sources.modules()[module], check.NVIDIA_ARCH)
-    stage = TILE[fmt] * (CHUNK * BY_NAME[fmt].nbytes(256) + 4 * CHUNK // SHARE + 4)
+    members = -(-groups // SHARE)
+    stage = MOST_RUNS // members * WAVE_ROWS[fmt] * (groups * BY_NAME[fmt].nbytes(256) + 4 * members + 4)
     for own in usage:
         if own.kernel.startswith("expert_"):
-            assert 2 * EXPERT_THREADS * own.vector <= 65536
-            assert 2 * (own.lds + 3 * stage + 1024) <= 228 * 1024
+            assert EXPERT_THREADS * own.vector <= 65536
+            assert own.lds + 7 * stage <= 227 * 1024
+    assert groups <= CHUNK
 
 
 @pytest.fixture(scope="module")

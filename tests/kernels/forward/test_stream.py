@@ -7,11 +7,11 @@ import pytest
 from counted_cpu import counting
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.kernels.forward import ops
-from mq_quant.kernels.forward.geometry import TILE
+from mq_quant.kernels.forward.geometry import WAVE_ROWS
 from mq_quant.kernels.runtime.cuda import CudaBackend
 
-FORMATS = tuple(TILE)
-GROUPS, LDS = 6, 48 << 10
+FORMATS = tuple(WAVE_ROWS)
+GROUPS, LDS = 10, 48 << 10
 """Groups of a row at most, and bytes for the copies of a block: with its other arrays it fits into 64 KiB of LDS."""
 
 
@@ -80,11 +80,11 @@ SHAPES = {
     "whole tiles": (192, 512, 0),
     "few rows": (5, 512, 16),
     "one group": (300, 256, 0),
-    "as many groups as may be": (37, 256 * 6, 0),
-    "teams of two": (50, 256 * 4, 16),
+    "as many groups as may be": (37, 256 * 10, 0),
+    "two waves to a row": (50, 256 * 5, 16),
 }
 DIRECT = {
-    "more groups than may be": (20, 256 * 7, 0),
+    "more groups than may be": (20, 256 * 11, 0),
     "between multiples of 16": (97, 512, 8),
 }
 
