@@ -6,11 +6,13 @@
 // share a row, and eight such teams a tile of 16 rows; lane s has the 32 columns of words s and s + 4. Sums over columns are
 // whole numbers, sums over groups f32.
 #pragma once
+#include "forward_constants.h"    // made by geometry.py
 #include "units.h"
 
 #ifdef MQ_BITS
 // Formats for BitDot. `bits` gives, for word i of the lane, the columns in which all bits of a set are 1, in the order in which
-// `load_x` takes columns; `shares` gives the d of each set, and returns that of the empty set.
+// `load_x` takes columns; `shares` gives the d of each set, and returns that of the empty set. LDS holds all rows of products
+// of at most WHOLE matrices, and then a turn of the loop takes UNROLLED groups.
 template <class Block>
 struct CountedGroup {
   static constexpr int BYTES = Block::BYTES, HEAD = Block::HEAD, WORDS = Block::BITS, SETS = Block::LEVELS - 1;
@@ -35,6 +37,7 @@ struct CountedGroup {
 };
 
 struct MQ2_Bits : CountedGroup<blocks::MQ2_Lloyd> {
+  static constexpr int WHOLE = WHOLE_MQ2_Lloyd, UNROLLED = 1;
   // Even bits come from the first word of a pair, odd bits from the second.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
     const Quad* quads = reinterpret_cast<const Quad*>(x + i / 4 * 32) + i % 4;
@@ -63,6 +66,7 @@ struct MQ2_Bits : CountedGroup<blocks::MQ2_Lloyd> {
 };
 
 struct MQ3_Bits : CountedGroup<blocks::MQ3_Lloyd> {
+  static constexpr int WHOLE = WHOLE_MQ3_Lloyd, UNROLLED = 3;
   // The lowest bit of code i is bit 3i of the three words together, and so bit 3i % 32 of one of them: each place of a word
   // belongs to one code.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {

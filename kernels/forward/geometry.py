@@ -11,23 +11,31 @@ CHUNK = 12
 MATRIX_THREADS = 128
 """Threads of a block that decodes, or multiplies one matrix."""
 WAVES = 12
-"""Waves of a block that multiply experts' rows which come through a ring in LDS; one more wave copies them."""
+"""Waves of a block that multiply experts' rows which are streamed through LDS; one more wave copies them."""
 EXPERT_THREADS = 32 * (WAVES + 1)
 """Threads of a block that multiplies experts' matrices, at most."""
 DIRECT_THREADS = 384
-"""The same where rows come directly."""
-RESIDENT_THREADS = 2 * EXPERT_THREADS
+"""The same where no rows are streamed."""
+RESIDENT_THREADS = 2 * DIRECT_THREADS
 """Threads of a multiprocessor for which products are given registers, where a vendor's header can say so."""
 ATTENTION_THREADS = 128
 """Threads of a block of attention, and keys that it scores at a time."""
 MAX_HEAD_DIM = 256
 """Dimensions of a head, at most."""
-WAVE_ROWS: Mapping[str, int] = {"MQ4": 8, "MQ6": 8, "Q8F16": 8, "MQ2-Lloyd": 16, "MQ3-Lloyd": 16}
-"""By format, rows that a wave multiplies at a time; rows of other formats come directly."""
-SHARE = 3
-"""Groups of a row that a wave multiplies."""
+WHOLE: Mapping[str, int] = {"MQ2-Lloyd": 2, "MQ3-Lloyd": 1}
+"""By format, of how many matrices LDS may hold all rows of a block at once; products of more matrices are streamed."""
+COPYING_WAVES: Mapping[tuple[str, str], int] = {
+    ("expert_gate_up", "MQ2-Lloyd"): 7,
+    ("expert_down", "MQ2-Lloyd"): 6,
+    ("expert_down", "MQ3-Lloyd"): 8,
+}
+"""By product and format, the waves of a block all of whose rows LDS holds. Found best on an H100."""
+WAVE_ROWS: Mapping[str, int] = {"MQ4": 8, "MQ6": 8, "Q8F16": 8, "MQ3-Lloyd": 16}
+"""By format that is streamed, the run of rows that a wave multiplies at a time."""
+SHARE = 6
+"""Groups of a row that a wave multiplies, at most, of rows that are streamed. Found best on an H200."""
 MOST_RUNS = 4
-"""Such runs of rows in a stage of the ring, at most, and waves that share one, at most."""
+"""Runs in a stage of the ring where a wave has all groups of a run. Where waves share a run, a stage has fewer."""
 MOST_STAGES = 16
 """Stages of the ring, at most."""
 CONFLICT, SHIFTED, SHIFT = 64, 4, 16
@@ -37,6 +45,7 @@ CONSTANTS: Mapping[str, Number] = {
     "CHUNK": CHUNK,
     "MATRIX_THREADS": MATRIX_THREADS,
     "EXPERT_THREADS": EXPERT_THREADS,
+    "DIRECT_THREADS": DIRECT_THREADS,
     "RESIDENT_THREADS": RESIDENT_THREADS,
     "ATTENTION_THREADS": ATTENTION_THREADS,
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
@@ -46,6 +55,7 @@ CONSTANTS: Mapping[str, Number] = {
     "CONFLICT": CONFLICT,
     "SHIFTED": SHIFTED,
     "SHIFT": SHIFT,
+    **{f"WHOLE_{name.replace('-', '_')}": count for name, count in WHOLE.items()},
 }
 
 

@@ -1,38 +1,29 @@
 // The kernels that read a quantised matrix, built once per format (FORMAT is a struct of formats.h): whole-tensor decode,
 // embedding rows, matrix-vector products, and the two expert products, which find their matrices through the routed ids.
-// Matrices are row-major payloads whose rows are whole groups of 256. A team of lanes multiplies ROWS rows, a step of groups
-// at a time. A struct of dot.h or bits.h says how it multiplies, a struct of feed.h how the weights come.
+// Matrices are row-major payloads whose rows are whole groups of 256. A team of lanes multiplies ROWS rows, a group at a
+// time. A struct of dot.h or bits.h says how it multiplies, a struct of feed.h how the weights come; stream.h has its own ways.
 #include "feed.h"
 #include "stream.h"
-// Registers are limited so that RESIDENT_THREADS threads fit a multiprocessor, or one block that copies its rows; two steps are
-// unrolled so that two register sets alternate without copies.
-#ifdef MQ_COPY
-constexpr int EXPERT_BLOCKS = 1;
-#else
-constexpr int EXPERT_BLOCKS = RESIDENT_THREADS / EXPERT_THREADS;
-#endif
-#ifdef MQ_RESIDENT
-#undef KERNEL
-#define KERNEL(threads) \
-  extern "C" __global__ void MQ_RESIDENT(threads, threads == EXPERT_THREADS ? EXPERT_BLOCKS : RESIDENT_THREADS / threads)
-constexpr int LANE_STEPS = 2;
-#else
-constexpr int LANE_STEPS = 1;
-#endif
 
-// How the rows of a product lie in lanes, and what multiplies them; a turn of the loop takes UNROLLED groups.
+// How the rows of a product lie in lanes, and what multiplies them. Where a vendor's GPU copies experts' rows into LDS,
+// products of at most WHOLE matrices have all rows of a block there, and others are streamed if they can be. A turn of the
+// loop takes UNROLLED groups; with two, two register sets alternate without copies.
 template <class Format, class = void>
 struct Product {
   using Weights = Format;
   using Dot = LaneDot<Format>;
-  static constexpr int UNROLLED = LANE_STEPS;
+#ifdef MQ_RESIDENT
+  static constexpr int UNROLLED = 2, WHOLE = 0;
+#else
+  static constexpr int UNROLLED = 1, WHOLE = 0;
+#endif
 };
 #ifdef MQ_BITS
 template <class Format>
 struct Product<Format, decltype((void)sizeof(typename Format::Counted))> {
   using Weights = typename Format::Counted;
   using Dot = BitDot<Weights>;
-  static constexpr int UNROLLED = 1;
+  static constexpr int UNROLLED = 1, WHOLE = Weights::WHOLE;
 };
 #endif
 using How = Product<FORMAT>;
@@ -41,8 +32,21 @@ using Dot = How::Dot;
 constexpr int SLICE = FORMAT::SLICE, SPAN = GROUP / SLICE;    // of decoding: elements of a lane, lanes of a group
 constexpr int ROWS = Weights::ROWS;
 constexpr int TEAM = GROUP / Weights::SLICE;    // lanes that share a row
-constexpr int GROUP_STAGE = Dot::STAGE > Tiled<FORMAT>::STAGE ? Dot::STAGE : Tiled<FORMAT>::STAGE;
-constexpr int STAGES = GROUP_STAGE ? (CHUNK + 1) * GROUP_STAGE : 1;
+constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
+
+// Registers are limited so that RESIDENT_THREADS threads fit a multiprocessor, or one block that streams.
+constexpr bool STREAMS = Tiled<FORMAT>::STAGE > 0 && How::WHOLE < 2;
+constexpr int EXPERT_STAGES = STREAMS ? (CHUNK + 1) * Tiled<FORMAT>::STAGE : 1;
+constexpr int EXPERT_LDS = EXPERT_STAGES > STAGES ? EXPERT_STAGES : STAGES;
+#ifdef MQ_RESIDENT
+template <int THREADS>
+struct Bound {
+  static constexpr int MOST = STREAMS || THREADS < DIRECT_THREADS ? THREADS : DIRECT_THREADS;
+  static constexpr int BLOCKS = STREAMS && THREADS == EXPERT_THREADS ? 1 : RESIDENT_THREADS / MOST;
+};
+#undef KERNEL
+#define KERNEL(threads) extern "C" __global__ void MQ_RESIDENT(Bound<threads>::MOST, Bound<threads>::BLOCKS)
+#endif
 
 DEVICE int slice() { return threadIdx.x % TEAM; }
 
@@ -152,25 +156,37 @@ DEVICE void not_loaded(float* out, int rows) {
   for (int row = blockIdx.x * blockDim.x + threadIdx.x; row < rows; row += gridDim.x * blockDim.x) out[row] = not_a_number();
 }
 
-// The weights are on their way before the kernel awaits the one before it. With stages, all of the job; else the rows of a
-// block of a grid (blocks of rows, slots that share x, rows of x).
-template <int MATRICES>
-DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* staged, int stages) {
 #ifdef MQ_COPY
-  if constexpr (Tiled<FORMAT>::STAGE > 0) {
-    HIP_DYNAMIC_SHARED(uint8_t, lds)
-    LDS(Ring, ring, 1);
-    if (stages > 0) {
-      Stream<FORMAT, MATRICES> stream(job, ring, lds, stages);
-      if (wave() == stream.waves) {
-        stream.copy();
-      } else {
-        stream.multiply(x, staged);
-      }
-      return;
-    }
+// As `multiply`, with all rows of the block in LDS; x has at most CHUNK groups.
+template <int MATRICES>
+DEVICE void multiply_whole(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& share, const float* x, float* staged,
+                           int waves) {
+  HIP_DYNAMIC_SHARED(uint8_t, lds)
+  LDS(Arrival, arrival, 1);
+  if (threadIdx.x == 0) {
+    prepare(arrival, 1);
+    Whole<Weights, MATRICES>::request(share, lds, waves, arrival);
   }
+  await_previous();
+  stage_x(staged, x, 0, share.groups);
+  __syncthreads();
+  Dot dot;
+  const Whole<Weights, MATRICES> feed(share, lds, waves);
+  await_arrival(arrival, 0);
+#pragma unroll(Weights::UNROLLED)
+  for (int g = 0; g < share.groups; g++) {
+    typename Weights::Raw raw[ROWS];
+    feed.read(g, raw);
+    dot.add(raw, staged + g * Dot::STAGE, x + g * GROUP);
+  }
+  store(out, share, dot);
+}
 #endif
+
+// The rows of a block of a grid (blocks of rows, slots, tokens); the weights are on their way before the kernel awaits the one
+// before it. `copied` waves have their rows in LDS, all of the block or none.
+template <int MATRICES>
+DEVICE void await_and_multiply_rows(const Job<MATRICES>& job, const float* x, float* staged, int copied) {
   const int slot = blockIdx.z * gridDim.y + blockIdx.y;
   const uint8_t* matrix[MATRICES];
   float* out[MATRICES];
@@ -188,31 +204,62 @@ DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* 
     return;
   }
   const Rows<Weights, MATRICES> share = share_of<MATRICES>(matrix, job.rows, job.groups);
+  const float* own = x + (int64_t)(slot / job.per_x) * job.groups * GROUP;
+#ifdef MQ_COPY
+  if constexpr (MATRICES <= How::WHOLE) {
+    if (copied > 0) {
+      multiply_whole<MATRICES>(out, share, own, staged, copied);
+      return;
+    }
+  }
+#endif
   Direct<Weights, MATRICES> feed(share);
   await_previous();
-  multiply<MATRICES>(out, share, feed, x + (int64_t)(slot / job.per_x) * job.groups * GROUP, staged);
+  multiply<MATRICES>(out, share, feed, own, staged);
+}
+
+// All of a job, by any number of blocks, where it is streamed through a ring of `copied` stages; else as above.
+template <int MATRICES>
+DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* staged, int copied) {
+#ifdef MQ_COPY
+  if constexpr (STREAMS && MATRICES > How::WHOLE) {
+    HIP_DYNAMIC_SHARED(uint8_t, lds)
+    LDS(Ring, ring, 1);
+    if (copied > 0) {
+      Stream<FORMAT, MATRICES> stream(job, ring, lds, copied);
+      if (wave() == stream.waves) {
+        stream.copy();
+      } else {
+        stream.multiply(x, staged);
+      }
+      return;
+    }
+  }
+#endif
+  await_and_multiply_rows(job, x, staged, copied);
 }
 
 // gate, up f32 [tokens, slots, rows] = W1, W3 of expert ids[t, slot] · x f32 [tokens, cols]. Expert e's matrices [rows, cols]
-// lie at gate_at[e] and up_at[e] bytes in the two buffers (which may be one), or at -1. `stages`: of the ring through which
-// rows come, in the dynamic LDS; then the grid is any number of blocks. With 0 stages it is (blocks of rows, slots, tokens),
-// and a team makes ROWS / 2 rows of each matrix from one read of x.
+// lie at gate_at[e] and up_at[e] bytes in the two buffers (which may be one), or at -1. Grid (blocks of rows, slots, tokens),
+// and a team makes ROWS / 2 rows of each matrix from one read of x; or any grid, where the product is streamed. `copied`: the
+// waves of a block whose rows come through the dynamic LDS, or the stages of the ring there; 0 where rows come directly.
 KERNEL(EXPERT_THREADS) expert_gate_up(float* __restrict__ gate, float* __restrict__ up,
                                       const uint8_t* __restrict__ gate_matrices, const int64_t* __restrict__ gate_at,
                                       const uint8_t* __restrict__ up_matrices, const int64_t* __restrict__ up_at,
                                       const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows,
-                                      int groups, int tokens, int slots, int stages) {
-  LDS(float, staged, STAGES);
-  const Job<2> job = {{gate_matrices, up_matrices}, {gate_at, up_at}, {gate, up}, ids, experts, rows, groups, tokens * slots, slots};
-  await_and_multiply<2>(job, x, staged, stages);
+                                      int groups, int tokens, int slots, int copied) {
+  LDS(float, staged, EXPERT_LDS);
+  const Job<2> job = {
+      {gate_matrices, up_matrices}, {gate_at, up_at}, {gate, up}, ids, experts, rows, groups, tokens * slots, slots};
+  await_and_multiply<2>(job, x, staged, copied);
 }
 
-// out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. `stages` and grid as above.
+// out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid and `copied` as above.
 KERNEL(EXPERT_THREADS) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices,
                                    const int64_t* __restrict__ at, const int32_t* __restrict__ ids,
                                    const float* __restrict__ x, int experts, int rows, int groups, int tokens, int slots,
-                                   int stages) {
-  LDS(float, staged, STAGES);
+                                   int copied) {
+  LDS(float, staged, EXPERT_LDS);
   const Job<1> job = {{matrices}, {at}, {out}, ids, experts, rows, groups, tokens * slots, 1};
-  await_and_multiply<1>(job, x, staged, stages);
+  await_and_multiply<1>(job, x, staged, copied);
 }

@@ -23,6 +23,7 @@ from ..runtime.sources import Kernel
 from .geometry import (
     CHUNK,
     CONFLICT,
+    COPYING_WAVES,
     DIRECT_THREADS,
     MATRIX_THREADS,
     MAX_HEAD_DIM,
@@ -33,8 +34,8 @@ from .geometry import (
     SHIFTED,
     WAVE_ROWS,
     WAVES,
+    WHOLE,
 )
-
 
 
 @dataclass(frozen=True)
@@ -305,29 +306,38 @@ def _launch_experts(
     """Launch a product of one or two matrices of each expert, all of one shape, through LDS where that can be done."""
     first, kernel = w[0], backend.kernel(name, w[0].format)
     slots, tokens = grid
-    shape = (first.offsets.size, first.rows, first.cols // GROUP, tokens, slots)
-    rows, stages, lds = _ring(backend, kernel, w)
-    if stages:
-        tiles = tokens * slots * len(w) * _ceil(first.rows, rows)
-        blocks = (min(backend.multiprocessors, tiles),)
-        threads = (WAVES + 1) * WAVE
+    copied, lds, tile = 0, 0, 0
+    if first.cols // GROUP <= CHUNK and all(m.aligned for m in w):
+        if len(w) <= WHOLE.get(first.format, 0):
+            copied, lds = _whole(backend, kernel, first)
+        elif first.format in WAVE_ROWS:
+            copied, lds, tile = _ring(backend, kernel, first)
+    if tile:
+        waves = WAVES + 1
+        blocks: tuple[int, ...] = (
+            min(backend.multiprocessors, slots * tokens * len(w) * _ceil(first.rows, tile)),
+        )
     else:
-        threads = min(kernel.threads, DIRECT_THREADS)
-        blocks = (_ceil(first.rows, _rows(backend, first.format, threads // WAVE) // len(w)), *grid)
-    backend.launch(kernel, blocks, (threads,), (*args, *shape, stages), lds)
+        waves = copied or min(kernel.threads, DIRECT_THREADS) // WAVE
+        blocks = (_ceil(first.rows, _rows(backend, first.format, waves) // len(w)), *grid)
+    shape = (first.offsets.size, first.rows, first.cols // GROUP, tokens, slots)
+    backend.launch(kernel, blocks, (waves * WAVE,), (*args, *shape, copied), lds)
 
 
-def _ring(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int, int]:
-    """(rows of a stage, stages, bytes of LDS in all) of the ring through which rows come; zeros where they come directly."""
-    fmt, groups = w[0].format, w[0].cols // GROUP
-    if fmt not in WAVE_ROWS or groups > CHUNK or not all(m.aligned for m in w):
-        return 0, 0, 0
-    members = _ceil(groups, SHARE)
-    rows, line = MOST_RUNS // members * WAVE_ROWS[fmt], groups * BY_NAME[fmt].nbytes(GROUP)
-    shift = 0 if line % CONFLICT else SHIFT
+def _whole(backend: Backend, kernel: Kernel, w: Experts) -> tuple[int, int]:
+    """(waves of a block all of whose rows are copied into LDS, bytes of LDS); (0, 0) where it cannot hold them."""
+    waves = COPYING_WAVES[kernel.name, w.format]
+    lds = _rows(backend, w.format, waves) * BY_NAME[w.format].nbytes(w.cols)
+    return (waves, lds) if lds <= backend.lds_for_copies(kernel) else (0, 0)
+
+
+def _ring(backend: Backend, kernel: Kernel, w: Experts) -> tuple[int, int, int]:
+    """(stages of the ring through which rows are streamed, bytes of LDS, rows of a stage); zeros where it cannot be."""
+    line, members = BY_NAME[w.format].nbytes(w.cols), _ceil(w.cols // GROUP, SHARE)
+    rows, shift = MOST_RUNS // members * WAVE_ROWS[w.format], 0 if line % CONFLICT else SHIFT
     stage = rows * (line + 4 * members) + rows // SHIFTED * shift
     stages = min(MOST_STAGES, backend.lds_for_copies(kernel) // stage)
-    return (rows, stages, stages * stage) if stages > 1 else (0, 0, 0)
+    return (stages, stages * stage, rows) if stages > 1 else (0, 0, 0)
 
 
 def _rows(backend: Backend, fmt: str, waves: int) -> int:

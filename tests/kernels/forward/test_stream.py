@@ -1,4 +1,4 @@
-"""Expert products whose rows come through LDS (stream.h), with copies made as late as they may be."""
+"""Expert products whose rows come through LDS (stream.h, feed.h), with copies made as late as they may be."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import numpy as np
 import pytest
 from counted_cpu import counting
 from mq_quant.formats.blocks import BY_NAME
-from mq_quant.kernels.forward import ops
-from mq_quant.kernels.forward.geometry import WAVE_ROWS
+from mq_quant.kernels.forward import geometry, ops
 from mq_quant.kernels.runtime.cuda import CudaBackend
 
-FORMATS = tuple(WAVE_ROWS)
-GROUPS, LDS = 10, 48 << 10
-"""Groups of a row at most, and bytes for the copies of a block: with its other arrays it fits into 64 KiB of LDS."""
+FORMATS = (*geometry.WAVE_ROWS, "MQ2-Lloyd")
+GROUPS, SHARE, LDS = 10, 3, 48 << 10
+"""Groups of a row and of a wave, and bytes for the copies of a block, at most: its LDS is to fit into 64 KiB."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_stages():
+    """Set before the kernels are built, which have these numbers too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(geometry.CONSTANTS, "SHARE", SHARE)
+        patch.setattr(ops, "SHARE", SHARE)
+        patch.setattr(ops, "CHUNK", GROUPS)
+        patch.setattr(ops, "COPYING_WAVES", dict.fromkeys(geometry.COPYING_WAVES, 2))
+        yield
 
 
 @pytest.fixture(scope="module", params=["ascending", "descending"])
@@ -27,9 +37,10 @@ def copying(order, tmp_path_factory):
         yield opened
 
 
-@pytest.fixture(autouse=True)
-def few_groups(monkeypatch):
-    monkeypatch.setattr(ops, "CHUNK", GROUPS)
+@pytest.fixture(scope="module")
+def plain(order, tmp_path_factory):
+    with counting(tmp_path_factory.mktemp("plain"), order) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -97,7 +108,9 @@ def test_rows_that_come_through_lds_give_the_product(copying, launches, payload,
     ids = np.array([[2, 0], [1, 1], [0, 2]], np.int32)
     for case in products(copying, fmt, rows, cols, data, start, ids, np.random.default_rng(2)):
         assert close(*case)
-    assert all(blocks <= copying.multiprocessors and 0 < lds <= LDS for blocks, lds in launches)
+    assert all(0 < lds <= LDS for _, lds in launches)
+    if fmt in geometry.WAVE_ROWS:
+        assert launches[0][0] <= copying.multiprocessors
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -109,6 +122,16 @@ def test_other_rows_come_directly(copying, launches, payload, fmt, shape):
     for case in products(copying, fmt, rows, cols, data, start, ids, np.random.default_rng(2)):
         assert close(*case)
     assert not any(lds for _, lds in launches)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_block_that_has_all_its_rows_in_lds_gives_the_bits_of_direct_loads(plain, copying, payload, shape):
+    rows, cols, start = SHAPES[shape]
+    data = payload("MQ2-Lloyd", rows * cols * 3, np.random.default_rng(1))
+    args = ("MQ2-Lloyd", rows, cols, data, start, np.array([[2, 0], [1, 1]], np.int32))
+    results = [products(backend, *args, np.random.default_rng(2)) for backend in (plain, copying)]
+    for (a, *_), (b, *_) in zip(*results, strict=True):
+        assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
