@@ -1,16 +1,16 @@
 // Products of rows with x on units that multiply tiles of signed bytes, for formats whose codes are whole numbers. x becomes
 // whole numbers of four digits from -128 to 127, in a unit that follows the group's largest element. Eight teams of four lanes
-// have a row each. A tile of 16 rows has a row twice: its first 128 elements, and in row + 8 the other 128; columns 0 to 3 are the
-// digits of x for the first half, columns 4 to 7 those for the second, and products of one half with the other are left out.
-// So lane s of a team gets two digits, s % 2, of half s / 2. It reads 16 words of four bytes: word j multiplies the same
-// four elements of the half in all lanes of that part. Sums over elements are whole numbers, sums over halves and digits f32.
+// have a row each. A tile of 16 rows has a row twice: the first half of its group, and in row + 8 the other half; columns 0 to
+// 3 are the digits of x for the first half, columns 4 to 7 those for the other, and products of one half with the other are
+// left out. So lane s of a team gets two digits, s % 2, of half s / 2. It reads 16 words of four bytes, eight of each half.
+// Sums over elements are whole numbers, sums over halves and digits f32.
 #pragma once
 #include "units.h"
 
 #ifdef MQ_BITS
-// Formats for ByteDot. Eight neighbouring elements, i of the group, become a pair of words: `place` says whose, the `pair`-th of
-// lane `part`, `load_x` in which order, and `bytes` gives the words of a pair. RUN pairs that follow one another share a scale.
-// `zero` is what each element has beside its scaled code.
+// Formats for ByteDot. Eight neighbouring elements, the i-th of a group, become a pair of words: `place` says whose, the
+// `pair`-th of lane `part`, `load_x` in which order, and `bytes` gives the words of a pair. RUN pairs that follow one another
+// share a scale. `zero` is what each element has beside its scaled code.
 struct Place {
   int part, pair;
 };
@@ -110,6 +110,7 @@ template <class Format>
 struct ByteDot {
   static constexpr int ROWS = 1, TEAM = 4, DIGITS = 4, PAIRS = 4;    // pairs of words of a half
   static constexpr int UNIT = GROUP * DIGITS / 4, STAGE = UNIT + 4;  // words of LDS that a group of x takes
+  static constexpr int DIGIT = 1 << 8;    // what the next digit counts
   static constexpr int AT_ONCE = 3;    // groups that are multiplied at once
   static constexpr int TOP = 29;    // the largest element's power of two, in units
   float sum[ROWS] = {};
@@ -125,7 +126,7 @@ struct ByteDot {
     for (int j = 0; j < PER_LANE; j++) {
       const int whole = (int)(x[j] * units.lift * units.inverse);
       total += (float)whole;
-      u[j] = (uint32_t)whole + 0x808080 ^ 0x808080;    // its digits
+      u[j] = ((uint32_t)whole + 0x808080) ^ 0x808080;    // its digits
     }
     const Place place = Format::place(lane());
     const int half = place.pair / PAIRS, pair = place.pair % PAIRS;
@@ -162,11 +163,11 @@ struct ByteDot {
       read_words(reinterpret_cast<const uint8_t*>(staged + (pair / 2 * WAVE + lane()) * 4 + pair % 2 * 2), x);
       multiply_bytes(counts, a[0], a[1], a[2], a[3], x[0], x[1]);
       if (pair % Format::RUN == Format::RUN - 1) {
-        const int whole = part < 2 ? counts.v[0] + 256 * counts.v[1] : counts.v[2] + 256 * counts.v[3];
+        const int whole = part < 2 ? counts.v[0] + DIGIT * counts.v[1] : counts.v[2] + DIGIT * counts.v[3];
         product = fmaf(Format::scale(raw[0], pair), (float)whole, product);
       }
     }
-    product *= part % 2 ? 65536.0f : 1.0f;
+    product *= part % 2 ? (float)(DIGIT * DIGIT) : 1.0f;
     if (part == 0) product = fmaf(Format::zero(raw[0]), staged[UNIT + 2], product);
     sum[0] += product * staged[UNIT] * staged[UNIT + 1];
   }

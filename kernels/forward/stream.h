@@ -1,9 +1,9 @@
 // Experts' rows through LDS, for GPUs whose header defines MQ_COPY. What a launch multiplies is one list of tiles: for each slot
-// the rows of its expert's matrices, some at a time. The blocks, one for each multiprocessor, take equal shares of the list. The
-// last wave of a block copies: tiles go to the stages of a ring, one after the other, as far ahead as the ring is long. The
-// other waves form teams that take tiles in turns. A wave of a team multiplies SHARE groups of ROWS rows; the one that is the
-// last to have made its part of these rows adds the parts up, in the order of the groups. x lies in LDS for as long as it
-// stays the same. The copies begin before the kernel before this one has ended.
+// the rows of its expert's matrices, some at a time. The blocks, one for each multiprocessor, take equal shares of the list.
+// The last wave of a block copies: tiles go to the stages of a ring, one after the other, as far ahead as the ring is long.
+// The other waves form teams that take tiles in turns. A wave of a team multiplies at most SHARE groups of a run of ROWS rows;
+// the one that is the last to have done so adds up what all have made of the run, in the order of the waves. x lies in LDS for
+// as long as it stays the same. The copies begin before the kernel before this one has ended.
 #pragma once
 #include "bits.h"
 #include "bytes.h"
@@ -35,10 +35,10 @@ struct Tiled {
   static constexpr int STAGE = 0;
 };
 #ifdef MQ_COPY
-template <class Dots, class Counts>
+template <class DotOfFormat, class Format>
 struct TiledBy {
-  using Dot = Dots;
-  using Weights = Counts;
+  using Dot = DotOfFormat;
+  using Weights = Format;
   static constexpr int STAGE = Dot::STAGE;
 };
 template <class Format>
@@ -51,7 +51,7 @@ struct Tiled<Format, decltype((void)sizeof(typename Format::Bytes))>
 struct Ring {
   Arrival filled[MOST_STAGES], emptied[MOST_STAGES], met;
   int missing[MOST_STAGES];          // whether the expert of a stage's tile is not there
-  int made[MOST_STAGES][MOST_RUNS];  // waves that have made their part of a run of rows
+  int done[MOST_STAGES][MOST_RUNS];  // waves that have multiplied their groups of a run
 };
 
 template <class Format, int MATRICES>
@@ -95,7 +95,7 @@ struct Stream {
     if ((int)threadIdx.x < stages) {
       prepare(ring->filled + threadIdx.x, 1);
       prepare(ring->emptied + threadIdx.x, runs);
-      for (int i = 0; i < runs; i++) ring->made[threadIdx.x][i] = 0;
+      for (int i = 0; i < runs; i++) ring->done[threadIdx.x][i] = 0;
     }
     if (threadIdx.x == 0) prepare(&ring->met, waves);
     __syncthreads();
@@ -106,8 +106,8 @@ struct Stream {
     return lds + (stage * rows + r) * line + (stage * (rows / SHIFTED) + r / SHIFTED) * shift;
   }
 
-  // What the members have made of a run of rows.
-  DEVICE_MEMBER float* parts(int stage, int run) const {
+  // What the members have made of a run.
+  DEVICE_MEMBER float* sums(int stage, int run) const {
     return reinterpret_cast<float*>(row(stages, 0)) + (stage * runs + run) * members * ROWS;
   }
 
@@ -130,8 +130,8 @@ struct Stream {
     }
   }
 
-  // Waits until a stage is filled with a tile. Only the stage's last but one parity could be mistaken for this one, so it must
-  // have been emptied of the tile before.
+  // Waits until a stage is filled with a tile. Arrivals tell an even round from an odd one and no more, so the tile of the round
+  // before must be gone first.
   DEVICE_MEMBER void await_filled(const Tile& tile) const {
     if (tile.rounds > 0) await_arrival(ring->emptied + tile.stage, (tile.rounds - 1) % 2);
     await_arrival(ring->filled + tile.stage, tile.rounds % 2);
@@ -140,7 +140,7 @@ struct Stream {
   // The other waves' work.
   DEVICE_MEMBER void multiply(const float* x, float* staged) const {
     const int member = wave() % members, run = wave() / members % runs, team = wave() / (members * runs);
-    const int lead = lane() / LANES, part = lane() % LANES;
+    const int lead = lane() / LANES, quarter = lane() % LANES;
     Tile tile(tiles, stages, first);
     int x_row = tile.slot / job.per_x, met = 0;
     const int last_row = (first + count - 1) / tiles / MATRICES / job.per_x;
@@ -159,24 +159,24 @@ struct Stream {
         typename Weights::Raw raw[Dot::ROWS];
 #pragma unroll
         for (int r = 0; r < Dot::ROWS; r++) {
-          raw[r] = Weights::read(row(tile.stage, run * ROWS + r * APART + lead) + there * Format::BYTES, part);
+          raw[r] = Weights::read(row(tile.stage, run * ROWS + r * APART + lead) + there * Format::BYTES, quarter);
         }
         dot.add(raw, staged + min(group, job.groups) * Dot::STAGE, nullptr);
       }
       const float total = dot.total();
-      float* made = parts(tile.stage, run);
+      float* made = sums(tile.stage, run);
       constexpr int KEEPERS = LANES / Dot::ROWS;    // lanes that have the total of a row
-      if (part % KEEPERS == 0) made[member * ROWS + part / KEEPERS * APART + lead] = total;
+      if (quarter % KEEPERS == 0) made[member * ROWS + quarter / KEEPERS * APART + lead] = total;
       sync_wave();
       int before = 0;
-      if (lane() == 0) before = count_up(&ring->made[tile.stage][run]);
+      if (lane() == 0) before = count_up(&ring->done[tile.stage][run]);
       if (__shfl(before, 0) == members - 1) finish(tile, run, made);
       tile.move(teams);
     }
     while (x_row < last_row) turn(x, ++x_row, staged, met);
   }
 
-  // Adds up the parts of a run of rows; then nobody needs the stage for it any more.
+  // Adds up what the members have made of a run; then nobody needs the stage for it any more.
   DEVICE_MEMBER void finish(const Tile& tile, int run, const float* made) const {
     const int r = tile.number * rows + run * ROWS + lane();
     if (lane() < ROWS && r < job.rows) {
@@ -186,7 +186,7 @@ struct Stream {
     }
     sync_wave();
     if (lane() == 0) {
-      ring->made[tile.stage][run] = 0;
+      ring->done[tile.stage][run] = 0;
       arrive(ring->emptied + tile.stage);
     }
   }

@@ -92,9 +92,10 @@ DEVICE float load_f16(const uint8_t* p) { return half_to_float(load_u16(p)); }
 DEVICE uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
 #endif
 
-// From sm_90 on, kernel N + 1 may start while kernel N runs, once a thread of each of N's blocks has called `begin_next`, behind
-// `await_end`: the kernels before N are done then. Before `await_end`, kernel N + 1 writes nothing, and reads no buffer of a type
-// that N writes (CudaBackend._dispatch checks that). Buffers that kernel N - 1 wrote are read with `fetch_new`, past the cache.
+// From sm_90 on, kernel N + 1 may start while kernel N runs, once a thread of each of N's blocks has called `begin_next` behind
+// `await_end`, so that the kernels before N are done. Before `await_end`, kernel N + 1 writes nothing, and reads no buffer of a
+// type that N writes (CudaBackend._dispatch checks that). Buffers that kernel N - 1 wrote are read with `fetch_new`, past the
+// cache.
 #ifndef MQ_AWAIT
 DEVICE void await_end() {}
 DEVICE void begin_next() {}

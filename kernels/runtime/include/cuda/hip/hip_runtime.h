@@ -100,8 +100,8 @@ static __device__ __forceinline__ Counts count_common(uint32_t a0, uint32_t a1, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
   return count;
 }
-// Products of a tile of 16 × 32 signed bytes and one of 32 × 8, added to `sum`: lane 4g + c holds of row g four columns twice (a0,
-// a2), the same of row g + 8 (a1, a3), those of column g (b0, b1), and the sums of both rows with columns 2c and 2c + 1.
+// Products of a tile of 16 × 32 signed bytes and one of 32 × 8, added to `sum`: lane 4g + c holds words c and c + 4 of row g (a0,
+// a2) and of row g + 8 (a1, a3), those of column g (b0, b1), and the sums of both rows with columns 2c and 2c + 1.
 static __device__ __forceinline__ void multiply_bytes(Counts& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                       uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
