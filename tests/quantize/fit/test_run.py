@@ -13,18 +13,21 @@ import pytest
 import torch
 from hub_server import REPO, check_each_shard_was_fetched_once
 from mq_quant.formats.checkpoint.local import open_checkpoint
+from mq_quant.formats.checkpoint.source import Source
 from mq_quant.formats.errors import InUseError, OutputError, ResumeError
 from mq_quant.formats.hfq import open_hfq
-from mq_quant.formats.minimax import expert_of
+from mq_quant.formats.minimax import expert_of, layer_inventory
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.evaluate.reference import of_checkpoint
 from mq_quant.quantize.evaluate.run import EvaluateOptions, evaluate_files
+from mq_quant.quantize.fit import streams
 from mq_quant.quantize.fit.measurement import Measurement, Projection, read_measurement
 from mq_quant.quantize.fit.run import JOURNAL, WORK, MeasureResult
 from mq_quant.quantize.pipeline.build import BuildResult
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, OnTheFly
 from mq_quant.quantize.spec.places import open_place
 from mq_quant.quantize.write.journal import MEASUREMENT, Journal
+from mq_quant.verify.model.device_weights import DeviceWeights
 from mq_quant.verify.model.hfq_weights import DecodedFile
 from mq_quant.verify.model.metrics import kl_divergence
 from mq_quant.verify.model.reference import Weights, layer_by_layer, logits
@@ -113,7 +116,23 @@ def test_whole_models_are_what_an_evaluation_says_of_their_files(
     for name, file in zip(STATED, result.files, strict=True):
         assert found.whole[name] == pytest.approx(file.divergence.kld_mean, rel=1e-4)
     assert found.text.sha256 == result.tokens.sha256 and found.effort == effort
+    if effort == "calibrated":
+        assert found.calibration is not None and found.calibration.tokens == np.load(calibrating).size
     assert 0 < found.rest < found.whole["MQ4"]
+
+
+def test_weights_that_lie_on_a_device_give_the_same(
+    measured: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a layer's codes are sent once and become f32 there."""
+    plain = measured("plain.json").measurement
+
+    def sent(source: Source, device: torch.device, layer: int) -> closing[DeviceWeights]:
+        names = [spec.name for spec in layer_inventory(source.config, layer)]
+        return closing(DeviceWeights(source, device, names))
+
+    monkeypatch.setattr(streams, "layer_weights", sent)
+    assert measured("sent.json").measurement == plain
 
 
 def test_a_killed_run_continues_to_the_same_measurement(measured: Measure, tmp_path: Path) -> None:
