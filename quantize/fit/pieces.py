@@ -25,6 +25,7 @@ from ..encode.once import Once, Together
 from ..encode.prepared_layer import FitSettings
 
 F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
 
 
 class Choice(NamedTuple):
@@ -46,7 +47,9 @@ class Matrices(NamedTuple):
 
 
 class LayerPieces:
-    """One layer's experts under several choices of formats."""
+    """One layer's experts under several choices of formats; `kind` encodes them."""
+
+    kind: type[LayerEncoder] = LayerEncoder
 
     def __init__(
         self,
@@ -60,13 +63,14 @@ class LayerPieces:
     ) -> None:
         """Chooses each format's AWQ scale from a few of the source's matrices."""
         self.layer, self.importance, self.choices, self.source = layer, importance, tuple(choices), source
+        self.encoder = encoder
         used = dict.fromkeys(f for choice in self.choices for f in choice if f is not None)
         pairs = [*(Choice(f, f) for f in used), *(c for c in self.choices if c.gate_up and c.down)]
         self._encoders: dict[Choice, LayerEncoder] = {}
         once = Together()
         for pair in dict.fromkeys(pairs):
             above, below = BY_NAME[str(pair.gate_up)], BY_NAME[str(pair.down)]
-            made = LayerEncoder(
+            made = self.kind(
                 config, layer, importance, {"w1": above, "w2": below, "w3": above}, settings, encoder
             )
             made.prepare({needed: source.weight(needed) for needed in made.needs_samples()}, once)
@@ -74,11 +78,11 @@ class LayerPieces:
 
     def expert(self, expert: int) -> dict[Choice, Matrices]:
         """One expert under each choice, and as the source has it; for any number of threads."""
-        plain = Matrices(
-            *(self.source.weight(expert_name(self.layer, expert, p)) for p in ("w1", "w3", "w2"))
-        )
-        once = Together()
-        whole = {pair: _decoded(made, expert, plain, once) for pair, made in self._encoders.items()}
+        plain, once = self.plain(expert), Together()
+        whole = {
+            pair: decoded(made, made.encode_expert(expert, *plain, once).payloads, plain, once)
+            for pair, made in self._encoders.items()
+        }
         inputs = self.importance.inputs(expert)
         there = None if inputs is None else product(inputs, plain.w1, plain.w3)
         out = {SOURCE: plain}
@@ -93,6 +97,10 @@ class LayerPieces:
                 out[choice] = whole[choice]
         return out
 
+    def plain(self, expert: int) -> Matrices:
+        """One expert as the source has it."""
+        return Matrices(*(self.source.weight(expert_name(self.layer, expert, p)) for p in ("w1", "w3", "w2")))
+
     def _down(
         self, name: str, expert: int, w2: F32, seen: F32 | None, whole: Mapping[Choice, Matrices]
     ) -> F32:
@@ -103,17 +111,16 @@ class LayerPieces:
         return encoder.stored.form("w2").decode(encoder.encode_down(expert, w2, seen), w2.shape)
 
 
-def _decoded(encoder: LayerEncoder, expert: int, plain: Matrices, once: Once) -> Matrices:
-    """The expert as a build has it. A payload that `once` keeps for several encoders, whose stored form is one then, is
+def decoded(encoder: LayerEncoder, payloads: Mapping[str, U8], plain: Matrices, once: Once) -> Matrices:
+    """An expert as a build has it. A payload that several encoders have in common, whose stored form is one then, is
     decoded once.
     """
-    done = encoder.encode_expert(expert, *plain, once).payloads
 
-    def decoded(p: str) -> F32:
-        payload, shape = done[p], getattr(plain, p).shape
+    def matrix(p: str) -> F32:
+        payload, shape = payloads[p], getattr(plain, p).shape
         return once.one(("decoded", id(payload)), lambda: encoder.stored.form(p).decode(payload, shape))
 
-    return Matrices(decoded("w1"), decoded("w3"), decoded("w2"))
+    return Matrices(matrix("w1"), matrix("w3"), matrix("w2"))
 
 
 def _answer(w2: F32, above: Matrices, inputs: F32 | None, there: F32 | None) -> F32:

@@ -39,6 +39,7 @@ from .found import Found, measurement_of
 from .heads import divergences
 from .measurement import EXPERT_NAMES, Measurement
 from .pieces import LayerPieces
+from .pieces_on_device import DevicePieces
 from .rest import RestWeights
 from .streams import Streams, StreamsRun, weights_of_expert
 
@@ -123,7 +124,7 @@ def losses_of(
     made_from = {"origin": source.origin, "files": files}
     gathered = None
     if isinstance(statistics, OnTheFly):
-        gathered = GatheredImportance(source, texts.calibrating, options.device, texts.text, stays=False)
+        gathered = GatheredImportance(source, texts.calibrating, options.device, texts.text, ahead=False)
     found = find(statistics, imatrix, config, made_from, gathered)
     assert found.model is not None
     signature = {
@@ -162,6 +163,8 @@ def _layers(
     layers = {n: [spec.name for spec in layer_inventory(config, n)] for n in range(config.num_hidden_layers)}
     names = [name for n in range(first, config.num_hidden_layers) for name in layers[n]]
     source.schedule([*([] if first else [EMBED]), *names, *END])
+    on_device = gathered is not None and gathered.stays and recipe.fit == "hessian"
+    kind = DevicePieces if on_device else LayerPieces
     options.watch.begin("measuring", each * config.num_hidden_layers, "weights", each * first)
     for layer in range(first, config.num_hidden_layers):
         if gathered is not None:
@@ -169,10 +172,8 @@ def _layers(
             gathered.begin_layer(layer)
             make_room(run.device)
         choices, rounding = run.plan.choices(layer), fit_settings(recipe)
-        known = importance.layer(layer)
-        run.pass_layer(
-            layer, LayerPieces(config, layer, known, choices, rounding, source, options.encoder), options.jobs
-        )
+        pieces = kind(config, layer, importance.layer(layer), choices, rounding, source, options.encoder)
+        run.pass_layer(layer, pieces, options.jobs)
         for name in [*([] if layer else [EMBED]), *layers[layer]]:
             source.release(name)
 

@@ -156,12 +156,8 @@ def measuring_hours(
 ) -> float:
     """Hours of measuring each piece in so many formats on `judged` tokens: all experts are rounded in each format, down
     twice, and every piece has a stream that passes all later layers and the head.
-
-    Own moments are factored on the cores beside a GPU too.
     """
     spent = 1.5 * formats * hours(config, effort, tokens, cores, device)
-    if device != "cpu" and effort != "imatrix":
-        spent += formats * own_products(config, tokens)[1] / CPU_CORE.f64 / cores / 3600
     rates, workers = (CPU_CORE, cores) if device == "cpu" else (GPU, 1)
     streams = formats * config.num_hidden_layers
     forward, _ = gather_products(config, judged)

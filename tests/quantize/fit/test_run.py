@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import hub_server
@@ -17,9 +18,11 @@ from mq_quant.formats.checkpoint.source import Source
 from mq_quant.formats.errors import InUseError, OutputError, ResumeError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import expert_of, layer_inventory
+from mq_quant.quantize.calibrate.on_the_fly import GatheredImportance
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.evaluate.reference import of_checkpoint
 from mq_quant.quantize.evaluate.run import EvaluateOptions, evaluate_files
+from mq_quant.quantize.fit import run as fit_run
 from mq_quant.quantize.fit import streams
 from mq_quant.quantize.fit.measurement import Measurement, Projection, read_measurement
 from mq_quant.quantize.fit.run import JOURNAL, WORK, MeasureResult
@@ -133,6 +136,23 @@ def test_weights_that_lie_on_a_device_give_the_same(
 
     monkeypatch.setattr(streams, "layer_weights", sent)
     assert measured("sent.json").measurement == plain
+
+
+def test_where_inputs_stay_on_a_device_it_is_nearly_the_same_and_continues(
+    measured: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU. Sums in another order round a few weights to a neighbouring level."""
+    plain = measured("plain.json", effort="calibrated").measurement
+    monkeypatch.setattr(fit_run, "GatheredImportance", partial(GatheredImportance, stays=True))
+    there = measured("there.json", effort="calibrated").measurement
+    for piece, usual in zip(there.pieces, plain.pieces, strict=True):
+        assert piece.kld == pytest.approx(usual.kld, rel=0.05)
+    assert there.pieces != plain.pieces
+    with pytest.raises(StopError):
+        measured("killed.json", effort="calibrated", watch=stop_at(1))
+    result = measured("killed.json", effort="calibrated")
+    assert result.resumed_layers == 1 and result.measurement == there
+    assert {path.name for path in tmp_path.glob("*partial*")} == set()
 
 
 def test_a_killed_run_continues_to_the_same_measurement(measured: Measure, tmp_path: Path) -> None:
