@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from ....formats.errors import ClusterError
 from ....formats.machine import cores, offer, variable
 
 LOCAL = "local"
+KNOCK = 10.0
+"""Seconds in which something has to answer at the address of a cluster."""
 STORE = 128 << 20
 """Bytes of the object store of a cluster that is started here: no payload passes through it."""
 
@@ -83,8 +86,9 @@ def connected(ray: Any, address: str) -> Iterator[None]:
     if address == LOCAL:
         options |= {"num_cpus": cores(), "object_store_memory": STORE}
     try:
+        _knock(address)
         ray.init(**options)
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, OverflowError, ValueError, RuntimeError) as e:
         said = str(e).strip().partition("\n")[0]
         raise ClusterError(
             f"no Ray cluster can be used at {address}: {said}",
@@ -94,6 +98,13 @@ def connected(ray: Any, address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """OSError where nothing listens at an address with a port: Ray itself tries such an address for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK).close()
 
 
 def own_gpu() -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -256,6 +257,11 @@ def test_an_address_without_a_cluster_is_named() -> None:
         ClusterError, match=r"can be used at auto: Could not find any running Ray instance.\n"
     )
     with nobody, ray_session.connected(NoRay, "auto"):
+        pass
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    refused = pytest.raises(ClusterError, match=rf"can be used at {address}: .*refused\n  start one")
+    with refused, ray_session.connected(NoRay, address):
         pass
     client = pytest.raises(ClusterError, match="no address of Ray's client")
     with client, ray_session.connected(NoRay, "ray://head:10001"):
