@@ -4,7 +4,7 @@ Few tokens make a moment S of K channels that is mostly noise; the layer's momen
 but it is not the expert's. The best mixture (1 - ρ)·S + ρ·T has ρ = noise / (noise + distance), where noise is the
 expected squared error of S and distance the squared distance of the true moment from T. Both are measured in the
 coordinates in which T is the identity, because rounding divides by the small eigenvalues of a moment as much as it
-multiplies by the large ones. All arithmetic is f64.
+multiplies by the large ones. Moments are f64, rows and their products f32.
 
 Source: Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices" (2004), with T in
 place of the identity and with pairs of different tokens in place of the biased square of S.
@@ -13,14 +13,19 @@ place of the identity and with pairs of different tokens in place of the biased 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_triangular
 
+from ..formats.jit import compiler
+from ..formats.lapack import add_products, cholesky, divide, invert_lower
 from ..formats.statistics.row_file import ExpertRows
 from .from_moments import CalibratedLayer
 from .importance import F64, Importance
+
+F32 = NDArray[np.float32]
+compiled = compiler(Path(__file__))
 
 FLOOR = 0.01
 """Share of the mean energy that is added to every channel of T before it is whitened, so that its factor exists."""
@@ -28,22 +33,21 @@ SAMPLE = 1024
 """Tokens of an expert, evenly spaced, from which its share is estimated: half a million pairs of them."""
 CHUNK = 4096
 """Rows whose products are summed in f32."""
+TILE = 64
+"""Rows and columns that `mirror` takes at a time."""
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """The coordinates in which the layer's moment T f64 [K, K] is about the identity.
+    """The coordinates in which the layer's moment T f64 [K, K] is about the identity: rows x are L⁻¹ · x.
 
-    `lower` f64 [K, K] is the Cholesky factor of T with its floor; `target` f64 [K, K] is T in these coordinates.
+    `lower` f32 [K, K] is L, the Cholesky factor of T + `floor` · I, so that T is I - floor · L⁻¹ · L⁻ᵀ there; `energy`
+    is the sum of that matrix's squares.
     """
 
-    lower: F64
-    target: F64
-
-    def of(self, rows: NDArray[np.float32]) -> F64:
-        """Rows f32 [n, K] in these coordinates, f64 [n, K]."""
-        out: F64 = solve_triangular(self.lower, rows.T.astype(np.float64), lower=True).T
-        return out
+    lower: F32
+    floor: float
+    energy: float
 
 
 def whitening(moment: F64) -> Whitening | None:
@@ -51,52 +55,72 @@ def whitening(moment: F64) -> Whitening | None:
     mean = float(np.trace(moment)) / len(moment)
     if not (np.isfinite(moment).all() and mean > 0):
         return None
-    floored = moment.copy()
-    floored[np.diag_indices_from(floored)] += FLOOR * mean
-    try:
-        lower = np.linalg.cholesky(floored)
-    except np.linalg.LinAlgError:
+    floor = FLOOR * mean
+    factor = moment.copy()
+    factor[np.diag_indices_from(factor)] += floor
+    if not cholesky(factor):
         return None
-    half = solve_triangular(lower, moment, lower=True)
-    return Whitening(np.asarray(lower, np.float64), solve_triangular(lower, half.T, lower=True))
+    lower = factor.astype(np.float32)
+    if not invert_lower(factor):
+        return None
+    inverse = np.tril(factor)
+    outer = floor * (inverse @ inverse.T)
+    energy = len(moment) - 2 * float(np.trace(outer)) + float(np.vdot(outer, outer))
+    return Whitening(lower, floor, energy)
 
 
-def layer_share(rows: NDArray[np.float32], layer: Whitening) -> float:
+def layer_share(rows: F32, layer: Whitening) -> float:
     """ρ, the layer's share in the moment of an expert that saw these rows f32 [n, K]: 1 where n is below 2."""
     count = len(rows)
     if count < 2:
         return 1.0
-    step = -(-count // SAMPLE)
-    x = layer.of(rows[::step])
-    energy = np.einsum("nk,nk->n", x, x)
-    pairs = x @ x.T
+    x = rows[:: -(-count // SAMPLE)].copy()
+    divide(x, layer.lower)
     seen = len(x)
-    own = float(np.square(pairs).sum() - np.square(energy).sum()) / max(seen * (seen - 1), 1)
-    cross = float(np.einsum("nk,nk->", x @ layer.target, x)) / seen
+    energy = np.einsum("nk,nk->n", x, x).astype(np.float64)
+    pairs = np.square(x @ x.T).sum(dtype=np.float64) - np.square(energy).sum()
+    own = float(pairs) / max(seen * (seen - 1), 1)
+    divide(x, layer.lower, transposed=True)
+    cross = (float(energy.sum()) - layer.floor * float(np.square(x).sum(dtype=np.float64))) / seen
     noise = max(float(np.square(energy).mean()) - own, 0.0) / count
-    distance = max(own - 2 * cross + float(np.square(layer.target).sum()), 0.0)
+    distance = max(own - 2 * cross + layer.energy, 0.0)
     return noise / (noise + distance) if noise + distance > 0 else 1.0
 
 
-def own_moment(rows: NDArray[np.float32]) -> F64:
+def own_moment(rows: F32) -> F64:
     """E[x xᵀ] f64 [K, K] over rows f32 [n, K], exactly symmetric; sums of 4096 rows are f32, sums of those f64."""
     width = rows.shape[1]
     total = np.zeros((width, width))
     for start in range(0, len(rows), CHUNK):
-        part = rows[start : start + CHUNK]
-        total += part.T @ part
-    out: F64 = (np.triu(total) + np.triu(total, 1).T) / max(len(rows), 1)
-    return out
+        part = np.zeros((width, width), np.float32)
+        add_products(np.ascontiguousarray(rows[start : start + CHUNK]), part)
+        total += part
+    total /= max(len(rows), 1)
+    mirror(total)
+    return total
 
 
-def mixed(rows: NDArray[np.float32], prior: Importance, white: Whitening | None) -> Importance:
+@compiled
+def mirror(a):  # type: ignore[no-untyped-def]
+    """Make a [K, K] symmetric: what is above the diagonal becomes what is below it."""
+    for top in range(0, len(a), TILE):
+        for left in range(0, top + TILE, TILE):
+            for i in range(top, min(top + TILE, len(a))):
+                for j in range(left, min(left + TILE, i)):
+                    a[j, i] = a[i, j]
+
+
+def mixed(rows: F32, prior: Importance, white: Whitening | None) -> Importance:
     """The importance of one expert's matrix from the rows f32 [n, K] that it saw, drawn toward a prior with a moment.
 
     `white` is the whitening of the prior's moment.
     """
     assert prior.moment is not None
-    share = 1.0 if white is None else layer_share(rows, white)
-    moment = prior.moment if share == 1.0 else (1 - share) * own_moment(rows) + share * prior.moment
+    share, moment = 1.0 if white is None else layer_share(rows, white), prior.moment
+    if share < 1:
+        moment = own_moment(rows)
+        moment *= 1 - share
+        moment += share * prior.moment
     return Importance(np.diag(moment).copy(), moment, float(len(rows)))
 
 
@@ -144,11 +168,11 @@ class OwnMoments(WithRows):
     gate_up: Whitening | None
     down: Whitening | None
 
-    def inputs(self, expert: int) -> NDArray[np.float32]:
+    def inputs(self, expert: int) -> F32:
         """The rows f32 [n, hidden] that one expert's gate and up see."""
         return self.kept.of(expert)
 
-    def from_rows(self, expert: int, projection: str, rows: NDArray[np.float32]) -> Importance:
+    def from_rows(self, expert: int, projection: str, rows: F32) -> Importance:
         """The importance of one matrix whose inputs are these rows f32 [n, K]."""
         prior = self.of(expert, projection)
         if projection != "w2":

@@ -196,11 +196,12 @@ def pack_bits(codes: U8, bits: int) -> U8:
 
 def unpack_bits(stream: U8, bits: int) -> U8:
     """Undo pack_bits: u8 [G, n·bits/8] to u8 [G, n]."""
-    count = stream.shape[1] * 8 // bits
-    each = np.unpackbits(stream, axis=1, bitorder="little").reshape(len(stream), count, bits)
-    weights = (1 << np.arange(bits)).astype(np.uint8)
-    codes: U8 = (each * weights).sum(axis=2, dtype=np.uint8)
-    return codes
+    eight = np.zeros((len(stream), stream.shape[1] // bits), np.uint64)  # the bits of eight codes
+    for n in range(bits):
+        eight |= stream[:, n::bits].astype(np.uint64) << np.uint64(8 * n)
+    shifts = np.arange(0, 8 * bits, bits, dtype=np.uint64)
+    codes = (eight[:, :, None] >> shifts).astype(np.uint8) & np.uint8(2**bits - 1)
+    return codes.reshape(len(stream), 8 * eight.shape[1])
 
 
 F16_FORMAT = FloatFormat("F16", 1, 1, 2, 0, 0, False)

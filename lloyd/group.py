@@ -237,7 +237,7 @@ def write_gains(whole, lost, first, gains):
 def settle_rows(rows, column, problem, stored, codes_io, gains):
     """Assign codes u8 [R, 256] once more, given the stored levels f32 [R, K].
 
-    gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ), as write_gains has it.
+    gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ), as write_gains has it; nothing where it is empty.
     """
     weights = problem.weights
     s = scratch_for(stored.shape[1], problem.grid)
@@ -250,6 +250,8 @@ def settle_rows(rows, column, problem, stored, codes_io, gains):
         gather_levels(stored, first, s.levels)
         settle(problem, s)
         scatter(s.codes, codes_io, first)
+        if gains.shape[0] == 0:
+            continue
         pulled(problem, s.y, s.ys)
         if weights.shape[0] > 0:
             signed(s.errors, problem.signs, s.errors)

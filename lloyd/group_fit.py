@@ -38,16 +38,21 @@ class GroupFit:
 
 
 def fit_group(
-    rows: F32, column: int, fmt: Rotated, h: GroupHessian, shakes: Sequence[np.float32] = INDEPENDENT
+    rows: F32,
+    column: int,
+    fmt: Rotated,
+    h: GroupHessian,
+    shakes: Sequence[np.float32] = INDEPENDENT,
+    final: bool = True,
 ) -> GroupFit:
     """The group of rows f32 [R, K_in] that begins at `column`, fitted under its Hessian.
 
-    There is a round of descent and refit for each of the `shakes`.
+    There is a round of descent and refit for each of the `shakes`. What is not final gets no gains.
     """
     grid = isinstance(fmt, AffineFormat)
     levels = expand(fmt, initial_levels(rows, column, fmt, exact=h.nearly_white))
     problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, SIGNS, grid)
-    codes, gains = np.empty((len(rows), GROUP), np.uint8), np.empty(len(rows), np.float32)
+    codes, gains = np.empty((len(rows), GROUP), np.uint8), np.empty(len(rows) if final else 0, np.float32)
     fit_rows(rows, column, problem, np.array(shakes), levels, codes)
     stored = as_stored(fmt, even_levels(levels) if grid else levels)
     settle_rows(rows, column, problem, expand(fmt, stored), codes, gains)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mq_quant.lloyd.hessian.lapack import cholesky
+from mq_quant.formats.lapack import cholesky
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.statistics import OnTheFly

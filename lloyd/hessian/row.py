@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ...formats.lapack import cholesky, invert_lower
 from ..constants import EXTRA_DAMPING, GROUP, INDEPENDENT, LONE, WHOLE
 from ..loops import compiled
 from ..simd.lanes import PANEL, gather, product, scatter_at
 from ..simd.vec import LANES
 from .group import UNUSABLE, GroupHessian, bounded, from_bounded, nearly_equal
-from .lapack import cholesky, invert_lower
 
 UNUSABLE_MOMENT = "second moment is not usable: rounded to nearest"
 
@@ -117,22 +117,32 @@ def from_moment(moment: NDArray[np.float64]) -> RowHessian:
         return white
     scaled = moment / mean
     for extra in EXTRA_DAMPING:
-        upper = inverse_factor(scaled, extra)
-        if upper is not None:
+        factor = reversed_factor(scaled, extra)
+        inverse = None if factor is None else reversed_inverse(factor)
+        if factor is not None and inverse is not None:
             notes = (f"second moment damped by a further {extra:g}",) if extra else ()
             scaled[np.diag_indices_from(scaled)] += extra
-            return _from_factor(upper, coupling_of(scaled), notes)
+            return _from_factor(factor, inverse, coupling_of(scaled), notes)
     return white
 
 
-def inverse_factor(h: NDArray[np.float64], damping: float = 0.0) -> NDArray[np.float64] | None:
-    """U f64 [K, K], upper triangular, with Uᵀ U = (h + damping · I)⁻¹; None where that is not positive definite."""
+def reversed_factor(h: NDArray[np.float64], damping: float = 0.0) -> NDArray[np.float64] | None:
+    """V f64 [K, K], upper triangular, with V Vᵀ = h + damping · I; None where that is not positive definite.
+
+    What is below the diagonal is of no meaning. V is a view: rows and columns of h lie in memory in reversed order, in
+    which V is the usual lower factor.
+    """
     reverse = h[::-1, ::-1].copy()
     reverse[np.diag_indices_from(reverse)] += damping
-    if not (cholesky(reverse) and invert_lower(reverse)):
+    return reverse[::-1, ::-1] if cholesky(reverse) else None
+
+
+def reversed_inverse(factor: NDArray[np.float64]) -> NDArray[np.float32] | None:
+    """U = V⁻¹ f32 [K, K] of a `reversed_factor`, as that lies in memory; None where it is not finite."""
+    reverse = factor[::-1, ::-1].astype(np.float32)
+    if not (invert_lower(reverse) and np.isfinite(reverse).all()):
         return None
-    upper = np.triu(reverse[::-1, ::-1])
-    return upper if np.isfinite(upper).all() else None
+    return reverse[::-1, ::-1]
 
 
 def coupling_of(h: NDArray[np.float64]) -> Coupling | None:
@@ -145,26 +155,38 @@ def coupling_of(h: NDArray[np.float64]) -> Coupling | None:
     for g in range(groups):
         lines = h[g * GROUP : (g + 1) * GROUP]
         block = lines[:, g * GROUP : (g + 1) * GROUP]
-        upper = inverse_factor(block)
-        if upper is None:
+        factor = reversed_factor(block)
+        if factor is None:
             return None
+        upper = _inverted(factor)
         blocks[g] = block / np.trace(block) * GROUP
-        pull = (upper.T @ -upper) @ lines
+        pull = (upper.T @ -upper).astype(np.float32) @ lines.astype(np.float32)
         others = [r for r in range(groups) if r != g]
         pulls[g] = pull.reshape(GROUP, groups, GROUP).transpose(1, 0, 2)[others]
     return Coupling(blocks, pulls)
 
 
-def _from_factor(upper: NDArray[np.float64], coupling: Coupling | None, notes: tuple[str, ...]) -> RowHessian:
+def _inverted(upper: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inverse of an upper triangular f64 [256, 256] with a diagonal that is not zero; what is below is ignored."""
+    lower = np.tril(upper.T)
+    usable = invert_lower(lower)
+    assert usable
+    return lower.T
+
+
+def _from_factor(
+    factor: NDArray[np.float64],
+    inverse: NDArray[np.float32],
+    coupling: Coupling | None,
+    notes: tuple[str, ...],
+) -> RowHessian:
+    """From V and U = V⁻¹, whose blocks on the diagonal are each other's inverses."""
     groups, answers = [], []
-    for start in range(0, len(upper), GROUP):
-        block = upper[start : start + GROUP, start : start + GROUP]
-        lower = block.T.copy()
-        usable = invert_lower(lower)
-        assert usable
-        inverse = lower.T
-        schur = inverse @ inverse.T
-        feedback = (block / np.diag(block)[:, None]).T
+    for start in range(0, len(factor), GROUP):
+        own, later = slice(start, start + GROUP), slice(start + GROUP, None)
+        block = np.triu(factor[own, own])
+        schur, upper = block @ block.T, _inverted(block)
+        feedback = (upper / np.diag(upper)[:, None]).T
         groups.append(
             GroupHessian(
                 np.ascontiguousarray(schur / np.trace(schur) * GROUP, dtype=np.float32),
@@ -172,9 +194,7 @@ def _from_factor(upper: NDArray[np.float64], coupling: Coupling | None, notes: t
                 np.empty(0, np.float32),
             )
         )
-        answers.append(
-            np.ascontiguousarray((inverse @ upper[start : start + GROUP, start + GROUP :]).T, np.float32)
-        )
+        answers.append(np.ascontiguousarray((block.astype(np.float32) @ inverse[own, later]).T))
     return RowHessian(factors=tuple(groups), answers=tuple(answers), coupling=coupling, notes=notes)
 
 

@@ -12,7 +12,14 @@ from mq_quant.formats.blocks import BY_NAME, LloydFormat
 from mq_quant.lloyd.encode import ENCODED, encode_rotated
 from mq_quant.lloyd.hessian import row
 from mq_quant.lloyd.hessian.group import GroupHessian, from_diagonal
-from mq_quant.lloyd.hessian.row import RowHessian, compensate, from_moment, from_weights, inverse_factor
+from mq_quant.lloyd.hessian.row import (
+    RowHessian,
+    compensate,
+    from_moment,
+    from_weights,
+    reversed_factor,
+    reversed_inverse,
+)
 from rotation import matrix
 
 WIDTH = 768
@@ -76,14 +83,21 @@ def test_only_ratios_matter(size: float) -> None:
         np.testing.assert_allclose(a.feedback, b.feedback, atol=1e-4)
 
 
-def test_the_inverse_factor() -> None:
+def test_the_reversed_factor_and_its_inverse() -> None:
     h = moment(512)
-    upper = inverse_factor(h)
-    assert upper is not None
-    np.testing.assert_array_equal(np.tril(upper, -1), np.zeros((512, 512)))
-    np.testing.assert_allclose(upper.T @ upper @ h, np.eye(512), atol=1e-6)
-    assert inverse_factor(-h) is None
-    assert inverse_factor(np.ones((3, 3))) is None
+    factor = reversed_factor(h, 0.5)
+    assert factor is not None
+    upper = np.triu(factor)
+    np.testing.assert_allclose(upper @ upper.T, h + 0.5 * np.eye(512), atol=1e-12 * np.abs(h).max())
+    inverse = reversed_inverse(factor)
+    assert inverse is not None and inverse.dtype == np.float32
+    np.testing.assert_allclose(np.triu(inverse) @ upper, np.eye(512), atol=1e-4)
+    assert reversed_factor(-h) is None
+    assert reversed_factor(np.ones((3, 3))) is None
+
+
+def test_an_inverse_that_f32_cannot_hold_is_none() -> None:
+    assert reversed_inverse(1e-50 * np.eye(256)) is None
 
 
 def test_groups_and_answers_are_those_of_the_definition() -> None:

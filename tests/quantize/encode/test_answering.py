@@ -55,6 +55,15 @@ def test_rows_that_are_not_finite_are_left_out(rng: np.random.Generator) -> None
     )
 
 
+@pytest.mark.parametrize("size", [1e-17, 1e17])
+def test_the_size_of_inputs_does_not_matter(size: float, rng: np.random.Generator) -> None:
+    w1, w3, w2 = weights(rng)
+    there, here = products(rng.standard_normal((500, HIDDEN)).astype(np.float32), w1, w3)
+    want = answering_down(w2, there, here)
+    scaled = (answered * np.float32(size) for answered in (there, here))
+    np.testing.assert_allclose(answering_down(w2, *scaled), want, atol=1e-5)
+
+
 def test_few_tokens_move_little(rng: np.random.Generator) -> None:
     w1, w3, w2 = weights(rng)
     inputs = rng.standard_normal((4000, HIDDEN)).astype(np.float32)

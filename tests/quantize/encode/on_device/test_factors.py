@@ -98,7 +98,7 @@ def test_factors_are_those_of_lapack(rng, width):
         np.testing.assert_array_equal(mine.matrix, mine.matrix.T)
         np.testing.assert_allclose(mine.feedback, theirs.feedback, atol=1e-6)
     for mine, theirs in zip(brought.answers, want.answers, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
     assert (brought.coupling is None) == (want.coupling is None) == (width == 256)
     if brought.coupling and want.coupling:
         np.testing.assert_allclose(brought.coupling.blocks, want.coupling.blocks, rtol=1e-6, atol=1e-6)
