@@ -25,9 +25,10 @@ def down(groups: str) -> Changes:
         "matrix.hip": (
             ("  share.groups = groups;\n", "  share.groups = share.whole = groups;\n"),
             (
-                "  const Rows<Weights, 1> share = share_of<1>({matrices + offset}, rows, groups);\n",
-                "  Rows<Weights, 1> share = share_of<1>({matrices + offset}, rows, groups);\n"
-                f"  share.groups = {groups};\n",
+                "  const Rows<Weights, MATRICES> share = share_of<MATRICES>(matrix, job.rows, job.groups);\n",
+                "  Rows<Weights, MATRICES> share = share_of<MATRICES>(matrix, job.rows, job.groups);\n"
+                "  const int groups = job.groups;\n"
+                f"  if (MATRICES == 1) share.groups = {groups};\n",
             ),
         ),
     }
