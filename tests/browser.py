@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -91,7 +92,8 @@ def opened(file: Path, profile: Path, width: int = 1100, height: int = 2400) -> 
 
     def place() -> None:
         """The browser reads commands from descriptor 3 and writes answers to 4."""
-        a, b = os.dup2(to_read, 100), os.dup2(from_write, 101)
+        # First to numbers that are free: how many files are open by now is not known.
+        a, b = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_read, from_write))
         os.dup2(a, 3)
         os.dup2(b, 4)
 
