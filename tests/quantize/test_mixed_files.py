@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_model
-import torch
 from mq_quant.formats.errors import PartError, RecipeError
 from mq_quant.formats.hfq import TensorMeta, open_hfq, write_hfq
 from mq_quant.formats.hfq.provenance import Provenance
@@ -46,11 +44,8 @@ SHORT = TuneSettings(epochs=2, batch=64, held=0.34)
 
 
 @pytest.fixture(autouse=True)
-def few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def few_threads(one_thread: None) -> None:
+    """Every test here."""
 
 
 @pytest.fixture(scope="module")
