@@ -18,7 +18,7 @@ import torch
 from layer_pass import LAYERS, config
 from mq_quant.formats.blocks import AffineFormat, Format, LloydFormat
 from mq_quant.formats.minimax import ModelConfig, awq_scale_name, expert_of, layer_inventory
-from mq_quant.quantize.calibrate.layer_pass import other_devices
+from mq_quant.quantize.calibrate.layer_pass import with_others
 from mq_quant.quantize.encode.overflow import encode_tensor
 from mq_quant.quantize.spec.plan import plan_tensors
 from mq_quant.quantize.spec.recipe import load_tier
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the device's time goes")
     args = parser.parse_args()
     cfg, device = config(1, args.experts), torch.device(args.device)
-    devices = (device, *other_devices(device))
+    devices = with_others(device)
     stored, source = stored_layer(cfg, args.tier)
     shape = (args.sequences, args.length, cfg.hidden_size)
     entering = torch.randn(shape, generator=torch.Generator().manual_seed(1)).numpy()

@@ -6,8 +6,8 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,7 +20,8 @@ from ...formats.minimax import ModelConfig, layer_inventory
 from ...formats.statistics.moment_file import DownForm
 from ...formats.statistics.moment_folder import config_record
 from ...verify.model.device_weights import DeviceWeights, StoredWeights
-from ...verify.model.reference import TensorWeights, Weights, embed, layer_forward
+from ...verify.model.reference import Weights, embed, layer_forward
+from ...verify.model.spread_forward import EXPERTS, spread_forward
 from ..encode.on_device.transfer import pieces_of
 from ..spec.calibration_sizes import two_layers_bytes
 from ..spec.provenance import program
@@ -40,21 +41,20 @@ def open_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def other_devices(first: torch.device) -> tuple[torch.device, ...]:
-    """The other GPUs of the kind of the first one: sums are the same there. None where one was named by its number."""
+def with_others(first: torch.device) -> tuple[torch.device, ...]:
+    """A device with the other GPUs of its kind, on which sums are the same; alone where it was named by its number."""
     if str(first) != "cuda":
-        return ()
+        return (first,)
     kind = torch.cuda.get_device_name(0)
     alike = [n for n in range(1, torch.cuda.device_count()) if torch.cuda.get_device_name(n) == kind]
-    return tuple(torch.device("cuda", n) for n in alike)
+    return (first, *(torch.device("cuda", n) for n in alike))
 
 
-def make_room(device: torch.device) -> None:
+def make_room(devices: Sequence[torch.device]) -> None:
     """Give back what torch holds in reserve where that is most of a GPU's memory: the encoder takes memory too."""
-    if device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(device)
-        if torch.cuda.memory_reserved(device) > total // 2:
-            torch.cuda.empty_cache()
+    gpus = [device for device in devices if device.type == "cuda"]
+    if any(torch.cuda.memory_reserved(d) > torch.cuda.mem_get_info(d)[1] // 2 for d in gpus):
+        torch.cuda.empty_cache()
 
 
 def room_for_two(config: ModelConfig, tokens: int, device: torch.device) -> bool:
@@ -65,12 +65,18 @@ def room_for_two(config: ModelConfig, tokens: int, device: torch.device) -> bool
     return two_layers_bytes(config, tokens) < 0.9 * total
 
 
-def beside_others(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """What makes the work of a thread on a device wait for none of other threads: the same stream each time."""
-    if device.type != "cuda":
-        return nullcontext
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return lambda: torch.cuda.stream(stream)
+def beside_others(devices: Sequence[torch.device]) -> Callable[[], AbstractContextManager[object]]:
+    """What makes the work of a thread on devices wait for none of other threads: the same streams each time."""
+    streams = [torch.cuda.Stream(d) for d in devices if d.type == "cuda"]  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def beside() -> Iterator[None]:
+        with ExitStack() as entered:
+            for stream in reversed(streams):  # the first device is the current one then
+                entered.enter_context(torch.cuda.stream(stream))
+            yield
+
+    return beside
 
 
 class Propagation(Protocol):
@@ -80,14 +86,17 @@ class Propagation(Protocol):
 
 
 def layer_weights(
-    source: StoredWeights, device: torch.device, layer: int
-) -> AbstractContextManager[Weights | TensorWeights]:
-    """The weights of a layer for a forward pass on a device: on a GPU they are read ahead, and travel as FP8."""
-    if device.type == "cpu":
+    source: StoredWeights, devices: Sequence[torch.device], layer: int
+) -> AbstractContextManager[Weights | DeviceWeights]:
+    """The weights of a layer for a forward pass on devices: on GPUs they are read ahead, and travel as FP8."""
+    if devices[0].type == "cpu":
         return nullcontext(source)
-    return closing(
-        DeviceWeights(source, device, [spec.name for spec in layer_inventory(source.config, layer)])
-    )
+    return closing(device_weights(source, devices, layer))
+
+
+def device_weights(source: StoredWeights, devices: Sequence[torch.device], layer: int) -> DeviceWeights:
+    """The weights of a layer, on their way to devices."""
+    return DeviceWeights(source, devices, [spec.name for spec in layer_inventory(source.config, layer)])
 
 
 def device_record(device: torch.device) -> dict[str, str]:
@@ -141,7 +150,7 @@ class Gathered:
 
 
 def gather_layer(
-    weights: Weights | TensorWeights,
+    weights: Weights | DeviceWeights,
     config: ModelConfig,
     layer: int,
     hidden: Tensor,
@@ -153,16 +162,21 @@ def gather_layer(
     keep_last: bool = False,
     keep_entering: bool = False,
 ) -> Gathered:
-    """Run a layer and write its moments; what is left to be written is so by the `finish` of what is returned.
+    """Run a layer and write its moments; what is left to be written is so by the `finish` of what is returned. It runs
+    where its weights lie, and all that is returned lies on the first of these devices.
 
     What the experts saw is kept in a file, or where it is; then the stream that enters the layer stays too, from which
     it can be made again, as it does with `keep_entering`. `keep_last` keeps the stream behind the last layer, which no
     layer needs. `after` is called when no weight of the layer is needed any more.
     """
     last = layer + 1 == config.num_hidden_layers
-    moments = LayerMoments(config, layer, down, keep_rows is not None)
+    at_once = EXPERTS * len(weights.devices) if isinstance(weights, DeviceWeights) else 1
+    moments = LayerMoments(config, layer, down, keep_rows is not None, at_once)
     with torch.inference_mode():
-        behind = layer_forward(weights, config, layer, hidden, moments)
+        if isinstance(weights, DeviceWeights):
+            behind = spread_forward(weights, config, layer, hidden, moments)
+        else:
+            behind = layer_forward(weights, config, layer, hidden, moments)
         arrays = moments.finish()
         record = {
             **out.write_layer(layer, arrays),

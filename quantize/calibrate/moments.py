@@ -1,15 +1,19 @@
 """Second moments of one layer's activations, gathered while the reference forward runs it.
 
-All sums are f64, in the order in which rows come. Rows with a value whose square f32 cannot hold are left out, and a
-note says so.
+All sums are f64, in the order in which rows come, on any devices. Rows with a value whose square f32 cannot hold are
+left out, and a note says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...formats.errors import CalibrationError
@@ -32,11 +36,14 @@ ATTENTION = {"q_proj": (0, "attn.in"), "o_proj": (1, "attn.out")}
 class LayerMoments(Observer):
     """Gathers the tensors of one layer's file; `arrays` when the layer has run, `notes` on what was left out.
 
-    With `keep_rows` the inputs of the experts are kept too, on their device.
+    With `keep_rows` the inputs of the experts are kept too, on their device. Experts may run on other devices; the sums
+    of so many of them `at_once` wait there until they are added on the first one, in their order.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, down: DownForm, keep_rows: bool = False) -> None:
-        self.layer, self.down, self.keep_rows = layer, down, keep_rows
+    def __init__(
+        self, config: ModelConfig, layer: int, down: DownForm, keep_rows: bool = False, at_once: int = 1
+    ) -> None:
+        self.layer, self.down, self.keep_rows, self._at_once = layer, down, keep_rows, at_once
         self.notes: list[str] = []
         self.rows: tuple[Tensor, Tensor] | None = None
         """The inputs f32 [n, hidden] of the experts and who took them, i64 [n, k], where the layer was run."""
@@ -47,6 +54,8 @@ class LayerMoments(Observer):
         }
         self._gate_up: Tensor | None = None
         self._pooled: Tensor | None = None
+        self._waiting: list[Tensor] = []
+        self._first = torch.device("cpu")
         self._all_finite = False
         self._seen: dict[int, _Seen] = {}
 
@@ -60,7 +69,7 @@ class LayerMoments(Observer):
 
     def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
         rows = self._finite(inputs, "the input of the experts")
-        self._all_finite = len(rows) == len(inputs)
+        self._all_finite, self._first = len(rows) == len(inputs), inputs.device
         if self.keep_rows:
             experts = routing.ids if len(rows) == len(inputs) else _without(inputs, routing.ids)
             self.rows = inputs.float(), experts
@@ -76,30 +85,38 @@ class LayerMoments(Observer):
         """Nothing here waits for a GPU, so that it is never idle between two experts."""
         seen = inputs if self._all_finite else self._finite(inputs, None)
         good = _usable(product)
-        rows, count = torch.where(good[:, None], product, 0), good.sum()
-        mean = (total := second_moment(rows)) / count.clamp_min(1)
-        self._pooled = total if self._pooled is None else self._pooled + total
-        self._seen[expert] = _Seen(len(seen), len(rows), mean_squares(seen), count, mean.diagonal().clone())
+        total, count = second_moment(torch.where(good[:, None], product, 0)), good.sum()
+        self._seen[expert] = _Seen(len(seen), len(product), squares(seen), count, total.diagonal().clone())
         if self.down != "pooled" and int(count):
             self.arrays["down.moment"][expert] = (
                 pack_correlation if self.down == "compact" else pack_moment
-            )(mean.cpu().numpy())
+            )((total / count).cpu().numpy())
+        self._waiting.append(total)
+        if len(self._waiting) == self._at_once:
+            self._add()
+
+    def _add(self) -> None:
+        """Add the sums that wait."""
+        there = [total.to(self._first) for total in self._waiting]
+        self._waiting.clear()
+        for total in there:
+            self._pooled = total if self._pooled is None else self._pooled.add_(total)
 
     def finish(self) -> Arrays:
         """All tensors of the layer's file, once the layer has run; CalibrationError where down saw no row."""
-        arrays, seen = self.arrays, self._seen
+        arrays, order = self.arrays, sorted(self._seen)
+        seen = [self._seen[e] for e in order]
+        self._add()
         if self._gate_up is not None:
             arrays["gate_up.moment"][:] = self._gate_up.cpu().numpy()
-        order = sorted(seen)
         if order:
-            for name in ("gate_up.diagonal", "down.diagonal", "down.counts"):
-                of_each = [getattr(seen[e], name.replace(".", "_")) for e in order]
-                arrays[name][order] = torch.stack(of_each).cpu().numpy()
-            arrays["gate_up.counts"][order] = [seen[e].gate_up_count for e in order]
-        for e in order:
-            self._note_bad(
-                seen[e].rows - int(arrays["down.counts"][e]), seen[e].rows, f"expert {e}, the input of down"
-            )
+            above = np.array([s.gate_up_count for s in seen])
+            below = _fetched([s.down_count for s in seen])
+            arrays["gate_up.counts"][order], arrays["down.counts"][order] = above, below
+            arrays["gate_up.diagonal"][order] = _means(_fetched([s.gate_up_squares for s in seen]), above)
+            arrays["down.diagonal"][order] = _means(_fetched([s.down_squares for s in seen]), below)
+            for e, s, count in zip(order, seen, below.tolist(), strict=True):
+                self._note_bad(s.rows - count, s.rows, f"expert {e}, the input of down")
         count = int(arrays["down.counts"].sum())
         if not count or self._pooled is None:
             raise CalibrationError(f"layer {self.layer}: no expert's down projection saw finite activations")
@@ -128,21 +145,35 @@ class LayerMoments(Observer):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one expert saw, on its device: tokens of gate and up with their E[x²] f64 [hidden], and of the `rows` at
-    down the finite ones, i64 [], with their E[x²] f64 [I].
+    """What one expert saw, on its device: the number of tokens of gate and up with their Σ x² f64 [hidden], and of the
+    `rows` at down how many are finite, i64 [], with the Σ x² f64 [I] of these.
     """
 
     gate_up_count: int
     rows: int
-    gate_up_diagonal: Tensor
-    down_counts: Tensor
-    down_diagonal: Tensor
+    gate_up_squares: Tensor
+    down_count: Tensor
+    down_squares: Tensor
+
+
+def _fetched(values: Sequence[Tensor]) -> NDArray[Any]:
+    """Tensors of one shape as one array, [n, ...]: in one copy from each device, which it waits for."""
+    by_device: dict[torch.device, list[int]] = {}
+    for n, value in enumerate(values):
+        by_device.setdefault(value.device, []).append(n)
+    parts = [torch.stack([values[n] for n in places]).cpu() for places in by_device.values()]
+    return torch.cat(parts).numpy()[np.argsort(np.concatenate([*by_device.values()]))]
+
+
+def _means(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sums [n, K] over so many rows as means; 0 without rows."""
+    return sums / np.maximum(counts, 1)[:, None]
 
 
 def _usable(rows: Tensor) -> Tensor:
     """Whether the energy of each row of [n, K] is finite in f32, bool [n]."""
     energy = [chunk.float().square().sum(1) for chunk in torch.split(rows, CHUNK)]
-    return torch.cat(energy).isfinite()
+    return (energy[0] if len(energy) == 1 else torch.cat(energy)) < torch.inf
 
 
 def _without(inputs: Tensor, ids: Tensor) -> Tensor:
@@ -157,17 +188,19 @@ def packed(moment: Tensor) -> Tensor:
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """Σ x xᵀ over rows [n, K], f64 [K, K], exactly symmetric, where the rows are."""
+    """Σ x xᵀ over rows [n, K], f64 [K, K], where the rows are. Only what is not below the diagonal is used of it."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for chunk in torch.split(rows, CHUNK):
         wide = chunk.double()
         total.addmm_(wide.T, wide)
-    return torch.triu(total).add_(torch.triu(total, 1).T)
+    return total
+
+
+def squares(rows: Tensor) -> Tensor:
+    """Σ x² over rows [n, K], f64 [K], where the rows are."""
+    return reduce(torch.add, (chunk.double().square().sum(0) for chunk in torch.split(rows, CHUNK)))
 
 
 def mean_squares(rows: Tensor) -> Tensor:
     """E[x²] over rows [n, K], f64 [K], where the rows are; 0 without rows."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in torch.split(rows, CHUNK):
-        total += chunk.double().square().sum(0)
-    return total / max(len(rows), 1)
+    return squares(rows) / max(len(rows), 1)

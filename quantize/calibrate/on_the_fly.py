@@ -28,7 +28,7 @@ from ...awq.importance import LayerImportance
 from ...awq.own_moments import with_rows
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
-from ...formats.minimax import ModelConfig, layer_inventory
+from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import DownForm
 from ...verify.model.device_weights import DeviceWeights, wait_for
 from ...verify.model.reference import before_experts
@@ -40,13 +40,14 @@ from .layer_pass import (
     Gathered,
     beside_others,
     device_record,
+    device_weights,
     enter,
     gather_layer,
     make_room,
     manifest_of,
     open_device,
-    other_devices,
     room_for_two,
+    with_others,
 )
 from .moments import LayerMoments
 from .resident import Resident, Residents, on_a_thread
@@ -99,12 +100,12 @@ class GatheredImportance:
         self._out: CalibrationFolder | None = None
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
-        self.devices = (self.device, *other_devices(self.device))
-        """Devices over which the experts of a layer are spread; the model runs on the first one."""
+        self.devices = with_others(self.device)
+        """Devices over which the experts of a layer are spread; the rest of the model runs on the first one."""
         self.stays = self.device.type != "cpu" if stays is None else stays
         self._dropping: Future[None] | None = None
         self.runs_ahead = ahead and self.stays and room_for_two(self.config, tokens.size, self.device)
-        self._residents = Residents(self._run, beside_others(self.device), 2 if self.runs_ahead else 1)
+        self._residents = Residents(self._run, beside_others(self.devices), 2 if self.runs_ahead else 1)
 
     def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:
         """Take the source's {origin, files}, and the imatrix that stands behind moments of too few tokens.
@@ -290,7 +291,7 @@ class GatheredImportance:
         )
 
     def _gather_here(self, layer: int, hidden: Tensor) -> tuple[Resident, Callable[[], None]]:
-        """Run a layer and leave it on the device; also what makes it durable, which may be done on another thread."""
+        """Run a layer and leave it on the devices; also what makes it durable, which may be done on another thread."""
         weights = self._weights(layer)
         done = self._gather(layer, hidden, weights)
         assert done.rows is not None
@@ -315,12 +316,12 @@ class GatheredImportance:
         return self._folder.layer(layer, self.config, DOWN, record, behind)
 
     def _run(self, layer: int, entering: Tensor | None) -> tuple[Resident, Callable[[], None]]:
-        """A layer on the device: run, or where it is finished already what its experts saw, as `resident.Run` says."""
+        """A layer on the devices: run, or where it is finished already what its experts saw, as `resident.Run` says."""
         if layer < len(self._folder.journal.done) and self._intact_on_disk(layer):
             return self._again(layer), lambda: None
         made = self._gather_here(layer, self._entering(layer) if entering is None else entering)
         if not self.runs_ahead:
-            make_room(self.device)
+            make_room(self.devices)
         return made
 
     def _end(self, layer: int) -> None:
@@ -340,9 +341,8 @@ class GatheredImportance:
         return self._as_resident(layer, weights, moments.rows, self._folder.record(layer))
 
     def _weights(self, layer: int) -> DeviceWeights:
-        """The weights of a layer on the device."""
-        names = [spec.name for spec in layer_inventory(self.config, layer)]
-        return DeviceWeights(self._source, self.device, names)
+        """The weights of a layer on the devices."""
+        return device_weights(self._source, self.devices, layer)
 
     def _drop(self, layers: range) -> None:
         for layer in layers:

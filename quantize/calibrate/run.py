@@ -29,7 +29,7 @@ from ..spec.calibration_sizes import CalibrationSizes, calibration_sizes
 from ..spec.provenance import code, flatten
 from ..spec.recipe import Recipe
 from .folder import CalibrationFolder
-from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, open_device
+from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, open_device, with_others
 from .stored_model import StoredModelWeights
 from .tokens import Tokens
 
@@ -183,7 +183,9 @@ def _run(
     for layer in range(first, config.num_hidden_layers):
         reading = Reading(source, options.watch, layer, once=stored is None)
         finish = partial(reading.finish, layers[layer])
-        weights = layer_weights(reading, device, layer) if stored is None else nullcontext(reading)
+        weights = (
+            layer_weights(reading, with_others(device), layer) if stored is None else nullcontext(reading)
+        )
         with weights as given:
             gathered = gather_layer(given, config, layer, hidden, out, options.down, stored, finish)
         gathered.finish()

@@ -33,7 +33,7 @@ from ..spec.provenance import code, flatten
 from ..write.atomic import write_atomic
 from ..write.journal import differences
 from .folder import STATE, CalibrationFolder, hidden_file
-from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, open_device
+from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, open_device, with_others
 from .on_the_fly import DOWN
 from .run import Reading, weights_of
 from .tokens import Tokens
@@ -103,7 +103,7 @@ def make_state(source: Source, tokens: Tokens, path: Path, options: StateOptions
         for layer in range(first, count):
             assert hidden is not None
             reading = Reading(source, options.watch, layer, once=True)
-            with layer_weights(reading, device, layer) as weights:
+            with layer_weights(reading, with_others(device), layer) as weights:
                 after, keeps = partial(reading.finish, layers[layer]), layer in kept
                 gathered = gather_layer(
                     weights, config, layer, hidden, out, DOWN, after=after, keep_entering=keeps

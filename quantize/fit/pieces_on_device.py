@@ -33,7 +33,7 @@ class DevicePieces(LayerPieces):
         plain, once = self.plain(expert), Together()
 
         def round_all(kept: KeptOnDevice, rounder: Rounder) -> tuple[dict[Choice, Payloads], dict[str, U8]]:
-            weights, made = self._weights(kept, expert), Together()
+            weights, made = kept.weights(expert), Together()
             whole = {
                 pair: encoder.rounded(kept, expert, weights, rounder, made).payloads
                 for pair, encoder in self._device_encoders().items()
@@ -47,7 +47,7 @@ class DevicePieces(LayerPieces):
         both = {pair: decoded(self._encoders[pair], done, plain, once) for pair, done in whole.items()}
 
         def answer(kept: KeptOnDevice, rounder: Rounder) -> dict[Choice, Tensor]:
-            weights, inputs = self._weights(kept, expert), kept.seen(expert)
+            weights, inputs = kept.weights(expert), kept.seen(expert)
             there, found = product(inputs, weights["w1"], weights["w3"]), {}
             for choice in self.choices:
                 if choice.down is None and choice.gate_up is not None:
@@ -71,12 +71,6 @@ class DevicePieces(LayerPieces):
 
     def _device_encoders(self) -> dict[Choice, DeviceLayerEncoder]:
         return {pair: made for pair, made in self._encoders.items() if isinstance(made, DeviceLayerEncoder)}
-
-    def _weights(self, kept: KeptOnDevice, expert: int) -> dict[str, Tensor]:
-        """The expert's matrices f32 on a device."""
-        given = {p: kept.matrix(expert_name(self.layer, expert, p)) for p in ("w1", "w2", "w3")}
-        there = {p: matrix.to(kept.rows.device) for p, matrix in given.items()}
-        return {p: m if isinstance(m, Tensor) else m.values() for p, m in there.items()}
 
     def _down_there(
         self,

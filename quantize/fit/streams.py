@@ -119,7 +119,7 @@ class StreamsRun:
     def pass_layer(self, layer: int, pieces: LayerPieces, jobs: int) -> None:
         """Take every stream through a layer, and make what is behind it durable."""
         saved: dict[str, str] = {}
-        with torch.inference_mode(), layer_weights(self.source, self.device, layer) as weights:
+        with torch.inference_mode(), layer_weights(self.source, (self.device,), layer) as weights:
             for name, behind in self._rounded(layer, weights, pieces, jobs):
                 saved[name] = self.folder.save(name, layer + 1, behind.cpu().numpy())
             for name, behind in self._later(layer, RestLayer(self.rest, weights, self.device)):

@@ -23,7 +23,7 @@ from ...formats.minimax import parse_config
 from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.hfq_weights import check_shapes
-from ..calibrate.layer_pass import device_record, open_device, other_devices
+from ..calibrate.layer_pass import device_record, open_device, with_others
 from ..calibrate.tokens import Tokens, token_record
 from ..spec.hooks import nothing
 from ..spec.metadata import Outcome
@@ -109,7 +109,7 @@ def tune_file(path: Path, source: Source, tokens: Tokens, options: TuneOptions) 
         with PartialFile(destination, laid, laid.pieces, dict(flatten(signature)), options.restart) as out:
             streams = StreamFolder(beside(destination.path, TUNING), out.begun_anew, RESTART)
             kept = out.take_over(laid.pieces, options.jobs, options.watch)
-            work = LayersTuning(file, source, tokens, options.settings, (device, *other_devices(device)))
+            work = LayersTuning(file, source, tokens, options.settings, with_others(device))
             records, resumed = work.run(out, laid.pieces, kept, streams, options.watch, options.on_layer)
             given.check()
             outcome = Outcome(

@@ -38,8 +38,6 @@ BLOCK_WEIGHTS = 160 << 20
 """Weights of one projection that a GPU dequantises at a time (640 MiB in f32). Launching work for one expert after the
 other would take longer than the work. Does not depend on the number of GPUs, so that sums are the same on any number.
 """
-SCORES = 128 << 20
-"""Scores of attention that a GPU holds at once (512 MiB), for the same reason."""
 READ_TOGETHER = 32
 """Experts whose payloads are sent to a device and unpacked there at once."""
 
@@ -150,9 +148,7 @@ class Student:
         products multiply numbers of `dtype`.
         """
         cfg, prefix = self.config, layer_prefix(self.layer)
-        scores = cfg.num_attention_heads * hidden.shape[1] ** 2
-        together = max(1, SCORES // scores) if hidden.is_cuda else 1
-        hidden = hidden + attention(self, cfg, self.layer, hidden, together=together)
+        hidden = hidden + attention(self, cfg, self.layer, hidden)
         norm = self.tensor(f"{prefix}post_attention_layernorm.weight")
         t = rms_norm(hidden, norm, cfg.rms_norm_eps).flatten(0, 1)
         return hidden + self._mix(t, route(self, cfg, self.layer, t), dtype).view_as(hidden)

@@ -1,13 +1,14 @@
-"""The weights of a checkpoint on a device of torch's: FP8 codes and their scales travel as they are stored, and become
+"""The weights of a checkpoint on devices of torch's: FP8 codes and their scales travel as they are stored, and become
 f32 there, with the bits that `Source.weight` has.
 
-Several threads read ahead. What was read stays on the device until the layer is closed, for whoever needs it again.
+Several threads read ahead. What was read stays where it is until the layer is closed, for whoever needs it again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ...formats.checkpoint.safetensors_file import TensorInfo
 from ...formats.checkpoint.weights import FP8
-from ...formats.minimax import ModelConfig
+from ...formats.minimax import ModelConfig, expert_of
 
 READERS = 8
 """Threads that read and check codes: one looks at about 1.5 GB/s, and a device takes thirty times as much."""
@@ -70,34 +71,42 @@ class DeviceMatrix:
     block: tuple[int, int]
 
     def to(self, device: torch.device) -> DeviceMatrix:
-        """The same on another device, complete there."""
-        if device == self.codes.device:
-            return self
-        moved = DeviceMatrix(self.codes.to(device), self.scales.to(device), self.block)
-        wait_for(device)
-        return moved
+        """The same on a device, for what this thread asks of it next."""
+        return DeviceMatrix(self.codes.to(device), self.scales.to(device), self.block)
 
     def values(self) -> Tensor:
         """The matrix f32 [R, C]."""
-        rows, columns = self.codes.shape
-        scales = self.scales.repeat_interleave(self.block[0], 0)[:rows]
+        (rows, columns), (high, wide) = self.codes.shape, self.block
         out = self.codes.view(torch.float8_e4m3fn).float()
-        if columns % self.block[1] == 0:
-            out.view(rows, -1, self.block[1]).mul_(scales[:, :, None])
+        if rows % high == 0 and columns % wide == 0:
+            out.view(rows // high, high, columns // wide, wide).mul_(self.scales[:, None, :, None])
             return out
-        return out.mul_(scales.repeat_interleave(self.block[1], 1)[:, :columns])
+        scales = self.scales.repeat_interleave(high, 0)[:rows]
+        return out.mul_(scales.repeat_interleave(wide, 1)[:, :columns])
 
 
 class DeviceWeights:
-    """Weights of a source on a device. Safe for several threads; `tensor` is what the reference forward asks for."""
+    """Weights of a source on devices: those of experts on all of them in turns, all others on the first. Safe for
+    several threads; `tensor` is what the reference forward asks for.
+    """
 
-    def __init__(self, source: StoredWeights, device: torch.device, names: Sequence[str]) -> None:
+    def __init__(self, source: StoredWeights, devices: Sequence[torch.device], names: Sequence[str]) -> None:
         """Begin to read the FP8 matrices among `names`, in their order, some at a time."""
-        self._source, self._device = source, device
+        self.devices = tuple(devices)
+        self._source = source
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self._coming: dict[str, Future[dict[str, DeviceMatrix]]] = {}
-        for some in _some_at_a_time({n: source.tensors[n] for n in names if source.tensors[n].dtype == FP8}):
-            self._coming |= dict.fromkeys(some, self._pool.submit(self._read, some))
+        stored = {n: source.tensors[n] for n in names if source.tensors[n].dtype == FP8}
+        for place, some in _some_at_a_time(stored, self._place):
+            self._coming |= dict.fromkeys(some, self._pool.submit(self._read, some, self.devices[place]))
+
+    def place(self, expert: int) -> int:
+        """The number of the device on which the matrices of an expert lie."""
+        return expert % len(self.devices)
+
+    def _place(self, name: str) -> int:
+        found = expert_of(name)
+        return 0 if found is None else self.place(found[1])
 
     def close(self) -> None:
         """Read nothing any more, and let go of what was read."""
@@ -109,24 +118,24 @@ class DeviceWeights:
         if name in self._coming:
             return self._coming[name].result()[name].values()
         array = np.require(self._source.weight(name), requirements=["C", "W"])
-        return torch.from_numpy(array).to(self._device)
+        return torch.from_numpy(array).to(self.devices[self._place(name)])
 
     def matrix(self, name: str) -> DeviceMatrix | Tensor:
-        """A matrix as it lies on the device, complete there; errors as `Source.stored`."""
+        """A matrix as it lies on its device, complete there; errors as `Source.stored`."""
         if name in self._coming:
             return self._coming[name].result()[name]
         found = self.tensor(name)
-        wait_for(self._device)
+        wait_for(found.device)
         return found
 
-    def _read(self, names: Sequence[str]) -> dict[str, DeviceMatrix]:
+    def _read(self, names: Sequence[str], device: torch.device) -> dict[str, DeviceMatrix]:
         """Read some matrices, and send their codes and scales in one copy."""
         stored = [self._source.stored(name) for name in names]
-        with _own_stream(self._device):
+        with _own_stream(device):
             there = _sent(
-                [part for codes, scales in stored for part in (codes.view(np.uint8), scales)], self._device
+                [part for codes, scales in stored for part in (codes.view(np.uint8), scales)], device
             )
-            wait_for(self._device)
+            wait_for(device)
         pairs = zip(there[::2], there[1::2], strict=True)
         block = self._source.config.block_shape
         return {
@@ -134,18 +143,19 @@ class DeviceWeights:
         }
 
 
-def _some_at_a_time(infos: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
-    """Names of matrices of about TOGETHER bytes each time."""
-    some: list[str] = []
-    size = 0
+def _some_at_a_time(
+    infos: Mapping[str, TensorInfo], place: Callable[[str], int]
+) -> Iterator[tuple[int, list[str]]]:
+    """A place, and names of matrices of about TOGETHER bytes that belong there, each time."""
+    some: dict[int, list[str]] = defaultdict(list)
+    sizes: dict[int, int] = defaultdict(int)
     for name, info in infos.items():
-        some.append(name)
-        size += math.prod(info.shape)
-        if size >= TOGETHER:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+        some[at := place(name)].append(name)
+        sizes[at] += math.prod(info.shape)
+        if sizes[at] >= TOGETHER:
+            yield at, some.pop(at)
+            del sizes[at]
+    yield from some.items()
 
 
 def _sent(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:

@@ -66,9 +66,13 @@ class Observer:
         """One expert's rows: token indices i64 [m], what w1 and w3 see [m, H], and what w2 sees [m, I]."""
 
 
-_SILENT = Observer()
+SILENT = Observer()
 ROWS = 1 << 13
 """Rows of a vocabulary's matrix that are read at a time."""
+SCORES = 128 << 20
+"""Scores of attention that a GPU holds at once (512 MiB in f32). Launching work for one sequence after the other would
+take longer than the work.
+"""
 
 
 def load(weights: Weights | TensorWeights, name: str, like: Tensor) -> Tensor:
@@ -122,12 +126,11 @@ def attention(
     cfg: ModelConfig,
     layer: int,
     hidden: Tensor,
-    observer: Observer = _SILENT,
-    together: int = 1,
+    observer: Observer = SILENT,
 ) -> Tensor:
     """The attention block's addition to the residual stream, [n_seq, len, H], causal within each sequence.
 
-    The scores of so many sequences, f32 [heads, len, len] each, are held at once.
+    Scores [heads, len, len] are held of one sequence at a time, and on a GPU of as many as SCORES allows.
     """
     p, (n_seq, length, _) = layer_prefix(layer), hidden.shape
     norm = load(weights, f"{p}input_layernorm.weight", hidden)
@@ -145,6 +148,7 @@ def attention(
     q = project("q", cfg.num_attention_heads)
     k, v = (project(name, cfg.num_key_value_heads) for name in "kv")
     mixed = torch.empty_like(q)
+    together = max(1, SCORES // (cfg.num_attention_heads * length**2)) if hidden.is_cuda else 1
     for n in range(0, n_seq, together):
         some = slice(n, n + together)
         mixed[some] = _causal(q[some], k[some], v[some])
@@ -179,7 +183,7 @@ def experts(
     layer: int,
     inputs: Tensor,
     routing: Routing,
-    observer: Observer = _SILENT,
+    observer: Observer = SILENT,
 ) -> Tensor:
     """The weighted sum of the routed experts' outputs [n, H] for normed inputs [n, H]."""
     out = torch.zeros_like(inputs)
@@ -190,14 +194,20 @@ def experts(
     return out
 
 
+def by_expert(ids: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """Places in ids i64 [n, k], read row by row, sorted by the expert that stands there, i64 [n · k]; and how many each
+    expert has. Those of one expert ascend.
+    """
+    flat = ids.flatten()
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=count).tolist()
+
+
 def choices_by_expert(ids: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
     """For each expert that is chosen, where in ids i64 [n, k], read row by row, it stands; i64 [m], ascending.
 
     Waits for a device once, not for each expert.
     """
-    flat = ids.flatten()
-    order = flat.argsort(stable=True)
-    sizes = torch.bincount(flat, minlength=count).tolist()
+    order, sizes = by_expert(ids, count)
     for e, taken in enumerate(torch.split(order, sizes)):
         if len(taken):
             yield e, taken
@@ -211,12 +221,18 @@ def add_expert(
     `taken` is where in the routing's ids it stands. Returns the indices of its tokens, what w1 and w3 see and what w2
     sees.
     """
-    w1, w3, w2 = matrices
     tokens = taken // routing.ids.shape[1]
     x = inputs[tokens]
-    product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
-    out.index_add_(0, tokens, F.linear(product, w2) * routing.weights.flatten()[taken, None])
+    product, made = run_expert(matrices, x)
+    out.index_add_(0, tokens, made * routing.weights.flatten()[taken, None])
     return tokens, x, product
+
+
+def run_expert(matrices: tuple[Tensor, Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """What w2 of an expert with matrices w1, w3 and w2 sees of rows [m, H], [m, I], and what it makes of it, [m, H]."""
+    w1, w3, w2 = matrices
+    product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
+    return product, F.linear(product, w2)
 
 
 def before_experts(
@@ -224,7 +240,7 @@ def before_experts(
     cfg: ModelConfig,
     layer: int,
     hidden: Tensor,
-    observer: Observer = _SILENT,
+    observer: Observer = SILENT,
 ) -> tuple[Tensor, Tensor, Routing]:
     """A layer as far as its experts: the residual stream [n_seq, len, H] behind attention, and what router and experts
     see of it, [n, H], with the router's choice.
@@ -242,7 +258,7 @@ def layer_forward(
     cfg: ModelConfig,
     layer: int,
     hidden: Tensor,
-    observer: Observer = _SILENT,
+    observer: Observer = SILENT,
 ) -> Tensor:
     """One decoder layer: the residual stream [n_seq, len, H] before it to the one after it."""
     hidden, t, routing = before_experts(weights, cfg, layer, hidden, observer)
@@ -253,7 +269,7 @@ def layer_by_layer(
     weights: Weights,
     cfg: ModelConfig,
     tokens: NDArray[np.integer],
-    observer: Observer = _SILENT,
+    observer: Observer = SILENT,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (layer, residual stream [n_seq, len, H] after it) for token ids [n_seq, len]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ....awq.from_moments import CalibratedLayer
 from ....awq.importance import Importance
 from ....awq.own_moments import WithRows
+from ....formats.minimax import PROJECTIONS, expert_name
 from ....verify.model.device_weights import DeviceMatrix
 from .moments import Whitening, mixed, whitening
 
@@ -24,8 +25,8 @@ class KeptOnDevice(WithRows):
 
     `rows` f32 [tokens, hidden] are the inputs of gate and up, `order` i64 the tokens sorted by expert, those of expert
     e from starts[e] to starts[e + 1], ascending. `gate_up` f64 [hidden, hidden] and `down` f64 [I, I] are the moments
-    that all experts share, with their whitenings. `matrix` gives a weight of the layer, complete on the
-    first device.
+    that all experts share, with their whitenings. `matrix` gives a weight of the layer, complete on one of
+    the devices.
     """
 
     rows: Tensor
@@ -70,6 +71,12 @@ class KeptOnDevice(WithRows):
     def seen(self, expert: int) -> Tensor:
         """The rows f32 [n, hidden] that one expert's gate and up see."""
         return self.rows[self.order[self.starts[expert] : self.starts[expert + 1]]]
+
+    def weights(self, expert: int) -> dict[str, Tensor]:
+        """The matrices f32 of an expert on this device; errors as `Source.stored`."""
+        given = {p: self.matrix(expert_name(self.layer, expert, p)) for p in PROJECTIONS}
+        here = {p: matrix.to(self.rows.device) for p, matrix in given.items()}
+        return {p: m if isinstance(m, Tensor) else m.values() for p, m in here.items()}
 
     def mixed(self, expert: int, projection: str, rows: Tensor) -> Tensor:
         """The moment f64 [K, K] of one matrix whose inputs are these rows f32 [n, K]."""

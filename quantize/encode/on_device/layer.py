@@ -15,7 +15,7 @@ from ....formats.blocks import Format
 from ....formats.checkpoint.source import Source
 from ....formats.errors import MqError
 from ....formats.hfq.stored import StoredForm
-from ....formats.minimax import expert_name
+from ....formats.minimax import PROJECTIONS, expert_name
 from ....kernels.encode.device_encoder import DeviceEncoder
 from ....lloyd.hessian.row import RowHessian
 from ....verify.model.device_weights import wait_for
@@ -48,18 +48,15 @@ class DeviceLayerEncoder(LayerEncoder):
         if len(mine) < len(encoders):
             return super().encode_together(encoders, expert, source)
         first: DeviceLayerEncoder = mine[0]
-        names = {p: expert_name(first.layer, expert, p) for p in ("w1", "w2", "w3")}
-        given = {p: first.importance.matrix(name) for p, name in names.items()}
-        for name in names.values():
-            source.release(name)
 
         def work(kept: KeptOnDevice, rounder: Rounder) -> list[EncodedExpert | MqError]:
-            here = {p: m.to(kept.rows.device) for p, m in given.items()}
-            weights = {p: m if isinstance(m, Tensor) else m.values() for p, m in here.items()}
-            once = once_for(mine)
+            weights, once = kept.weights(expert), once_for(mine)
             return [attempt(partial(made.rounded, kept, expert, weights, rounder, once)) for made in mine]
 
-        return on_device(first.encoder, first.importance, work)
+        done = on_device(first.encoder, first.importance, work)
+        for projection in PROJECTIONS:
+            source.release(expert_name(first.layer, expert, projection))
+        return done
 
     def rounded(
         self,
@@ -138,11 +135,11 @@ class DeviceLayerEncoder(LayerEncoder):
         return dict(zip(ALPHA_GRID, found, strict=True))
 
     def _sampled_rows(self, projection: str) -> Tensor:
-        """Some rows f32 [n, hidden] of the sampled experts' matrices, complete on the device."""
+        """Some rows f32 [n, hidden] of the sampled experts' matrices, complete on the first device."""
         names = [expert_name(self.layer, e, projection) for e in self._sampled_experts()]
         given = [self.importance.matrix(name) for name in names]
         full = [m if isinstance(m, Tensor) else m.values() for m in given]
-        some = torch.cat([m[some_rows(len(m))] for m in full])
+        some = torch.cat([m[some_rows(len(m))].to(self.importance.rows.device) for m in full])
         wait_for(some.device)
         return some
 

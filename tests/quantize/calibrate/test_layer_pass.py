@@ -12,7 +12,7 @@ import torch
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import ResumeError
 from mq_quant.quantize.calibrate import layer_pass
-from mq_quant.quantize.calibrate.layer_pass import device_record, open_device, other_devices
+from mq_quant.quantize.calibrate.layer_pass import device_record, open_device, with_others
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from watching import Heard
 
@@ -33,9 +33,10 @@ def test_gpus_of_one_kind_help_unless_one_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: "another" if n == 2 else "H200")
-    assert [device.index for device in other_devices(open_device("cuda"))] == [1, 3]
+    assert [device.index for device in with_others(open_device("cuda"))] == [None, 1, 3]
     assert open_device("cuda:3").index == 3
-    assert other_devices(open_device("cuda:3")) == other_devices(open_device("cuda:0")) == ()
+    for name in ("cpu", "cuda:0", "cuda:3"):
+        assert with_others(open_device(name)) == (torch.device(name),)
 
 
 def test_a_calibration_is_not_continued_on_another_gpu(

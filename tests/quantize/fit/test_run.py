@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -130,9 +130,9 @@ def test_weights_that_lie_on_a_device_give_the_same(
     """As on a GPU, where a layer's codes are sent once and become f32 there."""
     plain = measured("plain.json").measurement
 
-    def sent(source: Source, device: torch.device, layer: int) -> closing[DeviceWeights]:
+    def sent(source: Source, devices: Sequence[torch.device], layer: int) -> closing[DeviceWeights]:
         names = [spec.name for spec in layer_inventory(source.config, layer)]
-        return closing(DeviceWeights(source, device, names))
+        return closing(DeviceWeights(source, devices, names))
 
     monkeypatch.setattr(streams, "layer_weights", sent)
     assert measured("sent.json").measurement == plain

@@ -41,7 +41,7 @@ def test_weights_are_those_of_the_source_however_many_are_read_at_a_time(
     monkeypatch.setattr(device_weights, "TOGETHER", together)
     source = open_checkpoint(small_model.save(tmp_path / "m", small_model.tensors()))
     names = [spec.name for spec in layer_inventory(source.config, 0)]
-    weights = DeviceWeights(source, torch.device("cpu"), names)
+    weights = DeviceWeights(source, [torch.device("cpu")], names)
     try:
         for name in reversed(names):
             np.testing.assert_array_equal(weights.tensor(name).numpy(), source.weight(name))
@@ -54,7 +54,7 @@ def test_what_is_wrong_with_a_matrix_is_said_to_whoever_asks_for_it(tmp_path: Pa
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     content[name + "_scale_inv"] = torch.full_like(content[name + "_scale_inv"], torch.nan)
     source = open_checkpoint(small_model.save(tmp_path / "m", content))
-    weights = DeviceWeights(source, torch.device("cpu"), [name])
+    weights = DeviceWeights(source, [torch.device("cpu")], [name])
     try:
         with pytest.raises(CheckpointError, match=r"experts\.1\.w2"):
             weights.matrix(name)

@@ -16,7 +16,7 @@ from mq_quant.formats.errors import CalibrationError, OutputError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.hfq.stored import format_of
 from mq_quant.kernels.runtime.host import open_backend
-from mq_quant.quantize.calibrate import on_the_fly
+from mq_quant.quantize.calibrate import layer_pass, on_the_fly
 from mq_quant.quantize.calibrate.folder import CalibrationFolder
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.encode.gpu_encoder import GpuEncoder
@@ -95,7 +95,7 @@ def test_the_exponent_that_is_found_is_that_of_the_usual_way(source, tmp_path, m
 def test_loops_and_kernels_on_two_devices_give_one_file(source, tmp_path, stays, monkeypatch):
     """Kernels on a CPU are slow, so that only some experts are looked at."""
     built(source, tmp_path / "loops", "mq3-lloyd", jobs=1)
-    monkeypatch.setattr(on_the_fly, "other_devices", lambda first: (torch.device(first),))
+    monkeypatch.setattr(on_the_fly, "with_others", lambda first: (first, first))
     encoder = GpuEncoder(*(lambda: open_backend("cpu", threads=1) for _ in range(2)), streams=1)
     assert encoder.device.startswith("2 × CPU")
     with stopped(at="layer 1 expert 0") as hook:
@@ -175,7 +175,7 @@ def test_layers_overlap_two_at_a_time_with_the_same_bytes(tmp_path, stays, monke
     np.save(source / "tokens.npy", TOKENS)
     held, most = [], []
 
-    class Watched(on_the_fly.DeviceWeights):
+    class Watched(layer_pass.DeviceWeights):
         def __init__(self, *given):
             super().__init__(*given)
             held.append(self)
@@ -185,7 +185,7 @@ def test_layers_overlap_two_at_a_time_with_the_same_bytes(tmp_path, stays, monke
             super().close()
             held.remove(self)
 
-    monkeypatch.setattr(on_the_fly, "DeviceWeights", Watched)
+    monkeypatch.setattr(layer_pass, "DeviceWeights", Watched)
     whole = {}
     for ahead in (True, False):
         monkeypatch.setattr(on_the_fly, "room_for_two", lambda *_: ahead)  # noqa: B023

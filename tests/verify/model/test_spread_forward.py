@@ -1,0 +1,96 @@
+"""A layer whose experts are spread over devices: the bits of one device, however many wait to be added."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_model
+import torch
+from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
+from mq_quant.formats.errors import CheckpointError
+from mq_quant.formats.minimax import expert_name, layer_inventory
+from mq_quant.quantize.calibrate.moments import LayerMoments
+from mq_quant.verify.model import spread_forward as module
+from mq_quant.verify.model.device_weights import DeviceWeights
+from mq_quant.verify.model.reference import Observer, layer_forward
+from mq_quant.verify.model.spread_forward import spread_forward
+from torch import Tensor
+
+CPU = torch.device("cpu")
+CONFIG = {**small_model.CONFIG, "num_local_experts": 8, "num_experts_per_tok": 3}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Eight experts, of which no token takes the third."""
+    content = small_model.tensors(config=CONFIG)
+    bias = torch.zeros(8)
+    bias[2] = -9
+    content["model.layers.0.block_sparse_moe.e_score_correction_bias"] = bias
+    return open_checkpoint(small_model.save(tmp_path_factory.mktemp("m") / "m", content, config=CONFIG))
+
+
+def sent(source: Checkpoint, devices: int) -> DeviceWeights:
+    names = [spec.name for spec in layer_inventory(source.config, 0)]
+    return DeviceWeights(source, [CPU] * devices, names)
+
+
+def entering(source: Checkpoint) -> Tensor:
+    return torch.randn(2, 40, source.config.hidden_size, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("experts", "rows"), [(1, 1 << 14), (2, 1 << 14), (8, 1 << 14), (8, 1), (8, 40)])
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_streams_and_moments_are_those_of_one_device(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch, devices: int, experts: int, rows: int
+) -> None:
+    monkeypatch.setattr(module, "EXPERTS", experts)
+    monkeypatch.setattr(module, "ROWS", rows)
+    hidden, plain = entering(source), LayerMoments(source.config, 0, "compact")
+    behind = layer_forward(source, source.config, 0, hidden, plain)
+    weights = sent(source, devices)
+    moments = LayerMoments(source.config, 0, "compact", at_once=experts * devices)
+    try:
+        assert torch.equal(spread_forward(weights, source.config, 0, hidden, moments), behind)
+    finally:
+        weights.close()
+    mine, theirs = moments.finish(), plain.finish()
+    assert moments.unseen == [2] and all((mine[name] == theirs[name]).all() for name in theirs)
+
+
+def test_experts_take_turns_and_lie_where_they_run(source: Checkpoint) -> None:
+    weights = sent(source, 3)
+    assert [weights.place(e) for e in range(8)] == [0, 1, 2, 0, 1, 2, 0, 1]
+    seen: list[int] = []
+
+    class Seen(Observer):
+        def expert(self, layer: int, expert: int, tokens: Tensor, inputs: Tensor, product: Tensor) -> None:
+            seen.append(expert)
+            assert len(tokens) == len(inputs) == len(product)
+
+    spread_forward(weights, source.config, 0, entering(source), Seen())
+    weights.close()
+    assert seen == [0, 1, 3, 4, 5, 6, 7]
+
+
+def test_an_expert_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    content = small_model.tensors(config=CONFIG)
+    name = expert_name(0, 5, "w3")
+    content[name + "_scale_inv"] = torch.full_like(content[name + "_scale_inv"], torch.nan)
+    source = open_checkpoint(small_model.save(tmp_path / "m", content, config=CONFIG))
+    weights = sent(source, 2)
+    with pytest.raises(CheckpointError, match=r"experts\.5\.w3"):
+        spread_forward(weights, source.config, 0, entering(source))
+    weights.close()
+
+
+def test_few_rows_wait(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round ends with the expert that fills it; those without a token are in none."""
+    sizes = np.array([5, 0, 9, 1, 1, 1, 1, 30, 2]).tolist()
+    monkeypatch.setattr(module, "ROWS", 7)
+    monkeypatch.setattr(module, "EXPERTS", 2)
+    assert list(module._rounds(sizes, 2)) == [[0, 2], [3, 4, 5, 6], [7], [8]]
+    assert list(module._rounds(sizes, 1)) == [[0, 2], [3, 4], [5, 6], [7], [8]]
+    assert list(module._rounds([0, 0], 1)) == []

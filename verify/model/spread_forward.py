@@ -1,0 +1,89 @@
+"""A layer's forward pass over several devices: attention and router on the first, each expert where its matrices lie.
+
+What experts put out is added on the first device in the order of the experts, so that the bits are those of one device.
+One thread asks all devices, and waits for none of them but for the router's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...formats.minimax import ModelConfig, expert_name
+from .device_weights import DeviceWeights
+from .reference import SILENT, Observer, Routing, before_experts, by_expert, run_expert
+
+EXPERTS = 8
+"""Experts that each device runs before what they put out is added. Only then do devices wait for each other: a copy
+from one to another waits for all that both were asked for.
+"""
+ROWS = 1 << 14
+"""Rows of a device from which on they are added, however few experts they are of."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What experts see, on one device: normed inputs [n, H], and for each expert the indices of its tokens i64 [m] and
+    what it weighs there, [m, 1].
+    """
+
+    inputs: Tensor
+    tokens: Sequence[Tensor]
+    shares: Sequence[Tensor]
+
+
+def spread_forward(
+    weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = SILENT
+) -> Tensor:
+    """As `reference.layer_forward`, with the same bits. What the observer sees of an expert lies where that ran."""
+    hidden, inputs, routing = before_experts(weights, cfg, layer, hidden, observer)
+    routed, sizes = _routed(weights, cfg, inputs, routing)
+    out = torch.zeros_like(inputs)
+    for some in _rounds(sizes, len(weights.devices)):
+        made = [_run(weights, layer, e, routed[weights.place(e)], observer) for e in some]
+        there = [rows.to(out.device) for rows in made]
+        for e, rows in zip(some, there, strict=True):
+            out.index_add_(0, routed[0].tokens[e], rows)
+        del made, there, rows
+    return hidden + out.view_as(hidden)
+
+
+def _routed(
+    weights: DeviceWeights, cfg: ModelConfig, inputs: Tensor, routing: Routing
+) -> tuple[list[Routed], list[int]]:
+    """What experts see, on each of the devices, and how many tokens each expert has."""
+    order, sizes = by_expert(routing.ids, cfg.num_local_experts)
+    tokens, shares = order // cfg.num_experts_per_tok, routing.weights.flatten()[order, None]
+    return [
+        Routed(
+            inputs.to(device), torch.split(tokens.to(device), sizes), torch.split(shares.to(device), sizes)
+        )
+        for device in weights.devices
+    ], sizes
+
+
+def _run(weights: DeviceWeights, layer: int, expert: int, routed: Routed, observer: Observer) -> Tensor:
+    """What an expert adds to the streams of its tokens, [m, H], where its matrices lie."""
+    w1, w3, w2 = (weights.tensor(expert_name(layer, expert, w)) for w in ("w1", "w3", "w2"))
+    x = routed.inputs[routed.tokens[expert]]
+    product, made = run_expert((w1, w3, w2), x)
+    observer.expert(layer, expert, routed.tokens[expert], x, product)
+    return made.mul_(routed.shares[expert])
+
+
+def _rounds(sizes: Sequence[int], devices: int) -> Iterator[list[int]]:
+    """The experts that are chosen, so many at a time as run before what they put out is added."""
+    some, rows = [], 0
+    for e, size in enumerate(sizes):
+        if not size:
+            continue
+        some.append(e)
+        rows += size
+        if len(some) == devices * EXPERTS or rows >= devices * ROWS:
+            yield some
+            some, rows = [], 0
+    if some:
+        yield some
