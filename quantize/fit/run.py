@@ -170,7 +170,7 @@ def _layers(
         if gathered is not None:
             options.watch.advance(0, f"running layer {layer} of the source")
             gathered.begin_layer(layer)
-            make_room(run.device)
+            make_room(gathered.devices)
         choices, rounding = run.plan.choices(layer), fit_settings(recipe)
         pieces = kind(config, layer, importance.layer(layer), choices, rounding, source, options.encoder)
         run.pass_layer(layer, pieces, options.jobs)
