@@ -6,7 +6,7 @@ One thread asks all devices, and waits for none of them but for the router's cho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +43,11 @@ def spread_forward(
     routed, sizes = _routed(weights, cfg, inputs, routing)
     out = torch.zeros_like(inputs)
     for some in _rounds(sizes, len(weights.devices)):
-        made = [_run(weights, layer, e, routed[weights.place(e)], observer) for e in some]
-        there = [rows.to(out.device) for rows in made]
-        for e, rows in zip(some, there, strict=True):
-            out.index_add_(0, routed[0].tokens[e], rows)
-        del made, there, rows
+        _add(
+            out,
+            routed[0].tokens,
+            {e: _run(weights, layer, e, routed[weights.place(e)], observer) for e in some},
+        )
     return hidden + out.view_as(hidden)
 
 
@@ -72,6 +72,12 @@ def _run(weights: DeviceWeights, layer: int, expert: int, routed: Routed, observ
     product, made = run_expert((w1, w3, w2), x)
     observer.expert(layer, expert, routed.tokens[expert], x, product)
     return made.mul_(routed.shares[expert])
+
+
+def _add(out: Tensor, tokens: Sequence[Tensor], made: Mapping[int, Tensor]) -> None:
+    """Add to out [n, H] what experts made for their tokens, [m, H] each. All of it travels before any is added."""
+    for e, rows in {e: rows.to(out.device) for e, rows in made.items()}.items():
+        out.index_add_(0, tokens[e], rows)
 
 
 def _rounds(sizes: Sequence[int], devices: int) -> Iterator[list[int]]:
