@@ -15,28 +15,28 @@ from ....formats.fwht import GROUP, rotate
 
 @dataclass(frozen=True)
 class Whitening:
-    """The coordinates in which a moment T f64 [K, K] is about the identity: rows x are x · `turn`, f64 [K, K]; `target`
-    f64 [K, K] is T in these coordinates, and `energy` f64 [] the sum of its squares.
+    """The coordinates in which a moment T f64 [K, K] is about the identity: rows x are x · `turn`, f64 [K, K]. T is
+    I - `floor` · turnᵀ · turn there, with floor f64 [], and `energy` f64 [] is the sum of the squares of that.
     """
 
     turn: Tensor
-    target: Tensor
+    floor: Tensor
     energy: Tensor
 
     def to(self, device: torch.device) -> Whitening:
         """The same on another device."""
-        return Whitening(self.turn.to(device), self.target.to(device), self.energy.to(device))
+        return Whitening(self.turn.to(device), self.floor.to(device), self.energy.to(device))
 
 
 def whitening(moment: Tensor) -> Whitening | None:
     """The whitening of a moment f64 [K, K]; None where the moment has no energy or is not finite."""
-    mean = moment.diagonal().mean()
-    lower, failed = torch.linalg.cholesky_ex(moment + FLOOR * mean * eye(len(moment), moment.device))
-    if not bool((failed == 0) & moment.isfinite().all() & (mean > 0)):
+    floor, identity = FLOOR * moment.diagonal().mean(), eye(len(moment), moment.device)
+    lower, failed = torch.linalg.cholesky_ex(moment + floor * identity)
+    if not bool((failed == 0) & moment.isfinite().all() & (floor > 0)):
         return None
-    inverse = torch.linalg.solve_triangular(lower, eye(len(moment), moment.device), upper=False)
-    target = inverse @ moment @ inverse.mT
-    return Whitening(inverse.mT.contiguous(), target, target.square().sum())
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    turn = inverse.mT.contiguous()
+    return Whitening(turn, floor, (identity - floor * (inverse @ turn)).square().sum())
 
 
 def layer_share(rows: Tensor, layer: Whitening) -> Tensor:
@@ -47,7 +47,7 @@ def layer_share(rows: Tensor, layer: Whitening) -> Tensor:
     energy = x.square().sum(1)
     squares = energy.square().sum()
     own = ((x @ x.mT).square().sum() - squares) / max(seen * (seen - 1), 1)
-    cross = ((x @ layer.target) * x).sum() / seen
+    cross = (energy.sum() - layer.floor * (x @ layer.turn.mT).square().sum()) / seen
     noise = (squares / seen - own).clamp_min(0) / len(rows)
     distance = (own - 2 * cross + layer.energy).clamp_min(0)
     return torch.where(noise + distance > 0, noise / (noise + distance), 1.0)
