@@ -23,6 +23,7 @@ from ..formats.lapack import add_products, cholesky, divide, invert_lower
 from ..formats.statistics.row_file import ExpertRows
 from .from_moments import CalibratedLayer
 from .importance import F64, Importance
+from .row_answers import RowAnswers
 
 F32 = NDArray[np.float32]
 compiled = compiler(Path(__file__))
@@ -127,10 +128,11 @@ def mixed(rows: F32, prior: Importance, white: Whitening | None) -> Importance:
 @dataclass(frozen=True)
 class WithRows:
     """One layer as a calibration gathers it, whose experts' inputs were kept besides: what it says without looking at
-    these is what `gathered` says.
+    these is what `gathered` says. `answers` says how rows of down answer each other, None where they do not.
     """
 
     gathered: CalibratedLayer
+    answers: RowAnswers | None
 
     @property
     def layer(self) -> int:
@@ -182,7 +184,8 @@ class OwnMoments(WithRows):
         return mixed(rows, prior, whitening(prior.moment) if own_prior else self.down)
 
 
-def with_rows(gathered: CalibratedLayer, kept: ExpertRows) -> OwnMoments:
+def with_rows(gathered: CalibratedLayer, kept: ExpertRows, answers: RowAnswers | None = None) -> OwnMoments:
     """The importances of a layer from what all its experts share and from what each of them saw."""
     assert gathered.gate_up.moment is not None
-    return OwnMoments(gathered, kept, whitening(gathered.gate_up.moment), whitening(gathered.down_pooled))
+    white = whitening(gathered.gate_up.moment)
+    return OwnMoments(gathered, answers, kept, white, whitening(gathered.down_pooled))

@@ -35,10 +35,15 @@ JOURNAL = "journal"
 STATE = "state.json"
 """What a finished calibration state has instead of a manifest."""
 ATTN_NAMES = {"attn_q": "in", "attn_k": "in", "attn_v": "in", "attn_output": "out"}
+_SENSITIVITY = (
+    rf"sensitivity\.journal({re.escape(OWNER)}(\.\d+)?)?|sensitivity-\d+\.safetensors"
+    r"|(stream|gradient)-\d+\.f32"
+)
 _OURS = re.compile(
     rf"{re.escape(MANIFEST)}|{re.escape(STATE)}|{JOURNAL}({re.escape(OWNER)}(\.\d+)?)?|{re.escape(IMATRIX)}"
-    r"|(layer|rows)-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
+    rf"|{_SENSITIVITY}|(layer|rows)-\d+\.safetensors|hidden-\d+\.f32|\..+\.partial"
 )
+_OF_SENSITIVITY = re.compile(_SENSITIVITY)
 _RESTART = "give --restart to discard it and begin anew"
 
 
@@ -213,16 +218,18 @@ def manifest_text(manifest: Mapping[str, Any], records: Sequence[Mapping[str, An
     return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def discard_folder(path: Path) -> None:
+def discard_folder(path: Path, but_sensitivities: bool = False) -> None:
     """Remove a calibration folder and what is ours in it; anything else stays, and the folder with it.
 
-    A link to a folder stays as it is, with everything behind it.
+    A link to a folder stays as it is, with everything behind it. What errors behind layers cost may stay too.
     """
     if path.is_symlink() or not path.is_dir():
         return
     with disk_errors(path):
         for file in path.iterdir():
-            if _OURS.fullmatch(file.name):
+            if _OURS.fullmatch(file.name) and not (
+                but_sensitivities and _OF_SENSITIVITY.fullmatch(file.name)
+            ):
                 file.unlink()
     with contextlib.suppress(OSError):
         path.rmdir()
@@ -254,7 +261,9 @@ def _look(path: Path, force: bool, restart: bool) -> bool:
         MANIFEST in found or STATE in found,
         journal.is_symlink() or (JOURNAL in found and journal.stat().st_size > 0),
     )
-    others = sorted(name for name in found if not name.startswith(JOURNAL))
+    others = sorted(
+        name for name in found if not (name.startswith(JOURNAL) or _OF_SENSITIVITY.fullmatch(name))
+    )
     if finished and not (force or restart):
         raise OutputError("holds a finished calibration", file=path, hint="give --force to replace it")
     if others and not (finished or begun or restart):

@@ -26,10 +26,12 @@ from ...awq.from_imatrix import ImatrixModel
 from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
 from ...awq.importance import LayerImportance
 from ...awq.own_moments import with_rows
+from ...awq.row_answers import RowAnswers, row_answers
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import DownForm
+from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.device_weights import DeviceWeights, wait_for
 from ...verify.model.reference import before_experts
 from ..encode.on_device.kept import keep_on_device
@@ -51,6 +53,7 @@ from .layer_pass import (
 )
 from .moments import LayerMoments
 from .resident import Resident, Residents, on_a_thread
+from .sensitivity import SensitivityRun, first_tokens, read_sensitivity, sensitivity_record
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ class GatheredImportance:
         stays: bool | None = None,
         state: CalibrationState | None = None,
         ahead: bool = True,
+        sensitive: bool = False,
     ) -> None:
         """Raises BackendError where there is no such device. `bind` completes it.
 
@@ -85,7 +89,8 @@ class GatheredImportance:
         `stays`, what the experts of a layer see is left on the device until the next layer is begun, and is not
         written: so it is on a GPU, unless said otherwise. Then the next layer is gathered meanwhile, where the device
         has room for two, unless it may not run `ahead`. With a `state` no layer has to be run before the first one that
-        is needed.
+        is needed. Where it is `sensitive`, the source runs forward and back first, to find what errors behind each
+        layer cost, and rows of down answer each other; a state has that already, or has it not.
         """
         self.tokens = tokens
         self._keep_outputs = keep_outputs
@@ -94,9 +99,12 @@ class GatheredImportance:
         self._source = source
         self.device = open_device(device)
         self._manifest = manifest_of(self.config, {}, tokens, DOWN, self.device)
+        self.sensitive = sensitive if state is None else state.sensitive
+        self._costs = sensitivity_record(tokens) if self.sensitive else {}
         self._imatrix: ImatrixModel | None = None
         self._path: Path | None = None
         self._state, self._first, self._last = state, 0, 0
+        self._sensitivities: tuple[Path, dict[int, str]] | None = None
         self._out: CalibrationFolder | None = None
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
@@ -115,18 +123,24 @@ class GatheredImportance:
         self._manifest = {**self._manifest, "source": dict(source)}
         self._imatrix = imatrix
         if self._state is not None:
-            self._state.check(self._manifest)
+            self._state.check(self._manifest | self._costs)
+
+    @property
+    def _finds(self) -> bool:
+        """Whether what errors behind each layer cost is to be found here."""
+        return self.sensitive and self._state is None
 
     def disk_bytes(self, files: int = 1) -> int:
         """The most disk that the moments of a layer and the residual streams around it take beside so many outputs."""
         tuned = files if self._keep_outputs else 0
-        return inline_sizes(self.config, self.tokens.size, tuned=tuned, ahead=self.runs_ahead).disk_bytes
+        size, ahead = self.tokens.size, self.runs_ahead
+        return inline_sizes(self.config, size, 0, tuned, ahead, self._finds).disk_bytes
 
     def signature(self) -> dict[str, Any]:
         """What of it decides the built bytes, besides the source."""
         deciding = ("tokens", "down", "device", "gpu")
         kept = {key: value for key, value in self._manifest.items() if key in deciding}
-        return {"rows": True, "torch": self._manifest["program"]["torch"], **kept}
+        return {"rows": True, "torch": self._manifest["program"]["torch"], **kept, **self._costs}
 
     def record(self) -> dict[str, Any]:
         """What a file says of it, as far as it is known before the layers are through."""
@@ -138,13 +152,14 @@ class GatheredImportance:
         made_on = {"torch": torch.__version__, **device_record(self.device)}
         if self.stays:
             made_on["factors"] = self.device.type
-        return {**said, "rows": True, "text": self._text, **made_on}
+        return {**said, "rows": True, "text": self._text, **made_on, **self._costs}
 
-    def open(self, path: Path, first: int = 0, last: int | None = None) -> None:
+    def open(self, path: Path, first: int = 0, last: int | None = None, watch: Watch = UNWATCHED) -> None:
         """Begin, or continue what an unfinished build left in this folder; ResumeError where it is another's.
 
-        No layer before `first` will be begun, and none behind `last` where that is given. The build holds the lock of
-        its output. Raises OutputError where the folder is a link or holds anything else.
+        No layer before `first` will be begun, and none behind `last` where that is given. What errors behind layers
+        cost is found here, of which `watch` hears. The build holds the lock of its output. Raises OutputError where the
+        folder is a link or holds anything else.
         """
         if path.is_symlink():
             raise OutputError(
@@ -152,13 +167,15 @@ class GatheredImportance:
             )
         self._path, self._first = path, first
         self._last = self.config.num_hidden_layers - 1 if last is None else last
-        self._out = CalibrationFolder(path, dict(flatten(self._manifest)))
+        self._out = CalibrationFolder(path, dict(flatten(self._manifest | self._costs)))
         start = self._state.start(first) if self._state else 0
         if self._state is not None and len(self._out.journal.done) < start:
             self._out.close()
             discard_folder(path)
-            self._out = CalibrationFolder(path, dict(flatten(self._manifest)))
+            self._out = CalibrationFolder(path, dict(flatten(self._manifest | self._costs)))
             self._state.prime(self._out, start)
+        if self.sensitive and self._first <= self._last:
+            self._find_sensitivities(watch)
         if not self._out.journal.done:
             # Read before the build releases the embeddings, and kept until the first layer has run.
             self._residents.enters(0, enter(self._source, self.config, self._out, self.tokens, 0))
@@ -216,7 +233,8 @@ class GatheredImportance:
         if self.stays:
             return self._residents.importance(layer)
         gathered = self._gathered(layer, self._folder.record(layer))
-        return with_rows(gathered, self._folder.rows(layer, self.config, self.tokens.size))
+        rows = self._folder.rows(layer, self.config, self.tokens.size)
+        return with_rows(gathered, rows, self._row_answers(layer))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -258,7 +276,8 @@ class GatheredImportance:
         """Begin the run of the model anew where the moments of a layer are gone that has to be encoded once more."""
         if layer < len(self._folder.journal.done) and not self._intact(layer):
             assert self._path is not None
-            self.discard()
+            self.close()
+            discard_folder(self._path, but_sensitivities=True)
             self.open(self._path, self._first, self._last)
 
     def _gather_up_to(self, layer: int) -> None:
@@ -306,7 +325,9 @@ class GatheredImportance:
         behind: Tensor | None = None,
     ) -> Resident:
         """What stays of a layer, complete on the devices."""
-        importance = keep_on_device(self._gathered(layer, record), *rows, weights.matrix, self.devices[1:])
+        importance = keep_on_device(
+            self._gathered(layer, record), *rows, weights.matrix, self.devices[1:], self._row_answers(layer)
+        )
         wait_for(*self.devices)
         return Resident(weights, importance, behind)
 
@@ -314,6 +335,25 @@ class GatheredImportance:
         """What the file of a layer says."""
         behind = self._imatrix.layer(layer) if self._imatrix else None
         return self._folder.layer(layer, self.config, DOWN, record, behind)
+
+    def _find_sensitivities(self, watch: Watch) -> None:
+        if self._state is not None:
+            self._sensitivities = self._state.path, dict(self._state.sensitivities)
+            return
+        assert self._path is not None
+        run = SensitivityRun(self._path, self.config, dict(flatten(self._manifest | self._costs)))
+        try:
+            run.complete(self._source, first_tokens(self.tokens), self.device, watch)
+            self._sensitivities = self._path, run.hashes
+        finally:
+            run.close()
+
+    def _row_answers(self, layer: int) -> RowAnswers | None:
+        """How rows of the layer's down answer each other, where what errors behind it cost is known."""
+        if self._sensitivities is None:
+            return None
+        folder, hashes = self._sensitivities
+        return row_answers(read_sensitivity(folder, layer, self.config, hashes[layer]))
 
     def _run(self, layer: int, entering: Tensor | None) -> tuple[Resident, Callable[[], None]]:
         """A layer on the devices: run, or where it is finished already what its experts saw, as `resident.Run` says."""

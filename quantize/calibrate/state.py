@@ -36,6 +36,8 @@ from .folder import STATE, CalibrationFolder, hidden_file
 from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, open_device, with_others
 from .on_the_fly import DOWN
 from .run import Reading, weights_of
+from .sensitivity import JOURNAL as SENSITIVITY_JOURNAL
+from .sensitivity import SensitivityRun, first_tokens, sensitivity_record
 from .tokens import Tokens
 
 LIMIT = 64 << 20
@@ -46,12 +48,13 @@ _PLACE = "source.origin."
 
 @dataclass(frozen=True)
 class StateOptions:
-    """How a state is made, with the streams that enter these `layers`."""
+    """How a state is made, with the streams that enter these `layers`, and with what errors behind each layer cost."""
 
     layers: Collection[int]
     device: str = "cpu"
     force: bool = False
     restart: bool = False
+    sensitivity: bool = True
     watch: Watch = UNWATCHED
 
 
@@ -87,12 +90,14 @@ def make_state(source: Source, tokens: Tokens, path: Path, options: StateOptions
     began, config = time.monotonic(), source.config
     device = open_device(options.device)
     made_from = {"origin": source.origin, "files": source.fingerprint(options.watch)}
-    made = {**manifest_of(config, made_from, tokens, DOWN, device), "code": code()}
+    sensitivity = sensitivity_record(tokens) if options.sensitivity else {}
+    made = {**manifest_of(config, made_from, tokens, DOWN, device), **sensitivity, "code": code()}
     kept = sorted(set(options.layers) - {0})
     with CalibrationFolder(
         path, dict(flatten({**made, "streams": kept})), options.force, options.restart
     ) as out:
         out.check_space(_disk_bytes(config, tokens.size, len(kept)) + source.disk_bytes())
+        hashes = _sensitivities(source, tokens, path, made, options) if options.sensitivity else {}
         count, first = config.num_hidden_layers, len(out.journal.done)
         layers = {n: list(layer_inventory(config, n)) for n in range(count)}
         names = [spec.name for n in range(first, count) for spec in layers[n]]
@@ -114,10 +119,12 @@ def make_state(source: Source, tokens: Tokens, path: Path, options: StateOptions
             for n in range(count):
                 (path / layer_file(n)).unlink(missing_ok=True)
         records = [out.record(n) for n in range(count)]
-        document = {**made, "layers": records, "streams": kept}
+        document = {**made, "layers": records, "streams": kept, "sensitivities": list(hashes.values())}
         text = json.dumps(document, indent=1, ensure_ascii=False).encode()
         write_atomic(path / STATE, [memoryview(text)])
         out.journal.remove()
+        with disk_errors(path):
+            (path / SENSITIVITY_JOURNAL).unlink(missing_ok=True)
     return StateResult(
         path=path,
         layers=count,
@@ -130,6 +137,17 @@ def make_state(source: Source, tokens: Tokens, path: Path, options: StateOptions
     )
 
 
+def _sensitivities(
+    source: Source, tokens: Tokens, path: Path, made: Mapping[str, Any], options: StateOptions
+) -> dict[int, str]:
+    run = SensitivityRun(path, source.config, dict(flatten(made)))
+    try:
+        run.complete(source, first_tokens(tokens), open_device(options.device), options.watch)
+        return run.hashes
+    finally:
+        run.close()
+
+
 def _disk_bytes(config: ModelConfig, tokens: int, streams: int) -> int:
     sizes = calibration_sizes(config, tokens, DOWN)
     return sizes.folder_bytes + (streams + 2) * sizes.unfinished_bytes
@@ -140,16 +158,20 @@ class _State(BaseModel):
 
     layers: list[dict[str, Any]] = Field(min_length=1)
     streams: list[int]
+    sensitivities: list[str] = []
 
 
 @dataclass(frozen=True)
 class CalibrationState:
-    """A finished state in a folder: what it was made from, the record of each layer, the layers that streams enter."""
+    """A finished state in a folder: what it was made from, the record of each layer, the layers that streams enter, and
+    the hashes of layers' sensitivities, where it has them.
+    """
 
     path: Path
     made: Mapping[str, Any]
     records: tuple[Mapping[str, Any], ...]
     streams: tuple[int, ...]
+    sensitivities: Mapping[int, str]
 
     @classmethod
     def open(cls, path: Path) -> CalibrationState:
@@ -167,8 +189,15 @@ class CalibrationState:
             raise CalibrationError(
                 f"cannot be read: {str(e).splitlines()[0]}", file=file, hint=again
             ) from None
-        made = {key: value for key, value in document.items() if key not in ("layers", "streams")}
-        return cls(path, made, tuple(found.layers), tuple(found.streams))
+        listed = ("layers", "streams", "sensitivities")
+        made = {key: value for key, value in document.items() if key not in listed}
+        costs = dict(enumerate(found.sensitivities))
+        return cls(path, made, tuple(found.layers), tuple(found.streams), costs)
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether it has what errors behind each layer cost."""
+        return bool(self.sensitivities)
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """CalibrationError where a build with this manifest would gather something else."""

@@ -104,7 +104,14 @@ def calibrate(
             ids = load_tokens(opened, asked)
             if streams:
                 first = equal_parts(opened.config.num_hidden_layers, streams)
-                state = make_state(opened, ids, output, StateOptions(first, device, force, restart, progress))
+                state = make_state(
+                    opened,
+                    ids,
+                    output,
+                    StateOptions(
+                        first, device, force, restart, sensitivity=opened.disk_bytes() == 0, watch=progress
+                    ),
+                )
                 if as_json or not quiet:
                     emit(state, as_json, _render_state, finished=True)
                 return

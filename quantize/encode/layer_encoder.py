@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...awq.importance import Importance, LayerImportance
+from ...awq.own_moments import WithRows
+from ...awq.row_answers import encode_answering
 from ...awq.scale import down_fold
 from ...formats.blocks import AffineFormat, LloydFormat
 from ...formats.checkpoint.source import Source
@@ -142,7 +144,9 @@ class LayerEncoder(PreparedLayer):
         seen, fitted = once.one(("fitted", rounded), fit_down)
         below = (*rounded, self.damping("w2"))
         down = once.one(("down", below), lambda: hessian_of(self._damped("w2", seen), forms["w2"].scale))
-        payloads |= self._encode({"w2": fitted}, forms, {"w2": down}, below, once)
+        payloads["w2"] = once.one(
+            ("w2", self.formats["w2"].name, below), lambda: self._encode_down(fitted, forms["w2"], down)
+        )
         return payloads, {"w1": gate_up, "w3": gate_up, "w2": down}
 
     @property
@@ -185,7 +189,16 @@ class LayerEncoder(PreparedLayer):
         assert self.importance is not None
         fmt, form = self.formats["w2"], self.stored.form("w2")
         own = self._damped("w2", self.importance.from_rows(expert, "w2", seen))
-        task = MatrixTask(w2, form, self.fit, hessian_of(own, form.scale), self.gain)
-        (payload,) = self.encoder.encode([task])
+        payload = self._encode_down(w2, form, hessian_of(own, form.scale))
         check_levels(expert_name(self.layer, expert, "w2"), fmt, payload)
         return payload
+
+    def _encode_down(self, w2: F32, form: StoredForm, hessian: RowHessian) -> U8:
+        """The payload u8 [bytes] of w2 f32 [hidden, intermediate]; its rows answer each other where it is known how."""
+
+        def encode(rows: F32) -> tuple[U8, F32]:
+            (payload,) = self.encoder.encode([MatrixTask(rows, form, self.fit, hessian, self.gain)])
+            return payload, form.decode(payload, rows.shape)
+
+        answers = self.importance.answers if isinstance(self.importance, WithRows) else None
+        return encode_answering(w2, answers, encode)

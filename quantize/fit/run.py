@@ -124,7 +124,14 @@ def losses_of(
     made_from = {"origin": source.origin, "files": files}
     gathered = None
     if isinstance(statistics, OnTheFly):
-        gathered = GatheredImportance(source, texts.calibrating, options.device, texts.text, ahead=False)
+        gathered = GatheredImportance(
+            source,
+            texts.calibrating,
+            options.device,
+            texts.text,
+            ahead=False,
+            sensitive=statistics.sensitive(source),
+        )
     found = find(statistics, imatrix, config, made_from, gathered)
     assert found.model is not None
     signature = {
@@ -139,7 +146,7 @@ def losses_of(
     }
     with (
         _work(options, dict(flatten(signature))) as (journal, folder),
-        _gathering(gathered, beside(options.output, CALIBRATION)),
+        _gathering(gathered, beside(options.output, CALIBRATION), options.watch),
     ):
         rest = RestWeights(source, recipe)
         run = StreamsRun(source, rest, plan, texts.judging, device, journal, folder, options.watch)
@@ -202,12 +209,12 @@ def _work(options: MeasureOptions, signature: dict[str, Any]) -> Iterator[tuple[
 
 
 @contextmanager
-def _gathering(gathered: GatheredImportance | None, moments: Path) -> Iterator[None]:
+def _gathering(gathered: GatheredImportance | None, moments: Path, watch: Watch) -> Iterator[None]:
     """What gathers the calibration of the layer in work, in this folder."""
     if gathered is None:
         yield
         return
-    gathered.open(moments)
+    gathered.open(moments, watch=watch)
     try:
         yield
     finally:

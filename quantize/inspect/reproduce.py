@@ -246,7 +246,9 @@ def gathering(spec: BuildSpec) -> Iterator[Turns | None]:
 def _statistics(record: Provenance, path: Path, inputs: Inputs) -> Statistics | None:
     """The statistics that the file was made with; errors where the ones given are missing or do not belong to it."""
     if record.calibration is not None and record.calibration.document.get("rows") is True:
-        return OnTheFly(_tokens(record, path, inputs), inputs.device, inputs.imatrix)
+        sensitivity = "sensitivity" in record.calibration.document
+        tokens = _tokens(record, path, inputs)
+        return OnTheFly(tokens, inputs.device, inputs.imatrix, sensitivity=sensitivity)
     if record.calibration is not None:
         if inputs.calibration is None:
             raise CalibrationError(

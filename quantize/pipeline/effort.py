@@ -30,11 +30,13 @@ class Wishes:
     calibration: Path | None = None
     tokens: TokenRequest | None = None
     state: Path | None = None
+    sensitivity: bool | None = None
 
     @property
     def gathers(self) -> bool:
         """Whether the build itself is to run the model on tokens."""
-        return self.tokens is not None or self.state is not None or self.effort in ("calibrated", "tuned")
+        asked = self.tokens is not None or self.state is not None or bool(self.sensitivity)
+        return asked or self.effort in ("calibrated", "tuned")
 
 
 _CONTRADICTIONS: tuple[tuple[Callable[[Wishes], object], str], ...] = (
@@ -56,6 +58,14 @@ _CONTRADICTIONS: tuple[tuple[Callable[[Wishes], object], str], ...] = (
     (
         lambda w: w.state and w.effort in ("imatrix", "tuned"),
         "--calibration-state goes with --effort calibrated",
+    ),
+    (
+        lambda w: w.sensitivity is not None and w.state,
+        "--calibration-state has what errors behind each layer cost, or was made without",
+    ),
+    (
+        lambda w: w.sensitivity and (w.calibration or w.no_imatrix or w.effort == "imatrix"),
+        "--sensitivity goes with --effort calibrated or tuned",
     ),
     (lambda w: w.effort == "imatrix" and w.tokens, "--effort imatrix does not look at --text or --tokens"),
     (lambda w: w.effort == "imatrix" and w.calibration, "--effort imatrix does not look at --calibration"),
@@ -82,7 +92,7 @@ def chosen_effort(recipe: Recipe, wishes: Wishes, device: Callable[[], str] = _c
     given = wishes.effort or recipe.effort
     if given is not None:
         return given
-    if wishes.tokens or wishes.state:
+    if wishes.tokens or wishes.state or wishes.sensitivity:
         return "calibrated"
     if wishes.imatrix or (wishes.fit or recipe.fit) != "hessian":
         return "imatrix"
@@ -108,7 +118,7 @@ def choose(
         return None if wishes.imatrix is None else ImatrixFile(wishes.imatrix)
     where = device()
     tokens = wishes.tokens or TokenRequest(sequences=_sequences(recipe, where))
-    calibrated = OnTheFly(tokens, where, wishes.imatrix, state=wishes.state)
+    calibrated = OnTheFly(tokens, where, wishes.imatrix, state=wishes.state, sensitivity=wishes.sensitivity)
     if effort != "tuned":
         return calibrated
     from ..tune.layer import TuneSettings

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...formats.errors import MqError, OutputError
+from ...formats.watch import Watch
 from ..calibrate.folder import discard_folder
 from .encoding import Encoded, in_step
 from .turns import LayersInTurn
@@ -56,7 +57,7 @@ def run_builds(
                 raise done
             builds[n].deliver(unit, done)
 
-    with gathering(gathered, moments, builds.values()):
+    with gathering(gathered, moments, builds.values(), options.watch):
         todo: dict[int, list[WorkUnit]] = {}
         for n, build in builds.items():
             with alone(n):
@@ -83,7 +84,9 @@ def run_builds(
 
 
 @contextmanager
-def gathering(gathered: GatheredImportance | None, folder: Path, builds: Collection[Build]) -> Iterator[None]:
+def gathering(
+    gathered: GatheredImportance | None, folder: Path, builds: Collection[Build], watch: Watch
+) -> Iterator[None]:
     """A block in which the calibration that builds gather, if they do, is open in a folder.
 
     The folder stays for the next run where one of the builds is to be continued.
@@ -93,7 +96,7 @@ def gathering(gathered: GatheredImportance | None, folder: Path, builds: Collect
     try:
         if gathered is not None:
             build = next(iter(builds))
-            gathered.open(folder, build.first_layer, build.last_layer)
+            gathered.open(folder, build.first_layer, build.last_layer, watch)
         yield
     finally:
         if gathered is not None:

@@ -53,7 +53,8 @@ class OnTheFly:
 
     An imatrix stands behind moments of too few tokens: the one given, else the recipe's own where it has one. With
     `tuning` each layer is tuned against the source's after it is rounded. A `state` is a folder of streams between
-    layers, from which a part begins; it decides no byte.
+    layers, from which a part begins; it decides no byte. `sensitivity` is whether the source first runs forward and
+    back, to find what errors behind each layer cost: None, where it lies here and need not be fetched twice.
     """
 
     tokens: TokenRequest = field(default_factory=TokenRequest)
@@ -61,6 +62,11 @@ class OnTheFly:
     imatrix: Path | None = None
     tuning: TuneSettings | None = None
     state: Path | None = None
+    sensitivity: bool | None = None
+
+    def sensitive(self, source: Source) -> bool:
+        """Whether a build from this source finds what errors behind each layer cost."""
+        return source.disk_bytes() == 0 if self.sensitivity is None else self.sensitivity
 
 
 Statistics = NoStatistics | ImatrixFile | MomentFolder | OnTheFly
@@ -125,7 +131,15 @@ def begin_gathering(statistics: Statistics | None, source: Source) -> GatheredIm
     tokens = load_tokens(source, request)
     tuned = statistics.tuning is not None
     state = CalibrationState.open(statistics.state) if statistics.state else None
-    return GatheredImportance(source, tokens, statistics.device, text, keep_outputs=tuned, state=state)
+    return GatheredImportance(
+        source,
+        tokens,
+        statistics.device,
+        text,
+        keep_outputs=tuned,
+        state=state,
+        sensitive=statistics.sensitive(source),
+    )
 
 
 def imatrix_path(recipe: Recipe, statistics: Statistics | None) -> Path | None:

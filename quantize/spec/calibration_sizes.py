@@ -20,6 +20,10 @@ CHUNK = 4096
 USUAL_TOKENS = 128 * 512
 GPU_TOKENS = 1024 * 512
 """Tokens that a build calibrates on where nothing else is asked, on a CPU and on a GPU that has room for them."""
+SENSITIVITY_TOKENS = 64 * 512
+"""Tokens from which what errors behind each layer cost is found."""
+SENSITIVITY_LENGTH = 512
+"""Tokens of a sequence, for an estimate."""
 GPU_ROWS = 15.5
 """How often a layer's stream lies on a GPU in f32 while the layer runs and its experts are rounded."""
 _BYTES = {"F32": 4, "F16": 2, "I64": 8}
@@ -165,14 +169,33 @@ def tuning_bytes(config: ModelConfig, tokens: int) -> int:
     return BASE_MEMORY + round(2.2 * weights) + 4 * tokens * config.hidden_size
 
 
+def sensitivity_sizes(config: ModelConfig, tokens: int) -> tuple[int, int, int]:
+    """Bytes that finding what errors behind each layer cost takes, beside a calibration on so many tokens: of memory at
+    its peak, of disk meanwhile, and of what stays on the disk until the file is finished.
+
+    The streams of all layers lie on the disk. Attention on the way back holds the scores of eight sequences five times.
+    """
+    h, layers = config.hidden_size, config.num_hidden_layers
+    stream = 4 * h * min(tokens, SENSITIVITY_TOKENS)
+    attention = 8 * 5 * 4 * config.num_attention_heads * SENSITIVITY_LENGTH**2
+    stays = 4 * layers * (h * (h + 1) // 2)
+    return BASE_MEMORY + 8 * stream + attention, stays + (layers + 2) * stream, stays
+
+
 def inline_sizes(
-    config: ModelConfig, tokens: int, build_bytes: int = 0, tuned: int = 0, ahead: bool = False
+    config: ModelConfig,
+    tokens: int,
+    build_bytes: int = 0,
+    tuned: int = 0,
+    ahead: bool = False,
+    sensitive: bool = False,
 ) -> InlineSizes:
     """What a build that calibrates itself takes, where its encoding alone takes `build_bytes` of memory.
 
     What the experts of one layer see lies on the disk, with the residual streams before and after it, and those of each
     file whose layers are tuned besides, of which `tuned` is the number. On a GPU that runs a layer `ahead`, the moments
-    of two layers lie there, and the streams around both, but not what the experts see.
+    of two layers lie there, and the streams around both, but not what the experts see. A `sensitive` one finds first
+    what errors behind each layer cost.
     """
     from ...formats.statistics.row_file import row_tensors
 
@@ -181,4 +204,8 @@ def inline_sizes(
     stream, layer = sizes.unfinished_bytes, sizes.layer_bytes
     disk = 2 * layer + 3 * stream if ahead else layer + rows + 2 * stream
     disk += 2 * stream * tuned
-    return InlineSizes(tokens, max(sizes.memory_bytes, build_bytes), disk)
+    memory = max(sizes.memory_bytes, build_bytes)
+    if sensitive:
+        before, meanwhile, stays = sensitivity_sizes(config, tokens)
+        memory, disk = max(memory, before), max(meanwhile, disk + stays)
+    return InlineSizes(tokens, memory, disk)

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from ...formats.minimax import ModelConfig
-from .calibration_sizes import inline_sizes, usual_tokens
+from .calibration_sizes import SENSITIVITY_TOKENS, inline_sizes, usual_tokens
 from .recipe import Effort, Recipe
 
 EPOCHS = 6
@@ -115,6 +115,12 @@ def own_products(config: ModelConfig, tokens: int, share: Share = ALONE) -> tupl
     return float(config.num_hidden_layers * f32), float(config.num_hidden_layers * f64)
 
 
+def sensitivity_products(config: ModelConfig, tokens: int) -> float:
+    """Multiply-adds in f32 of running the source forward and back: the way back takes its forward pass once more."""
+    forward, _ = gather_products(config, min(tokens, SENSITIVITY_TOKENS))
+    return 3 * forward
+
+
 def training_products(config: ModelConfig, tokens: int) -> float:
     """Multiply-adds in f32 of tuning: each epoch once forward and twice back, and three times forward to judge."""
     forward, _ = gather_products(config, tokens)
@@ -128,9 +134,10 @@ def hours(
     cores: int,
     device: str = "cpu",
     share: Share = ALONE,
+    sensitive: bool = False,
 ) -> float:
     """Hours of a build on so many cores, or on one GPU, reading and writing left out; `share` is that of tiers that are
-    built in one pass.
+    built in one pass. A `sensitive` one finds first what errors behind each layer cost.
 
     Under an imatrix down is rounded in as many ways as it has formats; under moments each way follows from that of gate
     and up too.
@@ -142,6 +149,8 @@ def hours(
         return weights / (rates.by_imatrix * cores) / 3600
     gathered, own = gather_products(config, tokens), own_products(config, tokens, share)
     products = (gathered[0] + own[0]) / rates.f32 + (gathered[1] + own[1]) / rates.f64
+    if sensitive:
+        products += sensitivity_products(config, tokens) / rates.f32
     training = share.tiers * training_products(config, tokens)
     trained = training / rates.training if effort == "tuned" else 0.0
     return (products + weights / rates.by_moments + trained) / cores / 3600
@@ -196,9 +205,10 @@ def effort_costs(
     for effort, most in memory.items():
         tokens = 0 if effort == "imatrix" else usual_tokens(config, device)
         tuned = share.tiers if effort == "tuned" else 0
-        sizes = inline_sizes(config, tokens, most, tuned, ahead=device != "cpu")
+        here = download is None
+        sizes = inline_sizes(config, tokens, most, tuned, ahead=device != "cpu", sensitive=here)
         disk = sizes.disk_bytes if tokens else 0
         used = sizes.memory_bytes if tokens else most
-        spent = round(hours(config, effort, tokens, cores, device, share), 2)
+        spent = round(hours(config, effort, tokens, cores, device, share, here), 2)
         rows.append(EffortCost(effort, tokens, spent, used, disk, download, effort == default))
     return tuple(rows)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ....awq.from_moments import CalibratedLayer
 from ....awq.importance import Importance
 from ....awq.own_moments import WithRows
+from ....awq.row_answers import RowAnswers
 from ....formats.minimax import PROJECTIONS, expert_name
 from ....verify.model.device_weights import DeviceMatrix
 from .moments import Whitening, mixed, whitening
@@ -26,7 +27,7 @@ class KeptOnDevice(WithRows):
     `rows` f32 [tokens, hidden] are the inputs of gate and up, `order` i64 the tokens sorted by expert, those of expert
     e from starts[e] to starts[e + 1], ascending. `gate_up` f64 [hidden, hidden] and `down` f64 [I, I] are the moments
     that all experts share, with their whitenings. `matrix` gives a weight of the layer, complete on one of
-    the devices.
+    the devices. `shares` are those of `answers`, where there are any.
     """
 
     rows: Tensor
@@ -37,6 +38,7 @@ class KeptOnDevice(WithRows):
     white: Whitening | None
     white_down: Whitening | None
     matrix: Callable[[str], DeviceMatrix | Tensor]
+    shares: tuple[tuple[slice, Tensor], ...] | None = None
     others: tuple[KeptOnDevice, ...] = ()
 
     def at(self, place: int) -> KeptOnDevice:
@@ -55,6 +57,7 @@ class KeptOnDevice(WithRows):
             down=down,
             white=white,
             white_down=white_down,
+            shares=_shares_on(self.answers, device),
         )
 
     def inputs(self, expert: int) -> NDArray[np.float32]:
@@ -95,10 +98,11 @@ def keep_on_device(
     experts: Tensor,
     matrix: Callable[[str], DeviceMatrix | Tensor],
     others: Sequence[torch.device] = (),
+    answers: RowAnswers | None = None,
 ) -> KeptOnDevice:
     """The importances of a layer whose inputs are rows f32 [tokens, hidden], taken by `experts` i64 [tokens, k].
 
-    `others` are further devices on which experts are rounded.
+    `others` are further devices on which experts are rounded, `answers` say how rows of down answer each other.
     """
     assert gathered.gate_up.moment is not None
     taken = experts.flatten()
@@ -110,6 +114,22 @@ def keep_on_device(
     )
     order = by_expert // experts.shape[1]
     kept = KeptOnDevice(
-        gathered, rows, order, starts, gate_up, down, whitening(gate_up), whitening(down), matrix
+        gathered,
+        answers,
+        rows,
+        order,
+        starts,
+        gate_up,
+        down,
+        whitening(gate_up),
+        whitening(down),
+        matrix,
+        _shares_on(answers, rows.device),
     )
     return replace(kept, others=tuple(kept.on(device) for device in others))
+
+
+def _shares_on(answers: RowAnswers | None, device: torch.device) -> tuple[tuple[slice, Tensor], ...] | None:
+    if answers is None:
+        return None
+    return tuple((rows, torch.from_numpy(share).to(device)) for rows, share in answers)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....awq.row_answers import encode_answering
 from ....formats.blocks import Format
 from ....formats.checkpoint.source import Source
 from ....formats.errors import MqError
@@ -108,9 +109,13 @@ class DeviceLayerEncoder(LayerEncoder):
         down = once.one(
             ("down", below), lambda: factors_of(rotated_moment(moment, self.damping("w2"), columns))
         )
+
+        def round_down(rows: Tensor) -> tuple[U8, Tensor]:
+            packed, rounded = rounder.encode(rows, self.formats["w2"], columns, down, self.gain)
+            return packed, unrotated(rounded) / columns
+
         payloads["w2"] = once.one(
-            ("w2", self.formats["w2"].name, below),
-            lambda: rounder.encode(fitted, self.formats["w2"], columns, down, self.gain)[0],
+            ("w2", self.formats["w2"].name, below), lambda: encode_answering(fitted, kept.shares, round_down)
         )
         hessians: dict[str, Factors | RowHessian] = {"w1": gate_up, "w3": gate_up, "w2": down}
         for p, payload in payloads.items():

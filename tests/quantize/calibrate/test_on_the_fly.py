@@ -23,6 +23,8 @@ from mq_quant.quantize.calibrate import layer_pass as gather
 from mq_quant.quantize.calibrate import on_the_fly as inline
 from mq_quant.quantize.calibrate.folder import JOURNAL
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
+from mq_quant.quantize.calibrate.sensitivity import JOURNAL as SENSITIVITY_JOURNAL
+from mq_quant.quantize.calibrate.sensitivity import sensitivity_file
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
@@ -169,12 +171,17 @@ def test_an_imatrix_stands_behind_it_too(run: Run, source: Path, whole: bytes, t
 
 
 def test_moments_of_one_layer_lie_on_the_disk_at_a_time(run: Run, source: Path, tmp_path: Path) -> None:
-    most = inline_sizes(open_checkpoint(source).config, TOKENS.size).disk_bytes
+    most = inline_sizes(open_checkpoint(source).config, TOKENS.size, sensitive=True).disk_bytes
     seen = []
 
     def watching(unit: WorkUnit) -> None:
         if unit.expert == 0:
-            seen.append((unit.layer, names(tmp_path / f"out{CALIBRATION}")))
+            here = names(tmp_path / f"out{CALIBRATION}")
+            assert [n for n in here if "sensitivity" in n] == [
+                *map(sensitivity_file, range(3)),
+                SENSITIVITY_JOURNAL,
+            ]
+            seen.append((unit.layer, [n for n in here if "sensitivity" not in n]))
             assert sum(f.stat().st_size for f in (tmp_path / f"out{CALIBRATION}").iterdir()) < most + 16384
 
     run(jobs=1, on_begin=watching)

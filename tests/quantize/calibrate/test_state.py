@@ -15,6 +15,7 @@ from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import CalibrationError, OutputError
 from mq_quant.quantize.calibrate import on_the_fly
 from mq_quant.quantize.calibrate.folder import STATE, hidden_file
+from mq_quant.quantize.calibrate.sensitivity import sensitivity_file
 from mq_quant.quantize.calibrate.state import CalibrationState, StateOptions, equal_parts, make_state
 from mq_quant.quantize.calibrate.tokens import TokenRequest, load_tokens
 from mq_quant.quantize.cli.app import main
@@ -138,7 +139,8 @@ def test_a_state_that_was_stopped_continues_to_the_same_bytes(
 
 
 def test_a_state_holds_no_more_than_its_streams(state: Path) -> None:
-    assert sorted(path.name for path in state.iterdir()) == [hidden_file(2), STATE]
+    found = sorted(path.name for path in state.iterdir())
+    assert found == [hidden_file(2), *(sensitivity_file(layer) for layer in range(LAYERS)), STATE]
 
 
 def test_a_finished_state_is_replaced_on_request_alone(source: Path, state: Path, tmp_path: Path) -> None:
@@ -152,7 +154,10 @@ def test_a_finished_state_is_replaced_on_request_alone(source: Path, state: Path
 def test_a_state_of_another_text_is_refused_by_name(source: Path, state: Path, tmp_path: Path) -> None:
     recipe = choose_recipe("mq2", None, str(source))
     statistics = OnTheFly(TokenRequest(tokens=source / "tokens.npy", sequences=2), state=state)
-    with pytest.raises(CalibrationError, match="is of another calibration:\n    tokens"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"is of another calibration:\n    sensitivity\.tokens is 64 there and 32 here\n    tokens",
+    ):
         build_file(recipe, statistics, RunOptions(tmp_path / "out"), part=LayerRange(2, 3, LAYERS))
     assert not list(tmp_path.iterdir())
 

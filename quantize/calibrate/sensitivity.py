@@ -1,0 +1,179 @@
+"""How much errors behind each layer cost: the source runs once forward and once back, before it is calibrated.
+
+The gradient of the model's log-probabilities is carried back from the head, layer by layer; the second moment of its
+directions behind a layer is the layer's sensitivity (see `awq.row_answers`). The streams between layers lie on the disk
+meanwhile. Each layer's stream, and on the way back its sensitivity and the gradient before it, are durable before a
+journal names them, so that a run that was killed continues there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...awq.row_answers import Sensitivity
+from ...formats.checkpoint.source import Source
+from ...formats.errors import CalibrationError
+from ...formats.minimax import ModelConfig, layer_inventory
+from ...formats.statistics.moment_file import encode_layer, open_tensors, pack_moment, triangle, unpack_moment
+from ...formats.watch import UNWATCHED, Watch
+from ...verify.model.backward import head_gradient, layer_backward
+from ...verify.model.reference import TensorWeights, Weights, embed, layer_forward
+from ..spec.calibration_sizes import SENSITIVITY_TOKENS
+from ..write.atomic import write_atomic
+from ..write.journal import CALIBRATION, Journal
+from ..write.stream_folder import StreamFolder
+from .layer_pass import layer_weights
+from .moments import second_moment
+from .tokens import Tokens
+
+F64 = NDArray[np.float64]
+
+JOURNAL = "sensitivity.journal"
+STREAM, GRADIENT = "stream", "gradient"
+_NAME = "sensitivity"
+
+
+def sensitivity_file(layer: int) -> str:
+    """The sensitivity of the stream behind a layer."""
+    return f"sensitivity-{layer:05d}.safetensors"
+
+
+def first_tokens(tokens: Tokens) -> Tokens:
+    """The sequences that sensitivities come from: the first ones, SENSITIVITY_TOKENS tokens or a little more."""
+    return tokens[: -(-SENSITIVITY_TOKENS // tokens.shape[1])]
+
+
+def sensitivity_record(tokens: Tokens) -> dict[str, Any]:
+    """What a manifest says of it."""
+    return {"sensitivity": {"tokens": int(first_tokens(tokens).size)}}
+
+
+def read_sensitivity(folder: Path, layer: int, config: ModelConfig, sha256: object) -> Sensitivity:
+    """The sensitivity behind a layer, as it was written with this hash; CalibrationError."""
+    shape = {_NAME: ("F32", (triangle(config.hidden_size),)), "tokens": ("I64", (1,))}
+    file = open_tensors(folder / sensitivity_file(layer), shape, str(sha256))
+    return Sensitivity(unpack_moment(file.array(_NAME), config.hidden_size), int(file.array("tokens")[0]))
+
+
+class SensitivityRun:
+    """A run forward and back in a folder that its caller has locked; where it is complete, `hashes` has every layer."""
+
+    def __init__(self, folder: Path, config: ModelConfig, signature: Mapping[str, Any]) -> None:
+        """Begin a run in the folder, or continue the one that it holds; ResumeError where that is another's."""
+        self._folder, self._config = folder, config
+        hint = "give --restart to discard it and begin anew"
+        self._streams = StreamFolder(folder, anew=False, hint=hint)
+        self._journal = Journal(folder / JOURNAL, CALIBRATION)
+        try:
+            self._journal.begin(signature)
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the journal, which stays for the next run."""
+        self._journal.close()
+
+    @property
+    def hashes(self) -> dict[int, str]:
+        """The SHA-256 of the file of each layer that is done."""
+        found = {n: self._journal.done.get(_unit(_NAME, n)) for n in range(self._config.num_hidden_layers)}
+        return {n: record["xxh64"] for n, record in found.items() if record is not None}
+
+    def complete(
+        self, source: Source, tokens: Tokens, device: torch.device, watch: Watch = UNWATCHED
+    ) -> None:
+        """Do what is left of it. Raises CalibrationError where no gradient is finite."""
+        count = self._config.num_hidden_layers
+        if len(self.hashes) == count:
+            return
+        shape = (*tokens.shape, self._config.hidden_size)
+        layers = [layer_inventory(self._config, n) for n in range(count)]
+        sizes = [sum(int(np.prod(spec.shape)) for spec in specs) for specs in layers]
+        forward = sum(_unit(STREAM, n + 1) in self._journal.done for n in range(count))
+        done = sum(sizes[:forward]) + sum(sizes[n] for n in self.hashes)
+        watch.begin("finding what errors cost", 2 * sum(sizes), "weights", done)
+        stream = (
+            self._load(STREAM, forward, shape) if forward else torch.from_numpy(embed(source, tokens).numpy())
+        )
+        stream = stream.to(device)
+        for layer, weights in _ahead(source, device, range(forward, count)):
+            with torch.no_grad():
+                stream = layer_forward(weights, self._config, layer, stream)
+            self._save(STREAM, layer + 1, stream)
+            watch.advance(sizes[layer], f"layer {layer}")
+        last = min(self.hashes, default=count) - 1
+        if last + 1 == count:
+            gradient = head_gradient(source, self._config, stream, _draws(tokens))
+        else:
+            gradient = self._load(GRADIENT, last, shape).to(device)
+        for layer, weights in _ahead(source, device, range(last, -1, -1)):
+            sha256 = self._write(layer, gradient)
+            if layer:
+                entering = self._load(STREAM, layer, shape).to(device)
+                gradient = layer_backward(weights, self._config, layer, entering, gradient)
+                self._save(GRADIENT, layer - 1, gradient)
+            self._journal.record(_unit(_NAME, layer), sha256)
+            self._streams.drop(STREAM, layer + 1)
+            self._streams.drop(GRADIENT, layer)
+            watch.advance(sizes[layer], f"layer {layer}, back")
+
+    def _write(self, layer: int, gradient: Tensor) -> str:
+        rows = gradient.flatten(0, 1)
+        length = rows.double().square().sum(1).sqrt()
+        good = length.isfinite() & (length > 0)
+        rows, count = rows[good] / length[good, None].float(), int(good.sum())
+        if not count:
+            raise CalibrationError(
+                f"layer {layer}: no token has a finite gradient",
+                hint="give --no-sensitivity, or look at the checkpoint: its activations overflow",
+            )
+        packed = pack_moment((second_moment(rows) / count).cpu().numpy())
+        arrays = {_NAME: packed, "tokens": np.array([count])}
+        return write_atomic(self._folder / sensitivity_file(layer), encode_layer(arrays)).sha256
+
+    def _save(self, name: str, layer: int, stream: Tensor) -> None:
+        self._journal.record(_unit(name, layer), self._streams.save(name, layer, stream.cpu().numpy()))
+
+    def _load(self, name: str, layer: int, shape: tuple[int, ...]) -> Tensor:
+        sha256 = self._journal.done[_unit(name, layer)]["xxh64"]
+        return torch.from_numpy(self._streams.load(name, layer, shape, sha256))
+
+
+def _unit(name: str, layer: int) -> str:
+    return f"{name}.{layer}"
+
+
+def _draws(tokens: Tokens) -> Tensor:
+    """Numbers f32 even in [0, 1), one for each token, the same in every run."""
+    return torch.from_numpy(np.random.default_rng(0).random(tokens.shape, np.float32))
+
+
+def _ahead(
+    source: Source, device: torch.device, layers: Sequence[int]
+) -> Iterator[tuple[int, Weights | TensorWeights]]:
+    """The weights of layers in turn; on a GPU the next one's are read meanwhile."""
+    with ExitStack() as last:
+        coming: list[tuple[ExitStack, Weights | TensorWeights]] = []
+
+        def begin(layer: int) -> None:
+            opened = ExitStack()
+            last.callback(opened.close)
+            coming.append((opened, opened.enter_context(layer_weights(source, device, layer))))
+
+        for place, layer in enumerate(layers):
+            if not coming:
+                begin(layer)
+            if place + 1 < len(layers):
+                begin(layers[place + 1])
+            opened, weights = coming.pop(0)
+            yield layer, weights
+            opened.close()
