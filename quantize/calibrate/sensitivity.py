@@ -167,7 +167,7 @@ def _ahead(
         def begin(layer: int) -> None:
             opened = ExitStack()
             last.callback(opened.close)
-            coming.append((opened, opened.enter_context(layer_weights(source, device, layer))))
+            coming.append((opened, opened.enter_context(layer_weights(source, (device,), layer))))
 
         for place, layer in enumerate(layers):
             if not coming:

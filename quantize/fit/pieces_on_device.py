@@ -82,7 +82,7 @@ class DevicePieces(LayerPieces):
         once: Once,
     ) -> U8:
         """The payload of down alone in a format, rounded under what the source's gate and up give it."""
-        encoder, fmt, w2 = self._encoders[Choice(name, name)], BY_NAME[name], weights["w2"]
+        encoder, fmt, w2 = self._device_encoders()[Choice(name, name)], BY_NAME[name], weights["w2"]
         damping = encoder.damping("w2")
 
         def moment() -> Tensor:
@@ -92,6 +92,6 @@ class DevicePieces(LayerPieces):
         columns = torch.ones(w2.shape[1], device=w2.device)
         own = once.one("moment of down alone", moment)
         factors = once.one(("down alone", damping), lambda: factors_of(rotated_moment(own, damping, columns)))
-        payload, _ = rounder.encode(w2, fmt, columns, factors, encoder.gain)
+        payload = encoder.round_down(kept, w2, columns, factors, rounder)
         check_levels(expert_name(self.layer, expert, "w2"), fmt, payload)
         return payload

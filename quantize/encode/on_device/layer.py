@@ -109,18 +109,32 @@ class DeviceLayerEncoder(LayerEncoder):
         down = once.one(
             ("down", below), lambda: factors_of(rotated_moment(moment, self.damping("w2"), columns))
         )
-
-        def round_down(rows: Tensor) -> tuple[U8, Tensor]:
-            packed, rounded = rounder.encode(rows, self.formats["w2"], columns, down, self.gain)
-            return packed, unrotated(rounded) / columns
-
         payloads["w2"] = once.one(
-            ("w2", self.formats["w2"].name, below), lambda: encode_answering(fitted, kept.shares, round_down)
+            ("w2", self.formats["w2"].name, below),
+            lambda: self.round_down(kept, fitted, columns, down, rounder),
         )
         hessians: dict[str, Factors | RowHessian] = {"w1": gate_up, "w3": gate_up, "w2": down}
         for p, payload in payloads.items():
             check_levels(expert_name(self.layer, expert, p), self.formats[p], payload)
         return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
+
+    def round_down(
+        self,
+        kept: KeptOnDevice,
+        w2: Tensor,
+        columns: Tensor,
+        hessian: Factors | RowHessian,
+        rounder: Rounder,
+    ) -> U8:
+        """The payload of w2 f32 [hidden, I], its columns multiplied by f32 [I]; its rows answer each other where it
+        is known how.
+        """
+
+        def encode(rows: Tensor) -> tuple[U8, Tensor]:
+            packed, rounded = rounder.encode(rows, self.formats["w2"], columns, hessian, self.gain)
+            return packed, unrotated(rounded) / columns
+
+        return encode_answering(w2, kept.shares, encode)
 
     def needs_samples(self) -> list[str]:
         """None: the weights of the layer lie on the device."""
