@@ -6,9 +6,11 @@ left out, and a note says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -57,17 +59,17 @@ class LayerMoments(Observer):
         self._waiting: list[Tensor] = []
         self._first = torch.device("cpu")
         self._all_finite = False
+        self._attended: dict[str, list[_Attended]] = defaultdict(list)
         self._seen: dict[int, _Seen] = {}
 
     def dense(self, layer: int, projection: str, inputs: Tensor) -> None:
         if projection not in ATTENTION:
             return
-        row, name = ATTENTION[projection]
-        rows = self._finite(inputs, f"the input of {projection}")
-        self.arrays["attn.counts"][row] = len(rows)
-        self.arrays[f"{name}.diagonal"][:] = mean_squares(rows).cpu().numpy()
+        good = _usable(inputs)
+        self._attended[projection].append(_Attended(len(inputs), good.sum(), squares(inputs, good)))
 
     def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
+        self._finish_attention()
         rows = self._finite(inputs, "the input of the experts")
         self._all_finite, self._first = len(rows) == len(inputs), inputs.device
         if self.keep_rows:
@@ -80,6 +82,17 @@ class LayerMoments(Observer):
             )
         self.arrays["gate_up.tokens"][0] = len(rows)
         self._gate_up = packed(second_moment(rows) / len(rows))
+
+    def _finish_attention(self) -> None:
+        """What attention saw, once the layer is behind it."""
+        for projection, parts in self._attended.items():
+            row, name = ATTENTION[projection]
+            rows, count = sum(part.rows for part in parts), int(_fetched([p.count for p in parts]).sum())
+            self._note_bad(rows - count, rows, f"the input of {projection}")
+            self.arrays["attn.counts"][row] = count
+            total = reduce(np.add, _fetched([part.squares for part in parts]))
+            self.arrays[f"{name}.diagonal"][:] = total / max(count, 1)
+        self._attended.clear()
 
     def expert(self, layer: int, expert: int, tokens: Tensor, inputs: Tensor, product: Tensor) -> None:
         """Nothing here waits for a GPU, so that it is never idle between two experts."""
@@ -144,6 +157,15 @@ class LayerMoments(Observer):
 
 
 @dataclass(frozen=True)
+class _Attended:
+    """What attention saw in some `rows` of an input: how many are finite, i64 [], with the Σ x² f64 [K] of these."""
+
+    rows: int
+    count: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True)
 class _Seen:
     """What one expert saw, on its device: the number of tokens of gate and up with their Σ x² f64 [hidden], and of the
     `rows` at down how many are finite, i64 [], with the Σ x² f64 [I] of these.
@@ -196,11 +218,9 @@ def second_moment(rows: Tensor) -> Tensor:
     return total
 
 
-def squares(rows: Tensor) -> Tensor:
-    """Σ x² over rows [n, K], f64 [K], where the rows are."""
-    return reduce(torch.add, (chunk.double().square().sum(0) for chunk in torch.split(rows, CHUNK)))
-
-
-def mean_squares(rows: Tensor) -> Tensor:
-    """E[x²] over rows [n, K], f64 [K], where the rows are; 0 without rows."""
-    return squares(rows) / max(len(rows), 1)
+def squares(rows: Tensor, good: Tensor | None = None) -> Tensor:
+    """Σ x² over rows [n, K], or over the `good` ones of them, f64 [K], where the rows are."""
+    parts: Iterable[Tensor] = torch.split(rows, CHUNK)
+    if good is not None:
+        parts = map(torch.where, torch.split(good[:, None], CHUNK), parts, repeat(rows.new_zeros(())))
+    return reduce(torch.add, (part.double().square().sum(0) for part in parts))

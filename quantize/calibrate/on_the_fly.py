@@ -33,7 +33,7 @@ from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import DownForm
 from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.device_weights import DeviceWeights, wait_for
-from ...verify.model.reference import before_experts
+from ...verify.model.spread_forward import spread_before_experts
 from ..encode.on_device.kept import keep_on_device
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
@@ -376,7 +376,7 @@ class GatheredImportance:
         moments = LayerMoments(self.config, layer, DOWN, keep_rows=True)
         with torch.inference_mode():
             hidden = enter(self._source, self.config, self._folder, self.tokens, layer).to(self.device)
-            before_experts(weights, self.config, layer, hidden, moments)
+            spread_before_experts(weights, self.config, layer, hidden, moments)
         assert moments.rows is not None
         return self._as_resident(layer, weights, moments.rows, self._folder.record(layer))
 

@@ -57,7 +57,7 @@ class Observer:
     """Sees the inputs of every matrix of a layer; override what is needed. Rows are tokens, n = n_seq · len of them."""
 
     def dense(self, layer: int, projection: str, inputs: Tensor) -> None:
-        """The inputs [n, K] of an attention projection: q_proj, k_proj, v_proj or o_proj."""
+        """The inputs [n, K] of an attention projection: q_proj, k_proj, v_proj or o_proj; some rows after others."""
 
     def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
         """The normed inputs [n, H] that the router and all experts of a layer see, and the router's choice."""
@@ -135,7 +135,7 @@ def attention(
     p, (n_seq, length, _) = layer_prefix(layer), hidden.shape
     norm = load(weights, f"{p}input_layernorm.weight", hidden)
     t = rms_norm(hidden, norm, cfg.rms_norm_eps)
-    tables = [torch.from_numpy(table).to(hidden) for table in rope_tables(cfg, length)]
+    tables = [torch.from_numpy(t).to(hidden, non_blocking=True) for t in rope_tables(cfg, length)]
 
     def project(name: str, heads: int) -> Tensor:
         observer.dense(layer, f"{name}_proj", t.flatten(0, 1))
@@ -246,11 +246,24 @@ def before_experts(
     see of it, [n, H], with the router's choice.
     """
     hidden = hidden + attention(weights, cfg, layer, hidden, observer)
+    return hidden, *into_experts(weights, cfg, layer, hidden, observer)
+
+
+def into_experts(
+    weights: Weights | TensorWeights,
+    cfg: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    observer: Observer = SILENT,
+) -> tuple[Tensor, Routing]:
+    """What router and experts see of the residual stream [n_seq, len, H] behind attention, [n, H], and the router's
+    choice.
+    """
     norm = load(weights, f"{layer_prefix(layer)}post_attention_layernorm.weight", hidden)
     t = rms_norm(hidden, norm, cfg.rms_norm_eps).flatten(0, 1)
     routing = route(weights, cfg, layer, t)
     observer.routed(layer, t, routing)
-    return hidden, t, routing
+    return t, routing
 
 
 def layer_forward(

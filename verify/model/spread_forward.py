@@ -1,7 +1,9 @@
-"""A layer's forward pass over several devices: attention and router on the first, each expert where its matrices lie.
+"""A layer's forward pass over several devices: sequences pass attention on all of them in turns, each expert runs where
+its matrices lie, and the router on the first.
 
-What experts put out is added on the first device in the order of the experts, so that the bits are those of one device.
-One thread asks all devices, and waits for none of them but for the router's choice.
+As many sequences pass attention at a time for any number of devices, and what experts put out is added on the first one
+in the order of the experts, so that the bits do not depend on the number. One thread asks all devices, and waits for
+none of them but for the router's choice.
 """
 
 from __future__ import annotations
@@ -12,16 +14,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...formats.minimax import ModelConfig, expert_name
+from ...formats.minimax import ModelConfig, expert_name, layer_inventory
 from .device_weights import DeviceWeights
-from .reference import SILENT, Observer, Routing, before_experts, by_expert, run_expert
+from .reference import SILENT, Observer, Routing, attention, by_expert, into_experts, run_expert
 
+TOKENS = 1 << 13
+"""Tokens of sequences that pass attention at a time."""
 EXPERTS = 8
 """Experts that each device runs before what they put out is added. Only then do devices wait for each other: a copy
 from one to another waits for all that both were asked for.
 """
 ROWS = 1 << 14
 """Rows of a device from which on they are added, however few experts they are of."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Some tensors of a layer on one device."""
+
+    of: Mapping[str, Tensor]
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them; the reference forward asks for it."""
+        return self.of[name]
 
 
 @dataclass(frozen=True)
@@ -38,8 +53,8 @@ class Routed:
 def spread_forward(
     weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = SILENT
 ) -> Tensor:
-    """As `reference.layer_forward`, with the same bits. What the observer sees of an expert lies where that ran."""
-    hidden, inputs, routing = before_experts(weights, cfg, layer, hidden, observer)
+    """As `reference.layer_forward`. What the observer sees lies where it was made."""
+    hidden, inputs, routing = spread_before_experts(weights, cfg, layer, hidden, observer)
     routed, sizes = _routed(weights, cfg, inputs, routing)
     out = torch.zeros_like(inputs)
     for some in _rounds(sizes, len(weights.devices)):
@@ -49,6 +64,29 @@ def spread_forward(
             {e: _run(weights, layer, e, routed[weights.place(e)], observer) for e in some},
         )
     return hidden + out.view_as(hidden)
+
+
+def spread_before_experts(
+    weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = SILENT
+) -> tuple[Tensor, Tensor, Routing]:
+    """As `reference.before_experts`."""
+    hidden = _behind_attention(weights, cfg, layer, hidden, observer)
+    return hidden, *into_experts(weights, cfg, layer, hidden, observer)
+
+
+def _behind_attention(
+    weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer
+) -> Tensor:
+    """The residual stream [n_seq, len, H] behind attention."""
+    names = [s.name for s in layer_inventory(cfg, layer) if s.role in ("attn", "norm")]
+    first = Tensors({name: weights.tensor(name) for name in names})
+    there = [Tensors({name: t.to(device) for name, t in first.of.items()}) for device in weights.devices]
+    some = torch.split(hidden, max(1, TOKENS // hidden.shape[1]))
+    places = [n % len(there) for n in range(len(some))]
+    sent = [part.to(weights.devices[place]) for part, place in zip(some, places, strict=True)]
+    for n, place in enumerate(places):
+        sent[n] = sent[n] + attention(there[place], cfg, layer, sent[n], observer)
+    return torch.cat([part.to(hidden.device) for part in sent])
 
 
 def _routed(

@@ -37,7 +37,7 @@ from mq_quant.formats.statistics.moment_file import (
 from mq_quant.formats.statistics.moment_folder import IMATRIX, MANIFEST
 from mq_quant.quantize.calibrate.folder import JOURNAL, hidden_file
 from mq_quant.quantize.calibrate.layer_pass import open_device
-from mq_quant.quantize.calibrate.moments import LayerMoments, mean_squares, packed, second_moment
+from mq_quant.quantize.calibrate.moments import LayerMoments, packed, second_moment, squares
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.tokens import check_tokens, read_tokens, tokenize
 from mq_quant.quantize.spec.calibration_sizes import calibration_sizes
@@ -414,8 +414,11 @@ def test_sums_over_many_chunks_are_exact_means(monkeypatch: pytest.MonkeyPatch) 
     total = second_moment(x)
     assert (total == x.double().T @ x.double()).all()
     np.testing.assert_array_equal(packed(total / 7).numpy(), pack_moment((total / 7).numpy()))
-    assert torch.equal(mean_squares(x), x.double().square().mean(0))
-    assert (mean_squares(x[:0]) == 0).all()
+    assert torch.equal(squares(x), x.double().square().sum(0))
+    assert (squares(x[:0]) == 0).all()
+    good = torch.arange(10) % 3 != 1
+    broken = torch.where(good[:, None], x, torch.nan)
+    assert torch.equal(squares(broken, good), x[good].double().square().sum(0))
 
 
 def save_tokens(path: Path, value: Any) -> Path:

@@ -38,26 +38,38 @@ def sent(source: Checkpoint, devices: int) -> DeviceWeights:
 
 
 def entering(source: Checkpoint) -> Tensor:
-    return torch.randn(2, 40, source.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    return torch.randn(5, 20, source.config.hidden_size, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize(("experts", "rows"), [(1, 1 << 14), (2, 1 << 14), (8, 1 << 14), (8, 1), (8, 40)])
-@pytest.mark.parametrize("devices", [1, 2, 3])
+def run(source: Checkpoint, devices: int) -> tuple[Tensor, dict[str, np.ndarray]]:
+    """The stream behind the layer, and its moments."""
+    weights = sent(source, devices)
+    moments = LayerMoments(source.config, 0, "compact", at_once=module.EXPERTS * devices)
+    behind = spread_forward(weights, source.config, 0, entering(source), moments)
+    weights.close()
+    return behind, moments.finish()
+
+
+def test_what_passes_at_once_has_the_bits_of_the_reference(source: Checkpoint) -> None:
+    moments = LayerMoments(source.config, 0, "compact")
+    behind, arrays = run(source, 1)
+    assert torch.equal(layer_forward(source, source.config, 0, entering(source), moments), behind)
+    want = moments.finish()
+    assert moments.unseen == [2] and all((arrays[name] == want[name]).all() for name in want)
+
+
+@pytest.mark.parametrize(("experts", "rows"), [(1, 1 << 14), (2, 1 << 14), (8, 1), (8, 40)])
+@pytest.mark.parametrize("devices", [2, 3])
 def test_streams_and_moments_are_those_of_one_device(
     source: Checkpoint, monkeypatch: pytest.MonkeyPatch, devices: int, experts: int, rows: int
 ) -> None:
+    monkeypatch.setattr(module, "TOKENS", 40)
+    behind, want = run(source, 1)
+    torch.testing.assert_close(behind, layer_forward(source, source.config, 0, entering(source)))
     monkeypatch.setattr(module, "EXPERTS", experts)
     monkeypatch.setattr(module, "ROWS", rows)
-    hidden, plain = entering(source), LayerMoments(source.config, 0, "compact")
-    behind = layer_forward(source, source.config, 0, hidden, plain)
-    weights = sent(source, devices)
-    moments = LayerMoments(source.config, 0, "compact", at_once=experts * devices)
-    try:
-        assert torch.equal(spread_forward(weights, source.config, 0, hidden, moments), behind)
-    finally:
-        weights.close()
-    mine, theirs = moments.finish(), plain.finish()
-    assert moments.unseen == [2] and all((mine[name] == theirs[name]).all() for name in theirs)
+    again, arrays = run(source, devices)
+    assert torch.equal(again, behind) and all((arrays[name] == want[name]).all() for name in want)
 
 
 def test_experts_take_turns_and_lie_where_they_run(source: Checkpoint) -> None:
