@@ -20,7 +20,7 @@ from ...formats.minimax import ModelConfig, layer_inventory
 from ...formats.statistics.moment_file import DownForm
 from ...formats.statistics.moment_folder import config_record
 from ...verify.model.device_weights import DeviceWeights, StoredWeights
-from ...verify.model.reference import Weights, embed, layer_forward
+from ...verify.model.reference import SILENT, Observer, Weights, embed, layer_forward
 from ...verify.model.spread_forward import EXPERTS, spread_forward
 from ..encode.on_device.transfer import pieces_of
 from ..spec.calibration_sizes import two_layers_bytes
@@ -99,6 +99,19 @@ def device_weights(source: StoredWeights, devices: Sequence[torch.device], layer
     return DeviceWeights(source, devices, [spec.name for spec in layer_inventory(source.config, layer)])
 
 
+def run_source(
+    weights: Weights | DeviceWeights,
+    config: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    observer: Observer = SILENT,
+) -> Tensor:
+    """The residual stream behind a layer, on the device of the one that enters it; it runs where its weights lie."""
+    if isinstance(weights, DeviceWeights):
+        return spread_forward(weights, config, layer, hidden, observer)
+    return layer_forward(weights, config, layer, hidden, observer)
+
+
 def device_record(device: torch.device) -> dict[str, str]:
     """What a manifest says of the device: sums differ in their last bits from one kind of GPU to another."""
     if device.type != "cuda":
@@ -173,10 +186,7 @@ def gather_layer(
     at_once = EXPERTS * len(weights.devices) if isinstance(weights, DeviceWeights) else 1
     moments = LayerMoments(config, layer, down, keep_rows is not None, at_once)
     with torch.inference_mode():
-        if isinstance(weights, DeviceWeights):
-            behind = spread_forward(weights, config, layer, hidden, moments)
-        else:
-            behind = layer_forward(weights, config, layer, hidden, moments)
+        behind = run_source(weights, config, layer, hidden, moments)
         arrays = moments.finish()
         record = {
             **out.write_layer(layer, arrays),

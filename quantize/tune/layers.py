@@ -16,8 +16,8 @@ from ...formats.hfq.stored import format_of
 from ...formats.minimax import layer_inventory
 from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.hfq_weights import DecodedFile
-from ...verify.model.reference import embed, layer_forward
-from ..calibrate.layer_pass import EMBED
+from ...verify.model.reference import embed
+from ..calibrate.layer_pass import EMBED, layer_weights, run_source
 from ..calibrate.run import Reading, weights_of
 from ..calibrate.tokens import Tokens
 from ..spec.hooks import nothing
@@ -107,9 +107,9 @@ class LayersTuning:
         """The source's stream behind a layer, and what came of its tuning."""
         config, specs = self.source.config, list(layer_inventory(self.source.config, layer))
         reading = Reading(self.source, UNWATCHED, layer, once=False)
-        with torch.inference_mode():
+        with torch.inference_mode(), layer_weights(reading, self.devices, layer) as weights:
             hidden = torch.from_numpy(entering.source).to(self.devices[0])
-            target = layer_forward(reading, config, layer, hidden).cpu().numpy()
+            target = run_source(weights, config, layer, hidden).cpu().numpy()
         matrices = {s.name: reading.weight(s.name) for s in specs if s.role == "attn"}
         reading.finish(specs)
         entries = [self.file.entry(name) for name in layer_names(config, layer) if name in self.file]
