@@ -49,9 +49,9 @@ class Sensitivity:
     tokens: int
 
 
-def row_answers(sensitivity: Sensitivity) -> RowAnswers | None:
-    """How the rows of a matrix that writes into a stream answer each other, where errors cost this there; None where
-    nothing is known of that.
+def cost_factor(sensitivity: Sensitivity) -> F64 | None:
+    """V f64 [hidden, hidden], lower triangular: an error e behind the layer costs |V e|², in the mean of directions its
+    square. None where nothing is known of what errors there cost.
     """
     moment, width = sensitivity.moment, len(sensitivity.moment)
     mean = float(np.trace(moment)) / width
@@ -59,11 +59,19 @@ def row_answers(sensitivity: Sensitivity) -> RowAnswers | None:
         return None
     share = min(max(CAUTION * _noise_share(sensitivity), DAMPING), 1.0)
     # The factor of the matrix read backwards is V, read backwards: V is lower, and G = Vᵀ V.
-    reversed_ = np.ascontiguousarray(moment[::-1, ::-1]) * ((1 - share) / mean)
-    reversed_[np.diag_indices(width)] += share
-    if not cholesky(reversed_):
+    backwards = np.ascontiguousarray(moment[::-1, ::-1]) * ((1 - share) / mean)
+    backwards[np.diag_indices(width)] += share
+    return np.tril(backwards)[::-1, ::-1].T if cholesky(backwards) else None
+
+
+def row_answers(sensitivity: Sensitivity) -> RowAnswers | None:
+    """How the rows of a matrix that writes into a stream answer each other, where errors cost this there; None where
+    nothing is known of that.
+    """
+    lower = cost_factor(sensitivity)
+    if lower is None:
         return None
-    lower = np.tril(reversed_)[::-1, ::-1].T
+    width = len(lower)
     size = -(-width // BLOCKS)
     blocks = [slice(start, min(start + size, width)) for start in range(0, width, size)]
     return tuple((b, _share(lower, b)) for b in blocks)

@@ -8,9 +8,10 @@ encoded as a build does it, for one tier or several at once.
     python benchmarks/layer_pass.py --experts 4 --sequences 2      # a look on the CPU
 
 A layer's seconds are those from the end of the one before to its own, `model_minutes` those of 62 such layers. The
-first layer compiles kernels and takes memory, and the last one has none beside it. `cpu` is the processor time of
-all threads in seconds, `busy` the share of samples, ten a second, in which the first GPU ran. CUDA_VISIBLE_DEVICES
-says which GPUs take part.
+first layer compiles kernels and takes memory, and the last one has none beside it. `before_the_layers` are the seconds
+in which the source runs forward and back on all layers, to find what errors behind them cost. `cpu` is the processor
+time of all threads in seconds, `busy` the share of samples, ten a second, in which the first GPU ran.
+CUDA_VISIBLE_DEVICES says which GPUs take part.
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ class MemorySource:
     @property
     def shards(self) -> tuple[str, ...]:
         return ("memory",)
+
+    def rows(self, name: str, low: int, high: int) -> NDArray[np.float32]:
+        return self.weight(name)[low:high]
 
     def schedule(self, names: Sequence[str]) -> None:
         """Nothing is fetched."""
@@ -232,6 +236,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--no-sensitivity", action="store_true", help="without the run forward and back before the layers"
+    )
     parser.add_argument("--apart", action="store_true", help="calibrate and encode one after the other")
     parser.add_argument(
         "--trace", type=Path, help="draw what the GPUs do to this file, which costs some time"
@@ -244,9 +251,13 @@ def main() -> None:
     tiers = args.tier or ["mq2"]
     trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if args.trace else None
     with tempfile.TemporaryDirectory() as folder, open_encoder(args.device) as encoder:
-        gathered = GatheredImportance(source, tokens, args.device, ahead=not args.apart)
+        gathered = GatheredImportance(
+            source, tokens, args.device, ahead=not args.apart, sensitive=not args.no_sensitivity
+        )
         gathered.bind({"origin": {}, "files": {}}, None)
+        began = time.monotonic()
         gathered.open(Path(folder) / "calibration")
+        print(json.dumps({"before_the_layers": round(time.monotonic() - began, 3)}), flush=True)
         specs = {n: spec_of(tier, source, gathered) for n, tier in enumerate(tiers)}
         rows = (
             apart(specs[0], encoder, args.jobs, args.device)

@@ -26,7 +26,7 @@ from ...awq.from_imatrix import ImatrixModel
 from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
 from ...awq.importance import LayerImportance
 from ...awq.own_moments import with_rows
-from ...awq.row_answers import RowAnswers, row_answers
+from ...awq.row_answers import RowAnswers, Sensitivity, cost_factor, row_answers
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
 from ...formats.minimax import ModelConfig
@@ -350,10 +350,20 @@ class GatheredImportance:
 
     def _row_answers(self, layer: int) -> RowAnswers | None:
         """How rows of the layer's down answer each other, where what errors behind it cost is known."""
+        found = self._sensitivity(layer)
+        return None if found is None else row_answers(found)
+
+    def costs(self, layer: int) -> NDArray[np.float32] | None:
+        """What errors behind a layer cost, f32 [hidden, hidden] as of `cost_factor`, where it is known."""
+        found = self._sensitivity(layer)
+        factor = None if found is None else cost_factor(found)
+        return None if factor is None else np.ascontiguousarray(factor, np.float32)
+
+    def _sensitivity(self, layer: int) -> Sensitivity | None:
         if self._sensitivities is None:
             return None
         folder, hashes = self._sensitivities
-        return row_answers(read_sensitivity(folder, layer, self.config, hashes[layer]))
+        return read_sensitivity(folder, layer, self.config, hashes[layer])
 
     def _run(self, layer: int, entering: Tensor | None) -> tuple[Resident, Callable[[], None]]:
         """A layer on the devices: run, or where it is finished already what its experts saw, as `resident.Run` says."""

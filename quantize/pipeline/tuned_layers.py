@@ -82,6 +82,7 @@ class TunedLayers:
             source=source,
             entering=self._entering(layer),
             target=self._gathered.target(layer),
+            costs=self._gathered.costs(layer),
         )
         result = tune_layer(
             task, self._settings, self._gathered.devices, np.empty(self._gathered.shape, np.float32)

@@ -122,7 +122,8 @@ class LayerTask:
     `stored` names every tensor of the layer, its AWQ scale too if it has one. `source` gives f32 weights of attention's
     matrices, from which these are trained before they are rounded; one that it does not name stays as it is.
     `entering` f32 [sequences, length, hidden] is the file's own stream before the layer, and `target` the source's
-    stream behind it; both may lie in mapped files.
+    stream behind it; both may lie in mapped files. An error e there costs |V e|², where `costs` V f32 [hidden, hidden]
+    is known; else every direction counts alike.
     """
 
     config: ModelConfig
@@ -131,6 +132,7 @@ class LayerTask:
     source: Mapping[str, F32]
     entering: F32
     target: F32
+    costs: F32 | None = None
 
 
 def tune_layer(
@@ -210,10 +212,17 @@ class _Training:
     device: torch.device
     entering: Stream
     target: Stream
+    costs: Tensor | None
 
     @classmethod
     def of(cls, task: LayerTask, settings: TuneSettings, device: torch.device) -> _Training:
-        return cls(task, settings, device, Stream.on(device, task.entering), Stream.on(device, task.target))
+        costs = None if task.costs is None else torch.tensor(task.costs, device=device)
+        entering, target = (Stream.on(device, stream) for stream in (task.entering, task.target))
+        return cls(task, settings, device, entering, target, costs)
+
+    def cost(self, errors: Tensor) -> Tensor:
+        """What errors [..., hidden] behind the layer cost, in their dtype: their square where nothing else is known."""
+        return (errors if self.costs is None else errors @ self.costs.to(errors.dtype).T).square().sum(-1)
 
     def payloads(self, candidate: Mapping[str, StoredTensor]) -> dict[str, U8]:
         """The payloads that are not those that the layer has."""
@@ -238,23 +247,19 @@ class _Training:
             yield chosen[first : first + size]
 
     def energy(self, chosen: NDArray[np.int64]) -> float:
-        """The square, in f64, of what the source's layer adds to a token of these sequences, in the mean."""
+        """The cost, in f64, of what the source's layer adds to a token of these sequences, in the mean."""
         total = 0.0
         for some in self._batches(chosen):
             added = self.target.of(some) - self.entering.of(some)
-            total += float(added.double().square().sum())
+            total += float(self.cost(added.double()).sum())
         return total / (len(chosen) * int(self.task.entering.shape[1]))
 
     @torch.no_grad()
     def missed(self, student: Student, chosen: NDArray[np.int64]) -> Tensor:
-        """The squared error of the layer's output at each token of these sequences, f64 [tokens]."""
+        """The cost of the error of the layer's output at each token of these sequences, f64 [tokens]."""
         return torch.cat(
             [
-                (student.forward(self.entering.of(some)) - self.target.of(some))
-                .double()
-                .square()
-                .sum(-1)
-                .flatten()
+                self.cost((student.forward(self.entering.of(some)) - self.target.of(some)).double()).flatten()
                 for some in self._batches(chosen)
             ]
         )
@@ -290,7 +295,7 @@ class _Training:
             for some in (batch for shuffled in epochs for batch in self._batches(shuffled)):
                 moved = student.changed(*({k: p.value for k, p in of.items()} for of in (dense, heads)))
                 out = moved.forward(self.entering.of(some), step_dtype(self.device))
-                missed = (out - self.target.of(some)).square().sum(-1)
+                missed = self.cost(out - self.target.of(some))
                 adam.zero_grad()
                 (missed.mean() / energy).backward()  # type: ignore[no-untyped-call]
                 if not adam.state:
