@@ -115,9 +115,6 @@ class MemorySource:
     def shards(self) -> tuple[str, ...]:
         return ("memory",)
 
-    def rows(self, name: str, low: int, high: int) -> NDArray[np.float32]:
-        return self.weight(name)[low:high]
-
     def schedule(self, names: Sequence[str]) -> None:
         """Nothing is fetched."""
 
