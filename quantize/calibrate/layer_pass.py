@@ -23,13 +23,15 @@ from ...verify.model.device_weights import DeviceWeights, StoredWeights
 from ...verify.model.reference import SILENT, Observer, Weights, embed, layer_forward
 from ...verify.model.spread_forward import EXPERTS, spread_forward
 from ..encode.on_device.transfer import pieces_of
-from ..spec.calibration_sizes import two_layers_bytes
+from ..spec.calibration_sizes import layers_bytes
 from ..spec.provenance import program
 from .folder import CalibrationFolder
 from .moments import LayerMoments
 from .tokens import Tokens, token_record
 
 EMBED = "model.embed_tokens.weight"
+MANY = 4
+"""Devices from which on a layer may be encoded sooner than the next one is run and its encoder prepared."""
 
 
 def open_device(name: str) -> torch.device:
@@ -57,12 +59,15 @@ def make_room(devices: Sequence[torch.device]) -> None:
         torch.cuda.empty_cache()
 
 
-def room_for_two(config: ModelConfig, tokens: int, device: torch.device) -> bool:
-    """Whether a device holds a layer that is encoded and the next one that is run meanwhile."""
-    if device.type != "cuda":
-        return True
-    _, total = torch.cuda.mem_get_info(device)
-    return two_layers_bytes(config, tokens) < 0.9 * total
+def layers_held(config: ModelConfig, tokens: int, devices: Sequence[torch.device]) -> int:
+    """How many layers lie on devices at once, where there is room: one that is encoded, the next one, which is run
+    meanwhile, and with MANY devices the one after that too.
+    """
+    most = 3 if len(devices) >= MANY else 2
+    if devices[0].type != "cuda":
+        return most
+    _, total = torch.cuda.mem_get_info(devices[0])
+    return max(n for n in range(1, most + 1) if n == 1 or layers_bytes(config, tokens, n) < 0.9 * total)
 
 
 def beside_others(devices: Sequence[torch.device]) -> Callable[[], AbstractContextManager[object]]:

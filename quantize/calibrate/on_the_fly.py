@@ -4,7 +4,8 @@ Besides the moments that all experts of the layer share, the rows are kept that 
 under moments of its own. Both are dropped with the layer: between layers only the residual stream and the journal are
 kept, beside the output. A layer whose moments are gone and needed again is gathered anew from the first layer.
 
-On a GPU with room for two layers the source runs a layer ahead: while one is encoded, the next one is gathered.
+On a GPU with room for two layers the source runs a layer ahead: while one is encoded, the next one is gathered. Where
+there are many GPUs it runs two ahead.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ from .layer_pass import (
     device_weights,
     enter,
     gather_layer,
+    layers_held,
     make_room,
     manifest_of,
     open_device,
-    room_for_two,
     with_others,
 )
 from .moments import LayerMoments
@@ -87,9 +88,9 @@ class GatheredImportance:
         `text` is the sha256 of the text that travels with the package, where the tokens are of that. With
         `keep_outputs` the stream behind the last layer is kept too, so that every layer has a `target`. Where it
         `stays`, what the experts of a layer see is left on the device until the next layer is begun, and is not
-        written: so it is on a GPU, unless said otherwise. Then the next layer is gathered meanwhile, where the device
-        has room for two, unless it may not run `ahead`. With a `state` no layer has to be run before the first one that
-        is needed. Where it is `sensitive`, the source runs forward and back first, to find what errors behind each
+        written: so it is on a GPU, unless said otherwise. Then the next layers are gathered meanwhile, as many as
+        `layers_held` says, unless it may not run `ahead`. With a `state` no layer has to be run before the first one
+        that is needed. Where it is `sensitive`, the source runs forward and back first, to find what errors behind each
         layer cost, and rows of down answer each other; a state has that already, or has it not.
         """
         self.tokens = tokens
@@ -112,8 +113,8 @@ class GatheredImportance:
         """Devices over which the experts of a layer are spread; the rest of the model runs on the first one."""
         self.stays = self.device.type != "cpu" if stays is None else stays
         self._dropping: Future[None] | None = None
-        self.runs_ahead = ahead and self.stays and room_for_two(self.config, tokens.size, self.device)
-        self._residents = Residents(self._run, beside_others(self.devices), 2 if self.runs_ahead else 1)
+        self._held = layers_held(self.config, tokens.size, self.devices) if ahead and self.stays else 1
+        self._residents = Residents(self._run, beside_others(self.devices), self._held)
 
     def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:
         """Take the source's {origin, files}, and the imatrix that stands behind moments of too few tokens.
@@ -133,8 +134,8 @@ class GatheredImportance:
     def disk_bytes(self, files: int = 1) -> int:
         """The most disk that the moments of a layer and the residual streams around it take beside so many outputs."""
         tuned = files if self._keep_outputs else 0
-        size, ahead = self.tokens.size, self.runs_ahead
-        return inline_sizes(self.config, size, 0, tuned, ahead, self._finds).disk_bytes
+        size = self.tokens.size
+        return inline_sizes(self.config, size, 0, tuned, self._held - 1, self._finds).disk_bytes
 
     def signature(self) -> dict[str, Any]:
         """What of it decides the built bytes, besides the source."""
@@ -370,7 +371,7 @@ class GatheredImportance:
         if layer < len(self._folder.journal.done) and self._intact_on_disk(layer):
             return self._again(layer), lambda: None
         made = self._gather_here(layer, self._entering(layer) if entering is None else entering)
-        if not self.runs_ahead:
+        if self._held == 1:
             make_room(self.devices)
         return made
 

@@ -1,5 +1,5 @@
-"""Layers of the source that lie on a device, each run on a thread of its own: the one whose experts are encoded and,
-where there is room for two, the next one.
+"""Layers of the source that lie on devices, each run on a thread of its own: the one whose experts are encoded and,
+where there is room, those behind it.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ class Residents:
         self._coming[layer] = _Coming(made, on_a_thread(work))
 
     def fill(self, last: int) -> None:
-        """Begin to run the layer behind those that are here, where there is room for it and it is not behind `last`."""
-        coming = max(self._coming) + 1
-        if len(self._coming) < self._room and coming <= last:
+        """Begin to run the layers behind those that are here, as many as there is room for, and none behind `last`."""
+        while len(self._coming) < self._room and (coming := max(self._coming) + 1) <= last:
             self.start(coming)
 
     def importance(self, layer: int) -> KeptOnDevice:

@@ -138,9 +138,9 @@ def gpu_bytes(config: ModelConfig, tokens: int) -> int:
     return round(2.2 * weights + GPU_ROWS * 4 * tokens * config.hidden_size)
 
 
-def two_layers_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of a GPU's memory that such a build takes which runs a layer while it encodes the one before."""
-    return round(1.6 * gpu_bytes(config, tokens))
+def layers_bytes(config: ModelConfig, tokens: int, layers: int) -> int:
+    """Bytes of a GPU's memory that such a build takes with so many layers there, one of which is encoded."""
+    return round((0.4 + 0.6 * layers) * gpu_bytes(config, tokens))
 
 
 def usual_tokens(config: ModelConfig, device: str) -> int:
@@ -187,22 +187,22 @@ def inline_sizes(
     tokens: int,
     build_bytes: int = 0,
     tuned: int = 0,
-    ahead: bool = False,
+    ahead: int = 0,
     sensitive: bool = False,
 ) -> InlineSizes:
     """What a build that calibrates itself takes, where its encoding alone takes `build_bytes` of memory.
 
     What the experts of one layer see lies on the disk, with the residual streams before and after it, and those of each
-    file whose layers are tuned besides, of which `tuned` is the number. On a GPU that runs a layer `ahead`, the moments
-    of two layers lie there, and the streams around both, but not what the experts see. A `sensitive` one finds first
-    what errors behind each layer cost.
+    file whose layers are tuned besides, of which `tuned` is the number. On a GPU that runs some layers `ahead`, the
+    moments of these and of the one that is encoded lie there, and the streams around them, but not what the experts
+    see. A `sensitive` one finds first what errors behind each layer cost.
     """
     from ...formats.statistics.row_file import row_tensors
 
     sizes = calibration_sizes(config, tokens, "pooled")
     rows = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in row_tensors(config, tokens).values())
     stream, layer = sizes.unfinished_bytes, sizes.layer_bytes
-    disk = 2 * layer + 3 * stream if ahead else layer + rows + 2 * stream
+    disk = (1 + ahead) * (layer + stream) + stream if ahead else layer + rows + 2 * stream
     disk += 2 * stream * tuned
     memory = max(sizes.memory_bytes, build_bytes)
     if sensitive:

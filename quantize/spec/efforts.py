@@ -206,7 +206,7 @@ def effort_costs(
         tokens = 0 if effort == "imatrix" else usual_tokens(config, device)
         tuned = share.tiers if effort == "tuned" else 0
         here = download is None
-        sizes = inline_sizes(config, tokens, most, tuned, ahead=device != "cpu", sensitive=here)
+        sizes = inline_sizes(config, tokens, most, tuned, ahead=int(device != "cpu"), sensitive=here)
         disk = sizes.disk_bytes if tokens else 0
         used = sizes.memory_bytes if tokens else most
         spent = round(hours(config, effort, tokens, cores, device, share, here), 2)

@@ -1,4 +1,5 @@
-"""What a manifest says of the device: sums of one GPU are not continued on another."""
+"""Which devices a layer runs on, how many layers they hold, and what a manifest says of them: sums of one GPU are not
+continued on another."""
 
 from __future__ import annotations
 
@@ -11,12 +12,28 @@ import small_model
 import torch
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import ResumeError
+from mq_quant.formats.minimax import parse_config
 from mq_quant.quantize.calibrate import layer_pass
-from mq_quant.quantize.calibrate.layer_pass import device_record, open_device, with_others
+from mq_quant.quantize.calibrate.layer_pass import device_record, layers_held, open_device, with_others
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
+from mq_quant.quantize.spec.places import model_files
+from mq_quant.quantize.spec.recipe import load_model
 from watching import Heard
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (1, 16)).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "held"),
+    [(1, 141, 2), (2, 141, 2), (4, 141, 3), (8, 141, 3), (1, 24, 1), (4, 24, 1), (8, 44, 2)],
+)
+def test_many_gpus_hold_more_layers_where_they_have_room(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, gib: int, held: int
+) -> None:
+    """A layer of M2.7 takes about 20 GB at 65,536 tokens."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gib << 30))
+    config = parse_config(model_files(load_model("minimax-m2.7")).config)
+    assert layers_held(config, 1 << 16, [torch.device("cuda", n) for n in range(gpus)]) == held
 
 
 class StopError(Exception):

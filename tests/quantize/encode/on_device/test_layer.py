@@ -139,7 +139,7 @@ def test_the_next_layer_is_run_while_one_is_encoded(source, tmp_path, stays, mon
 
     monkeypatch.setattr(on_the_fly, "gather_layer", watched)
     for ahead in (True, False):
-        monkeypatch.setattr(on_the_fly, "room_for_two", lambda *_: ahead)  # noqa: B023
+        monkeypatch.setattr(on_the_fly, "layers_held", lambda *_: 2 if ahead else 1)  # noqa: B023
         run.clear()
         encoded.clear()
         built(source, tmp_path / str(ahead), jobs=1, on_begin=begin)
@@ -168,7 +168,7 @@ def test_a_fault_of_the_layer_ahead_ends_the_build_which_can_be_continued(
 
 
 @pytest.mark.parametrize("tuning", [None, TuneSettings(epochs=1)], ids=["calibrated", "tuned"])
-def test_layers_overlap_two_at_a_time_with_the_same_bytes(tmp_path, stays, monkeypatch, tuning):
+def test_layers_overlap_with_the_same_bytes(tmp_path, stays, monkeypatch, tuning):
     """A tuned layer has the device for itself, but what is run ahead."""
     config = {**CONFIG, "num_hidden_layers": 4}
     source = small_model.save(tmp_path / "four", small_model.tensors(config=config), config=config)
@@ -187,17 +187,17 @@ def test_layers_overlap_two_at_a_time_with_the_same_bytes(tmp_path, stays, monke
 
     monkeypatch.setattr(layer_pass, "DeviceWeights", Watched)
     whole = {}
-    for ahead in (True, False):
-        monkeypatch.setattr(on_the_fly, "room_for_two", lambda *_: ahead)  # noqa: B023
+    for room in (1, 2, 3):
+        monkeypatch.setattr(on_the_fly, "layers_held", lambda *_: room)  # noqa: B023
         most.clear()
         built(source, tmp_path / "out", jobs=3, force=True, tuning=tuning)
-        assert max(most) == (2 if ahead else 1) and not held
-        whole[ahead] = (tmp_path / "out").read_bytes()
-    assert whole[True] == whole[False]
+        assert max(most) == room and not held
+        whole[room] = (tmp_path / "out").read_bytes()
+    assert whole[1] == whole[2] == whole[3]
     with stopped(at="layer 2 expert 1") as hook:
         built(source, tmp_path / "again", jobs=3, on_begin=hook, tuning=tuning)
     built(source, tmp_path / "again", jobs=3, tuning=tuning)
-    assert (tmp_path / "again").read_bytes() == whole[True] and not held
+    assert (tmp_path / "again").read_bytes() == whole[3] and not held
 
 
 def test_a_layer_that_cannot_be_kept_ends_the_build_soon(tmp_path, stays, monkeypatch):
