@@ -24,7 +24,6 @@ from ..formats.lapack import cholesky
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-U8 = NDArray[np.uint8]
 
 BLOCKS = 16
 """Blocks into which the rows are cut. 64 give nothing more that is seen (docs/quality.md)."""
@@ -39,6 +38,7 @@ RowAnswers = tuple[tuple[slice, F32], ...]
 """For each block its rows, and what of the errors of all rows before them is added to their target, f32 [rows, before].
 """
 Matrix = TypeVar("Matrix", bound=Any)
+Payload = TypeVar("Payload")
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,17 @@ def _share(lower: F64, rows: slice) -> F32:
 def encode_answering(
     matrix: Matrix,
     answers: Sequence[tuple[slice, Matrix]] | None,
-    encode: Callable[[Matrix], tuple[U8, Matrix]],
-) -> U8:
-    """The payload u8 [bytes] of a matrix f32 [hidden, K], of numpy or of torch, as its shares in `answers` are.
+    encode: Callable[[Matrix], tuple[Payload, Matrix]],
+) -> list[Payload]:
+    """The payloads of a matrix f32 [hidden, K], of numpy or of torch as its shares in `answers` are, block by block.
 
     `encode` gives the payload of some rows and the values that it stands for. Without answers all rows are one block.
     """
     if answers is None:
-        return encode(matrix)[0]
+        return [encode(matrix)[0]]
     payloads, missed = [], matrix * 0
     for rows, share in answers:
         payload, values = encode(matrix[rows] + share @ missed[: rows.start])
-        payloads.append(payload.reshape(-1))
+        payloads.append(payload)
         missed[rows] = matrix[rows] - values
-    return np.concatenate(payloads)
+    return payloads

@@ -201,4 +201,4 @@ class LayerEncoder(PreparedLayer):
             return payload, form.decode(payload, rows.shape)
 
         answers = self.importance.answers if isinstance(self.importance, WithRows) else None
-        return encode_answering(w2, answers, encode)
+        return np.concatenate(encode_answering(w2, answers, encode))

@@ -85,7 +85,7 @@ class DeviceLayerEncoder(LayerEncoder):
             folded = torch.cat([_folded(forms[p], weights[p]) for p in projections])
             packed, rounded = rounder.encode(folded, self.formats[projections[0]], scale, gate_up, self.gain)
             values = (unrotated(rounded) / scale).chunk(len(projections))
-            payloads = np.split(packed, len(projections))
+            payloads = np.split(rounder.fetch(packed), len(projections))
             return dict(zip(projections, payloads, strict=True)), dict(zip(projections, values, strict=True))
 
         payloads: dict[str, U8] = {}
@@ -130,11 +130,11 @@ class DeviceLayerEncoder(LayerEncoder):
         is known how.
         """
 
-        def encode(rows: Tensor) -> tuple[U8, Tensor]:
+        def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
             packed, rounded = rounder.encode(rows, self.formats["w2"], columns, hessian, self.gain)
             return packed, unrotated(rounded) / columns
 
-        return encode_answering(w2, kept.shares, encode)
+        return rounder.fetch(torch.cat(encode_answering(w2, kept.shares, encode)))
 
     def needs_samples(self) -> list[str]:
         """None: the weights of the layer lie on the device."""

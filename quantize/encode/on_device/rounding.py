@@ -32,10 +32,14 @@ class Rounder(Protocol):
 
     def encode(
         self, weights: Tensor, fmt: Format, scale: Tensor, hessian: Factors | RowHessian, gain: float
-    ) -> tuple[U8, Tensor]:
-        """The payload of weights f32 [R, K], folded already, whose columns are multiplied by scale f32 [K]; and the
-        values f32 [R, K] that it stands for, in the stored basis.
+    ) -> tuple[Tensor, Tensor]:
+        """The payload u8 [bytes] of weights f32 [R, K], folded already, whose columns are multiplied by scale f32 [K],
+        where it was made; and the values f32 [R, K] that it stands for, in the stored basis.
         """
+        ...
+
+    def fetch(self, payload: Tensor) -> U8:
+        """A payload, or several in one, in the machine's memory."""
         ...
 
 
@@ -47,14 +51,19 @@ class Streamed:
 
     def encode(
         self, weights: Tensor, fmt: Format, scale: Tensor, hessian: Factors | RowHessian, gain: float
-    ) -> tuple[U8, Tensor]:
-        """As `Rounder.encode`."""
+    ) -> tuple[Tensor, Tensor]:
+        """As `Rounder.encode`. Nothing waits for the device."""
         backend = self.encoder.backend
         given, columns = borrowed(backend, weights.contiguous()), borrowed(backend, scale)
         factors = hessian.on(backend) if isinstance(hessian, Factors) else hessian
         coded = self.encoder.encode_here(given, fmt, columns, factors, gain)
         values = _decoded(coded, fmt, weights.device)
-        return backend.download(coded.payload), values
+        return _tensor(coded.payload, weights.device).clone(), values
+
+    def fetch(self, payload: Tensor) -> U8:
+        """As `Rounder.fetch`."""
+        backend = self.encoder.backend
+        return backend.download(borrowed(backend, payload.contiguous()))
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,18 @@ class ThroughMemory:
 
     def encode(
         self, weights: Tensor, fmt: Format, scale: Tensor, hessian: Factors | RowHessian, gain: float
-    ) -> tuple[U8, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """As `Rounder.encode`."""
         factors = hessian.on_cpu() if isinstance(hessian, Factors) else hessian
         form = StoredForm(fmt, scale.cpu().numpy())
         (payload,) = self.encoder.encode([MatrixTask(weights.cpu().numpy(), form, "hessian", factors, gain)])
         values = torch.from_numpy(fmt.decode(payload).reshape(weights.shape))
-        return payload, values.to(weights.device)
+        return torch.from_numpy(payload), values.to(weights.device)
+
+    def fetch(self, payload: Tensor) -> U8:
+        """As `Rounder.fetch`."""
+        fetched: U8 = payload.numpy()
+        return fetched
 
 
 def on_stream(backend: Backend, device: torch.device) -> AbstractContextManager[object]:
