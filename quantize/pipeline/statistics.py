@@ -14,7 +14,7 @@ from ...awq.from_imatrix import ImatrixModel, load_importance
 from ...awq.from_moments import blank_record, load_calibration
 from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
-from ...formats.errors import ImatrixError
+from ...formats.errors import CalibrationError, ImatrixError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.imatrix import read_imatrix
 from ...texts import CALIBRATION_SHA256
@@ -54,7 +54,7 @@ class OnTheFly:
     An imatrix stands behind moments of too few tokens: the one given, else the recipe's own where it has one. With
     `tuning` each layer is tuned against the source's after it is rounded. A `state` is a folder of streams between
     layers, from which a part begins; it decides no byte. `sensitivity` is whether the source first runs forward and
-    back, to find what errors behind each layer cost: None, where it lies here and need not be fetched twice.
+    back, to find what errors behind each layer cost: None, where it lies here.
     """
 
     tokens: TokenRequest = field(default_factory=TokenRequest)
@@ -65,8 +65,16 @@ class OnTheFly:
     sensitivity: bool | None = None
 
     def sensitive(self, source: Source) -> bool:
-        """Whether a build from this source finds what errors behind each layer cost."""
-        return source.disk_bytes() == 0 if self.sensitivity is None else self.sensitivity
+        """Whether a build from this source finds what errors behind each layer cost; CalibrationError where it is asked
+        to, and the source does not lie here.
+        """
+        here = source.disk_bytes() == 0
+        if self.sensitivity and not here:
+            raise CalibrationError(
+                "what errors behind each layer cost takes a source that lies here: it is read twice more",
+                hint="download the checkpoint, and give its folder as --source",
+            )
+        return here if self.sensitivity is None else self.sensitivity
 
 
 Statistics = NoStatistics | ImatrixFile | MomentFolder | OnTheFly
