@@ -54,8 +54,8 @@ def cost_factor(sensitivity: Sensitivity) -> F64 | None:
     square. None where nothing is known of what errors there cost.
     """
     moment, width = sensitivity.moment, len(sensitivity.moment)
-    mean = float(np.trace(moment)) / width
-    if not (np.isfinite(moment).all() and mean > 0):
+    mean = float(np.trace(moment)) / width if np.isfinite(moment).all() else 0.0
+    if not mean > 0:
         return None
     share = min(max(CAUTION * _noise_share(sensitivity), DAMPING), 1.0)
     # The factor of the matrix read backwards is V, read backwards: V is lower, and G = Vᵀ V.

@@ -46,6 +46,16 @@ def tensors(seed: int = 0, config: dict[str, Any] = CONFIG) -> Tensors:
     return out
 
 
+def narrow_head(config: dict[str, Any] = CONFIG) -> torch.Tensor:
+    """An lm_head that looks at two directions of the stream: few tokens tell then what errors behind layers cost."""
+    random = torch.Generator().manual_seed(1)
+    rows, directions = (
+        torch.randn(shape, generator=random)
+        for shape in ((config["vocab_size"], 2), (2, config["hidden_size"]))
+    )
+    return (0.02 * rows @ directions).to(torch.bfloat16)
+
+
 def save(folder: Path, content: Tensors, shards: int = 2, config: dict[str, Any] | None = None) -> Path:
     """Write a checkpoint folder of `shards` shards with an index; layers go to shards round robin by name."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -339,7 +339,8 @@ class GatheredImportance:
 
     def _find_sensitivities(self, watch: Watch) -> None:
         if self._state is not None:
-            self._sensitivities = self._state.path, dict(self._state.sensitivities)
+            layers = range(self._state.start(self._first), self._last + 1)
+            self._sensitivities = self._state.path, self._state.sensitivities_of(layers)
             return
         assert self._path is not None
         run = SensitivityRun(self._path, self.config, dict(flatten(self._manifest | self._costs)))

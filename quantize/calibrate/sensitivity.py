@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ...awq.row_answers import Sensitivity
 from ...formats.checkpoint.source import Source
-from ...formats.errors import CalibrationError
+from ...formats.errors import CalibrationError, ResumeError
 from ...formats.minimax import ModelConfig, layer_inventory
 from ...formats.statistics.moment_file import encode_layer, open_tensors, pack_moment, triangle, unpack_moment
+from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.backward import head_gradient, layer_backward
 from ...verify.model.reference import TensorWeights, Weights, embed, layer_forward
@@ -39,6 +40,7 @@ F64 = NDArray[np.float64]
 JOURNAL = "sensitivity.journal"
 STREAM, GRADIENT = "stream", "gradient"
 _NAME = "sensitivity"
+_RESTART = "give --restart to discard it and begin anew"
 
 
 def sensitivity_file(layer: int) -> str:
@@ -63,14 +65,22 @@ def read_sensitivity(folder: Path, layer: int, config: ModelConfig, sha256: obje
     return Sensitivity(unpack_moment(file.array(_NAME), config.hidden_size), int(file.array("tokens")[0]))
 
 
+def damaged_file(folder: Path, hashes: Mapping[int, str]) -> Path | None:
+    """The first of these layers' files that is gone, or not as it was written."""
+    for layer, sha256 in hashes.items():
+        file = folder / sensitivity_file(layer)
+        if not file.is_file() or UnchangedFile(file, CalibrationError).sha256() != sha256:
+            return file
+    return None
+
+
 class SensitivityRun:
     """A run forward and back in a folder that its caller has locked; where it is complete, `hashes` has every layer."""
 
     def __init__(self, folder: Path, config: ModelConfig, signature: Mapping[str, Any]) -> None:
         """Begin a run in the folder, or continue the one that it holds; ResumeError where that is another's."""
         self._folder, self._config = folder, config
-        hint = "give --restart to discard it and begin anew"
-        self._streams = StreamFolder(folder, anew=False, hint=hint)
+        self._streams = StreamFolder(folder, anew=False, hint=_RESTART)
         self._journal = Journal(folder / JOURNAL, CALIBRATION)
         try:
             self._journal.begin(signature)
@@ -79,7 +89,9 @@ class SensitivityRun:
             raise
 
     def close(self) -> None:
-        """Let go of the journal, which stays for the next run."""
+        """Let go of the journal, which stays for the next run where it names anything."""
+        if not self._journal.done:
+            self._journal.remove()
         self._journal.close()
 
     @property
@@ -91,30 +103,60 @@ class SensitivityRun:
     def complete(
         self, source: Source, tokens: Tokens, device: torch.device, watch: Watch = UNWATCHED
     ) -> None:
-        """Do what is left of it. Raises CalibrationError where no gradient is finite."""
+        """Do what is left of it. Raises CalibrationError where no gradient is finite, and ResumeError where a file that
+        an earlier run left is gone or damaged.
+        """
         count = self._config.num_hidden_layers
-        if len(self.hashes) == count:
-            return
-        shape = (*tokens.shape, self._config.hidden_size)
-        layers = [layer_inventory(self._config, n) for n in range(count)]
-        sizes = [sum(int(np.prod(spec.shape)) for spec in specs) for specs in layers]
-        forward = sum(_unit(STREAM, n + 1) in self._journal.done for n in range(count))
-        done = sum(sizes[:forward]) + sum(sizes[n] for n in self.hashes)
-        watch.begin("finding what errors cost", 2 * sum(sizes), "weights", done)
-        stream = (
-            self._load(STREAM, forward, shape) if forward else torch.from_numpy(embed(source, tokens).numpy())
-        )
+        if damaged := damaged_file(self._folder, self.hashes):
+            raise ResumeError("is not as the earlier run left it", file=damaged, hint=_RESTART)
+        if len(self.hashes) < count:
+            layers = [layer_inventory(self._config, n) for n in range(count)]
+            sizes = [sum(int(np.prod(spec.shape)) for spec in specs) for specs in layers]
+            forward = sum(_unit(STREAM, n + 1) in self._journal.done for n in range(count))
+            done = sum(sizes[:forward]) + sum(sizes[n] for n in self.hashes)
+            watch.begin("finding what errors cost", 2 * sum(sizes), "weights", done)
+            shape = (*tokens.shape, self._config.hidden_size)
+            last = min(self.hashes, default=count) - 1
+            if last + 1 == count:
+                stream = self._forward(source, tokens, shape, device, forward, sizes, watch)
+                gradient = head_gradient(source, self._config, stream, _draws(tokens))
+            else:
+                gradient = self._load(GRADIENT, last, shape).to(device)
+            self._back(source, gradient, shape, device, last, sizes, watch)
+        for layer in range(count):  # those that a run left which was killed before it could drop them
+            self._drop(layer)
+
+    def _forward(
+        self,
+        source: Source,
+        tokens: Tokens,
+        shape: tuple[int, ...],
+        device: torch.device,
+        first: int,
+        sizes: Sequence[int],
+        watch: Watch,
+    ) -> Tensor:
+        """The stream behind the last layer, once all layers from `first` on have run."""
+        stream = self._load(STREAM, first, shape) if first else embed(source, tokens)
         stream = stream.to(device)
-        for layer, weights in _ahead(source, device, range(forward, count)):
+        for layer, weights in _ahead(source, device, range(first, len(sizes))):
             with torch.no_grad():
                 stream = layer_forward(weights, self._config, layer, stream)
             self._save(STREAM, layer + 1, stream)
             watch.advance(sizes[layer], f"layer {layer}")
-        last = min(self.hashes, default=count) - 1
-        if last + 1 == count:
-            gradient = head_gradient(source, self._config, stream, _draws(tokens))
-        else:
-            gradient = self._load(GRADIENT, last, shape).to(device)
+        return stream
+
+    def _back(
+        self,
+        source: Source,
+        gradient: Tensor,
+        shape: tuple[int, ...],
+        device: torch.device,
+        last: int,
+        sizes: Sequence[int],
+        watch: Watch,
+    ) -> None:
+        """Write the sensitivity of each layer from `last` down to the first; `gradient` is the one behind `last`."""
         for layer, weights in _ahead(source, device, range(last, -1, -1)):
             sha256 = self._write(layer, gradient)
             if layer:
@@ -122,15 +164,19 @@ class SensitivityRun:
                 gradient = layer_backward(weights, self._config, layer, entering, gradient)
                 self._save(GRADIENT, layer - 1, gradient)
             self._journal.record(_unit(_NAME, layer), sha256)
-            self._streams.drop(STREAM, layer + 1)
-            self._streams.drop(GRADIENT, layer)
+            self._drop(layer)
             watch.advance(sizes[layer], f"layer {layer}, back")
+
+    def _drop(self, layer: int) -> None:
+        """Remove the stream and the gradient behind a layer that is done."""
+        self._streams.drop(STREAM, layer + 1)
+        self._streams.drop(GRADIENT, layer)
 
     def _write(self, layer: int, gradient: Tensor) -> str:
         rows = gradient.flatten(0, 1)
-        length = rows.double().square().sum(1).sqrt()
+        length = rows.double().square().sum(1).sqrt().float()
         good = length.isfinite() & (length > 0)
-        rows, count = rows[good] / length[good, None].float(), int(good.sum())
+        rows, count = rows[good] / length[good, None], int(good.sum())
         if not count:
             raise CalibrationError(
                 f"layer {layer}: no token has a finite gradient",

@@ -28,7 +28,7 @@ from ...formats.statistics.moment_file import layer_file
 from ...formats.strictjson import JsonError, parse_object
 from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
-from ..spec.calibration_sizes import calibration_sizes
+from ..spec.calibration_sizes import calibration_sizes, sensitivity_sizes
 from ..spec.provenance import code, flatten
 from ..write.atomic import write_atomic
 from ..write.journal import differences
@@ -37,7 +37,7 @@ from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, 
 from .on_the_fly import DOWN
 from .run import Reading, weights_of
 from .sensitivity import JOURNAL as SENSITIVITY_JOURNAL
-from .sensitivity import SensitivityRun, first_tokens, sensitivity_record
+from .sensitivity import SensitivityRun, damaged_file, first_tokens, sensitivity_record
 from .tokens import Tokens
 
 LIMIT = 64 << 20
@@ -96,7 +96,8 @@ def make_state(source: Source, tokens: Tokens, path: Path, options: StateOptions
     with CalibrationFolder(
         path, dict(flatten({**made, "streams": kept})), options.force, options.restart
     ) as out:
-        out.check_space(_disk_bytes(config, tokens.size, len(kept)) + source.disk_bytes())
+        needed = _disk_bytes(config, tokens.size, len(kept), options.sensitivity)
+        out.check_space(needed + source.disk_bytes())
         hashes = _sensitivities(source, tokens, path, made, options) if options.sensitivity else {}
         count, first = config.num_hidden_layers, len(out.journal.done)
         layers = {n: list(layer_inventory(config, n)) for n in range(count)}
@@ -148,9 +149,13 @@ def _sensitivities(
         run.close()
 
 
-def _disk_bytes(config: ModelConfig, tokens: int, streams: int) -> int:
+def _disk_bytes(config: ModelConfig, tokens: int, streams: int, sensitive: bool) -> int:
     sizes = calibration_sizes(config, tokens, DOWN)
-    return sizes.folder_bytes + (streams + 2) * sizes.unfinished_bytes
+    needed = sizes.folder_bytes + (streams + 2) * sizes.unfinished_bytes
+    if not sensitive:
+        return needed
+    _, meanwhile, stays = sensitivity_sizes(config, tokens)
+    return max(meanwhile, needed + stays)
 
 
 class _State(BaseModel):
@@ -185,6 +190,8 @@ class CalibrationState:
             found = _State.model_validate(document)
             if any(not isinstance(record.get("sha256"), str) for record in found.layers):
                 raise ValueError("a layer has no hash")
+            if len(found.sensitivities) not in (0, len(found.layers)):
+                raise ValueError("not every layer has a sensitivity")
         except (JsonError, ValidationError, ValueError) as e:
             raise CalibrationError(
                 f"cannot be read: {str(e).splitlines()[0]}", file=file, hint=again
@@ -198,6 +205,17 @@ class CalibrationState:
     def sensitive(self) -> bool:
         """Whether it has what errors behind each layer cost."""
         return bool(self.sensitivities)
+
+    def sensitivities_of(self, layers: Collection[int]) -> dict[int, str]:
+        """The hashes of these layers' sensitivities; CalibrationError where a file is gone or damaged."""
+        hashes = {layer: self.sensitivities[layer] for layer in layers}
+        if damaged := damaged_file(self.path, hashes):
+            raise CalibrationError(
+                "is not the sensitivity that was written there",
+                file=damaged,
+                hint="copy the state here again",
+            )
+        return hashes
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """CalibrationError where a build with this manifest would gather something else."""

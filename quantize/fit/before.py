@@ -133,10 +133,11 @@ def cost_of(
     memory, disk = sizes.memory_bytes, sizes.disk_bytes
     if effort != "imatrix":
         memory += moment_bytes(config, jobs)
+    sensitive = isinstance(statistics, OnTheFly) and statistics.sensitive(source)
     if tokens:
-        gathering = inline_sizes(config, tokens, memory)
+        gathering = inline_sizes(config, tokens, memory, sensitive=sensitive)
         memory, disk = gathering.memory_bytes, disk + gathering.disk_bytes
-    spent = measuring_hours(config, effort, tokens, judged, len(EXPERT_NAMES), jobs, device)
+    spent = measuring_hours(config, effort, tokens, judged, len(EXPERT_NAMES), jobs, device, sensitive)
     return MeasureCost(tokens, judged, memory, disk, round(spent, 4))
 
 

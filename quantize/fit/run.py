@@ -187,7 +187,10 @@ def _layers(
 
 @contextmanager
 def _work(options: MeasureOptions, signature: dict[str, Any]) -> Iterator[tuple[Journal, StreamFolder]]:
-    """The locked folder beside the output; it goes, as that of the calibration, where nothing is left to continue."""
+    """The locked folder beside the output; it goes, as that of the calibration, where nothing is left to continue.
+
+    What errors behind layers cost stays besides where no layer was measured yet: it is found before.
+    """
     folder, moments = beside(options.output, WORK), beside(options.output, CALIBRATION)
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
@@ -196,14 +199,16 @@ def _work(options: MeasureOptions, signature: dict[str, Any]) -> Iterator[tuple[
         anew = journal.begin(signature, options.restart)
         streams = StreamFolder(folder, anew, RESTART)
         if anew:
-            discard_folder(moments)
+            discard_folder(moments, but_sensitivities=not options.restart)
+        ended = False
         try:
             yield journal, streams
+            ended = True
         finally:
             if not journal.done:
                 journal.remove()
                 streams.discard()
-                discard_folder(moments)
+                discard_folder(moments, but_sensitivities=not ended)
     finally:
         journal.close()
 

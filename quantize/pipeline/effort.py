@@ -67,6 +67,10 @@ _CONTRADICTIONS: tuple[tuple[Callable[[Wishes], object], str], ...] = (
         lambda w: w.sensitivity and (w.calibration or w.no_imatrix or w.effort == "imatrix"),
         "--sensitivity goes with --effort calibrated or tuned",
     ),
+    (
+        lambda w: w.sensitivity and w.fit not in (None, "hessian"),
+        "--sensitivity decides how the fit `hessian` rounds, and no other",
+    ),
     (lambda w: w.effort == "imatrix" and w.tokens, "--effort imatrix does not look at --text or --tokens"),
     (lambda w: w.effort == "imatrix" and w.calibration, "--effort imatrix does not look at --calibration"),
 )
@@ -118,7 +122,9 @@ def choose(
         return None if wishes.imatrix is None else ImatrixFile(wishes.imatrix)
     where = device()
     tokens = wishes.tokens or TokenRequest(sequences=_sequences(recipe, where))
-    calibrated = OnTheFly(tokens, where, wishes.imatrix, state=wishes.state, sensitivity=wishes.sensitivity)
+    used = (wishes.fit or recipe.fit) == "hessian" or wishes.state is not None
+    sensitivity = wishes.sensitivity if used else False
+    calibrated = OnTheFly(tokens, where, wishes.imatrix, state=wishes.state, sensitivity=sensitivity)
     if effort != "tuned":
         return calibrated
     from ..tune.layer import TuneSettings

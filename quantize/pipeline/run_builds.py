@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...formats.errors import MqError, OutputError
-from ...formats.watch import Watch
 from ..calibrate.folder import discard_folder
 from .encoding import Encoded, in_step
 from .turns import LayersInTurn
@@ -57,7 +56,7 @@ def run_builds(
                 raise done
             builds[n].deliver(unit, done)
 
-    with gathering(gathered, moments, builds.values(), options.watch):
+    with gathering(gathered, moments, builds.values(), options):
         todo: dict[int, list[WorkUnit]] = {}
         for n, build in builds.items():
             with alone(n):
@@ -85,22 +84,26 @@ def run_builds(
 
 @contextmanager
 def gathering(
-    gathered: GatheredImportance | None, folder: Path, builds: Collection[Build], watch: Watch
+    gathered: GatheredImportance | None, folder: Path, builds: Collection[Build], options: RunOptions
 ) -> Iterator[None]:
     """A block in which the calibration that builds gather, if they do, is open in a folder.
 
-    The folder stays for the next run where one of the builds is to be continued.
+    The folder stays for the next run where one of the builds is to be continued. What errors behind layers cost stays
+    besides where no build has begun yet: it is found before.
     """
+    sensitive = gathered is not None and gathered.sensitive
     if all(build.begun_anew for build in builds):
-        discard_folder(folder)
+        discard_folder(folder, but_sensitivities=sensitive and not options.restart)
+    ended = False
     try:
         if gathered is not None:
             build = next(iter(builds))
-            gathered.open(folder, build.first_layer, build.last_layer, watch)
+            gathered.open(folder, build.first_layer, build.last_layer, options.watch)
         yield
+        ended = True
     finally:
         if gathered is not None:
             gathered.close()
         if all(build.is_over for build in builds):
             with suppress(OutputError):  # what stays there does no harm, and the files may be finished
-                discard_folder(folder)
+                discard_folder(folder, but_sensitivities=sensitive and not ended)

@@ -164,12 +164,16 @@ def measuring_hours(
     formats: int,
     cores: int,
     device: str = "cpu",
+    sensitive: bool = False,
 ) -> float:
     """Hours of measuring each piece in so many formats on `judged` tokens: all experts are rounded in each format, down
-    twice, and every piece has a stream that passes all later layers and the head.
+    twice, and every piece has a stream that passes all later layers and the head. A `sensitive` one finds first what
+    errors behind each layer cost.
     """
     spent = 1.5 * formats * hours(config, effort, tokens, cores, device)
     rates, workers = (CPU_CORE, cores) if device == "cpu" else (GPU, 1)
+    if sensitive:
+        spent += sensitivity_products(config, tokens) / rates.f32 / workers / 3600
     streams = formats * config.num_hidden_layers
     forward, _ = gather_products(config, judged)
     heads = 2.0 * streams * judged * config.vocab_size * config.hidden_size

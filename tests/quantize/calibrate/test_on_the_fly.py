@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from build_hooks import StopError, stopped
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import CalibrationError, OutputError, ResumeError, TokenError
 from mq_quant.formats.hfq import open_hfq
+from mq_quant.formats.minimax import expert_name
 from mq_quant.quantize.calibrate import layer_pass as gather
 from mq_quant.quantize.calibrate import on_the_fly as inline
+from mq_quant.quantize.calibrate import sensitivity
 from mq_quant.quantize.calibrate.folder import JOURNAL
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.sensitivity import JOURNAL as SENSITIVITY_JOURNAL
@@ -36,6 +39,7 @@ from mq_quant.quantize.spec.calibration_sizes import inline_sizes
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.write.partial_file import CALIBRATION, PARTIAL
 from small_imatrix import save_imatrix
+from watching import Heard
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (3, 20)).astype(np.int32)
 LAYERS = 3
@@ -47,7 +51,7 @@ Run = Callable[..., BuildResult]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers; no token reaches expert 1 of layer 0."""
-    content = small_model.tensors(config=CONFIG)
+    content = small_model.tensors(config=CONFIG) | {"lm_head.weight": small_model.narrow_head()}
     content["model.layers.0.block_sparse_moe.e_score_correction_bias"] = torch.tensor([9.0, -9.0, 9.0])
     folder = small_model.save(tmp_path_factory.mktemp("models") / "small", content, shards=5, config=CONFIG)
     np.save(folder / "tokens.npy", TOKENS)
@@ -220,6 +224,144 @@ def test_an_interrupted_build_continues_after_the_last_gathered_layer(
     assert (tmp_path / "out").read_bytes() == whole and names(tmp_path) == ["first", "out"]
 
 
+@pytest.fixture
+def backwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers that gradients have been carried back through, in order."""
+    layers: list[int] = []
+    real = sensitivity.layer_backward
+
+    def counted(weights: Any, config: Any, layer: int, *rest: Any) -> Any:
+        layers.append(layer)
+        return real(weights, config, layer, *rest)
+
+    monkeypatch.setattr(sensitivity, "layer_backward", counted)
+    return layers
+
+
+def stopped_before_encoding(run: Run, at: str, **given: Any) -> None:
+    """A build that is stopped while it finds what errors cost, before a byte of its file is known."""
+
+    def stop(doing: str) -> None:
+        if doing == at:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(watch=Heard(then=stop), **given)
+
+
+@pytest.mark.parametrize(
+    ("at", "again"), [("layer 1", [2, 1]), ("layer 2, back", [1]), ("layer 0, back", [])]
+)
+def test_a_build_that_is_stopped_before_it_encodes_continues_there(
+    at: str, again: list[int], run: Run, whole: bytes, tmp_path: Path, backwards: list[int]
+) -> None:
+    stopped_before_encoding(run, at)
+    assert names(tmp_path) == [f"out{CALIBRATION}"]
+    backwards.clear()
+    run()
+    assert backwards == again
+    assert (tmp_path / "out").read_bytes() == whole and names(tmp_path) == ["out"]
+
+
+def test_the_same_holds_where_it_was_killed(
+    run: Run, whole: bytes, tmp_path: Path, backwards: list[int]
+) -> None:
+    """The unfinished file and its journal, which names nothing, lie there then."""
+    stopped_before_encoding(run, "layer 2, back")
+    shutil.copytree(tmp_path / f"out{CALIBRATION}", tmp_path / "kept")
+    with stopped(at="layer 1 expert 1") as hook:
+        run(jobs=1, on_begin=hook)
+    journal = tmp_path / f"out{PARTIAL}.journal"
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])
+    shutil.rmtree(tmp_path / f"out{CALIBRATION}")
+    (tmp_path / "kept").rename(tmp_path / f"out{CALIBRATION}")
+    backwards.clear()
+    run()
+    assert backwards == [1]
+    assert (tmp_path / "out").read_bytes() == whole and names(tmp_path) == ["out"]
+
+
+def test_other_tokens_do_not_continue_what_was_found_of_these(
+    run: Run, source: Path, tmp_path: Path, backwards: list[int]
+) -> None:
+    stopped_before_encoding(run, "layer 2, back")
+    np.save(tmp_path / "other.npy", TOKENS[::-1])
+    other = OnTheFly(TokenRequest(tokens=tmp_path / "other.npy"))
+    with pytest.raises(ResumeError, match=r"tokens\.sha256") as refused:
+        run(statistics=other)
+    assert "--restart" in str(refused.value.hint)
+    backwards.clear()
+    run(statistics=other, restart=True)
+    assert backwards == [2, 1] and names(tmp_path) == ["other.npy", "out"]
+
+
+@pytest.mark.parametrize("at", ["layer 1", "layer 2, back"])
+def test_a_build_without_leaves_nothing_of_what_was_begun(
+    at: str, run: Run, without: bytes, source: Path, tmp_path: Path, backwards: list[int]
+) -> None:
+    stopped_before_encoding(run, at)
+    backwards.clear()
+    run(statistics=replace(own_tokens(source), sensitivity=False))
+    assert (tmp_path / "out").read_bytes() == without and names(tmp_path) == ["out"] and backwards == []
+
+
+def test_an_error_of_the_checkpoint_is_told_before_anything_is_encoded(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sensitivity.layer_backward
+    monkeypatch.setattr(sensitivity, "layer_backward", lambda *given: real(*given) * torch.nan)
+    with pytest.raises(CalibrationError, match="layer 1: no token has a finite gradient") as refused:
+        run()
+    assert "--no-sensitivity" in str(refused.value.hint)
+    run(statistics=replace(own_tokens(source), sensitivity=False))
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.fixture(scope="module")
+def without(source: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file of a build that does not find what errors cost."""
+    out = tmp_path_factory.mktemp("without") / "out"
+    built(source, out, replace(own_tokens(source), sensitivity=False), jobs=1)
+    return out.read_bytes()
+
+
+def test_only_down_is_another_where_its_rows_answer_each_other(
+    whole: bytes, without: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "with").write_bytes(whole)
+    (tmp_path / "without").write_bytes(without)
+    with open_hfq(tmp_path / "with") as a, open_hfq(tmp_path / "without") as b:
+        records = [file.metadata["mq_quant"]["calibration"] for file in (a, b)]
+        assert records[0].pop("sensitivity") == {"tokens": TOKENS.size} and records[0] == records[1]
+        other = {
+            entry.name
+            for entry in a.entries
+            if not np.array_equal(*(f.read_range(f.entry(entry.name), 0, entry.nbytes) for f in (a, b)))
+        }
+    downs = [{expert_name(layer, e, "w2") for e in range(3)} for layer in range(LAYERS)]
+    saw_no_token = {expert_name(0, 1, "w2")}
+    assert downs[1] | downs[2] <= other <= set.union(*downs) - saw_no_token
+
+
+@pytest.mark.parametrize("sensitive", [True, False])
+def test_each_is_reproduced_as_it_was_made(
+    sensitive: bool, whole: bytes, without: bytes, source: Path, tmp_path: Path, backwards: list[int]
+) -> None:
+    (tmp_path / "out").write_bytes(whole if sensitive else without)
+    inputs = Inputs(str(source), tokens=TokenRequest(tokens=source / "tokens.npy"))
+    assert reproduce(tmp_path / "out", inputs, 2).identical
+    assert bool(backwards) == sensitive and names(tmp_path) == ["out"]
+
+
+def test_what_errors_cost_is_found_in_the_first_tokens_alone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "SENSITIVITY_TOKENS", 30)
+    built(source, tmp_path / "out", own_tokens(source))
+    with open_hfq(tmp_path / "out") as file:
+        assert file.metadata["mq_quant"]["calibration"]["sensitivity"] == {"tokens": 40}
+
+
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("step", ["write_layer", "write_rows", "finish_layer"])
 def test_a_stop_while_a_layer_is_gathered_costs_that_layer(
@@ -359,7 +501,7 @@ def test_tokens_of_another_vocabulary_are_refused_before_any_work(
 
 
 def test_the_command_takes_it(
-    source: Path, whole: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, whole: bytes, without: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     common = ["build", "--tier", "mq2", "--source", str(source), "-o", str(out), "--awq-alpha", "0.3"]
@@ -367,3 +509,10 @@ def test_the_command_takes_it(
         main([*common, "--effort", "calibrated", "--tokens", str(source / "tokens.npy"), "--json"])
     assert stopped.value.code == 0 and json.loads(capsys.readouterr().out)["coverage"] == pytest.approx(8 / 9)
     assert out.read_bytes() == whole
+    for options, expected in (
+        (["--sensitivity"], whole),
+        (["--effort", "calibrated", "--no-sensitivity"], without),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*common, *options, "--tokens", str(source / "tokens.npy"), "--force", "-q"])
+        assert stopped.value.code == 0 and out.read_bytes() == expected

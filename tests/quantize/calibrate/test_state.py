@@ -12,7 +12,8 @@ import pytest
 import small_model
 from build_hooks import StopError
 from mq_quant.formats.checkpoint.local import open_checkpoint
-from mq_quant.formats.errors import CalibrationError, OutputError
+from mq_quant.formats.errors import CalibrationError, MqError, OutputError
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.calibrate import on_the_fly
 from mq_quant.quantize.calibrate.folder import STATE, hidden_file
 from mq_quant.quantize.calibrate.sensitivity import sensitivity_file
@@ -24,6 +25,7 @@ from mq_quant.quantize.pipeline.build_spec import RecipeChanges
 from mq_quant.quantize.pipeline.merge import merge_parts
 from mq_quant.quantize.pipeline.parts import LayerRange
 from mq_quant.quantize.pipeline.statistics import OnTheFly
+from mq_quant.quantize.spec.calibration_sizes import sensitivity_sizes
 from mq_quant.quantize.spec.places import choose_recipe
 from watching import Heard
 
@@ -33,7 +35,7 @@ CONFIG = {**small_model.CONFIG, "num_hidden_layers": LAYERS}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    content = small_model.tensors(config=CONFIG)
+    content = small_model.tensors(config=CONFIG) | {"lm_head.weight": small_model.narrow_head()}
     folder = small_model.save(tmp_path_factory.mktemp("models") / "small", content, config=CONFIG)
     np.save(folder / "tokens.npy", np.random.default_rng(3).integers(0, 300, (4, 16)).astype(np.int32))
     return folder
@@ -56,9 +58,14 @@ def state(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(
-    source: Path, out: Path, part: LayerRange | None = None, state: Path | None = None, **options: Any
+    source: Path,
+    out: Path,
+    part: LayerRange | None = None,
+    state: Path | None = None,
+    sensitivity: bool | None = None,
+    **options: Any,
 ) -> Path:
-    statistics = OnTheFly(tokens_of(source), state=state)
+    statistics = OnTheFly(tokens_of(source), state=state, sensitivity=sensitivity)
     recipe = choose_recipe("mq2", None, str(source))
     return build_file(recipe, statistics, RunOptions(out, **options), RecipeChanges(alpha=0.3), part).path
 
@@ -88,6 +95,100 @@ def test_parts_from_a_state_are_those_of_one_machine(
     parts = [built(source, tmp_path / f"part {n}", LayerRange(n, n + 1, LAYERS), state) for n in (0, 2)]
     assert run_layers == [0, 1, 2, 3]
     assert merge_parts(parts, tmp_path / "merged").path.read_bytes() == whole
+
+
+def test_sensitivities_of_the_state_decide_what_is_written(
+    source: Path, state: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the test before would say nothing of them: the same record without their bytes is another file."""
+    monkeypatch.setattr(on_the_fly, "row_answers", lambda _: None)
+    (tmp_path / "ignored").write_bytes(built(source, tmp_path / "out").read_bytes())
+    (tmp_path / "whole").write_bytes(whole)
+    with open_hfq(tmp_path / "ignored") as a, open_hfq(tmp_path / "whole") as b:
+        assert a.metadata["mq_quant"]["calibration"] == b.metadata["mq_quant"]["calibration"]
+        for layer in range(1, LAYERS):
+            w1, w2 = (f"model.layers.{layer}.block_sparse_moe.experts.0.{p}.weight" for p in ("w1", "w2"))
+            same = {
+                name: np.array_equal(*(f.read_range(f.entry(name), 0, f.entry(name).nbytes) for f in (a, b)))
+                for name in (w1, w2)
+            }
+            assert same == {w1: True, w2: False}
+
+
+def test_a_state_without_sensitivities_gives_parts_of_a_build_without(source: Path, tmp_path: Path) -> None:
+    """What a state of a hub's source is: it would be fetched twice."""
+    state = made(source, tmp_path / "state", sensitivity=False)
+    assert sorted(path.name for path in state.iterdir()) == [hidden_file(2), STATE]
+    parts = [built(source, tmp_path / f"part {n}", LayerRange(n, n + 1, LAYERS), state) for n in (0, 2)]
+    without = built(source, tmp_path / "without", sensitivity=False).read_bytes()
+    assert merge_parts(parts, tmp_path / "merged").path.read_bytes() == without
+
+
+def test_parts_with_and_without_are_not_merged(source: Path, state: Path, tmp_path: Path) -> None:
+    parts = [
+        built(source, tmp_path / "first", LayerRange(0, 1, LAYERS), state),
+        built(source, tmp_path / "last", LayerRange(2, 3, LAYERS), sensitivity=False),
+    ]
+    with pytest.raises(MqError, match="sensitivity"):
+        merge_parts(parts, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("at", ["layer 1", "layer 2, back", "layer 0, back"])
+def test_a_state_that_was_stopped_while_errors_were_found_continues_there(
+    at: str, source: Path, state: Path, tmp_path: Path
+) -> None:
+    def stop(doing: str) -> None:
+        if doing == at:
+            raise StopError
+
+    with pytest.raises(StopError):
+        made(source, tmp_path / "state", watch=Heard(then=stop))
+    heard = Heard()
+    again = made(source, tmp_path / "state", watch=heard)
+    assert [path.read_bytes() for path in sorted(again.iterdir())] == [
+        path.read_bytes() for path in sorted(state.iterdir())
+    ]
+    assert ("layer 3, back" in heard.doing) == (at == "layer 1")
+
+
+def test_a_damaged_sensitivity_is_refused_before_any_layer_is_run(
+    source: Path, state: Path, tmp_path: Path, run_layers: list[int]
+) -> None:
+    copy = shutil.copytree(state, tmp_path / "state")
+    file = copy / sensitivity_file(3)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    for content in (bytes(data), b"", None):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(CalibrationError, match="is not the sensitivity that was written") as refused:
+            built(source, tmp_path / "out", LayerRange(2, 3, LAYERS), copy)
+        assert refused.value.file == str(file) and "copy the state" in str(refused.value.hint)
+        if content is None:
+            file.write_bytes(b"")
+    assert run_layers == [] and sorted(path.name for path in tmp_path.iterdir()) == ["state"]
+    file.unlink()
+    built(source, tmp_path / "out", LayerRange(0, 1, LAYERS), copy)  # it is not this part's
+
+
+def test_a_state_whose_sensitivities_do_not_fit_is_refused(state: Path, tmp_path: Path) -> None:
+    document = json.loads((state / STATE).read_text())
+    document["sensitivities"].pop()
+    (tmp_path / STATE).write_text(json.dumps(document))
+    with pytest.raises(CalibrationError, match="not every layer has a sensitivity"):
+        CalibrationState.open(tmp_path)
+
+
+def test_the_disk_of_a_state_is_checked_with_its_sensitivities_in_mind(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = open_checkpoint(source).config
+    _, most, _ = sensitivity_sizes(config, 64)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=most // 2))
+    with pytest.raises(OutputError, match="free some space"):
+        made(source, tmp_path / "state")
 
 
 def test_a_part_between_streams_begins_at_the_one_before(

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import small_model
 from mq_quant.awq.from_imatrix import ImatrixLayer
-from mq_quant.awq.importance import Importance
-from mq_quant.awq.own_moments import mixed, own_moment, whitening
+from mq_quant.awq.importance import Importance, LayerImportance
+from mq_quant.awq.own_moments import WithRows, mixed, own_moment, whitening
+from mq_quant.awq.row_answers import Sensitivity, row_answers
 from mq_quant.formats.blocks import MQ2_LLOYD, MQ3_LLOYD, Format
-from mq_quant.formats.minimax import parse_config
+from mq_quant.formats.errors import WeightError
+from mq_quant.formats.minimax import expert_name, parse_config
 from mq_quant.lloyd.encode import ENCODED
 from mq_quant.quantize.encode.answering import product
 from mq_quant.quantize.encode.layer_encoder import OWN_DAMPING, EncodedExpert, LayerEncoder
@@ -60,7 +62,7 @@ def layer(rows: np.ndarray | None) -> Kept:
     return Kept(1, energies, {p: np.ones(1) for p in SHAPES}, (), rows)
 
 
-def encode(importance: Kept, **settings: float) -> tuple[LayerEncoder, EncodedExpert]:
+def encode(importance: LayerImportance, **settings: float) -> tuple[LayerEncoder, EncodedExpert]:
     made = LayerEncoder(CONFIG, 1, importance, FORMATS, FitSettings(**({"awq_alpha": 0.5} | settings)))  # type: ignore[arg-type]
     made.prepare({})
     return made, made.encode_expert(0, **WEIGHTS)
@@ -119,3 +121,83 @@ def test_with_many_rows_the_mixture_is_their_own_moment() -> None:
     got = mixed(rows, shared, whitening(np.eye(HIDDEN)))
     assert got.moment is not None
     np.testing.assert_allclose(got.moment, own_moment(rows), rtol=0.1, atol=0.1)
+
+
+@dataclass(frozen=True)
+class Answering(WithRows):
+    """The same layer, where it is known what errors behind it cost."""
+
+    gathered: Kept  # type: ignore[assignment]
+
+    @property
+    def shared(self) -> None:  # type: ignore[override]
+        return None
+
+    def inputs(self, expert: int) -> np.ndarray | None:  # type: ignore[override]
+        return self.gathered.rows
+
+    def from_rows(self, expert: int, projection: str, rows: np.ndarray) -> Importance:
+        return self.gathered.from_rows(expert, projection, rows)
+
+
+def gradients() -> np.ndarray:
+    """E[g gᵀ] of gradients behind the layer, most of which lie in a few directions."""
+    g = inputs(4000, 31)
+    g /= np.linalg.norm(g, axis=1, keepdims=True)
+    found: np.ndarray = (g.T.astype(np.float64) @ g) / len(g)
+    return found
+
+
+def answering(g: np.ndarray | None) -> Answering:
+    return Answering(layer(inputs(ROWS, 5)), None if g is None else row_answers(Sensitivity(g, 10**6)))
+
+
+def cost(made: LayerEncoder, done: EncodedExpert, g: np.ndarray) -> float:
+    """Mean of eᵀ G e over the outputs of 1000 tokens that were not kept."""
+    forms = {p: made.stored.form(p) for p in SHAPES}
+    decoded = {p: forms[p].decode(done.payloads[p], SHAPES[p]) for p in SHAPES}
+    x = inputs(1000, 99)
+    error = product(x, decoded["w1"], decoded["w3"]) @ decoded["w2"].T
+    error -= product(x, WEIGHTS["w1"], WEIGHTS["w3"]) @ WEIGHTS["w2"].T
+    return float(((error @ g) * error).sum(1).mean())
+
+
+def test_down_whose_rows_answer_each_other_costs_less() -> None:
+    g = gradients()
+    alone, together = (encode(answering(each)) for each in (None, g))
+    for p in ("w1", "w3"):
+        assert np.array_equal(alone[1].payloads[p], together[1].payloads[p])
+    assert together[1].payloads["w2"].shape == alone[1].payloads["w2"].shape
+    assert cost(*together, g) < 0.8 * cost(*alone, g)
+
+
+def test_without_a_direction_that_costs_more_every_byte_is_the_same() -> None:
+    even = encode(answering(np.eye(HIDDEN) / HIDDEN))[1]  # type: ignore[arg-type]
+    for other in (layer(inputs(ROWS, 5)), answering(None), answering(np.zeros((HIDDEN, HIDDEN)))):
+        found = encode(other)[1]  # type: ignore[arg-type]
+        assert all(np.array_equal(even.payloads[p], found.payloads[p]) for p in SHAPES)
+
+
+def test_rows_that_answer_each_other_have_the_same_bytes_on_any_number_of_threads() -> None:
+    made, done = encode(answering(gradients()))  # type: ignore[arg-type]
+    with ThreadPoolExecutor(3) as pool:
+        again = list(pool.map(lambda _: made.encode_expert(0, **WEIGHTS), range(3)))
+    assert all(np.array_equal(done.payloads["w2"], other.payloads["w2"]) for other in again)
+
+
+@pytest.mark.parametrize("large", [1e7, 1e30])
+def test_a_down_that_no_level_holds_is_refused_by_name(large: float) -> None:
+    """However large what its first rows miss is for those that answer them."""
+    w2 = WEIGHTS["w2"].copy()
+    w2[3] *= np.float32(large)
+    made, _ = encode(answering(gradients()))  # type: ignore[arg-type]
+    with pytest.raises(WeightError, match="level") as refused:
+        made.encode_expert(0, WEIGHTS["w1"], WEIGHTS["w3"], w2)
+    assert refused.value.tensor == expert_name(1, 0, "w2")
+
+
+def test_down_alone_answers_too() -> None:
+    """As a measurement rounds it."""
+    seen = product(inputs(ROWS, 5), WEIGHTS["w1"], WEIGHTS["w3"])
+    payloads = [encode(answering(g))[0].encode_down(0, WEIGHTS["w2"], seen) for g in (None, gradients())]  # type: ignore[arg-type]
+    assert payloads[0].shape == payloads[1].shape and not np.array_equal(*payloads)

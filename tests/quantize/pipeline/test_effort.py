@@ -40,6 +40,14 @@ OWN = TokenRequest(tokens=Path("ids.npy"))
         (Wishes(calibration=Path("calib"), effort="calibrated"), MomentFolder(Path("calib"))),
         (Wishes(fit="reference"), None),
         (Wishes(fit="exact"), None),
+        (Wishes(sensitivity=True), OnTheFly(sensitivity=True)),
+        (Wishes(tokens=OWN, sensitivity=False), OnTheFly(OWN, sensitivity=False)),
+        (Wishes(imatrix=FILE, sensitivity=True), OnTheFly(imatrix=FILE, sensitivity=True)),
+        (Wishes(imatrix=FILE, sensitivity=False), ImatrixFile(FILE)),
+        (Wishes(effort="imatrix", sensitivity=False), None),
+        (Wishes(calibration=Path("calib"), sensitivity=False), MomentFolder(Path("calib"))),
+        (Wishes(tokens=OWN, fit="exact"), OnTheFly(OWN, sensitivity=False)),
+        (Wishes(state=FILE, fit="exact"), OnTheFly(state=FILE)),
     ],
 )
 def test_the_statistics_follow_from_what_was_given(wishes: Wishes, expected: Any) -> None:
@@ -90,11 +98,46 @@ def test_more_of_our_own_text_is_taken_on_a_gpu() -> None:
         Wishes(calibration=Path("calib"), effort="tuned"),
         Wishes(effort="imatrix", tokens=OWN),
         Wishes(effort="imatrix", calibration=Path("calib")),
+        Wishes(sensitivity=True, calibration=Path("calib")),
+        Wishes(sensitivity=True, effort="imatrix"),
+        Wishes(sensitivity=True, no_imatrix=True),
+        Wishes(sensitivity=True, state=Path("state")),
+        Wishes(sensitivity=False, state=Path("state")),
+        Wishes(sensitivity=True, fit="exact"),
     ],
 )
 def test_wishes_that_contradict_each_other_are_refused(wishes: Wishes) -> None:
     with pytest.raises(RecipeError, match="give one of the two"):
         choose(RECIPE, wishes)
+
+
+def test_each_contradiction_of_sensitivity_is_told_in_its_own_words() -> None:
+    """What the flags mean, whatever else is said before."""
+    for wishes, said in (
+        (Wishes(sensitivity=True, calibration=Path("calib")), "--sensitivity goes with --effort"),
+        (Wishes(sensitivity=True, effort="imatrix"), "--sensitivity goes with --effort"),
+        (Wishes(sensitivity=False, state=Path("state")), "--calibration-state has what errors"),
+        (Wishes(sensitivity=True, fit="reference"), "the fit `hessian`"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            choose(RECIPE, wishes)
+
+
+class Elsewhere:
+    """A source whose shards are fetched, or lie here."""
+
+    def __init__(self, held: int) -> None:
+        self.held = held
+
+    def disk_bytes(self) -> int:
+        return self.held
+
+
+def test_what_would_be_fetched_twice_is_not_sensitive_unless_asked() -> None:
+    here, far = Elsewhere(0), Elsewhere(10**9)
+    for asked, expected in ((None, (True, False)), (True, (True, True)), (False, (False, False))):
+        statistics = OnTheFly(OWN, sensitivity=asked)
+        assert (statistics.sensitive(here), statistics.sensitive(far)) == expected  # type: ignore[arg-type]
 
 
 def test_the_file_says_the_effort_that_its_statistics_are() -> None:
