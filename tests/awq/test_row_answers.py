@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mq_quant.awq.row_answers import BLOCKS, DAMPING, Sensitivity, encode_answering, row_answers
+from mq_quant.awq.row_answers import BLOCKS, DAMPING, RowAnswers, Sensitivity, encode_answering, row_answers
 
 ROWS, WIDTH, MANY = 96, 64, 10**9
 RANDOM = np.random.default_rng(5)
@@ -30,6 +30,10 @@ def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (codes + 6).astype(np.uint8), (0.5 * codes).astype(np.float32)
 
 
+def payload_of(answers: RowAnswers | None) -> np.ndarray:
+    return np.concatenate(encode_answering(MATRIX, answers, rounded))
+
+
 def values_of(payload: np.ndarray) -> np.ndarray:
     return 0.5 * (payload.reshape(MATRIX.shape).astype(np.float64) - 6)
 
@@ -46,7 +50,7 @@ def test_errors_cost_less_than_those_of_rows_rounded_alone(alike: bool) -> None:
     x = RANDOM.standard_normal((1000, WIDTH)) * (1 if alike else np.geomspace(1, 0.1, WIDTH))
     h = x.T @ x / len(x)
     answers = row_answers(Sensitivity(g, MANY))
-    answering = encode_answering(MATRIX, answers, rounded)
+    answering = payload_of(answers)
     assert cost(answering, g, h) < 0.7 * cost(rounded(MATRIX)[0], g, h)
     assert cost(answering, np.eye(ROWS), h) > cost(rounded(MATRIX)[0], np.eye(ROWS), h), "others pay for it"
 
@@ -68,7 +72,7 @@ def test_each_block_is_shifted_to_where_all_that_follows_can_make_the_most_good(
 def test_where_all_directions_cost_the_same_nothing_changes(tokens: int) -> None:
     answers = row_answers(Sensitivity(np.eye(ROWS) / ROWS, tokens))
     assert answers is not None and not any(share.any() for _, share in answers)
-    assert np.array_equal(encode_answering(MATRIX, answers, rounded), rounded(MATRIX)[0].reshape(-1))
+    assert np.array_equal(payload_of(answers), rounded(MATRIX)[0])
 
 
 def test_without_answers_all_rows_are_one_block() -> None:
@@ -78,8 +82,8 @@ def test_without_answers_all_rows_are_one_block() -> None:
         seen.append(len(rows))
         return rounded(rows)
 
-    assert np.array_equal(encode_answering(MATRIX, None, counted), rounded(MATRIX)[0])
-    assert seen == [ROWS]
+    (payload,) = encode_answering(MATRIX, None, counted)
+    assert np.array_equal(payload, rounded(MATRIX)[0]) and seen == [ROWS]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,7 @@ def test_few_tokens_do_not_cost_more_than_none() -> None:
     g = moment(50_000)
     few = row_answers(Sensitivity(moment(200), 200))
     plain = cost(rounded(MATRIX)[0], g, np.eye(WIDTH))
-    assert cost(encode_answering(MATRIX, few, rounded), g, np.eye(WIDTH)) < plain
+    assert cost(payload_of(few), g, np.eye(WIDTH)) < plain
 
 
 @given(st.integers(1, 150), st.integers(1, 40), st.integers(0, 9))
@@ -140,6 +144,5 @@ def test_torch_gives_the_codes_of_numpy() -> None:
         return codes, torch.from_numpy(values)
 
     shares = [(rows, torch.from_numpy(share)) for rows, share in answers]
-    there = encode_answering(torch.from_numpy(MATRIX), shares, on_torch)
-    here = encode_answering(MATRIX, answers, rounded)
-    assert (there != here).mean() < 0.01  # products differ in their last bits
+    there = np.concatenate(encode_answering(torch.from_numpy(MATRIX), shares, on_torch))
+    assert (there != payload_of(answers)).mean() < 0.01  # products differ in their last bits

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mq_quant.formats.errors import RecipeError
+from mq_quant.formats.errors import CalibrationError, RecipeError
 from mq_quant.formats.minimax import parse_config
 from mq_quant.quantize.calibrate.tokens import LENGTH, TokenRequest
 from mq_quant.quantize.pipeline.effort import Wishes, choose, chosen_effort
@@ -133,11 +133,15 @@ class Elsewhere:
         return self.held
 
 
-def test_what_would_be_fetched_twice_is_not_sensitive_unless_asked() -> None:
+def test_a_source_that_does_not_lie_here_is_not_read_twice_more() -> None:
     here, far = Elsewhere(0), Elsewhere(10**9)
-    for asked, expected in ((None, (True, False)), (True, (True, True)), (False, (False, False))):
-        statistics = OnTheFly(OWN, sensitivity=asked)
-        assert (statistics.sensitive(here), statistics.sensitive(far)) == expected  # type: ignore[arg-type]
+    for asked, expected in ((None, True), (True, True), (False, False)):
+        assert OnTheFly(OWN, sensitivity=asked).sensitive(here) == expected  # type: ignore[arg-type]
+    for asked in (None, False):
+        assert not OnTheFly(OWN, sensitivity=asked).sensitive(far)  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="a source that lies here") as refused:
+        OnTheFly(OWN, sensitivity=True).sensitive(far)  # type: ignore[arg-type]
+    assert "--source" in str(refused.value.hint)
 
 
 def test_the_file_says_the_effort_that_its_statistics_are() -> None:

@@ -15,7 +15,7 @@ import pytest
 import small_model
 from hub_server import MAIN, REPO
 from huggingface_hub import constants
-from mq_quant.formats.errors import RecipeError, ResumeError
+from mq_quant.formats.errors import CalibrationError, RecipeError, ResumeError
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
 from mq_quant.quantize.inspect.show import provenance
@@ -95,11 +95,21 @@ def test_a_streamed_build_can_calibrate_itself(
     behind few tokens is the recipe's own, unless one is given."""
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, (2, 16)))
     own = OnTheFly(TokenRequest(tokens=tmp_path / "tokens.npy"))
-    local = run("local", statistics=replace(own, imatrix=small / "imatrix.gguf"))
+    local = run("local", statistics=replace(own, imatrix=small / "imatrix.gguf", sensitivity=False))
     streamed = stream(tmp_path, own, shard_cache=shards)
+    assert "sensitivity" not in provenance(tmp_path / "out").document["calibration"]
     assert provenance(tmp_path / "out").document["recipe"]["model"]["imatrix"]["revision"] == MAIN
     assert streamed.quantization_hash == local.quantization_hash
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "local", "out", "tokens.npy"]
+
+
+def test_a_source_is_not_fetched_three_times_on_request(hub: hub_server.HubServer, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, (2, 16)))
+    own = OnTheFly(TokenRequest(tokens=tmp_path / "tokens.npy"), sensitivity=True)
+    with pytest.raises(CalibrationError, match="a source that lies here") as refused:
+        stream(tmp_path, own)
+    assert "--source" in str(refused.value.hint)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "tokens.npy"]
 
 
 def test_a_streamed_file_is_reproduced_once_its_repository_is_named(
