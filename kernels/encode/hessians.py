@@ -78,6 +78,7 @@ class Hessians:
         """`signs` f32 [2, 256] are those of the rotation."""
         self._backend, self._space, self._signs = backend, space, signs
         self._slots: list[_Slot] = []
+        self._last: tuple[DenseFactors, Hessian] | None = None
 
     def bring(self, hessians: Sequence[RowHessian]) -> None:
         """Bring the Hessians of one call to the device together, those that are not there yet.
@@ -100,7 +101,12 @@ class Hessians:
         return self._slots[-1].found[hessian]
 
     def given(self, factors: DenseFactors) -> Hessian:
-        """Factors that were made on the device, until the next ones are given; always in the same memory."""
+        """Factors that were made on the device, until others are given; always in the same memory."""
+        if self._last is None or self._last[0] is not factors:
+            self._last = factors, self._brought(factors)
+        return self._last[1]
+
+    def _brought(self, factors: DenseFactors) -> Hessian:
         answers = tuple(self._space.keep(f"answer {n} given", a) for n, a in enumerate(factors.answers))
         found = replace(self._given("given", factors.matrix, factors.feedback), answers=answers)
         if factors.blocks is None or factors.pulls is None:

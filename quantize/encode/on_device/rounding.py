@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from ....formats.blocks import AffineFormat, Format, LloydFormat
 from ....formats.fwht import GROUP, rotate
 from ....formats.hfq.stored import StoredForm
 from ....kernels.encode.device_encoder import Coded, DeviceEncoder
+from ....kernels.encode.hessians import DenseFactors
 from ....kernels.runtime.host import Backend, Buffer
 from ....lloyd.hessian.row import RowHessian
 from ..encoders import Encoder, MatrixTask
@@ -48,6 +49,7 @@ class Streamed:
     """Rounds on the stream of a device's encoder, to which torch has switched."""
 
     encoder: DeviceEncoder
+    _seen: dict[Factors, DenseFactors] = field(default_factory=dict)
 
     def encode(
         self, weights: Tensor, fmt: Format, scale: Tensor, hessian: Factors | RowHessian, gain: float
@@ -55,10 +57,16 @@ class Streamed:
         """As `Rounder.encode`. Nothing waits for the device."""
         backend = self.encoder.backend
         given, columns = borrowed(backend, weights.contiguous()), borrowed(backend, scale)
-        factors = hessian.on(backend) if isinstance(hessian, Factors) else hessian
+        factors = self._there(hessian) if isinstance(hessian, Factors) else hessian
         coded = self.encoder.encode_here(given, fmt, columns, factors, gain)
         values = _decoded(coded, fmt, weights.device)
         return _tensor(coded.payload, weights.device).clone(), values
+
+    def _there(self, hessian: Factors) -> DenseFactors:
+        """The factors for the kernels, the same object each time: they are brought once for all blocks of a matrix."""
+        if hessian not in self._seen:
+            self._seen[hessian] = hessian.on(self.encoder.backend)
+        return self._seen[hessian]
 
     def fetch(self, payload: Tensor) -> U8:
         """As `Rounder.fetch`."""
