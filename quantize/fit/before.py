@@ -14,7 +14,7 @@ from ...formats.own_file import disk_errors, free_bytes
 from ...texts import CALIBRATION_SHA256
 from ..calibrate.tokens import EVALUATION, TokenRequest, Tokens, load_tokens, read_tokens
 from ..pipeline.statistics import ImatrixFile, MomentFolder, OnTheFly, Statistics, effort_of
-from ..spec.calibration_sizes import inline_sizes, measuring_sizes, moment_bytes
+from ..spec.calibration_sizes import inline_sizes, measuring_sizes, moment_bytes, sensitivity_sizes
 from ..spec.efforts import measuring_hours
 from .measurement import EXPERT_NAMES
 from .pieces import Choice
@@ -135,8 +135,11 @@ def cost_of(
         memory += moment_bytes(config, jobs)
     sensitive = isinstance(statistics, OnTheFly) and statistics.sensitive(source)
     if tokens:
-        gathering = inline_sizes(config, tokens, memory, sensitive=sensitive)
+        gathering = inline_sizes(config, tokens, memory)
         memory, disk = gathering.memory_bytes, disk + gathering.disk_bytes
+    if sensitive:
+        before, meanwhile, stays = sensitivity_sizes(config, tokens)
+        memory, disk = max(memory, before), max(meanwhile, disk + stays)
     spent = measuring_hours(config, effort, tokens, judged, len(EXPERT_NAMES), jobs, device, sensitive)
     return MeasureCost(tokens, judged, memory, disk, round(spent, 4))
 

@@ -114,10 +114,13 @@ def _check_name(path: Path) -> None:
 
 
 def held_bytes(path: Path) -> int:
-    """Bytes of the disk that an unfinished file has already."""
+    """Bytes of the disk that an unfinished file has already, with the calibration beside it."""
+    held = 0
     with suppress(OSError):
-        return beside(path, PARTIAL).lstat().st_blocks * 512
-    return 0
+        held += beside(path, PARTIAL).lstat().st_blocks * 512
+    with suppress(OSError):
+        held += sum(file.lstat().st_blocks * 512 for file in beside(path, CALIBRATION).iterdir())
+    return held
 
 
 class PartialFile:

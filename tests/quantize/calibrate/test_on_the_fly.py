@@ -305,6 +305,22 @@ def test_a_build_without_leaves_nothing_of_what_was_begun(
     assert (tmp_path / "out").read_bytes() == without and names(tmp_path) == ["out"] and backwards == []
 
 
+def test_streams_that_lie_there_already_need_no_more_room(
+    run: Run, whole: bytes, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_before_encoding(run, "layer 2")
+    held = sum(file.stat().st_blocks * 512 for file in (tmp_path / f"out{CALIBRATION}").iterdir())
+    most = inline_sizes(open_checkpoint(source).config, TOKENS.size, sensitive=True).disk_bytes
+    usage, room = shutil.disk_usage(tmp_path), len(whole) + most - held
+    for free in (room - 16384, room + 16384):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if free < room:
+            with pytest.raises(OutputError, match="free some space"):
+                run()
+    run()
+    assert held > 3 * TOKENS.size * 1024 and (tmp_path / "out").read_bytes() == whole
+
+
 def test_an_error_of_the_checkpoint_is_told_before_anything_is_encoded(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,13 @@ def test_choices_are_those_of_the_pipeline() -> None:
         ("build --tier mq2 --effort most", "'most' is not one of 'imatrix'"),
         ("build --tier mq2 --calibration a --effort tuned", "give one of the two"),
         ("build --tier mq2 --no-imatrix --imatrix a", "give one of the two"),
+        ("build --tier mq2 --sensitivity --calibration a", "--sensitivity goes with --effort"),
+        ("build --tier mq2 --sensitivity --effort imatrix", "--sensitivity goes with --effort"),
+        ("build --tier mq2 --sensitivity --fit exact", "the fit `hessian`"),
+        (
+            "build --tier mq2 --part 1/2 --no-sensitivity --calibration-state a",
+            "--calibration-state has what errors",
+        ),
         ("build --tier mq2 --fit best", "'best' is not one of 'reference'"),
         ("build --tier mq2 --awq-alpha 3", "--awq-alpha"),
         ("calibrate --source a -o b --text c --tokens d", "either --text or --tokens"),

@@ -81,6 +81,8 @@ def test_what_it_takes(source: Source, tokens: Path) -> None:
     assert plain.judged_tokens == gathering.judged_tokens == 3 * 24
     assert plain.disk_bytes < gathering.disk_bytes and plain.memory_bytes < gathering.memory_bytes
     assert plain.hours <= gathering.hours
+    without = cost_of(source, texts, OnTheFly(sensitivity=False), jobs=1)
+    assert without.disk_bytes < gathering.disk_bytes and without.hours <= gathering.hours
 
 
 def test_memory_does_not_grow_with_the_layers() -> None:

@@ -30,6 +30,7 @@ from mq_quant.quantize.pipeline.build import BuildResult
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, OnTheFly
 from mq_quant.quantize.spec.places import open_place
 from mq_quant.quantize.write.journal import MEASUREMENT, Journal
+from mq_quant.quantize.write.partial_file import CALIBRATION
 from mq_quant.verify.model.device_weights import DeviceWeights
 from mq_quant.verify.model.hfq_weights import DecodedFile
 from mq_quant.verify.model.metrics import kl_divergence
@@ -165,6 +166,25 @@ def test_a_killed_run_continues_to_the_same_measurement(measured: Measure, tmp_p
     assert (tmp_path / "m.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert read_measurement(tmp_path / "m.json") == result.measurement
     assert not list(tmp_path.glob("*partial*"))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_errors_cost_is_found_once_though_no_layer_was_measured(
+    restart: bool, measured: Measure, tmp_path: Path
+) -> None:
+    before = {path.name for path in tmp_path.iterdir()}
+
+    def heard(doing: str) -> None:
+        if doing == "layer 1, back":
+            raise StopError
+
+    with pytest.raises(StopError):
+        measured(effort="calibrated", watch=Heard(then=heard))
+    assert {path.name for path in tmp_path.iterdir()} - before >= {f"m.json{CALIBRATION}"}
+    again = Heard()
+    measured(effort="calibrated", watch=again, restart=restart)
+    assert again.doing.count("layer 1, back") == int(restart) and "layer 0, back" in again.doing
+    assert {path.name for path in tmp_path.iterdir()} - before == {"m.json"}
 
 
 def test_a_run_that_was_killed_at_the_head_passes_no_layer_again(
