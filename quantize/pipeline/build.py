@@ -313,6 +313,6 @@ def build_file(
         hash_source=options.cluster.hash_source if options.cluster else nothing,
     )
     with opened as spec, Build(spec, options, part) as build:
-        for sentence in spec.source.notes:
+        for sentence in spec.notes:
             options.on_note(sentence)
         return run_builds({0: build}, beside(options.destination(name).path, CALIBRATION), options)[0]

@@ -131,7 +131,7 @@ def build_files(
             recipes, statistics, changes, check=check, shard_cache=shards, scratch=folder, watch=options.watch
         )
         with opened as specs, ExitStack() as stack:
-            for sentence in specs[0].source.notes:
+            for sentence in specs[0].notes:
                 options.on_note(sentence)
             builds: dict[int, Build] = {}
             for n, spec in enumerate(specs):

@@ -20,7 +20,7 @@ from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
 from mq_quant.quantize.inspect.show import provenance
 from mq_quant.quantize.pipeline.build import BuildResult, RunOptions, build_file
-from mq_quant.quantize.pipeline.build_spec import RecipeChanges
+from mq_quant.quantize.pipeline.build_spec import NOT_SENSITIVE, RecipeChanges
 from mq_quant.quantize.pipeline.statistics import NoStatistics, OnTheFly
 from mq_quant.quantize.pipeline.work_units import WorkUnit
 from mq_quant.quantize.spec.places import choose_recipe, model_files
@@ -96,7 +96,9 @@ def test_a_streamed_build_can_calibrate_itself(
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, (2, 16)))
     own = OnTheFly(TokenRequest(tokens=tmp_path / "tokens.npy"))
     local = run("local", statistics=replace(own, imatrix=small / "imatrix.gguf", sensitivity=False))
-    streamed = stream(tmp_path, own, shard_cache=shards)
+    notes: list[str] = []
+    streamed = stream(tmp_path, own, shard_cache=shards, on_note=notes.append)
+    assert NOT_SENSITIVE in notes
     assert "sensitivity" not in provenance(tmp_path / "out").document["calibration"]
     assert provenance(tmp_path / "out").document["recipe"]["model"]["imatrix"]["revision"] == MAIN
     assert streamed.quantization_hash == local.quantization_hash
