@@ -35,8 +35,6 @@ from .layer_pass import layer_weights
 from .moments import second_moment
 from .tokens import Tokens
 
-F64 = NDArray[np.float64]
-
 JOURNAL = "sensitivity.journal"
 STREAM, GRADIENT = "stream", "gradient"
 _NAME = "sensitivity"

@@ -84,8 +84,8 @@ UNCHANGED = RecipeChanges()
 
 NOT_SENSITIVE = (
     "what errors behind each layer cost stays unknown, since the source would be read twice more: from a folder that "
-    "has the checkpoint, the same build has about a seventh less divergence at 3 and 4 bits (--no-sensitivity leaves it "
-    "out without a word)"
+    "has the checkpoint, the same build has about a seventh less divergence at 3 and 4 bits (--no-sensitivity leaves "
+    "it out without a word)"
 )
 
 
