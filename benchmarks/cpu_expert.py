@@ -4,8 +4,9 @@
     python benchmarks/cpu_expert.py --tier mq3-lloyd --rows 512 --profile 25
 
 One thread encodes the expert as a build does: its own moment drawn toward the layer's, factors, gate and up, what down
-sees of them, down's answer, and down. Weights and inputs are random, the inputs correlated. Time is that of the thread,
-so that other work on the machine matters little. `hours` are those of all experts of the model on `--cores` cores.
+sees of them, down's answer, and down, whose rows answer each other. Weights and inputs are random, the inputs
+correlated. Time is that of the thread, so that other work on the machine matters little. `hours` are those of all
+experts of the model on `--cores` cores.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from layer_pass import LAYERS, MemorySource, config
 from mq_quant.awq.importance import Importance
 from mq_quant.awq.own_moments import OwnMoments, whitening
+from mq_quant.awq.row_answers import Sensitivity, row_answers
 from mq_quant.formats.errors import MqError
 from mq_quant.formats.minimax import expert_name
 from mq_quant.quantize.encode.answering import product
@@ -72,9 +74,10 @@ def moment(rows: NDArray[np.float32]) -> NDArray[np.float64]:
     return out
 
 
-def layer_of(source: Any, count: int) -> OwnMoments:
+def layer_of(source: Any, count: int, alone: bool = False) -> OwnMoments:
     """A layer whose inputs have channels of very different energy that depend on each other; those of an expert have
-    other energies than those of the layer.
+    other energies than those of the layer. Rows of down answer each other as if gradients were like inputs, unless each
+    is rounded `alone`.
     """
     random, hidden = np.random.default_rng(0), source.config.hidden_size
     mix = np.linalg.qr(random.standard_normal((hidden, hidden), np.float32))[0]
@@ -85,7 +88,9 @@ def layer_of(source: Any, count: int) -> OwnMoments:
     below = moment(product(tokens, *(source.weight(expert_name(0, 7, p)) for p in ("w1", "w3"))))
     layer: Any = Layer(Importance(np.diag(above).copy(), above, 65536.0), below, rows)
     kept: Any = Kept(rows)
-    return OwnMoments(layer, kept, whitening(above), whitening(below))
+    directions = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+    answers = None if alone else row_answers(Sensitivity(moment(directions), TOKENS))
+    return OwnMoments(layer, answers, kept, whitening(above), whitening(below))
 
 
 def main() -> None:
@@ -99,10 +104,11 @@ def main() -> None:
     parser.add_argument(
         "--profile", type=int, default=0, help="print so many functions that take the most time"
     )
+    parser.add_argument("--alone", action="store_true", help="rows of down do not answer each other")
     args = parser.parse_args()
     source: Any = MemorySource(config(1, 8))
     shape = source.config
-    layer = layer_of(source, args.rows)
+    layer = layer_of(source, args.rows, args.alone)
     for tier in args.tier or ["mq2", "mq3-lloyd"]:
         recipe = load_tier(tier)
         formats = {spec.name: spec.format for spec in plan_tensors(recipe, shape)}
