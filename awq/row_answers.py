@@ -69,8 +69,11 @@ def row_answers(sensitivity: Sensitivity) -> RowAnswers | None:
     nothing is known of that.
     """
     lower = cost_factor(sensitivity)
-    if lower is None:
-        return None
+    return None if lower is None else answers_by(lower)
+
+
+def answers_by(lower: F64) -> RowAnswers:
+    """How the rows answer each other under a `cost_factor` f64 [hidden, hidden]."""
     width = len(lower)
     size = -(-width // BLOCKS)
     blocks = [slice(start, min(start + size, width)) for start in range(0, width, size)]

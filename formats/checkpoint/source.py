@@ -114,3 +114,8 @@ class Source(Protocol):
     def close(self) -> None:
         """Stop what runs in the background and remove what was fetched."""
         ...
+
+
+def lies_here(source: Source) -> bool:
+    """Whether nothing of a source is fetched, so that it may be read again and again."""
+    return source.disk_bytes() == 0

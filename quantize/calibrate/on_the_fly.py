@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from ...awq.from_imatrix import ImatrixModel
 from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
 from ...awq.importance import LayerImportance
 from ...awq.own_moments import with_rows
-from ...awq.row_answers import RowAnswers, Sensitivity, cost_factor, row_answers
+from ...awq.row_answers import RowAnswers, answers_by, cost_factor
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
 from ...formats.minimax import ModelConfig
@@ -54,12 +54,14 @@ from .layer_pass import (
 )
 from .moments import LayerMoments
 from .resident import Resident, Residents, on_a_thread
-from .sensitivity import SensitivityRun, first_tokens, read_sensitivity, sensitivity_record
+from .sensitivity import find_sensitivities, read_sensitivity, sensitivity_record
 from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .state import CalibrationState
 
+FACTORS = 2
+"""Layers whose cost factor is kept: rounding takes it, and the tuning of each file after it."""
 DOWN: DownForm = "pooled"
 """Only the layer's moment at down is kept: an expert's own follows from its rows when it is encoded."""
 
@@ -106,6 +108,7 @@ class GatheredImportance:
         self._path: Path | None = None
         self._state, self._first, self._last = state, 0, 0
         self._sensitivities: tuple[Path, dict[int, str]] | None = None
+        self._factor = lru_cache(FACTORS)(self._read_factor)
         self._out: CalibrationFolder | None = None
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
@@ -343,29 +346,25 @@ class GatheredImportance:
             self._sensitivities = self._state.path, self._state.sensitivities_of(layers)
             return
         assert self._path is not None
-        run = SensitivityRun(self._path, self.config, dict(flatten(self._manifest | self._costs)))
-        try:
-            run.complete(self._source, first_tokens(self.tokens), self.device, watch)
-            self._sensitivities = self._path, run.hashes
-        finally:
-            run.close()
+        signature = dict(flatten(self._manifest | self._costs))
+        hashes = find_sensitivities(self._source, self.tokens, self.device, self._path, signature, watch)
+        self._sensitivities = self._path, hashes
 
     def _row_answers(self, layer: int) -> RowAnswers | None:
         """How rows of the layer's down answer each other, where what errors behind it cost is known."""
-        found = self._sensitivity(layer)
-        return None if found is None else row_answers(found)
+        factor = self._factor(layer)
+        return None if factor is None else answers_by(factor)
 
     def costs(self, layer: int) -> NDArray[np.float32] | None:
         """What errors behind a layer cost, f32 [hidden, hidden] as of `cost_factor`, where it is known."""
-        found = self._sensitivity(layer)
-        factor = None if found is None else cost_factor(found)
+        factor = self._factor(layer)
         return None if factor is None else np.ascontiguousarray(factor, np.float32)
 
-    def _sensitivity(self, layer: int) -> Sensitivity | None:
+    def _read_factor(self, layer: int) -> NDArray[np.float64] | None:
         if self._sensitivities is None:
             return None
         folder, hashes = self._sensitivities
-        return read_sensitivity(folder, layer, self.config, hashes[layer])
+        return cost_factor(read_sensitivity(folder, layer, self.config, hashes[layer]))
 
     def _run(self, layer: int, entering: Tensor | None) -> tuple[Resident, Callable[[], None]]:
         """A layer on the devices: run, or where it is finished already what its experts saw, as `resident.Run` says."""

@@ -71,6 +71,25 @@ def damaged_file(folder: Path, hashes: Mapping[int, str]) -> Path | None:
     return None
 
 
+def find_sensitivities(
+    source: Source,
+    tokens: Tokens,
+    device: torch.device,
+    folder: Path,
+    signature: Mapping[str, Any],
+    watch: Watch = UNWATCHED,
+) -> dict[int, str]:
+    """The hash of each layer's file in a folder that the caller has locked, once a run there is complete; raises as
+    `SensitivityRun` does.
+    """
+    run = SensitivityRun(folder, source.config, signature)
+    try:
+        run.complete(source, first_tokens(tokens), device, watch)
+        return run.hashes
+    finally:
+        run.close()
+
+
 class SensitivityRun:
     """A run forward and back in a folder that its caller has locked; where it is complete, `hashes` has every layer."""
 

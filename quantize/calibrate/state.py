@@ -37,7 +37,7 @@ from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, 
 from .on_the_fly import DOWN
 from .run import Reading, weights_of
 from .sensitivity import JOURNAL as SENSITIVITY_JOURNAL
-from .sensitivity import SensitivityRun, damaged_file, first_tokens, sensitivity_record
+from .sensitivity import damaged_file, find_sensitivities, sensitivity_record
 from .tokens import Tokens
 
 LIMIT = 64 << 20
@@ -98,7 +98,10 @@ def make_state(source: Source, tokens: Tokens, path: Path, options: StateOptions
     ) as out:
         needed = _disk_bytes(config, tokens.size, len(kept), options.sensitivity)
         out.check_space(needed + source.disk_bytes())
-        hashes = _sensitivities(source, tokens, path, made, options) if options.sensitivity else {}
+        hashes: dict[int, str] = {}
+        if options.sensitivity:
+            signature = dict(flatten(made))
+            hashes = find_sensitivities(source, tokens, device, path, signature, options.watch)
         count, first = config.num_hidden_layers, len(out.journal.done)
         layers = {n: list(layer_inventory(config, n)) for n in range(count)}
         names = [spec.name for n in range(first, count) for spec in layers[n]]
@@ -136,17 +139,6 @@ def make_state(source: Source, tokens: Tokens, path: Path, options: StateOptions
         seconds=round(time.monotonic() - began, 3),
         peak_rss_bytes=peak_rss(),
     )
-
-
-def _sensitivities(
-    source: Source, tokens: Tokens, path: Path, made: Mapping[str, Any], options: StateOptions
-) -> dict[int, str]:
-    run = SensitivityRun(path, source.config, dict(flatten(made)))
-    try:
-        run.complete(source, first_tokens(tokens), open_device(options.device), options.watch)
-        return run.hashes
-    finally:
-        run.close()
 
 
 def _disk_bytes(config: ModelConfig, tokens: int, streams: int, sensitive: bool) -> int:

@@ -89,6 +89,7 @@ def calibrate(
         Progress(f"calibrate {output.name}", quiet) as progress,
         resumable("the same command continues after the last finished layer"),
     ):
+        from ...formats.checkpoint.source import lies_here
         from ...formats.machine import cores
         from ..calibrate.run import CalibrationOptions
         from ..calibrate.run import calibrate as run
@@ -104,14 +105,8 @@ def calibrate(
             ids = load_tokens(opened, asked)
             if streams:
                 first = equal_parts(opened.config.num_hidden_layers, streams)
-                state = make_state(
-                    opened,
-                    ids,
-                    output,
-                    StateOptions(
-                        first, device, force, restart, sensitivity=opened.disk_bytes() == 0, watch=progress
-                    ),
-                )
+                how = StateOptions(first, device, force, restart, lies_here(opened), progress)
+                state = make_state(opened, ids, output, how)
                 if as_json or not quiet:
                     emit(state, as_json, _render_state, finished=True)
                 return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...awq.from_imatrix import ImatrixModel, load_importance
 from ...awq.from_moments import blank_record, load_calibration
 from ...awq.importance import ModelImportance
-from ...formats.checkpoint.source import Source
+from ...formats.checkpoint.source import Source, lies_here
 from ...formats.errors import CalibrationError, ImatrixError
 from ...formats.minimax import ModelConfig
 from ...formats.statistics.imatrix import read_imatrix
@@ -68,7 +68,7 @@ class OnTheFly:
         """Whether a build from this source finds what errors behind each layer cost; CalibrationError where it is asked
         to, and the source does not lie here.
         """
-        here = source.disk_bytes() == 0
+        here = lies_here(source)
         if self.sensitivity and not here:
             raise CalibrationError(
                 "what errors behind each layer cost takes a source that lies here: it is read twice more",

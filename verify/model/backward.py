@@ -15,10 +15,11 @@ from .reference import (
     TensorWeights,
     Weights,
     before_experts,
-    blocks,
     choices_by_expert,
+    head_matrix,
     load,
     rms_norm,
+    run_expert,
 )
 
 TOGETHER = 8
@@ -31,10 +32,7 @@ def head_gradient(weights: Weights, cfg: ModelConfig, hidden: Tensor, draws: Ten
     `draws` [n_seq, len], even in [0, 1), decide y. The second moment of such gradients is the Fisher information, to
     which the divergence is ½ eᵀ G e for a small error e. lm_head is read once and held.
     """
-    norm = load(weights, "model.norm.weight", hidden)
-    head = hidden.new_empty(cfg.vocab_size, cfg.hidden_size)
-    for low, rows in blocks(weights, "lm_head.weight", cfg.vocab_size):
-        head[low : low + len(rows)] = torch.from_numpy(rows)
+    norm, head = load(weights, "model.norm.weight", hidden), head_matrix(weights, cfg, hidden)
     return torch.stack(
         [
             _row_gradients(head, norm, cfg.rms_norm_eps, x, u)
@@ -102,8 +100,7 @@ def _experts_backward(
         tokens = taken // ids.shape[1]
         x, share = inputs[tokens].requires_grad_(), shares.flatten()[taken].requires_grad_()
         with torch.enable_grad():
-            product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
-            out = F.linear(product, w2) * share[:, None]
+            out = run_expert((w1, w3, w2), x)[1] * share[:, None]
         of_x, of_shares[taken] = torch.autograd.grad(out, (x, share), gradient[tokens])
         of_inputs.index_add_(0, tokens, of_x)
     return of_inputs, of_shares.view_as(shares)

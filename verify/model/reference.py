@@ -292,11 +292,16 @@ def layer_by_layer(
         yield layer, hidden
 
 
-def logits(weights: Weights, cfg: ModelConfig, hidden: Tensor) -> Iterator[Tensor]:
-    """Yield each sequence's next-token logits [len, vocab] from hidden [n_seq, len, H]; lm_head is read once."""
-    norm = load(weights, "model.norm.weight", hidden)
-    head = hidden.new_empty(cfg.vocab_size, cfg.hidden_size)
+def head_matrix(weights: Weights, cfg: ModelConfig, like: Tensor) -> Tensor:
+    """lm_head [vocab, H] in the dtype and on the device of `like`, read some rows at a time."""
+    head = like.new_empty(cfg.vocab_size, cfg.hidden_size)
     for low, rows in blocks(weights, "lm_head.weight", cfg.vocab_size):
         head[low : low + len(rows)] = torch.from_numpy(rows)
+    return head
+
+
+def logits(weights: Weights, cfg: ModelConfig, hidden: Tensor) -> Iterator[Tensor]:
+    """Yield each sequence's next-token logits [len, vocab] from hidden [n_seq, len, H]; lm_head is read once."""
+    norm, head = load(weights, "model.norm.weight", hidden), head_matrix(weights, cfg, hidden)
     for sequence in hidden:
         yield F.linear(rms_norm(sequence, norm, cfg.rms_norm_eps), head)
