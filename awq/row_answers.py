@@ -64,16 +64,12 @@ def cost_factor(sensitivity: Sensitivity) -> F64 | None:
     return np.tril(backwards)[::-1, ::-1].T if cholesky(backwards) else None
 
 
-def row_answers(sensitivity: Sensitivity) -> RowAnswers | None:
-    """How the rows of a matrix that writes into a stream answer each other, where errors cost this there; None where
-    nothing is known of that.
+def row_answers(lower: F64 | None) -> RowAnswers | None:
+    """How the rows of a matrix that writes into a stream answer each other, where errors cost there what this
+    `cost_factor` f64 [hidden, hidden] says; None where nothing is known of that.
     """
-    lower = cost_factor(sensitivity)
-    return None if lower is None else answers_by(lower)
-
-
-def answers_by(lower: F64) -> RowAnswers:
-    """How the rows answer each other under a `cost_factor` f64 [hidden, hidden]."""
+    if lower is None:
+        return None
     width = len(lower)
     size = -(-width // BLOCKS)
     blocks = [slice(start, min(start + size, width)) for start in range(0, width, size)]

@@ -23,7 +23,7 @@ import numpy as np
 from layer_pass import LAYERS, MemorySource, config
 from mq_quant.awq.importance import Importance
 from mq_quant.awq.own_moments import OwnMoments, whitening
-from mq_quant.awq.row_answers import Sensitivity, row_answers
+from mq_quant.awq.row_answers import Sensitivity, cost_factor, row_answers
 from mq_quant.formats.errors import MqError
 from mq_quant.formats.minimax import expert_name
 from mq_quant.quantize.encode.answering import product
@@ -89,7 +89,7 @@ def layer_of(source: Any, count: int, alone: bool = False) -> OwnMoments:
     layer: Any = Layer(Importance(np.diag(above).copy(), above, 65536.0), below, rows)
     kept: Any = Kept(rows)
     directions = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
-    answers = None if alone else row_answers(Sensitivity(moment(directions), TOKENS))
+    answers = None if alone else row_answers(cost_factor(Sensitivity(moment(directions), TOKENS)))
     return OwnMoments(layer, answers, kept, whitening(above), whitening(below))
 
 

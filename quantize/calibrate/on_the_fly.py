@@ -27,7 +27,7 @@ from ...awq.from_imatrix import ImatrixModel
 from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
 from ...awq.importance import LayerImportance
 from ...awq.own_moments import with_rows
-from ...awq.row_answers import RowAnswers, answers_by, cost_factor
+from ...awq.row_answers import RowAnswers, cost_factor, row_answers
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
 from ...formats.minimax import ModelConfig
@@ -352,8 +352,7 @@ class GatheredImportance:
 
     def _row_answers(self, layer: int) -> RowAnswers | None:
         """How rows of the layer's down answer each other, where what errors behind it cost is known."""
-        factor = self._factor(layer)
-        return None if factor is None else answers_by(factor)
+        return row_answers(self._factor(layer))
 
     def costs(self, layer: int) -> NDArray[np.float32] | None:
         """What errors behind a layer cost, f32 [hidden, hidden] as of `cost_factor`, where it is known."""

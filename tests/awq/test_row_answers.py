@@ -7,7 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mq_quant.awq.row_answers import BLOCKS, DAMPING, RowAnswers, Sensitivity, encode_answering, row_answers
+from mq_quant.awq.row_answers import (
+    BLOCKS,
+    DAMPING,
+    RowAnswers,
+    Sensitivity,
+    cost_factor,
+    encode_answering,
+    row_answers,
+)
 
 ROWS, WIDTH, MANY = 96, 64, 10**9
 RANDOM = np.random.default_rng(5)
@@ -49,7 +57,7 @@ def test_errors_cost_less_than_those_of_rows_rounded_alone(alike: bool) -> None:
     g = moment()
     x = RANDOM.standard_normal((1000, WIDTH)) * (1 if alike else np.geomspace(1, 0.1, WIDTH))
     h = x.T @ x / len(x)
-    answers = row_answers(Sensitivity(g, MANY))
+    answers = row_answers(cost_factor(Sensitivity(g, MANY)))
     answering = payload_of(answers)
     assert cost(answering, g, h) < 0.7 * cost(rounded(MATRIX)[0], g, h)
     assert cost(answering, np.eye(ROWS), h) > cost(rounded(MATRIX)[0], np.eye(ROWS), h), "others pay for it"
@@ -58,7 +66,7 @@ def test_errors_cost_less_than_those_of_rows_rounded_alone(alike: bool) -> None:
 def test_each_block_is_shifted_to_where_all_that_follows_can_make_the_most_good() -> None:
     """Against the Schur complement: what errors of the first rows cost once the others answer as well as they can."""
     g = moment()
-    answers = row_answers(Sensitivity(g, MANY))
+    answers = row_answers(cost_factor(Sensitivity(g, MANY)))
     assert answers is not None and len(answers) == BLOCKS
     damped = (1 - DAMPING) * g / (np.trace(g) / ROWS) + DAMPING * np.eye(ROWS)
     free = np.linalg.inv(damped)
@@ -70,7 +78,7 @@ def test_each_block_is_shifted_to_where_all_that_follows_can_make_the_most_good(
 
 @pytest.mark.parametrize("tokens", [1, 1000, MANY])
 def test_where_all_directions_cost_the_same_nothing_changes(tokens: int) -> None:
-    answers = row_answers(Sensitivity(np.eye(ROWS) / ROWS, tokens))
+    answers = row_answers(cost_factor(Sensitivity(np.eye(ROWS) / ROWS, tokens)))
     assert answers is not None and not any(share.any() for _, share in answers)
     assert np.array_equal(payload_of(answers), rounded(MATRIX)[0])
 
@@ -99,14 +107,14 @@ def test_without_answers_all_rows_are_one_block() -> None:
     ids=["zero", "negative", "nan", "infinities", "nan beside the diagonal", "indefinite"],
 )
 def test_where_nothing_is_known_rows_are_rounded_alone(wrong: np.ndarray) -> None:
-    assert row_answers(Sensitivity(wrong, MANY)) is None
+    assert row_answers(cost_factor(Sensitivity(wrong, MANY))) is None
 
 
 def test_the_fewer_tokens_the_less_is_answered() -> None:
     g = moment()
 
     def answered(tokens: int) -> float:
-        answers = row_answers(Sensitivity(g, tokens))
+        answers = row_answers(cost_factor(Sensitivity(g, tokens)))
         assert answers is not None
         return sum(float(np.square(share).sum()) for _, share in answers)
 
@@ -117,14 +125,14 @@ def test_the_fewer_tokens_the_less_is_answered() -> None:
 def test_few_tokens_do_not_cost_more_than_none() -> None:
     """What is known of two hundred tokens, judged by what many say."""
     g = moment(50_000)
-    few = row_answers(Sensitivity(moment(200), 200))
+    few = row_answers(cost_factor(Sensitivity(moment(200), 200)))
     plain = cost(rounded(MATRIX)[0], g, np.eye(WIDTH))
     assert cost(payload_of(few), g, np.eye(WIDTH)) < plain
 
 
 @given(st.integers(1, 150), st.integers(1, 40), st.integers(0, 9))
 def test_blocks_have_every_row_once_whatever_the_width(rows: int, tokens: int, seed: int) -> None:
-    answers = row_answers(Sensitivity(moment(tokens, rows, seed), tokens))
+    answers = row_answers(cost_factor(Sensitivity(moment(tokens, rows, seed), tokens)))
     assert answers is not None and len(answers) <= BLOCKS
     at = 0
     for block, share in answers:
@@ -136,7 +144,7 @@ def test_blocks_have_every_row_once_whatever_the_width(rows: int, tokens: int, s
 
 
 def test_torch_gives_the_codes_of_numpy() -> None:
-    answers = row_answers(Sensitivity(moment(), MANY))
+    answers = row_answers(cost_factor(Sensitivity(moment(), MANY)))
     assert answers is not None
 
     def on_torch(rows: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:

@@ -101,7 +101,7 @@ def test_sensitivities_of_the_state_decide_what_is_written(
     source: Path, state: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the test before would say nothing of them: the same record without their bytes is another file."""
-    monkeypatch.setattr(on_the_fly, "answers_by", lambda _: None)
+    monkeypatch.setattr(on_the_fly, "row_answers", lambda _: None)
     (tmp_path / "ignored").write_bytes(built(source, tmp_path / "out").read_bytes())
     (tmp_path / "whole").write_bytes(whole)
     with open_hfq(tmp_path / "ignored") as a, open_hfq(tmp_path / "whole") as b:

@@ -12,7 +12,7 @@ import small_model
 from mq_quant.awq.from_imatrix import ImatrixLayer
 from mq_quant.awq.importance import Importance, LayerImportance
 from mq_quant.awq.own_moments import WithRows, mixed, own_moment, whitening
-from mq_quant.awq.row_answers import Sensitivity, row_answers
+from mq_quant.awq.row_answers import Sensitivity, cost_factor, row_answers
 from mq_quant.formats.blocks import MQ2_LLOYD, MQ3_LLOYD, Format
 from mq_quant.formats.errors import WeightError
 from mq_quant.formats.minimax import expert_name, parse_config
@@ -149,7 +149,9 @@ def gradients() -> np.ndarray:
 
 
 def answering(g: np.ndarray | None) -> Answering:
-    return Answering(layer(inputs(ROWS, 5)), None if g is None else row_answers(Sensitivity(g, 10**6)))
+    return Answering(
+        layer(inputs(ROWS, 5)), None if g is None else row_answers(cost_factor(Sensitivity(g, 10**6)))
+    )
 
 
 def cost(made: LayerEncoder, done: EncodedExpert, g: np.ndarray) -> float:
