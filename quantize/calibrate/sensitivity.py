@@ -3,18 +3,23 @@
 The gradient of the model's log-probabilities is carried back from the head, layer by layer; the second moment of its
 directions behind a layer is the layer's sensitivity (see `awq.row_answers`). The streams between layers lie on the disk
 meanwhile. Each layer's stream, and on the way back its sensitivity and the gradient before it, are durable before a
-journal names them, so that a run that was killed continues there.
+journal names them, so that a run that was killed continues there. The disk is read and written beside the next layer's
+work, and experts and sequences are spread over all GPUs, without a bit of difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...awq.row_answers import Sensitivity
@@ -25,14 +30,20 @@ from ...formats.statistics.moment_file import encode_layer, open_tensors, pack_m
 from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.backward import head_gradient, layer_backward
-from ...verify.model.reference import TensorWeights, Weights, embed, layer_forward
+from ...verify.model.device_weights import DeviceWeights
+from ...verify.model.reference import Weights, embed
+from ..encode.on_device.transfer import fetched, sent
 from ..spec.calibration_sizes import SENSITIVITY_TOKENS
 from ..write.atomic import write_atomic
+from ..write.in_order import InOrder
 from ..write.journal import CALIBRATION, Journal
 from ..write.stream_folder import StreamFolder
-from .layer_pass import layer_weights
+from .layer_pass import layer_weights, run_source, with_others
 from .moments import second_moment
 from .tokens import Tokens
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 JOURNAL = "sensitivity.journal"
 STREAM, GRADIENT = "stream", "gradient"
@@ -90,6 +101,20 @@ def find_sensitivities(
         run.close()
 
 
+@dataclass(frozen=True)
+class _Way:
+    """What the way forward and the way back have in common: streams have a shape [n_seq, len, hidden], and layers so
+    many weights each.
+    """
+
+    source: Source
+    devices: tuple[torch.device, ...]
+    shape: tuple[int, ...]
+    sizes: Sequence[int]
+    watch: Watch
+    disk: InOrder
+
+
 class SensitivityRun:
     """A run forward and back in a folder that its caller has locked; where it is complete, `hashes` has every layer."""
 
@@ -133,85 +158,98 @@ class SensitivityRun:
             watch.begin("finding what errors cost", 2 * sum(sizes), "weights", done)
             shape = (*tokens.shape, self._config.hidden_size)
             last = min(self.hashes, default=count) - 1
-            if last + 1 == count:
-                stream = self._forward(source, tokens, shape, device, forward, sizes, watch)
-                gradient = head_gradient(source, self._config, stream, _draws(tokens))
-            else:
-                gradient = self._load(GRADIENT, last, shape).to(device)
-            self._back(source, gradient, shape, device, last, sizes, watch)
+            with InOrder() as disk:
+                way = _Way(source, with_others(device), shape, sizes, watch, disk)
+                if last + 1 == count:
+                    gradient = head_gradient(
+                        source, self._config, self._forward(way, tokens, forward), _draws(tokens)
+                    )
+                else:
+                    gradient = _there(self._load(GRADIENT, last, shape), device)
+                self._back(way, gradient, last)
         for layer in range(count):  # those that a run left which was killed before it could drop them
             self._drop(layer)
 
-    def _forward(
-        self,
-        source: Source,
-        tokens: Tokens,
-        shape: tuple[int, ...],
-        device: torch.device,
-        first: int,
-        sizes: Sequence[int],
-        watch: Watch,
-    ) -> Tensor:
+    def _forward(self, way: _Way, tokens: Tokens, first: int) -> Tensor:
         """The stream behind the last layer, once all layers from `first` on have run."""
-        stream = self._load(STREAM, first, shape) if first else embed(source, tokens)
-        stream = stream.to(device)
-        for layer, weights in _ahead(source, device, range(first, len(sizes))):
+        given = self._load(STREAM, first, way.shape) if first else embed(way.source, tokens).numpy()
+        stream = _there(given, way.devices[0])
+        for layer, weights in _ahead(way, range(first, len(way.sizes))):
             with torch.no_grad():
-                stream = layer_forward(weights, self._config, layer, stream)
-            self._save(STREAM, layer + 1, stream)
-            watch.advance(sizes[layer], f"layer {layer}")
+                stream = run_source(weights, self._config, layer, stream)
+            way.disk.do(partial(self._run_forward, way, layer, fetched(stream)))
+        way.disk.wait()
         return stream
 
-    def _back(
-        self,
-        source: Source,
-        gradient: Tensor,
-        shape: tuple[int, ...],
-        device: torch.device,
-        last: int,
-        sizes: Sequence[int],
-        watch: Watch,
-    ) -> None:
+    def _run_forward(self, way: _Way, layer: int, stream: F32) -> None:
+        """Make durable that a layer has run."""
+        self._save(STREAM, layer + 1, stream)
+        way.watch.advance(way.sizes[layer], f"layer {layer}")
+
+    def _back(self, way: _Way, gradient: Tensor, last: int) -> None:
         """Write the sensitivity of each layer from `last` down to the first; `gradient` is the one behind `last`."""
-        for layer, weights in _ahead(source, device, range(last, -1, -1)):
-            sha256 = self._write(layer, gradient)
-            if layer:
-                entering = self._load(STREAM, layer, shape).to(device)
-                gradient = layer_backward(weights, self._config, layer, entering, gradient)
-                self._save(GRADIENT, layer - 1, gradient)
-            self._journal.record(_unit(_NAME, layer), sha256)
-            self._drop(layer)
-            watch.advance(sizes[layer], f"layer {layer}, back")
+        with ThreadPoolExecutor(1, thread_name_prefix="streams") as reader:
+
+            def read(layer: int) -> Future[F32]:
+                return reader.submit(self._load, STREAM, layer, way.shape)
+
+            coming = read(last) if last else None
+            for layer, weights in _ahead(way, range(last, -1, -1)):
+                moment, count = _of_directions(gradient, layer)
+                before = None
+                if coming is not None:
+                    entering = _there(coming.result(), way.devices[0])
+                    coming = read(layer - 1) if layer > 1 else None
+                    gradient = layer_backward(weights, self._config, layer, entering, gradient)
+                    before = fetched(gradient)
+                way.disk.do(partial(self._run_back, way, layer, moment, count, before))
+
+    def _run_back(self, way: _Way, layer: int, moment: F64, count: int, before: F32 | None) -> None:
+        """Make durable what errors behind a layer cost, and the gradient `before` it."""
+        arrays = {_NAME: pack_moment(moment), "tokens": np.array([count])}
+        sha256 = write_atomic(self._folder / sensitivity_file(layer), encode_layer(arrays)).sha256
+        if before is not None:
+            self._save(GRADIENT, layer - 1, before)
+        self._journal.record(_unit(_NAME, layer), sha256)
+        self._drop(layer)
+        way.watch.advance(way.sizes[layer], f"layer {layer}, back")
 
     def _drop(self, layer: int) -> None:
         """Remove the stream and the gradient behind a layer that is done."""
         self._streams.drop(STREAM, layer + 1)
         self._streams.drop(GRADIENT, layer)
 
-    def _write(self, layer: int, gradient: Tensor) -> str:
-        rows = gradient.flatten(0, 1)
-        length = rows.double().square().sum(1).sqrt().float()
-        good = length.isfinite() & (length > 0)
-        rows, count = rows[good] / length[good, None], int(good.sum())
-        if not count:
-            raise CalibrationError(
-                f"layer {layer}: no token has a finite gradient",
-                hint="give --no-sensitivity, or look at the checkpoint: its activations overflow",
-            )
-        packed = pack_moment((second_moment(rows) / count).cpu().numpy())
-        arrays = {_NAME: packed, "tokens": np.array([count])}
-        return write_atomic(self._folder / sensitivity_file(layer), encode_layer(arrays)).sha256
+    def _save(self, name: str, layer: int, stream: F32) -> None:
+        self._journal.record(_unit(name, layer), self._streams.save(name, layer, stream))
 
-    def _save(self, name: str, layer: int, stream: Tensor) -> None:
-        self._journal.record(_unit(name, layer), self._streams.save(name, layer, stream.cpu().numpy()))
-
-    def _load(self, name: str, layer: int, shape: tuple[int, ...]) -> Tensor:
+    def _load(self, name: str, layer: int, shape: tuple[int, ...]) -> F32:
         sha256 = self._journal.done[_unit(name, layer)]["xxh64"]
-        return torch.from_numpy(self._streams.load(name, layer, shape, sha256))
+        return self._streams.load(name, layer, shape, sha256)
 
 
 def _unit(name: str, layer: int) -> str:
     return f"{name}.{layer}"
+
+
+def _there(stream: F32, device: torch.device) -> Tensor:
+    return torch.from_numpy(stream) if device.type == "cpu" else sent(stream, device)
+
+
+def _of_directions(gradient: Tensor, layer: int) -> tuple[F64, int]:
+    """E[g gᵀ] f64 [hidden, hidden] of the gradients [n_seq, len, hidden] behind a layer, each of length 1, and how many
+    have one; CalibrationError where none has.
+    """
+    rows = gradient.flatten(0, 1)
+    length = rows.double().square().sum(1).sqrt().float()
+    good = length.isfinite() & (length > 0)
+    rows, count = rows[good] / length[good, None], int(good.sum())
+    if not count:
+        raise CalibrationError(
+            f"layer {layer}: no token has a finite gradient",
+            hint="give --no-sensitivity, or look at the checkpoint: its activations overflow",
+        )
+    moment: F64 = (second_moment(rows) / count).cpu().numpy()
+    return moment, count
 
 
 def _draws(tokens: Tokens) -> Tensor:
@@ -219,17 +257,15 @@ def _draws(tokens: Tokens) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).random(tokens.shape, np.float32))
 
 
-def _ahead(
-    source: Source, device: torch.device, layers: Sequence[int]
-) -> Iterator[tuple[int, Weights | TensorWeights]]:
+def _ahead(way: _Way, layers: Sequence[int]) -> Iterator[tuple[int, Weights | DeviceWeights]]:
     """The weights of layers in turn; on a GPU the next one's are read meanwhile."""
     with ExitStack() as last:
-        coming: list[tuple[ExitStack, Weights | TensorWeights]] = []
+        coming: list[tuple[ExitStack, Weights | DeviceWeights]] = []
 
         def begin(layer: int) -> None:
             opened = ExitStack()
             last.callback(opened.close)
-            coming.append((opened, opened.enter_context(layer_weights(source, (device,), layer))))
+            coming.append((opened, opened.enter_context(layer_weights(way.source, way.devices, layer))))
 
         for place, layer in enumerate(layers):
             if not coming:

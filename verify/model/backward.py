@@ -6,21 +6,25 @@ that of the forward pass; sums are taken in one order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ...formats.minimax import ModelConfig, expert_name
+from .device_weights import DeviceWeights
 from .reference import (
     TensorWeights,
     Weights,
     before_experts,
-    choices_by_expert,
+    by_expert,
     head_matrix,
     load,
     rms_norm,
     run_expert,
 )
+from .spread_forward import beside_experts, rounds
 
 TOGETHER = 8
 """Sequences whose attention has its gradients held at once."""
@@ -52,40 +56,47 @@ def _row_gradients(head: Tensor, norm: Tensor, eps: float, hidden: Tensor, draws
 
 
 def layer_backward(
-    weights: Weights | TensorWeights, cfg: ModelConfig, layer: int, hidden: Tensor, gradient: Tensor
+    weights: Weights | DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, gradient: Tensor
 ) -> Tensor:
     """The gradient [n_seq, len, H] with respect to the stream that enters a layer, from the one behind it.
 
-    `hidden` [n_seq, len, H] is the stream that enters. Who takes which experts is held as it is.
+    `hidden` [n_seq, len, H] is the stream that enters. Who takes which experts is held as it is. Where the weights lie
+    on several devices, sequences and experts are spread over them as `spread_forward` does it, with the bits of one.
     """
-    groups = list(
-        zip(
-            torch.split(hidden, TOGETHER),
-            torch.split(gradient, TOGETHER),
-            strict=True,
+    there: Sequence[Weights | TensorWeights] = [weights]
+    if isinstance(weights, DeviceWeights):
+        there = beside_experts(weights, cfg, layer)
+    devices = _devices(weights, hidden)
+    groups = [
+        (place := n % len(devices), x.to(devices[place]), g)
+        for n, (x, g) in enumerate(
+            zip(torch.split(hidden, TOGETHER), torch.split(gradient, TOGETHER), strict=True)
         )
-    )
+    ]
     with torch.no_grad():
-        seen = [before_experts(weights, cfg, layer, x)[1:] for x, _ in groups]
-    inputs = torch.cat([t for t, _ in seen])
-    ids, shares = (torch.cat([getattr(routing, name) for _, routing in seen]) for name in ("ids", "weights"))
-    of_inputs, of_shares = _experts_backward(weights, cfg, layer, inputs, ids, shares, gradient.flatten(0, 1))
-    out, start = torch.empty_like(hidden), 0
-    for n, (x, g) in enumerate(groups):
-        some = slice(start, start + g.shape[0] * g.shape[1])
+        seen = [before_experts(there[place], cfg, layer, x)[1:] for place, x, _ in groups]
+    inputs, ids, shares = (
+        torch.cat([part.to(hidden.device) for part in parts])
+        for parts in zip(*((t, routing.ids, routing.weights) for t, routing in seen), strict=True)
+    )
+    below = _experts_backward(weights, cfg, layer, inputs, ids, shares, gradient.flatten(0, 1))
+    sizes = [x.shape[0] * x.shape[1] for _, x, _ in groups]
+    found = []
+    for (place, x, g), *given in zip(groups, *(torch.split(part, sizes) for part in below), strict=True):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            stream, t, routing = before_experts(weights, cfg, layer, x)
-        given = g, of_inputs[some], of_shares[some]
-        (out[n * TOGETHER : n * TOGETHER + len(g)],) = torch.autograd.grad(
-            (stream, t, routing.weights), x, given
-        )
-        start = some.stop
-    return out
+            stream, t, routing = before_experts(there[place], cfg, layer, x)
+        behind = [part.to(x.device) for part in (g, *given)]
+        found += torch.autograd.grad((stream, t, routing.weights), x, behind)
+    return torch.cat([part.to(hidden.device) for part in found])
+
+
+def _devices(weights: Weights | DeviceWeights, hidden: Tensor) -> Sequence[torch.device]:
+    return weights.devices if isinstance(weights, DeviceWeights) else (hidden.device,)
 
 
 def _experts_backward(
-    weights: Weights | TensorWeights,
+    weights: Weights | DeviceWeights,
     cfg: ModelConfig,
     layer: int,
     inputs: Tensor,
@@ -94,13 +105,30 @@ def _experts_backward(
     gradient: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to what the experts of a layer see, [n, H], and to their weights in the sum, [n, k]."""
-    of_inputs, of_shares = torch.zeros_like(inputs), torch.zeros_like(shares).flatten()
-    for e, taken in choices_by_expert(ids, cfg.num_local_experts):
-        w1, w3, w2 = (load(weights, expert_name(layer, e, w), inputs) for w in ("w1", "w3", "w2"))
-        tokens = taken // ids.shape[1]
-        x, share = inputs[tokens].requires_grad_(), shares.flatten()[taken].requires_grad_()
-        with torch.enable_grad():
-            out = run_expert((w1, w3, w2), x)[1] * share[:, None]
-        of_x, of_shares[taken] = torch.autograd.grad(out, (x, share), gradient[tokens])
-        of_inputs.index_add_(0, tokens, of_x)
+    devices = _devices(weights, inputs)
+    order, sizes = by_expert(ids, cfg.num_local_experts)
+    there = [
+        (
+            inputs.to(device),
+            gradient.to(device),
+            torch.split((order // ids.shape[1]).to(device), sizes),
+            torch.split(shares.flatten()[order].to(device), sizes),
+        )
+        for device in devices
+    ]
+    of_inputs, taken, tokens = torch.zeros_like(inputs), torch.split(order, sizes), there[0][2]
+    of_shares = torch.zeros_like(shares).flatten()
+    for some in rounds(sizes, len(devices)):
+        found = {}
+        for e in some:
+            seen, behind, chosen, weighed = there[e % len(devices)]
+            x, share = seen[chosen[e]].requires_grad_(), weighed[e].clone().requires_grad_()
+            w1, w3, w2 = (load(weights, expert_name(layer, e, w), x) for w in ("w1", "w3", "w2"))
+            with torch.enable_grad():
+                out = run_expert((w1, w3, w2), x)[1] * share[:, None]
+            found[e] = torch.autograd.grad(out, (x, share), behind[chosen[e]])
+        back = {e: [part.to(inputs.device) for part in made] for e, made in found.items()}
+        for e, (of_x, of_share) in back.items():
+            of_inputs.index_add_(0, tokens[e], of_x)
+            of_shares[taken[e]] = of_share
     return of_inputs, of_shares.view_as(shares)

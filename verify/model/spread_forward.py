@@ -57,7 +57,7 @@ def spread_forward(
     hidden, inputs, routing = spread_before_experts(weights, cfg, layer, hidden, observer)
     routed, sizes = _routed(weights, cfg, inputs, routing)
     out = torch.zeros_like(inputs)
-    for some in _rounds(sizes, len(weights.devices)):
+    for some in rounds(sizes, len(weights.devices)):
         _add(
             out,
             routed[0].tokens,
@@ -74,13 +74,17 @@ def spread_before_experts(
     return hidden, *into_experts(weights, cfg, layer, hidden, observer)
 
 
+def beside_experts(weights: DeviceWeights, cfg: ModelConfig, layer: int) -> list[Tensors]:
+    """The tensors of a layer but for its experts', on each of the devices."""
+    first = {s.name: weights.tensor(s.name) for s in layer_inventory(cfg, layer) if s.role != "expert"}
+    return [Tensors({name: t.to(device) for name, t in first.items()}) for device in weights.devices]
+
+
 def _behind_attention(
     weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer
 ) -> Tensor:
     """The residual stream [n_seq, len, H] behind attention."""
-    names = [s.name for s in layer_inventory(cfg, layer) if s.role in ("attn", "norm")]
-    first = Tensors({name: weights.tensor(name) for name in names})
-    there = [Tensors({name: t.to(device) for name, t in first.of.items()}) for device in weights.devices]
+    there = beside_experts(weights, cfg, layer)
     some = torch.split(hidden, max(1, TOKENS // hidden.shape[1]))
     places = [n % len(there) for n in range(len(some))]
     sent = [part.to(weights.devices[place]) for part, place in zip(some, places, strict=True)]
@@ -118,7 +122,7 @@ def _add(out: Tensor, tokens: Sequence[Tensor], made: Mapping[int, Tensor]) -> N
         out.index_add_(0, tokens[e], rows)
 
 
-def _rounds(sizes: Sequence[int], devices: int) -> Iterator[list[int]]:
+def rounds(sizes: Sequence[int], devices: int) -> Iterator[list[int]]:
     """The experts that are chosen, so many at a time as run before what they put out is added."""
     some, rows = [], 0
     for e, size in enumerate(sizes):

@@ -10,9 +10,10 @@ import small_model
 import torch
 from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.errors import CheckpointError
-from mq_quant.formats.minimax import expert_name, layer_inventory
+from mq_quant.formats.minimax import expert_name, expert_of, layer_inventory
 from mq_quant.quantize.calibrate.moments import LayerMoments
 from mq_quant.verify.model import spread_forward as module
+from mq_quant.verify.model.backward import TOGETHER, layer_backward
 from mq_quant.verify.model.device_weights import DeviceWeights
 from mq_quant.verify.model.reference import Observer, layer_forward
 from mq_quant.verify.model.spread_forward import spread_forward
@@ -103,6 +104,32 @@ def test_few_rows_wait(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> N
     sizes = np.array([5, 0, 9, 1, 1, 1, 1, 30, 2]).tolist()
     monkeypatch.setattr(module, "ROWS", 7)
     monkeypatch.setattr(module, "EXPERTS", 2)
-    assert list(module._rounds(sizes, 2)) == [[0, 2], [3, 4, 5, 6], [7], [8]]
-    assert list(module._rounds(sizes, 1)) == [[0, 2], [3, 4], [5, 6], [7], [8]]
-    assert list(module._rounds([0, 0], 1)) == []
+    assert list(module.rounds(sizes, 2)) == [[0, 2], [3, 4, 5, 6], [7], [8]]
+    assert list(module.rounds(sizes, 1)) == [[0, 2], [3, 4], [5, 6], [7], [8]]
+    assert list(module.rounds([0, 0], 1)) == []
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_the_way_back_has_the_bits_of_one_device_too(
+    source: Checkpoint, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the way back without devices, which is compared with torch's own."""
+    monkeypatch.setattr(module, "EXPERTS", at_once)
+    random = np.random.default_rng(4)
+    shape = (2 * TOGETHER + 1, 5, source.config.hidden_size)
+    hidden, given = (torch.from_numpy(random.standard_normal(shape, np.float32)) for _ in range(2))
+    want = layer_backward(source, source.config, 0, hidden, given)
+    assert want.isfinite().all() and want.abs().max() > 0
+    for devices in (1, 2, 3):
+        weights = sent(source, devices)
+        asked: set[int] = set()
+        tensor = weights.tensor
+        monkeypatch.setattr(weights, "tensor", lambda name: asked.add(_place(weights, name)) or tensor(name))  # noqa: B023
+        assert torch.equal(layer_backward(weights, source.config, 0, hidden, given), want)
+        assert asked == set(range(devices))
+        weights.close()
+
+
+def _place(weights: DeviceWeights, name: str) -> int:
+    found = expert_of(name)
+    return weights.place(found[1]) if found else 0
