@@ -36,7 +36,7 @@ constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
 
 // Registers are limited so that RESIDENT_THREADS threads fit a multiprocessor, or one block that streams.
 constexpr bool STREAMS = Tiled<FORMAT>::STAGE > 0 && How::WHOLE < 2;
-constexpr int EXPERT_STAGES = STREAMS ? (CHUNK + 1) * Tiled<FORMAT>::STAGE : 1;
+constexpr int EXPERT_STAGES = STREAMS ? CHUNK * Tiled<FORMAT>::STAGE : 1;
 constexpr int EXPERT_LDS = EXPERT_STAGES > STAGES ? EXPERT_STAGES : STAGES;
 #ifdef MQ_RESIDENT
 template <int THREADS>
@@ -220,13 +220,14 @@ DEVICE void await_and_multiply_rows(const Job<MATRICES>& job, const float* x, fl
 
 // All of a job, by any number of blocks, where it is streamed through a ring of `copied` stages; else as above.
 template <int MATRICES>
-DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* staged, int copied) {
+DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* staged, int copied, int tile, int tiles,
+                               int share) {
 #ifdef MQ_COPY
   if constexpr (STREAMS && MATRICES > How::WHOLE) {
     HIP_DYNAMIC_SHARED(uint8_t, lds)
     LDS(Ring, ring, 1);
-    if (copied > 0) {
-      Stream<FORMAT, MATRICES> stream(job, ring, lds, copied);
+    if (tile > 0) {
+      Stream<FORMAT, MATRICES> stream(job, ring, lds, copied, tile, tiles, share);
       if (wave() == stream.waves) {
         stream.copy();
       } else {
@@ -242,24 +243,25 @@ DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* 
 // gate, up f32 [tokens, slots, rows] = W1, W3 of expert ids[t, slot] · x f32 [tokens, cols]. Expert e's matrices [rows, cols]
 // lie at gate_at[e] and up_at[e] bytes in the two buffers (which may be one), or at -1. Grid (blocks of rows, slots, tokens),
 // and a team makes ROWS / 2 rows of each matrix from one read of x; or any grid, where the product is streamed. `copied`: the
-// waves of a block whose rows come through the dynamic LDS, or the stages of the ring there; 0 where rows come directly.
+// waves of a block whose rows come through the dynamic LDS, or the stages of the ring there; 0 where rows come directly. What is
+// streamed is told the rows of a stage, the stages of a matrix and those that each block has.
 KERNEL(EXPERT_THREADS) expert_gate_up(float* __restrict__ gate, float* __restrict__ up,
                                       const uint8_t* __restrict__ gate_matrices, const int64_t* __restrict__ gate_at,
                                       const uint8_t* __restrict__ up_matrices, const int64_t* __restrict__ up_at,
                                       const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows,
-                                      int groups, int tokens, int slots, int copied) {
+                                      int groups, int tokens, int slots, int copied, int tile, int tiles, int share) {
   LDS(float, staged, EXPERT_LDS);
   const Job<2> job = {
       {gate_matrices, up_matrices}, {gate_at, up_at}, {gate, up}, ids, experts, rows, groups, tokens * slots, slots};
-  await_and_multiply<2>(job, x, staged, copied);
+  await_and_multiply<2>(job, x, staged, copied, tile, tiles, share);
 }
 
 // out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid and `copied` as above.
 KERNEL(EXPERT_THREADS) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices,
                                    const int64_t* __restrict__ at, const int32_t* __restrict__ ids,
                                    const float* __restrict__ x, int experts, int rows, int groups, int tokens, int slots,
-                                   int copied) {
+                                   int copied, int tile, int tiles, int share) {
   LDS(float, staged, EXPERT_LDS);
   const Job<1> job = {{matrices}, {at}, {out}, ids, experts, rows, groups, tokens * slots, 1};
-  await_and_multiply<1>(job, x, staged, copied);
+  await_and_multiply<1>(job, x, staged, copied, tile, tiles, share);
 }

@@ -306,7 +306,7 @@ def _launch_experts(
     """Launch a product of one or two matrices of each expert, all of one shape, through LDS where that can be done."""
     first, kernel = w[0], backend.kernel(name, w[0].format)
     slots, tokens = grid
-    copied, lds, tile = 0, 0, 0
+    copied, lds, tile, tiles, share = 0, 0, 0, 0, 0
     if first.cols // GROUP <= CHUNK and all(m.aligned for m in w):
         if len(w) <= WHOLE.get(first.format, 0):
             copied, lds = _whole(backend, kernel, first)
@@ -314,14 +314,15 @@ def _launch_experts(
             copied, lds, tile = _ring(backend, kernel, first)
     if tile:
         waves = WAVES + 1
-        blocks: tuple[int, ...] = (
-            min(backend.multiprocessors, slots * tokens * len(w) * _ceil(first.rows, tile)),
-        )
+        tiles = _ceil(first.rows, tile)
+        count = slots * tokens * len(w) * tiles
+        blocks: tuple[int, ...] = (min(backend.multiprocessors, count),)
+        share = count // blocks[0]
     else:
         waves = copied or min(kernel.threads, DIRECT_THREADS) // WAVE
         blocks = (_ceil(first.rows, _rows(backend, first.format, waves) // len(w)), *grid)
     shape = (first.offsets.size, first.rows, first.cols // GROUP, tokens, slots)
-    backend.launch(kernel, blocks, (waves * WAVE,), (*args, *shape, copied), lds)
+    backend.launch(kernel, blocks, (waves * WAVE,), (*args, *shape, copied, tile, tiles, share), lds)
 
 
 def _whole(backend: Backend, kernel: Kernel, w: Experts) -> tuple[int, int]:
@@ -334,7 +335,8 @@ def _whole(backend: Backend, kernel: Kernel, w: Experts) -> tuple[int, int]:
 def _ring(backend: Backend, kernel: Kernel, w: Experts) -> tuple[int, int, int]:
     """(stages of the ring through which rows are streamed, bytes of LDS, rows of a stage); zeros where it cannot be."""
     line, members = BY_NAME[w.format].nbytes(w.cols), _ceil(w.cols // GROUP, SHARE)
-    rows, shift = MOST_RUNS // members * WAVE_ROWS[w.format], 0 if line % CONFLICT else SHIFT
+    rows = MOST_RUNS // members * WAVE_ROWS[w.format]
+    shift = 0 if line % CONFLICT or w.format in backend.slices else SHIFT
     stage = rows * (line + 4 * members) + rows // SHIFTED * shift
     stages = min(MOST_STAGES, backend.lds_for_copies(kernel) // stage)
     return (stages, stages * stage, rows) if stages > 1 else (0, 0, 0)

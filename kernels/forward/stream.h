@@ -3,7 +3,8 @@
 // The last wave of a block copies: tiles go to the stages of a ring, one after the other, as far ahead as the ring is long.
 // The other waves form teams that take tiles in turns. A wave of a team multiplies at most SHARE groups of a run of ROWS rows;
 // the one that is the last to have done so adds up what all have made of the run, in the order of the waves. x lies in LDS for
-// as long as it stays the same. The copies begin before the kernel before this one has ended.
+// as long as it stays the same. The copies begin before the kernel before this one has ended. What a multiprocessor asks for
+// comes in turns, x behind the rows that were asked for before it: so no more of them are under way than memory needs.
 #pragma once
 #include "bits.h"
 #include "bytes.h"
@@ -60,17 +61,29 @@ struct Stream {
   using Weights = typename Tiled<Format>::Weights;
   static constexpr int LANES = 4, APART = WAVE / LANES, ROWS = APART * Dot::ROWS;    // LANES share a row; rows of a wave
 
-  // Where a tile of the list lies, and its stage of the ring with how often the ring was gone round before.
+  // A stage of the ring, and how often the ring was gone round before.
+  struct Place {
+    int stages, stage = 0, rounds = 0;
+    DEVICE_MEMBER explicit Place(int stages) : stages(stages) {}
+    DEVICE_MEMBER void move(int by) {
+      for (stage += by; stage >= stages; stage -= stages) rounds++;
+    }
+  };
+
+  // Where a tile of the list lies.
   struct Tile {
-    int tiles, stages, number, matrix, slot, stage = 0, rounds = 0;
-    DEVICE_MEMBER Tile(int tiles, int stages, int at)
-        : tiles(tiles), stages(stages), number(at % tiles), matrix(at / tiles % MATRICES), slot(at / tiles / MATRICES) {}
+    int tiles, number, matrix, slot;
+    DEVICE_MEMBER Tile(int tiles, int at) : tiles(tiles) {
+      const int before = at / tiles;    // matrices
+      number = at - before * tiles;
+      matrix = before % MATRICES;
+      slot = before / MATRICES;
+    }
     DEVICE_MEMBER void move(int by) {
       for (number += by; number >= tiles; number -= tiles) {
         slot += matrix == MATRICES - 1;
         matrix = matrix == MATRICES - 1 ? 0 : matrix + 1;
       }
-      for (stage += by; stage >= stages; stage -= stages) rounds++;
     }
   };
 
@@ -78,20 +91,20 @@ struct Stream {
   Ring* ring;
   uint8_t* lds;
   int stages, waves;                  // waves that multiply
-  int members, runs, teams;           // waves that share a run of ROWS rows, runs of a tile, teams of members · runs waves
-  int rows, tiles, line, shift;       // of a tile, of a matrix, bytes of a row
-  int first, count;                   // the block's share of the list
+  int rows, runs, members;            // of a tile, runs of ROWS rows of it, waves that share a run
+  int line, shift;                    // bytes of a row
+  int count;                          // the block's share of the list
+  Tile first;
   const uint8_t* matrix = nullptr;    // of the first tile
 
-  DEVICE_MEMBER Stream(const Job<MATRICES>& job, Ring* ring, uint8_t* lds, int stages)
-      : job(job), ring(ring), lds(lds), stages(stages), waves((int)blockDim.x / WAVE - 1),
-        members((job.groups + SHARE - 1) / SHARE), runs(MOST_RUNS / members), teams(min(waves / (members * runs), stages)),
-        rows(runs * ROWS), tiles((job.rows + rows - 1) / rows), line(job.groups * Format::BYTES),
-        shift(line % CONFLICT ? 0 : SHIFT) {
-    const int all = job.slots * MATRICES * tiles, share = all / (int)gridDim.x, rest = all % (int)gridDim.x;
-    first = (int)blockIdx.x * share + min((int)blockIdx.x, rest);
-    count = share + ((int)blockIdx.x < rest);
-    if (wave() == waves) matrix = job.matrix(first / tiles % MATRICES, first / tiles / MATRICES);
+  // `share`: the tiles of a block, but for the rest of the list, of which the first blocks have a tile more each.
+  DEVICE_MEMBER Stream(const Job<MATRICES>& job, Ring* ring, uint8_t* lds, int stages, int rows, int tiles, int share)
+      : job(job), ring(ring), lds(lds), stages(stages), waves((int)blockDim.x / WAVE - 1), rows(rows), runs(rows / ROWS),
+        members((job.groups + SHARE - 1) / SHARE), line(job.groups * Format::BYTES),
+        shift(Dot::SHIFTS && line % CONFLICT == 0 ? SHIFT : 0),
+        first(tiles, (int)blockIdx.x * share + min((int)blockIdx.x, rest_of(job, tiles, share))) {
+    count = share + ((int)blockIdx.x < rest_of(job, tiles, share));
+    if (wave() == waves) matrix = job.matrix(first.matrix, first.slot);
     if ((int)threadIdx.x < stages) {
       prepare(ring->filled + threadIdx.x, 1);
       prepare(ring->emptied + threadIdx.x, runs);
@@ -99,6 +112,10 @@ struct Stream {
     }
     if (threadIdx.x == 0) prepare(&ring->met, waves);
     __syncthreads();
+  }
+
+  static DEVICE_MEMBER int rest_of(const Job<MATRICES>& job, int tiles, int share) {
+    return job.slots * MATRICES * tiles - share * (int)gridDim.x;
   }
 
   // Where a row of a stage lies: SHIFTED rows follow one another, and the next ones lie `shift` bytes further.
@@ -113,81 +130,96 @@ struct Stream {
 
   // The last wave's work.
   DEVICE_MEMBER void copy() {
-    Tile tile(tiles, stages, first);
+    Tile tile = first;
+    Place place(stages), before(stages);    // of the tile, of the one that has to be there first
+    const int all = rows * line, piece = shift ? SHIFTED * line : all;
     for (int i = 0; i < count; i++) {
       if (i > 0 && tile.number == 0) matrix = job.matrix(tile.matrix, tile.slot);
-      if (tile.rounds > 0) await_arrival(ring->emptied + tile.stage, (tile.rounds - 1) % 2);
+      if (i >= min(UNDER_WAY, stages)) {
+        await_arrival(ring->filled + before.stage, before.rounds % 2);
+        before.move(1);
+      }
+      if (place.rounds > 0) await_arrival(ring->emptied + place.stage, (place.rounds - 1) % 2);
       if (lane() == 0) {
-        const int present = matrix ? min(rows, job.rows - tile.number * rows) : 0, piece = shift ? SHIFTED : rows;
-        ring->missing[tile.stage] = !matrix;
-        expect(ring->filled + tile.stage, present * line);
-        for (int at = 0; at < present; at += piece) {
-          copy_run(row(tile.stage, at), matrix + (int64_t)(tile.number * rows + at) * line, min(piece, present - at) * line,
-                   ring->filled + tile.stage);
+        const int left = job.rows - tile.number * rows, bytes = !matrix ? 0 : left < rows ? left * line : all;
+        const uint8_t* from = matrix + (int64_t)tile.number * all;
+        uint8_t* to = row(place.stage, 0);
+        ring->missing[place.stage] = !matrix;
+        expect(ring->filled + place.stage, bytes);
+        for (int at = 0; at < bytes; at += piece, to += piece + shift) {
+          copy_run(to, from + at, min(piece, bytes - at), ring->filled + place.stage);
         }
       }
       tile.move(1);
+      place.move(1);
     }
   }
 
   // Waits until a stage is filled with a tile. Arrivals tell an even round from an odd one and no more, so the tile of the round
   // before must be gone first.
-  DEVICE_MEMBER void await_filled(const Tile& tile) const {
-    if (tile.rounds > 0) await_arrival(ring->emptied + tile.stage, (tile.rounds - 1) % 2);
-    await_arrival(ring->filled + tile.stage, tile.rounds % 2);
+  DEVICE_MEMBER void await_filled(const Place& place) const {
+    if (place.rounds > 0) await_arrival(ring->emptied + place.stage, (place.rounds - 1) % 2);
+    await_arrival(ring->filled + place.stage, place.rounds % 2);
   }
 
   // The other waves' work.
   DEVICE_MEMBER void multiply(const float* x, float* staged) const {
     const int member = wave() % members, run = wave() / members % runs, team = wave() / (members * runs);
+    const int teams = min(waves / (members * runs), stages);
     const int lead = lane() / LANES, quarter = lane() % LANES;
-    Tile tile(tiles, stages, first);
+    Tile tile = first, last = first;
+    Place place(stages);
+    last.move(count - 1);
     int x_row = tile.slot / job.per_x, met = 0;
-    const int last_row = (first + count - 1) / tiles / MATRICES / job.per_x;
-    for (int i = threadIdx.x; i < Dot::STAGE; i += waves * WAVE) staged[job.groups * Dot::STAGE + i] = 0.0f;
     await_previous();
     take(x, x_row, staged);
     meet(met);
     tile.move(team);
+    place.move(team);
     for (int i = team < teams ? team : count; i < count; i += teams) {
-      for (const int wanted = tile.slot / job.per_x; x_row < wanted;) turn(x, ++x_row, staged, met);
-      await_filled(tile);
+      while (tile.slot >= (x_row + 1) * job.per_x) turn(x, ++x_row, staged, met);
+      await_filled(place);
       Dot dot;
+      const uint8_t* at[Dot::ROWS];
+#pragma unroll
+      for (int r = 0; r < Dot::ROWS; r++) at[r] = row(place.stage, run * ROWS + r * APART + lead);
 #pragma unroll(Dot::AT_ONCE)
-      for (int k = 0; k < SHARE; k++) {
-        const int group = k * members + member, there = min(group, job.groups - 1);    // past the end x is 0
+      for (int group = member; group < job.groups; group += members) {
         typename Weights::Raw raw[Dot::ROWS];
 #pragma unroll
-        for (int r = 0; r < Dot::ROWS; r++) {
-          raw[r] = Weights::read(row(tile.stage, run * ROWS + r * APART + lead) + there * Format::BYTES, quarter);
-        }
-        dot.add(raw, staged + min(group, job.groups) * Dot::STAGE, nullptr);
+        for (int r = 0; r < Dot::ROWS; r++) raw[r] = Weights::read(at[r] + group * Format::BYTES, quarter);
+        dot.add(raw, staged + group * Dot::STAGE, nullptr);
       }
       const float total = dot.total();
-      float* made = sums(tile.stage, run);
+      float* made = sums(place.stage, run);
       constexpr int KEEPERS = LANES / Dot::ROWS;    // lanes that have the total of a row
       if (quarter % KEEPERS == 0) made[member * ROWS + quarter / KEEPERS * APART + lead] = total;
       sync_wave();
-      int before = 0;
-      if (lane() == 0) before = count_up(&ring->done[tile.stage][run]);
-      if (__shfl(before, 0) == members - 1) finish(tile, run, made);
+      int before = members - 1;
+      if (members > 1) {
+        if (lane() == 0) before = count_up(&ring->done[place.stage][run]);
+        before = __shfl(before, 0);
+      }
+      if (before == members - 1) finish(tile, place.stage, run, made);
       tile.move(teams);
+      place.move(teams);
     }
-    while (x_row < last_row) turn(x, ++x_row, staged, met);
+    while (last.slot >= (x_row + 1) * job.per_x) turn(x, ++x_row, staged, met);
   }
 
   // Adds up what the members have made of a run; then nobody needs the stage for it any more.
-  DEVICE_MEMBER void finish(const Tile& tile, int run, const float* made) const {
+  DEVICE_MEMBER void finish(const Tile& tile, int stage, int run, const float* made) const {
     const int r = tile.number * rows + run * ROWS + lane();
     if (lane() < ROWS && r < job.rows) {
       float total = made[lane()];
+#pragma unroll 1
       for (int m = 1; m < members; m++) total += made[m * ROWS + lane()];
-      job.row(tile.matrix, tile.slot)[r] = ring->missing[tile.stage] ? not_a_number() : total;
+      job.row(tile.matrix, tile.slot)[r] = ring->missing[stage] ? not_a_number() : total;
     }
     sync_wave();
     if (lane() == 0) {
-      ring->done[tile.stage][run] = 0;
-      arrive(ring->emptied + tile.stage);
+      ring->done[stage][run] = 0;
+      arrive(ring->emptied + stage);
     }
   }
 

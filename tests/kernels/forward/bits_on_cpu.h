@@ -61,3 +61,27 @@ DEVICE void multiply_bytes(Counts& sum, uint32_t a0, uint32_t a1, uint32_t a2, u
     }
   }
 }
+DEVICE uint32_t pair_of(int a, int b) { return (uint32_t)b << 16 | (uint32_t)a; }
+struct Sums {
+  float v[4] = {};
+};
+DEVICE void multiply_halves(Sums& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  const int row = lane() / 4 * 4, columns = lane() % 4 * 8;
+  for (int c = 0; c < 4; c++) {
+    const uint32_t upper[2] = {__shfl(a0, row + c), __shfl(a2, row + c)};
+    const uint32_t lower[2] = {__shfl(a1, row + c), __shfl(a3, row + c)};
+    for (int n = 0; n < 2; n++) {
+      const uint32_t x[2] = {__shfl(b0, columns + 4 * n + c), __shfl(b1, columns + 4 * n + c)};
+      for (int pair = 0; pair < 2; pair++) {
+        for (int half = 0; half < 32; half += 16) {
+          const float factor = half_to_float(x[pair] >> half);
+          sum.v[n] += half_to_float(upper[pair] >> half) * factor;
+          sum.v[2 + n] += half_to_float(lower[pair] >> half) * factor;
+        }
+      }
+    }
+  }
+}
+DEVICE void multiply_halves(Sums& sum, uint32_t a0, uint32_t a1, uint32_t b0) {
+  multiply_halves(sum, a0, a1, 0, 0, b0, 0);
+}

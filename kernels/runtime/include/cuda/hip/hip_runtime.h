@@ -108,6 +108,29 @@ static __device__ __forceinline__ void multiply_bytes(Counts& sum, uint32_t a0, 
       : "+r"(sum.v[0]), "+r"(sum.v[1]), "+r"(sum.v[2]), "+r"(sum.v[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// Two whole numbers of up to 10 bits as f16 n · 2^-24. A product, since the units that shift have more to do.
+static __device__ __forceinline__ uint32_t pair_of(int a, int b) {
+  uint32_t out;
+  asm("mad.lo.s32 %0, %1, 65536, %2;" : "=r"(out) : "r"(b), "r"(a));
+  return out;
+}
+struct Sums {
+  float v[4];
+};
+// Products of a tile of 16 × 16 f16 and one of 16 × 8, added to `sum`: lane 4g + c holds the pairs c and c + 4 of row g (a0, a2) and
+// of row g + 8 (a1, a3), those of column g (b0, b1), and the sums of both rows with columns 2c and 2c + 1.
+static __device__ __forceinline__ void multiply_halves(Sums& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                       uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum.v[0]), "+f"(sum.v[1]), "+f"(sum.v[2]), "+f"(sum.v[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// The same of the pairs c alone.
+static __device__ __forceinline__ void multiply_halves(Sums& sum, uint32_t a0, uint32_t a1, uint32_t b0) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(sum.v[0]), "+f"(sum.v[1]), "+f"(sum.v[2]), "+f"(sum.v[3])
+      : "r"(a0), "r"(a1), "r"(b0));
+}
 #endif
 // Volatile, or they would be moved to their first use.
 #define MQ_FETCH
