@@ -8,13 +8,11 @@
 // teams a tile of 16 rows; lane s has the 64 columns of words 2s and 2s + 1, and the sums of codes 2s and 2s + 1. Sums over columns
 // are whole numbers, sums over codes and groups f32.
 #pragma once
-#include "forward_constants.h"    // made by geometry.py
 #include "units.h"
 
 #ifdef MQ_BITS
 // Formats for BitDot. `bits` gives, for word i of the lane, the columns in which all bits of a set are 1, set f being that of the
-// bits of f + 1, in the order in which `load_x` takes columns. LDS holds all rows of products of at most WHOLE matrices, and then
-// a turn of the loop takes UNROLLED groups.
+// bits of f + 1, in the order in which `load_x` takes columns.
 template <class Block>
 struct CountedGroup {
   static constexpr int BYTES = Block::BYTES, HEAD = Block::HEAD, WORDS = Block::BITS, LEVELS = Block::LEVELS, SETS = LEVELS - 1;
@@ -37,7 +35,6 @@ struct CountedGroup {
 };
 
 struct MQ2_Bits : CountedGroup<blocks::MQ2_Lloyd> {
-  static constexpr int WHOLE = WHOLE_MQ2_Lloyd, UNROLLED = 1;
   // Even bits come from the first word of a pair, odd bits from the second.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {
     const Quad* quads = reinterpret_cast<const Quad*>(x + i / 4 * 32) + i % 4;
@@ -57,7 +54,6 @@ struct MQ2_Bits : CountedGroup<blocks::MQ2_Lloyd> {
 };
 
 struct MQ3_Bits : CountedGroup<blocks::MQ3_Lloyd> {
-  static constexpr int WHOLE = WHOLE_MQ3_Lloyd, UNROLLED = 3;
   // The lowest bit of code i is bit 3i of the three words together, and so bit 3i % 32 of one of them: each place of a word
   // belongs to one code.
   DEVICE void load_x(const float* x, int i, float (&v)[PER_LANE]) {

@@ -51,37 +51,3 @@ struct Direct {
     }
   }
 };
-
-#ifdef MQ_COPY
-// Through LDS, which holds all rows of the block. One thread asks for them, in one piece for each matrix, as they lie in
-// memory: memory is fastest when a line or page is read at once, and a kernel that still runs on the same multiprocessor is
-// disturbed least. A feed is made after the copies have been asked for. Pieces begin and end at multiples of 16 bytes.
-template <class Format, int MATRICES>
-struct Whole {
-  using Raw = typename Format::Raw;
-  using Share = Rows<Format, MATRICES>;
-  static constexpr int ROWS = Share::ROWS, TEAM = Share::TEAM, PER = Share::PER, TILE = Share::TILE;
-  const uint8_t* lines;    // the team's first
-  int line, piece;
-
-  // One thread calls it, of the first team.
-  static DEVICE_MEMBER void request(const Share& share, uint8_t* lds, int waves, Arrival* arrival) {
-    const int piece = waves * TILE * share.line(), bytes = min(piece, (share.rows - share.first) * share.line());
-    expect(arrival, MATRICES * bytes);
-#pragma unroll
-    for (int m = 0; m < MATRICES; m++) {
-      copy_run(lds + m * piece, share.matrix[m] + (int64_t)share.first * share.line(), bytes, arrival);
-    }
-  }
-
-  DEVICE_MEMBER Whole(const Share& share, const uint8_t* lds, int waves)
-      : lines(lds + (wave() * TILE + lane() / TEAM) * share.line()), line(share.line()), piece(waves * TILE * line) {}
-
-  DEVICE_MEMBER void read(int group, Raw (&now)[ROWS]) const {
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      now[r] = Format::read(lines + r / PER * piece + r % PER * Share::APART * line + group * Format::BYTES, lane() % TEAM);
-    }
-  }
-};
-#endif

@@ -22,15 +22,7 @@ ATTENTION_THREADS = 128
 """Threads of a block of attention, and keys that it scores at a time."""
 MAX_HEAD_DIM = 256
 """Dimensions of a head, at most."""
-WHOLE: Mapping[str, int] = {"MQ2-Lloyd": 2, "MQ3-Lloyd": 1}
-"""By format, of how many matrices LDS may hold all rows of a block at once; products of more matrices are streamed."""
-COPYING_WAVES: Mapping[tuple[str, str], int] = {
-    ("expert_gate_up", "MQ2-Lloyd"): 7,
-    ("expert_down", "MQ2-Lloyd"): 6,
-    ("expert_down", "MQ3-Lloyd"): 8,
-}
-"""By product and format, the waves of a block all of whose rows LDS holds. Found best on an H100."""
-WAVE_ROWS: Mapping[str, int] = {"MQ4": 8, "MQ6": 8, "Q8F16": 8, "MQ3-Lloyd": 16}
+WAVE_ROWS: Mapping[str, int] = {"MQ4": 8, "MQ6": 8, "Q8F16": 8, "MQ3-Lloyd": 16, "MQ2-Lloyd": 16}
 """By format that is streamed, the run of rows that a wave multiplies at a time."""
 SHARE = 6
 """Groups of a row that a wave multiplies, at most, of rows that are streamed. Found best on an H200."""
@@ -58,7 +50,6 @@ CONSTANTS: Mapping[str, Number] = {
     "CONFLICT": CONFLICT,
     "SHIFTED": SHIFTED,
     "SHIFT": SHIFT,
-    **{f"WHOLE_{name.replace('-', '_')}": count for name, count in WHOLE.items()},
 }
 
 

@@ -5,17 +5,16 @@
 #include "feed.h"
 #include "stream.h"
 
-// How the rows of a product lie in lanes, and what multiplies them. Where a vendor's GPU copies experts' rows into LDS,
-// products of at most WHOLE matrices have all rows of a block there, and others are streamed if they can be. A turn of the
-// loop takes UNROLLED groups; with two, two register sets alternate without copies.
+// How the rows of a product lie in lanes, and what multiplies them. A turn of the loop takes UNROLLED groups; with two, two
+// register sets alternate without copies.
 template <class Format, class = void>
 struct Product {
   using Weights = Format;
   using Dot = LaneDot<Format>;
 #ifdef MQ_RESIDENT
-  static constexpr int UNROLLED = 2, WHOLE = 0;
+  static constexpr int UNROLLED = 2;
 #else
-  static constexpr int UNROLLED = 1, WHOLE = 0;
+  static constexpr int UNROLLED = 1;
 #endif
 };
 #ifdef MQ_BITS
@@ -23,7 +22,7 @@ template <class Format>
 struct Product<Format, decltype((void)sizeof(typename Format::Counted))> {
   using Weights = typename Format::Counted;
   using Dot = BitDot<Weights>;
-  static constexpr int UNROLLED = 1, WHOLE = Weights::WHOLE;
+  static constexpr int UNROLLED = 1;
 };
 #endif
 using How = Product<FORMAT>;
@@ -35,7 +34,7 @@ constexpr int TEAM = GROUP / Weights::SLICE;    // lanes that share a row
 constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
 
 // Registers are limited so that RESIDENT_THREADS threads fit a multiprocessor, or one block that streams.
-constexpr bool STREAMS = Tiled<FORMAT>::STAGE > 0 && How::WHOLE < 2;
+constexpr bool STREAMS = Tiled<FORMAT>::STAGE > 0;
 constexpr int EXPERT_STAGES = STREAMS ? CHUNK * Tiled<FORMAT>::STAGE : 1;
 constexpr int EXPERT_LDS = EXPERT_STAGES > STAGES ? EXPERT_STAGES : STAGES;
 #ifdef MQ_RESIDENT
@@ -156,37 +155,10 @@ DEVICE void not_loaded(float* out, int rows) {
   for (int row = blockIdx.x * blockDim.x + threadIdx.x; row < rows; row += gridDim.x * blockDim.x) out[row] = not_a_number();
 }
 
-#ifdef MQ_COPY
-// As `multiply`, with all rows of the block in LDS; x has at most CHUNK groups.
-template <int MATRICES>
-DEVICE void multiply_whole(float* const (&out)[MATRICES], const Rows<Weights, MATRICES>& share, const float* x, float* staged,
-                           int waves) {
-  HIP_DYNAMIC_SHARED(uint8_t, lds)
-  LDS(Arrival, arrival, 1);
-  if (threadIdx.x == 0) {
-    prepare(arrival, 1);
-    Whole<Weights, MATRICES>::request(share, lds, waves, arrival);
-  }
-  await_previous();
-  stage_x(staged, x, 0, share.groups);
-  __syncthreads();
-  Dot dot;
-  const Whole<Weights, MATRICES> feed(share, lds, waves);
-  await_arrival(arrival, 0);
-#pragma unroll(Weights::UNROLLED)
-  for (int g = 0; g < share.groups; g++) {
-    typename Weights::Raw raw[ROWS];
-    feed.read(g, raw);
-    dot.add(raw, staged + g * Dot::STAGE, x + g * GROUP);
-  }
-  store(out, share, dot);
-}
-#endif
-
 // The rows of a block of a grid (blocks of rows, slots, tokens); the weights are on their way before the kernel awaits the one
-// before it. `copied` waves have their rows in LDS, all of the block or none.
+// before it.
 template <int MATRICES>
-DEVICE void await_and_multiply_rows(const Job<MATRICES>& job, const float* x, float* staged, int copied) {
+DEVICE void await_and_multiply_rows(const Job<MATRICES>& job, const float* x, float* staged) {
   const int slot = blockIdx.z * gridDim.y + blockIdx.y;
   const uint8_t* matrix[MATRICES];
   float* out[MATRICES];
@@ -205,29 +177,21 @@ DEVICE void await_and_multiply_rows(const Job<MATRICES>& job, const float* x, fl
   }
   const Rows<Weights, MATRICES> share = share_of<MATRICES>(matrix, job.rows, job.groups);
   const float* own = x + (int64_t)(slot / job.per_x) * job.groups * GROUP;
-#ifdef MQ_COPY
-  if constexpr (MATRICES <= How::WHOLE) {
-    if (copied > 0) {
-      multiply_whole<MATRICES>(out, share, own, staged, copied);
-      return;
-    }
-  }
-#endif
   Direct<Weights, MATRICES> feed(share);
   await_previous();
   multiply<MATRICES>(out, share, feed, own, staged);
 }
 
-// All of a job, by any number of blocks, where it is streamed through a ring of `copied` stages; else as above.
+// All of a job, by any number of blocks, where it is streamed through a ring of so many stages; else as above.
 template <int MATRICES>
-DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* staged, int copied, int tile, int tiles,
+DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* staged, int stages, int tile, int tiles,
                                int share) {
 #ifdef MQ_COPY
-  if constexpr (STREAMS && MATRICES > How::WHOLE) {
+  if constexpr (STREAMS) {
     HIP_DYNAMIC_SHARED(uint8_t, lds)
     LDS(Ring, ring, 1);
-    if (tile > 0) {
-      Stream<FORMAT, MATRICES> stream(job, ring, lds, copied, tile, tiles, share);
+    if (stages > 0) {
+      Stream<FORMAT, MATRICES> stream(job, ring, lds, stages, tile, tiles, share);
       if (wave() == stream.waves) {
         stream.copy();
       } else {
@@ -237,31 +201,30 @@ DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* 
     }
   }
 #endif
-  await_and_multiply_rows(job, x, staged, copied);
+  await_and_multiply_rows(job, x, staged);
 }
 
 // gate, up f32 [tokens, slots, rows] = W1, W3 of expert ids[t, slot] · x f32 [tokens, cols]. Expert e's matrices [rows, cols]
 // lie at gate_at[e] and up_at[e] bytes in the two buffers (which may be one), or at -1. Grid (blocks of rows, slots, tokens),
-// and a team makes ROWS / 2 rows of each matrix from one read of x; or any grid, where the product is streamed. `copied`: the
-// waves of a block whose rows come through the dynamic LDS, or the stages of the ring there; 0 where rows come directly. What is
-// streamed is told the rows of a stage, the stages of a matrix and those that each block has.
+// and a team makes ROWS / 2 rows of each matrix from one read of x; or any grid, where the product is streamed through a
+// ring of `stages` in the dynamic LDS, each a tile of `tile` rows: then a matrix has `tiles` of them, and each block a share.
 KERNEL(EXPERT_THREADS) expert_gate_up(float* __restrict__ gate, float* __restrict__ up,
                                       const uint8_t* __restrict__ gate_matrices, const int64_t* __restrict__ gate_at,
                                       const uint8_t* __restrict__ up_matrices, const int64_t* __restrict__ up_at,
                                       const int32_t* __restrict__ ids, const float* __restrict__ x, int experts, int rows,
-                                      int groups, int tokens, int slots, int copied, int tile, int tiles, int share) {
+                                      int groups, int tokens, int slots, int stages, int tile, int tiles, int share) {
   LDS(float, staged, EXPERT_LDS);
   const Job<2> job = {
       {gate_matrices, up_matrices}, {gate_at, up_at}, {gate, up}, ids, experts, rows, groups, tokens * slots, slots};
-  await_and_multiply<2>(job, x, staged, copied, tile, tiles, share);
+  await_and_multiply<2>(job, x, staged, stages, tile, tiles, share);
 }
 
-// out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid and `copied` as above.
+// out f32 [tokens, slots, rows] = W2 of expert ids[t, slot] · x f32 [tokens, slots, cols]. Grid and last arguments as above.
 KERNEL(EXPERT_THREADS) expert_down(float* __restrict__ out, const uint8_t* __restrict__ matrices,
                                    const int64_t* __restrict__ at, const int32_t* __restrict__ ids,
                                    const float* __restrict__ x, int experts, int rows, int groups, int tokens, int slots,
-                                   int copied, int tile, int tiles, int share) {
+                                   int stages, int tile, int tiles, int share) {
   LDS(float, staged, EXPERT_LDS);
   const Job<1> job = {{matrices}, {at}, {out}, ids, experts, rows, groups, tokens * slots, 1};
-  await_and_multiply<1>(job, x, staged, copied, tile, tiles, share);
+  await_and_multiply<1>(job, x, staged, stages, tile, tiles, share);
 }

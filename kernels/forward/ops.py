@@ -23,7 +23,6 @@ from ..runtime.sources import Kernel
 from .geometry import (
     CHUNK,
     CONFLICT,
-    COPYING_WAVES,
     DIRECT_THREADS,
     MATRIX_THREADS,
     MAX_HEAD_DIM,
@@ -34,7 +33,6 @@ from .geometry import (
     SHIFTED,
     WAVE_ROWS,
     WAVES,
-    WHOLE,
 )
 
 
@@ -306,30 +304,20 @@ def _launch_experts(
     """Launch a product of one or two matrices of each expert, all of one shape, through LDS where that can be done."""
     first, kernel = w[0], backend.kernel(name, w[0].format)
     slots, tokens = grid
-    copied, lds, tile, tiles, share = 0, 0, 0, 0, 0
-    if first.cols // GROUP <= CHUNK and all(m.aligned for m in w):
-        if len(w) <= WHOLE.get(first.format, 0):
-            copied, lds = _whole(backend, kernel, first)
-        elif first.format in WAVE_ROWS:
-            copied, lds, tile = _ring(backend, kernel, first)
-    if tile:
+    stages, lds, tile, tiles, share = 0, 0, 0, 0, 0
+    if first.format in WAVE_ROWS and first.cols // GROUP <= CHUNK and all(m.aligned for m in w):
+        stages, lds, tile = _ring(backend, kernel, first)
+    if stages:
         waves = WAVES + 1
         tiles = _ceil(first.rows, tile)
         count = slots * tokens * len(w) * tiles
         blocks: tuple[int, ...] = (min(backend.multiprocessors, count),)
         share = count // blocks[0]
     else:
-        waves = copied or min(kernel.threads, DIRECT_THREADS) // WAVE
+        waves = min(kernel.threads, DIRECT_THREADS) // WAVE
         blocks = (_ceil(first.rows, _rows(backend, first.format, waves) // len(w)), *grid)
     shape = (first.offsets.size, first.rows, first.cols // GROUP, tokens, slots)
-    backend.launch(kernel, blocks, (waves * WAVE,), (*args, *shape, copied, tile, tiles, share), lds)
-
-
-def _whole(backend: Backend, kernel: Kernel, w: Experts) -> tuple[int, int]:
-    """(waves of a block all of whose rows are copied into LDS, bytes of LDS); (0, 0) where it cannot hold them."""
-    waves = COPYING_WAVES[kernel.name, w.format]
-    lds = _rows(backend, w.format, waves) * BY_NAME[w.format].nbytes(w.cols)
-    return (waves, lds) if lds <= backend.lds_for_copies(kernel) else (0, 0)
+    backend.launch(kernel, blocks, (waves * WAVE,), (*args, *shape, stages, tile, tiles, share), lds)
 
 
 def _ring(backend: Backend, kernel: Kernel, w: Experts) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from mq_quant.formats.blocks import BY_NAME
 from mq_quant.kernels.forward import geometry, ops
 from mq_quant.kernels.runtime.cuda import CudaBackend
 
-FORMATS = (*geometry.WAVE_ROWS, "MQ2-Lloyd")
+FORMATS = tuple(geometry.WAVE_ROWS)
 GROUPS, SHARE, LDS = 10, 3, 48 << 10
 """Groups of a row and of a wave, and bytes for the copies of a block, at most: its LDS is to fit into 64 KiB."""
 
@@ -21,7 +21,6 @@ def small_stages():
         patch.setitem(geometry.CONSTANTS, "SHARE", SHARE)
         patch.setattr(ops, "SHARE", SHARE)
         patch.setattr(ops, "CHUNK", GROUPS)
-        patch.setattr(ops, "COPYING_WAVES", dict.fromkeys(geometry.COPYING_WAVES, 2))
         yield
 
 
@@ -34,12 +33,6 @@ def order(request):
 def copying(order, tmp_path_factory):
     with counting(tmp_path_factory.mktemp("copies"), order, copies=True) as opened:
         opened.most_lds = LDS
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def plain(order, tmp_path_factory):
-    with counting(tmp_path_factory.mktemp("plain"), order) as opened:
         yield opened
 
 
@@ -109,8 +102,7 @@ def test_rows_that_come_through_lds_give_the_product(copying, launches, payload,
     for case in products(copying, fmt, rows, cols, data, start, ids, np.random.default_rng(2)):
         assert close(*case)
     assert all(0 < lds <= LDS for _, lds in launches)
-    if fmt in geometry.WAVE_ROWS:
-        assert launches[0][0] <= copying.multiprocessors
+    assert launches[0][0] <= copying.multiprocessors
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -122,16 +114,6 @@ def test_other_rows_come_directly(copying, launches, payload, fmt, shape):
     for case in products(copying, fmt, rows, cols, data, start, ids, np.random.default_rng(2)):
         assert close(*case)
     assert not any(lds for _, lds in launches)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_block_that_has_all_its_rows_in_lds_gives_the_bits_of_direct_loads(plain, copying, payload, shape):
-    rows, cols, start = SHAPES[shape]
-    data = payload("MQ2-Lloyd", rows * cols * 3, np.random.default_rng(1))
-    args = ("MQ2-Lloyd", rows, cols, data, start, np.array([[2, 0], [1, 1]], np.int32))
-    results = [products(backend, *args, np.random.default_rng(2)) for backend in (plain, copying)]
-    for (a, *_), (b, *_) in zip(*results, strict=True):
-        assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
