@@ -86,6 +86,8 @@ struct BitDot {
   static constexpr int UNIT = PLANES * WORDS, STAGE = UNIT + 8;       // words of LDS that a group of x takes
   static constexpr int ROWS = Format::ROWS, TEAM = GROUP / Format::SLICE, SETS = Format::SETS;
   static constexpr int AT_ONCE = 1;    // groups that are multiplied at once
+  // Stages of the ring that are being filled at a time. Found best on an H200: with rows that take longer, fewer.
+  static constexpr int UNDER_WAY = SETS > 3 ? 1 : 2;
   static constexpr bool SHIFTS = false;    // whether rows that meet in a bank are put apart
   static constexpr int TOP = 21;    // the largest element's power of two, in units
   static constexpr float HIGH = 12582912.0f;    // 1.5 · 2^23: f32 from 2^23 to 2^24 are whole numbers
@@ -206,7 +208,7 @@ struct BitDot {
       for (int i = 0; i < 2; i++) {
         float whole = codes[TILES - 1].v[2 * r + i];
 #pragma unroll
-        for (int tile = TILES - 2; tile >= 0; tile--) whole = fmaf(whole, 256.0f, codes[tile].v[2 * r + i]);
+        for (int tile = TILES - 2; tile >= 0; tile--) whole = fmaf(whole, (float)(1 << 8), codes[tile].v[2 * r + i]);
         product = fmaf(level[i], i == 0 ? whole + none : whole, product);
       }
       sum[r] = fmaf(unit, product * LIFT, sum[r]);

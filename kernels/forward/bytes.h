@@ -112,6 +112,7 @@ struct ByteDot {
   static constexpr int UNIT = GROUP * DIGITS / 4, STAGE = UNIT + 4;  // words of LDS that a group of x takes
   static constexpr int DIGIT = 1 << 8;    // what the next digit counts
   static constexpr int AT_ONCE = 3;    // groups that are multiplied at once
+  static constexpr int UNDER_WAY = 2;    // stages of the ring that are being filled at a time; found best on an H200
   static constexpr bool SHIFTS = true;    // whether rows that meet in a bank are put apart
   static constexpr int TOP = 29;    // the largest element's power of two, in units
   float sum[ROWS] = {};

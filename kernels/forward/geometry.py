@@ -30,8 +30,6 @@ MOST_RUNS = 4
 """Runs in a stage of the ring where a wave has all groups of a run. Where waves share a run, a stage has fewer."""
 MOST_STAGES = 16
 """Stages of the ring, at most."""
-UNDER_WAY = 2
-"""Stages of the ring that are being filled at a time."""
 CONFLICT, SHIFTED, SHIFT = 64, 4, 16
 """Rows of a multiple of CONFLICT bytes meet in the banks of LDS: each SHIFTED of them are put SHIFT bytes further."""
 
@@ -46,7 +44,6 @@ CONSTANTS: Mapping[str, Number] = {
     "SHARE": SHARE,
     "MOST_STAGES": MOST_STAGES,
     "MOST_RUNS": MOST_RUNS,
-    "UNDER_WAY": UNDER_WAY,
     "CONFLICT": CONFLICT,
     "SHIFTED": SHIFTED,
     "SHIFT": SHIFT,

@@ -135,7 +135,7 @@ struct Stream {
     const int all = rows * line, piece = shift ? SHIFTED * line : all;
     for (int i = 0; i < count; i++) {
       if (i > 0 && tile.number == 0) matrix = job.matrix(tile.matrix, tile.slot);
-      if (i >= min(UNDER_WAY, stages)) {
+      if (i >= min(Dot::UNDER_WAY, stages)) {
         await_arrival(ring->filled + before.stage, before.rounds % 2);
         before.move(1);
       }
