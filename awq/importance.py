@@ -64,7 +64,8 @@ class Importance:
             inverse = 1.0 / scale.astype(np.float64)
             full *= inverse[:, None]
             full *= inverse[None, :]
-        return rotate_moment(full)
+        rotate_moment(full)
+        return full
 
 
 @runtime_checkable

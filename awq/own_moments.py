@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.jit import compiler
-from ..formats.lapack import add_products, cholesky, divide, invert_lower
+from ..formats.lapack import add_pairs, add_products, cholesky, divide, invert_lower
 from ..formats.statistics.row_file import ExpertRows
 from .from_moments import CalibratedLayer
 from .importance import F64, Importance
@@ -35,7 +35,7 @@ SAMPLE = 1024
 CHUNK = 4096
 """Rows whose products are summed in f32."""
 TILE = 64
-"""Rows and columns that `mirror` takes at a time."""
+"""Rows and columns that `blend` takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,10 @@ def layer_share(rows: F32, layer: Whitening) -> float:
         return 1.0
     x = rows[:: -(-count // SAMPLE)].copy()
     divide(x, layer.lower)
-    seen = len(x)
-    energy = np.einsum("nk,nk->n", x, x).astype(np.float64)
-    pairs = np.square(x @ x.T).sum(dtype=np.float64) - np.square(energy).sum()
+    seen, products = len(x), np.zeros((len(x), len(x)), np.float32)
+    add_pairs(x, products)
+    energy = np.diag(products).astype(np.float64)
+    pairs = 2 * (np.square(products).sum(dtype=np.float64) - np.square(energy).sum())
     own = float(pairs) / max(seen * (seen - 1), 1)
     divide(x, layer.lower, transposed=True)
     cross = (float(energy.sum()) - layer.floor * float(np.square(x).sum(dtype=np.float64))) / seen
@@ -90,25 +91,33 @@ def layer_share(rows: F32, layer: Whitening) -> float:
 
 def own_moment(rows: F32) -> F64:
     """E[x xᵀ] f64 [K, K] over rows f32 [n, K], exactly symmetric; sums of 4096 rows are f32, sums of those f64."""
-    width = rows.shape[1]
-    total = np.zeros((width, width))
-    for start in range(0, len(rows), CHUNK):
-        part = np.zeros((width, width), np.float32)
+    return blended(rows, np.zeros((rows.shape[1],) * 2), 0.0)
+
+
+def blended(rows: F32, prior: F64, share: float) -> F64:
+    """(1 - share) · E[x xᵀ] + share · prior, f64 [K, K], exactly symmetric; `prior` is so."""
+    sums, out = np.zeros(prior.shape, np.float32), np.empty(prior.shape)
+    add_products(np.ascontiguousarray(rows[:CHUNK]), sums)
+    wide: F32 | F64 = sums
+    for start in range(CHUNK, len(rows), CHUNK):
+        part = np.zeros(prior.shape, np.float32)
         add_products(np.ascontiguousarray(rows[start : start + CHUNK]), part)
-        total += part
-    total /= max(len(rows), 1)
-    mirror(total)
-    return total
+        wide = wide + part.astype(np.float64)
+    blend(wide, (1 - share) / max(len(rows), 1), prior, share, out)
+    return out
 
 
 @compiled
-def mirror(a):  # type: ignore[no-untyped-def]
-    """Make a [K, K] symmetric: what is above the diagonal becomes what is below it."""
-    for top in range(0, len(a), TILE):
+def blend(sums, own, prior, share, out):  # type: ignore[no-untyped-def]
+    """out = own · sums + share · prior, all [K, K]; of sums the lower triangle counts, and prior is symmetric."""
+    for top in range(0, len(out), TILE):
         for left in range(0, top + TILE, TILE):
-            for i in range(top, min(top + TILE, len(a))):
-                for j in range(left, min(left + TILE, i)):
-                    a[j, i] = a[i, j]
+            for i in range(top, min(top + TILE, len(out))):
+                for j in range(left, min(left + TILE, i + 1)):
+                    out[i, j] = own * sums[i, j] + share * prior[i, j]
+            for j in range(left, min(left + TILE, len(out))):
+                for i in range(max(top, j + 1), min(top + TILE, len(out))):
+                    out[j, i] = out[i, j]
 
 
 def mixed(rows: F32, prior: Importance, white: Whitening | None) -> Importance:
@@ -119,9 +128,7 @@ def mixed(rows: F32, prior: Importance, white: Whitening | None) -> Importance:
     assert prior.moment is not None
     share, moment = 1.0 if white is None else layer_share(rows, white), prior.moment
     if share < 1:
-        moment = own_moment(rows)
-        moment *= 1 - share
-        moment += share * prior.moment
+        moment = blended(rows, prior.moment, share)
     return Importance(np.diag(moment).copy(), moment, float(len(rows)))
 
 

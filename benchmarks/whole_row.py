@@ -28,7 +28,9 @@ from mq_quant.formats.blocks import BY_NAME, Format
 from mq_quant.formats.fwht import rotate
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.lloyd.encode import encode_rotated
-from mq_quant.lloyd.hessian import row as whole_row
+from mq_quant.lloyd.hessian.row import RowHessian, from_moment
+from mq_quant.lloyd.simd.vec import LANES
+from mq_quant.lloyd.whole_row import answer_errors
 from mq_quant.quantize.encode.blas import one_blas_thread
 from mq_quant.quantize.encode.encoders import DEVICES, Encoder, open_encoder
 from mq_quant.quantize.encode.layer_encoder import LayerEncoder
@@ -97,15 +99,17 @@ def measure(rows: int, columns: int, fmt: Format) -> dict[str, float]:
     rng = np.random.default_rng(0)
     importance = Importance(np.ones(columns), moment(columns, 0), 1e5)
     weights = rotate(rng.standard_t(5, (rows, columns)).astype(np.float32))
-    made: list[whole_row.RowHessian] = []
-    factor = timed(lambda: made.append(whole_row.from_moment(importance.rotated_moment())))
+    made: list[RowHessian] = []
+    factor = timed(lambda: made.append(from_moment(importance.rotated_moment())))
     hessian = made[0]
     encode_rotated(weights[:16], fmt, "hessian", hessian)
     encode = timed(lambda: encode_rotated(weights, fmt, "hessian", hessian))
-    errors = weights[:, :256].copy()
+    errors = np.zeros((len(hessian.groups), -(-rows // LANES), 256, LANES), np.float32)
+    targets = np.empty((rows, 256), np.float32)
     products = timed(
         lambda: [
-            whole_row.compensate(weights, g, errors, hessian.answers) for g in range(len(hessian.groups))
+            answer_errors(weights, 256 * g, errors, answer, targets)
+            for g, answer in enumerate(hessian.answers)
         ]
     )
     return {"factor": factor, "encode": encode, "products": products}

@@ -44,14 +44,16 @@ def _transform(groups, before, after):  # type: ignore[no-untyped-def]
         for i in range(256):
             row[i] *= before[i]
         stride = 1
-        while stride < 256:
-            for base in range(0, 256, 2 * stride):
+        while stride < 256:  # two stages at a time
+            for base in range(0, 256, 4 * stride):
                 for i in range(base, base + stride):
-                    a = row[i]
-                    b = row[i + stride]
-                    row[i] = a + b
-                    row[i + stride] = a - b
-            stride *= 2
+                    a, b = row[i], row[i + stride]
+                    c, d = row[i + 2 * stride], row[i + 3 * stride]
+                    row[i] = (a + b) + (c + d)
+                    row[i + stride] = (a - b) + (c - d)
+                    row[i + 2 * stride] = (a + b) - (c + d)
+                    row[i + 3 * stride] = (a - b) - (c - d)
+            stride *= 4
         for i in range(256):
             row[i] *= after[i]
 
@@ -66,14 +68,16 @@ def _transform_columns(matrix, before, after, block):  # type: ignore[no-untyped
                     block[i, c] = matrix[top + i, first + c] * before[i]
             stride = 1
             while stride < 256:
-                for base in range(0, 256, 2 * stride):
+                for base in range(0, 256, 4 * stride):
                     for i in range(base, base + stride):
-                        for c in range(COLUMNS):
-                            a = block[i, c]
-                            b = block[i + stride, c]
-                            block[i, c] = a + b
-                            block[i + stride, c] = a - b
-                stride *= 2
+                        for n in range(COLUMNS):
+                            a, b = block[i, n], block[i + stride, n]
+                            c, d = block[i + 2 * stride, n], block[i + 3 * stride, n]
+                            block[i, n] = (a + b) + (c + d)
+                            block[i + stride, n] = (a - b) + (c - d)
+                            block[i + 2 * stride, n] = (a + b) - (c + d)
+                            block[i + 3 * stride, n] = (a - b) - (c - d)
+                stride *= 4
             for i in range(256):
                 for c in range(COLUMNS):
                     matrix[top + i, first + c] = block[i, c] * after[i]
@@ -101,9 +105,8 @@ def unrotate(y: NDArray[np.float32]) -> NDArray[np.float32]:
     return _apply(y, SIGNS2, SIGNS1 / np.float32(16))
 
 
-def rotate_moment(moment: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R M Rᵀ of a symmetric f64 [256·k, 256·k], in f64 and for each pair of groups; a new array."""
-    turned = np.array(moment, np.float64, order="C")
-    _transform(turned.reshape(-1, GROUP), SIGNS1, SIGNS2 / np.float32(16))
-    _transform_columns(turned, SIGNS1, SIGNS2 / np.float32(16), np.empty((GROUP, COLUMNS)))
-    return turned
+def rotate_moment(moment: NDArray[np.float64]) -> None:
+    """Make of a symmetric M f64 [256·k, 256·k] R M Rᵀ, in f64 and for each pair of groups."""
+    assert moment.dtype == np.float64 and moment.flags.c_contiguous
+    _transform(moment.reshape(-1, GROUP), SIGNS1, SIGNS2 / np.float32(16))
+    _transform_columns(moment, SIGNS1, SIGNS2 / np.float32(16), np.empty((GROUP, COLUMNS)))

@@ -62,6 +62,14 @@ def add_products(rows: F32, out: F32) -> None:
     _SYRK(b"U", b"N", width, count, _ONE, rows.ctypes.data, width, _ONE, out.ctypes.data, width)
 
 
+def add_pairs(rows: F32, out: F32) -> None:
+    """Add rows · rowsᵀ of rows f32 [n, K] to the lower triangle of out f32 [n, n]; the rest stays as it is."""
+    count, width = ctypes.c_int(_side(out)), ctypes.c_int(rows.shape[1])
+    assert rows.dtype == out.dtype == np.float32 and rows.flags.c_contiguous
+    assert len(rows) == len(out)
+    _SYRK(b"U", b"T", count, width, _ONE, rows.ctypes.data, width, _ONE, out.ctypes.data, count)
+
+
 def divide(rows: F32, lower: F32, transposed: bool = False) -> None:
     """Replace each row x of rows f32 [n, K] by L⁻¹ · x, or by L⁻ᵀ · x, where L is the lower triangle of f32 [K, K]."""
     width, count = ctypes.c_int(_side(lower)), ctypes.c_int(len(rows))

@@ -1,9 +1,10 @@
 """Whole rows again: each group is fitted to the target that answers the errors of all other groups of its row.
 
 The first pass over a row fits a group while the later ones are still exact, and expects of them what no rounded group
-can do. Here every group has been rounded. With errors e = y - ŷ, the best that group g can do is ŷ_g near t_g = y_g +
-H_gg⁻¹ · Σ_{r≠g} H_gr e_r, under H_gg. It starts from the levels and codes that stand: a warm round of descent and
-refit, rounding to the format's precision, and plain descent. What a row gets by it is kept where it costs less.
+can do. Here every group has been rounded. With errors e = y - ŷ, the pull on group g is p_g = Σ_r H_gr e_r over all
+groups, and the best that it can do is ŷ_g near t_g = ŷ_g + H_gg⁻¹ p_g, under H_gg. It starts from the levels and codes
+that stand: a warm round of descent and refit, rounding to the format's precision, and plain descent. What a row gets by
+it is kept where it costs less.
 """
 
 from __future__ import annotations
@@ -12,60 +13,46 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..formats.blocks import AffineFormat
-from ..formats.fwht import SIGNS2
-from .codes.feedback import residual
-from .constants import GROUP, PASSES, SHAKE, WHOLE
-from .group import (
-    Problem,
-    gather_levels,
-    improve,
-    pulled,
-    scatter_levels,
-    scratch_for,
-    settle,
-    total_of,
-    write_gains,
+from .codes.descent import BLOCKS, sweep_row
+from .constants import GROUP, PASSES, SHAKE, SWEEPS, WHOLE, WHOLE_SWEEPS
+from .dense.fit import descend_warm, gain_of
+from .dense.sums import add_up, equations, follow, refit
+from .dense.tile import (
+    add_decoded,
+    begin,
+    dense_of,
+    gather_params,
+    gather_rows,
+    pull_of,
+    scatter_row,
+    tile_for,
+    to_rows,
+    to_stored,
 )
-from .group_fit import F32, SIGNS, GroupFit, Rotated, as_stored, even_levels, expand
+from .group_fit import F32, SIGNS, GroupFit, Rotated, expand
 from .hessian.row import Coupling
-from .levels.refit import multiply, weighted_dot
 from .loops import compiled
-from .simd.lanes import PANEL, gather, lined_up, product, scatter
-from .simd.vec import LANES, load, store, where_gt
+from .simd.lanes import PANEL, gather, product
+from .simd.vec import LANES, fma, load, splat, store, tree, where_eq
 
 
-def fit_again(rows: F32, fmt: Rotated, coupling: Coupling, fits: Sequence[GroupFit]) -> list[GroupFit]:
+def fit_again(
+    rows: F32, fmt: Rotated, coupling: Coupling, fits: Sequence[GroupFit], errors: F32
+) -> list[GroupFit]:
     """The groups of rows f32 [R, K] after PASSES passes that begin with `fits`, the groups in their order.
 
-    The cost eᵀHe of no row rises, but for the rounding of f32. Gains are those of the last pass: the target's energy
-    over what the levels have of it.
+    errors f32 [G, tiles, 256, 16] are those of `fits`, and change. The cost eᵀHe of no row rises, but for the rounding
+    of f32. Gains are those of the last pass: the target's energy over what the levels have of it.
     """
-    count, found = len(rows), list(fits)
-    tiles = -(-count // LANES)
-    errors = np.empty((len(found), tiles, GROUP, LANES), np.float32)
-    targets, turned = (np.empty((tiles, GROUP, LANES), np.float32) for _ in range(2))
-    for g, fit in enumerate(found):
-        error_tiles(rows, g * GROUP, expand(fmt, fit.stored), fit.codes, errors[g])
+    found = list(fits)
     for turn in range(len(WHOLE) - 1, len(WHOLE) - 1 - PASSES, -1):
         for g, old in enumerate(found):
-            matrix = coupling.blocks[g]
-            problem = Problem(matrix, matrix, _DENSE, SIGNS2, SIGNS, isinstance(fmt, AffineFormat))
-            before = expand(fmt, old.stored)
-            levels, codes = before.copy(), old.codes.copy()
-            target_tiles(rows, g * GROUP, errors, g, coupling.pulls[g], targets)
-            improve_tiles(targets, problem, turn, levels, codes, turned)
-            stored = as_stored(fmt, even_levels(levels) if problem.grid else levels)
-            better, gains = np.empty(count, np.uint8), np.empty(count, np.float32)
-            keep_better(
-                targets, turned, problem, (before, old.codes), (expand(fmt, stored), codes), better, gains
-            )
-            found[g] = GroupFit(np.where(better[:, None] > 0, stored, old.stored), codes, gains)
-            error_tiles(rows, g * GROUP, expand(fmt, found[g].stored), codes, errors[g])
+            stored, codes, gains = old.stored.copy(), old.codes.copy(), np.empty(len(rows), np.float32)
+            of = (coupling.lines[g], coupling.inverses[g])
+            fit_group_again(errors, g, *of, SIGNS, turn, WHOLE_SWEEPS, fmt.levels, stored, codes, gains)
+            found[g] = GroupFit(stored, codes, gains)
+            error_tiles(rows, g * GROUP, expand(fmt, stored), codes, errors[g])
     return found
-
-
-_DENSE = np.empty(0, np.float32)
 
 
 @compiled
@@ -77,89 +64,88 @@ def error_tiles(rows, column, levels, codes, errors):
     """
     for tile in range(errors.shape[0]):
         first, block = tile * LANES, errors[tile]
-        gather(rows, first, column, block)
-        for r in range(min(LANES, rows.shape[0] - first)):
+        count = min(LANES, rows.shape[0] - first)
+        for r in range(count):
             for i in range(GROUP):
-                block[i, r] -= levels[first + r, codes[first + r, i]]
+                block[i, r] = rows[first + r, column + i] - levels[first + r, codes[first + r, i]]
+        for r in range(count, LANES):
+            for i in range(GROUP):
+                block[i, r] = 0.0
 
 
 @compiled
-def target_tiles(rows, column, errors, group, pulls, targets):
-    """targets f32 [tiles, 256, 16]: the group of rows f32 [R, K_in] at `column`, moved by the errors of all others.
+def fit_group_again(errors, group, lines, inverse, signs, turn, sweeps, count, params_io, codes_io, gains):
+    """One warm round, with the shakes of `turn`, for a group whose stored levels, or (zero, scale), are params_io f32
+    [R, n] and whose codes are codes_io u8 [R, 256]. Both are replaced where that costs less.
 
-    errors f32 [G, tiles, 256, 16]; pulls f32 [G - 1, 256, 256] leave out the group, and come in the order of groups.
+    errors f32 [G, tiles, 256, 16] are those of all groups, lines f32 [G, 256, 256] and `inverse` as in Coupling. gains
+    f32 [R] are those of what stays. With pulls p of the old and q of the new, the cost falls by (ŷ_new - ŷ_old)ᵀ
+    (p + q), which is exact where both are nearly the same.
     """
-    for tile in range(targets.shape[0]):
-        block = targets[tile]
-        gather(rows, tile * LANES, column, block)
-        for other in range(pulls.shape[0]):
-            e = errors[other if other < group else other + 1, tile]
-            for i in range(0, GROUP, PANEL):
-                product(block, i, pulls[other], i, e, GROUP)
+    grid = params_io.shape[1] == 2
+    dense, t = dense_of(lines[group], signs, grid), tile_for(count, grid)
+    codes, pulls = np.empty((GROUP, LANES), np.float32), np.empty((GROUP, LANES), np.float32)
+    standing, spare = np.empty((GROUP, LANES), np.float32), np.empty((2, LANES), np.float32)
+    levels, line = np.empty((count, LANES), np.float32), np.empty((2, LANES), np.float32)
+    for first in range(0, codes_io.shape[0], LANES):
+        gather(codes_io, first, 0, codes)
+        gather_rows(codes_io, first, 0, t.codes)
+        gather_params(params_io, first, grid, t)
+        levels[:], line[:] = t.levels, t.line
+        pull_tile(errors, first // LANES, lines, t.more)
+        decoded(t.levels, codes, t.lanes)
+        to_rows(t.lanes, np.float32(1), standing)
+        for i in range(0, GROUP, PANEL):
+            product(t.lanes, i, inverse, i, t.more, GROUP)
+        to_rows(t.lanes, np.float32(1), t.y)
+        to_rows(t.more, np.float32(1), pulls)
+        add_up(dense, codes, t)
+        t.ys[:] = pulls
+        for r in range(LANES):
+            add_decoded(dense, t, r, np.float32(1), t.ys, r * BLOCKS)
+            begin(t, r)
+            t.pull[:] = pulls[r * BLOCKS : (r + 1) * BLOCKS]
+            descend_warm(dense, t, r, turn, sweeps, SHAKE, spare)
+            follow(dense, t, r)
+            equations(dense, t, r)
+        refit(dense, t)
+        to_stored(grid, t)
+        for r in range(min(LANES, codes_io.shape[0] - first)):
+            begin(t, r)
+            pull_of(dense, t, r)
+            sweep_row(t.row, t.pull, t.book, dense.columns, 0, SWEEPS, np.float32(0), spare)
+            fall = splat(np.float32(0))
+            for b in range(BLOCKS):
+                at = r * BLOCKS + b
+                fall = fma(load(t.row, b) - load(standing, at), load(pulls, at) + load(t.pull, b), fall)
+            if not tree(fall) > 0:
+                t.levels[:, r], t.line[:, r] = levels[:, r], line[:, r]
+                for i in range(GROUP):
+                    t.codes[r * BLOCKS + i // LANES, i % LANES] = codes_io[first + r, i]
+                begin(t, r)
+            scatter_row(t, r, params_io, codes_io, first + r)
+            gains[first + r] = gain_of(t, r)
 
 
 @compiled
-def improve_tiles(targets, problem, turn, levels_io, codes_io, turned):
-    """One warm round, with the shakes of `turn`, from levels f32 [R, K] and codes u8 [R, 256], which it replaces.
-
-    `problem` has a dense H, and turned f32 [tiles, 256, 16] receives H · targets.
+def pull_tile(errors, tile, lines, out):
+    """out = Σ_r H_gr e_r, a block of lanes, from errors f32 [G, tiles, 256, 16] and the H_gr, lines f32 [G, 256, 256],
+    in the order of groups.
     """
-    problem = Problem(lined_up(problem.matrix), *problem[1:])
-    s = scratch_for(levels_io.shape[1], problem.grid)
-    total = total_of(problem)
-    for tile in range(targets.shape[0]):
-        first = tile * LANES
-        s.y[:] = targets[tile]
-        gather(codes_io, first, 0, s.codes)
-        gather_levels(levels_io, first, s.levels)
-        pulled(problem, s.y, s.ys)
-        turned[tile] = s.ys
-        improve(problem, total, turn, SHAKE, s)
-        scatter_levels(s.levels, levels_io, first)
-        scatter(s.codes, codes_io, first)
+    out[:] = 0.0
+    for other in range(lines.shape[0]):
+        for i in range(0, GROUP, PANEL):
+            product(out, i, lines[other], i, errors[other, tile], GROUP)
+    minus = splat(np.float32(-1))
+    for i in range(GROUP):
+        store(out, i, minus * load(out, i))
 
 
 @compiled
-def keep_better(targets, turned, problem, old, new, better, gains):
-    """Settle the new codes u8 [R, 256], given their stored levels f32 [R, K], and put the old ones back where they cost
-    less under a dense H. `old` and `new` are pairs of levels and codes.
-
-    better u8 [R] says where the new ones stay. gains f32 [R] are those of what stays. With errors e of the old and f of
-    the new, the cost falls by (e - f)ᵀ H (e + f), which is exact where both are nearly the same.
-    """
-    problem = Problem(lined_up(problem.matrix), *problem[1:])
-    levels, codes = new
-    s = scratch_for(levels.shape[1], problem.grid)
-    was = scratch_for(levels.shape[1], problem.grid)
-    ones = np.ones(GROUP, np.float32)
-    rise, whole, lost = (
-        np.empty((1, LANES), np.float32),
-        np.empty((1, LANES), np.float32),
-        np.empty((1, LANES), np.float32),
-    )
-    nothing = np.zeros((1, LANES), np.float32)
-    for tile in range(targets.shape[0]):
-        first = tile * LANES
-        s.y[:] = targets[tile]
-        gather(codes, first, 0, s.codes)
-        gather_levels(levels, first, s.levels)
-        settle(problem, s)
-        gather(old[1], first, 0, was.codes)
-        gather_levels(old[0], first, was.levels)
-        residual(s.y, was.levels, was.codes, was.errors)
-        for i in range(GROUP):
-            e, f = load(was.errors, i), load(s.errors, i)
-            store(was.work, i, e - f)
-            store(was.y, i, e + f)
-        multiply(problem.matrix, was.y, was.ys)  # -H (e + f)
-        store(rise, 0, weighted_dot(ones, was.ys, was.work))
-        zero, change = load(nothing, 0), load(rise, 0)
-        for i in range(GROUP):
-            store(s.errors, i, where_gt(zero, change, load(s.errors, i), load(was.errors, i)))
-            store(s.codes, i, where_gt(zero, change, load(s.codes, i), load(was.codes, i)))
-        store(whole, 0, weighted_dot(ones, turned[tile], s.y))
-        store(lost, 0, weighted_dot(ones, turned[tile], s.errors))
-        write_gains(whole, lost, first, gains)
-        scatter(s.codes, codes, first)
-        for r in range(min(LANES, better.shape[0] - first)):
-            better[first + r] = 1 if rise[0, r] < 0 else 0
+def decoded(levels, codes, out):
+    """out [256, 16] = levels [K, 16] by codes [256, 16]."""
+    for i in range(GROUP):
+        code, value = load(codes, i), load(levels, 0)
+        for k in range(1, levels.shape[0]):
+            value = where_eq(code, splat(np.float32(k)), load(levels, k), value)
+        store(out, i, value)

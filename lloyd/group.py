@@ -17,9 +17,7 @@ from .codes.descent import descend, heat
 from .codes.feedback import feedback, residual
 from .constants import GROUP, SIGNAL_FLOOR, SWEEPS
 from .levels.refit import (
-    dense_equations,
     indicator,
-    multiply,
     normal_equations,
     signed,
     solve,
@@ -37,7 +35,7 @@ class Problem(NamedTuple):
     """What all rows of one group have in common.
 
     `matrix` f32 [256, 256] is H in the stored basis, `feedback` f32 [256, 256] its factor, `weights` f32 [256] the
-    diagonal that H came from, empty for a dense H. `signs` f32 [256] are those of the rotation, `shakes` f32 [sweeps,
+    diagonal that H came from. `signs` f32 [256] are those of the rotation, `shakes` f32 [sweeps,
     16, 16] say which way warm sweeps shift targets. `grid` keeps levels evenly spaced.
     """
 
@@ -52,10 +50,9 @@ class Problem(NamedTuple):
 class Scratch(NamedTuple):
     """Blocks of sixteen rows, a lane each, that one call takes once: f32 [256, 16] where nothing else is said.
 
-    y are the rows, ys H·y for a dense H, else the signed transform of y; `errors` y minus its decoded values; `codes`
-    whole numbers; levels [K, 16] and their midpoints mids [K-1, 16]; `work` what a stage needs; shifts [1, 16] the heat
-    of each row. With n unknowns, K or 2 for a grid, basis [n, 256, 16], sums [16, n, 256], gram [n, n, 16], rhs
-    [n, 16].
+    y are the rows, ys the signed transform of y; `errors` y minus its decoded values; `codes` whole numbers; levels
+    [K, 16] and their midpoints mids [K-1, 16]; line [2, 16] zero and scale of a grid; `work` what a stage needs; shifts
+    [1, 16] the heat of each row. With n unknowns, K or 2 for a grid, basis [n, 256, 16], gram [n, n, 16], rhs [n, 16].
     """
 
     y: F32
@@ -64,9 +61,9 @@ class Scratch(NamedTuple):
     codes: F32
     levels: F32
     mids: F32
+    line: F32
     work: F32
     basis: F32
-    sums: F32
     gram: F32
     rhs: F32
     shifts: F32
@@ -83,9 +80,9 @@ def scratch_for(count, grid):
         np.zeros((GROUP, LANES), np.float32),
         np.zeros((count, LANES), np.float32),
         np.empty((count - 1, LANES), np.float32),
+        np.zeros((2, LANES), np.float32),
         np.empty((GROUP, LANES), np.float32),
         np.empty((unknowns, GROUP, LANES), np.float32),
-        np.empty((LANES, unknowns, GROUP), np.float32),
         np.zeros((unknowns, unknowns, LANES), np.float32),
         np.empty((unknowns, LANES), np.float32),
         np.empty((1, LANES), np.float32),
@@ -93,63 +90,43 @@ def scratch_for(count, grid):
 
 
 @compiled
-def refit_levels(problem, total, s):
-    """Move the levels of scratch `s` to their best places for its codes; `total`, for a grid under a dense H, is ΣH."""
+def refit_levels(problem, s):
+    """Move the levels of scratch `s` to their best places for its codes."""
     weights, signs = problem.weights, problem.signs
-    if weights.shape[0] > 0:
-        if problem.grid:
-            for i in range(GROUP):
-                sign = splat(signs[i])
-                store(s.basis[0], i, sign)
-                store(s.basis[1], i, sign * load(s.codes, i))
-            hadamard(s.basis[0])
-            hadamard(s.basis[1])
-        else:
-            for k in range(s.levels.shape[0]):
-                indicator(s.codes, k, signs, s.basis[k])
-                hadamard(s.basis[k])
-        normal_equations(s.ys, s.basis, weights, s.gram, s.rhs)
-    elif problem.grid:
-        ones = np.ones(GROUP, np.float32)
-        for i in range(GROUP):
-            store(s.basis[0], i, splat(np.float32(1)))
-        store(s.rhs, 0, weighted_dot(ones, s.ys, s.basis[0]))
-        store(s.rhs, 1, weighted_dot(ones, s.ys, s.codes))
-        multiply(problem.matrix, s.codes, s.basis[1])
-        store(s.gram[1], 1, splat(np.float32(-1)) * weighted_dot(ones, s.basis[1], s.codes))
-        store(s.gram[1], 0, splat(np.float32(-1)) * weighted_dot(ones, s.basis[1], s.basis[0]))
-        store(s.gram[0], 0, splat(total))
-    else:
-        dense_equations(s.ys, s.codes, problem.matrix, s.sums, s.gram, s.rhs)
     if problem.grid:
-        solve_grid(s.gram, s.rhs, s.levels)
+        for i in range(GROUP):
+            sign = splat(signs[i])
+            store(s.basis[0], i, sign)
+            store(s.basis[1], i, sign * load(s.codes, i))
+        hadamard(s.basis[0])
+        hadamard(s.basis[1])
+    else:
+        for k in range(s.levels.shape[0]):
+            indicator(s.codes, k, signs, s.basis[k])
+            hadamard(s.basis[k])
+    normal_equations(s.ys, s.basis, weights, s.gram, s.rhs)
+    if problem.grid:
+        solve_grid(s.gram, s.rhs, s.levels, s.line)
     else:
         solve(s.gram, s.rhs, s.levels)
         sort_levels(s.levels, s.codes)
 
 
 @compiled
-def pulled(problem, y, out):
-    """out = H·y [256, 16] for a dense H, else the signed transform of y."""
-    if problem.weights.shape[0] > 0:
-        signed(y, problem.signs, out)
-        hadamard(out)
-    else:
-        multiply(problem.matrix, y, out)
-        minus = splat(np.float32(-1))
-        for i in range(GROUP):
-            store(out, i, minus * load(out, i))
+def turned(problem, y, out):
+    """out = the signed transform of y [256, 16]."""
+    signed(y, problem.signs, out)
+    hadamard(out)
 
 
 @compiled
 def gradient(problem, errors, out):
     """out = H·errors [256, 16]."""
-    pulled(problem, errors, out)
-    if problem.weights.shape[0] > 0:
-        for i in range(GROUP):
-            store(out, i, load(out, i) * splat(problem.weights[i] / np.float32(GROUP)))
-        hadamard(out)
-        signed(out, problem.signs, out)
+    turned(problem, errors, out)
+    for i in range(GROUP):
+        store(out, i, load(out, i) * splat(problem.weights[i] / np.float32(GROUP)))
+    hadamard(out)
+    signed(out, problem.signs, out)
 
 
 @compiled
@@ -161,39 +138,27 @@ def fit_rows(rows, column, problem, shakes, levels_io, codes_out):
     """
     problem = Problem(lined_up(problem.matrix), *problem[1:])
     s = scratch_for(levels_io.shape[1], problem.grid)
-    total = total_of(problem)
     for first in range(0, rows.shape[0], LANES):
         gather(rows, first, column, s.y)
         gather_levels(levels_io, first, s.levels)
-        pulled(problem, s.y, s.ys)
+        turned(problem, s.y, s.ys)
         midpoints(s.levels, s.mids)
         feedback(s.y, problem.feedback, s.levels, s.mids, s.codes, s.work, s.errors)
-        refit_levels(problem, total, s)
+        refit_levels(problem, s)
         for n in range(shakes.shape[0]):
-            improve(problem, total, n, shakes[n], s)
+            improve(problem, n, shakes[n], s)
         scatter_levels(s.levels, levels_io, first)
         scatter(s.codes, codes_out, first)
 
 
 @compiled
-def total_of(problem):
-    """The sum over a dense H that the refit of a grid needs, added row by row; 0 for other problems."""
-    total = np.float32(0)
-    if problem.grid and problem.weights.shape[0] == 0:
-        for i in range(GROUP):
-            for j in range(GROUP):
-                total += problem.matrix[i, j]
-    return total
-
-
-@compiled
-def improve(problem, total, turn, share, s):
+def improve(problem, turn, share, s):
     """One round of descent, its targets shifted by `share` of the error as the shakes of `turn` say, and a refit."""
     residual(s.y, s.levels, s.codes, s.errors)
     gradient(problem, s.errors, s.work)
     heat(s.errors, s.work, share, s.shifts)
     descend(s.codes, s.work, s.levels, problem.matrix, problem.shakes, turn * SWEEPS, SWEEPS, s.shifts)
-    refit_levels(problem, total, s)
+    refit_levels(problem, s)
 
 
 @compiled
@@ -237,30 +202,22 @@ def write_gains(whole, lost, first, gains):
 def settle_rows(rows, column, problem, stored, codes_io, gains):
     """Assign codes u8 [R, 256] once more, given the stored levels f32 [R, K].
 
-    gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ), as write_gains has it; nothing where it is empty.
+    gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ), as write_gains has it.
     """
     weights = problem.weights
     s = scratch_for(stored.shape[1], problem.grid)
     whole = np.empty((1, LANES), np.float32)
     lost = np.empty((1, LANES), np.float32)
-    ones = np.ones(GROUP, np.float32)
     for first in range(0, rows.shape[0], LANES):
         gather(rows, first, column, s.y)
         gather(codes_io, first, 0, s.codes)
         gather_levels(stored, first, s.levels)
         settle(problem, s)
         scatter(s.codes, codes_io, first)
-        if gains.shape[0] == 0:
-            continue
-        pulled(problem, s.y, s.ys)
-        if weights.shape[0] > 0:
-            signed(s.errors, problem.signs, s.errors)
-            hadamard(s.errors)
-            store(whole, 0, weighted_dot(weights, s.ys, s.ys))
-            store(lost, 0, weighted_dot(weights, s.ys, s.errors))
-        else:
-            store(whole, 0, weighted_dot(ones, s.ys, s.y))
-            store(lost, 0, weighted_dot(ones, s.ys, s.errors))
+        turned(problem, s.y, s.ys)
+        turned(problem, s.errors, s.work)
+        store(whole, 0, weighted_dot(weights, s.ys, s.ys))
+        store(lost, 0, weighted_dot(weights, s.ys, s.work))
         write_gains(whole, lost, first, gains)
 
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ..formats.blocks import AffineFormat, LloydFormat
 from ..formats.fwht import SIGNS2
 from .codes.descent import shake_signs
-from .constants import F16_MAX, GRID_STEPS, GROUP, INDEPENDENT, LONE, SWEEPS, WHOLE
+from .constants import F16_MAX, GRID_STEPS, GROUP, INDEPENDENT, LONE, SWEEPS, WHOLE, WHOLE_SWEEPS
+from .dense.fit import fit_dense
 from .group import Problem, fit_rows, settle_rows
 from .hessian.group import GroupHessian
 from .levels.affine import affine_rows
@@ -43,16 +44,22 @@ def fit_group(
     fmt: Rotated,
     h: GroupHessian,
     shakes: Sequence[np.float32] = INDEPENDENT,
-    final: bool = True,
+    coupled: bool = False,
 ) -> GroupFit:
     """The group of rows f32 [R, K_in] that begins at `column`, fitted under its Hessian.
 
-    There is a round of descent and refit for each of the `shakes`. What is not final gets no gains.
+    There is a round of descent and refit for each of the `shakes`. What is `coupled` is fitted again later, and gets no
+    gains here.
     """
     grid = isinstance(fmt, AffineFormat)
-    levels = expand(fmt, initial_levels(rows, column, fmt, exact=h.nearly_white))
+    initial = initial_levels(rows, column, fmt, exact=h.nearly_white)
+    codes, gains = np.empty((len(rows), GROUP), np.uint8), np.empty(0 if coupled else len(rows), np.float32)
+    if not h.diagonal.size:
+        of = (h.matrix, h.feedback, SIGNS, np.array(shakes), WHOLE_SWEEPS if coupled else SWEEPS)
+        fit_dense(rows, column, *of, fmt.levels, initial, codes, gains)
+        return GroupFit(initial, codes, gains)
+    levels = expand(fmt, initial)
     problem = Problem(h.matrix, h.feedback, h.diagonal, SIGNS2, SIGNS, grid)
-    codes, gains = np.empty((len(rows), GROUP), np.uint8), np.empty(len(rows) if final else 0, np.float32)
     fit_rows(rows, column, problem, np.array(shakes), levels, codes)
     stored = as_stored(fmt, even_levels(levels) if grid else levels)
     settle_rows(rows, column, problem, expand(fmt, stored), codes, gains)

@@ -21,9 +21,10 @@ from ...lloyd.encode import ENCODED
 from ...lloyd.group_fit import Rotated
 from ...lloyd.hessian.row import RowHessian
 from ..runtime.host import Backend, Buffer
-from .fitting import Fitting, Work
+from .fitting import Fitting
 from .hessians import DenseFactors, Hessian, Hessians
 from .space import Space
+from .work import Work
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -126,10 +127,11 @@ class DeviceEncoder:
     def _fit(self, work: Work, h: Hessian, gain: float) -> None:
         """Codes and stored levels of all groups under their Hessians.
 
-        Where groups answer each other that takes hundreds of launches, which are the same for every matrix of a shape.
-        The first such matrix takes all memory and loads all kernels, and the second one is recorded.
+        Where groups answer each other, of which there is one matrix for each but the first, that takes hundreds of
+        launches, which are the same for every matrix of a shape. The first such matrix takes all memory and loads all
+        kernels, and the second one is recorded.
         """
-        if not h.answers:
+        if not (h.dense and len(h.answers) == work.groups - 1):
             self._fitting.groups(work, h, gain)
             return
 
@@ -145,7 +147,7 @@ class DeviceEncoder:
             work.codes,
             h.matrix,
             *h.answers,
-            *((h.coupling.pulls,) if h.coupling else ()),
+            *((h.coupling.lines, h.coupling.inverses) if h.coupling else ()),
         )
         key = (work.fmt.name, work.count, work.groups, gain, h.white, *(b.address for b in places))
         if key not in self._recorded:

@@ -73,49 +73,41 @@ KERNEL(WAVE) residual_rows(float* __restrict__ errors, const float* __restrict__
   store_group(errors + at * GROUP, e);
 }
 
-// out f32 [rows, 256·groups]: the errors of the old codes and levels plus those of the new. Grid (rows, groups from `first` on).
-KERNEL(WAVE) add_errors(float* __restrict__ out, const float* __restrict__ rows, const float* __restrict__ params,
-                        const uint8_t* __restrict__ codes, const float* __restrict__ old_params,
-                        const uint8_t* __restrict__ old_codes, int groups, int first) {
+// values f32 [rows, 256·groups]: what the decoder gives. Grid (rows, groups from `first` on).
+KERNEL(WAVE) decoded_rows(float* __restrict__ values, const float* __restrict__ params, const uint8_t* __restrict__ codes,
+                          int groups, int first) {
   const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
-  float y[PER_LANE], e[PER_LANE], f[PER_LANE];
-  load_group(y, rows + at * GROUP);
-  residual(e, y, old_codes + at * GROUP, old_params + at * PARAMS);
-  residual(f, y, codes + at * GROUP, params + at * PARAMS);
+  const Codes mine = load_codes(codes + at * GROUP + PER_LANE * lane());
+  float v[PER_LANE];
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++) e[j] = e[j] + f[j];
-  store_group(out + at * GROUP, e);
+  for (int j = 0; j < PER_LANE; j++) v[j] = level_of(params + at * PARAMS, code_of(mine, j));
+  store_group(values + at * GROUP, v);
 }
 
-// Puts back the old codes and levels of each row in which the new ones do not cost less, as lloyd.again.keep_better does.
-// turned f32 [rows, 256·groups] holds -H times what add_errors gives. Grid (rows, groups from `first` on).
-KERNEL(WAVE) keep_better(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ rows,
-                         const float* __restrict__ turned, const float* __restrict__ old_params,
+// Puts back the old codes and levels of each row in which the new ones do not cost less, as lloyd.again does. pulls and
+// old_pulls f32 [rows, 256·groups] are H · (y - q) of the new and of the old. Grid (rows, groups from `first` on).
+KERNEL(WAVE) keep_better(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ pulls,
+                         const float* __restrict__ old_pulls, const float* __restrict__ old_params,
                          const uint8_t* __restrict__ old_codes, int groups, int first) {
   LDS(float, left, GROUP);
   LDS(float, right, GROUP);
   const int t = lane();
-  const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y;
-  float y[PER_LANE], e[PER_LANE], f[PER_LANE];
-  load_group(y, rows + at * GROUP);
-  residual(e, y, old_codes + at * GROUP, old_params + at * PARAMS);
-  residual(f, y, codes + at * GROUP, params + at * PARAMS);
+  const int64_t at = (int64_t)blockIdx.x * groups + first + blockIdx.y, mine = at * GROUP + PER_LANE * t;
+  const Codes now = load_codes(codes + mine), was = load_codes(old_codes + mine);
+  float a[PER_LANE], b[PER_LANE];
+  load_group(a, old_pulls + at * GROUP);
+  load_group(b, pulls + at * GROUP);
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++) e[j] = e[j] - f[j];
-  load_group(y, turned + at * GROUP);
-  store_group(left, y);
-  store_group(right, e);
+  for (int j = 0; j < PER_LANE; j++) {
+    a[j] = a[j] + b[j];
+    b[j] = level_of(params + at * PARAMS, code_of(now, j)) - level_of(old_params + at * PARAMS, code_of(was, j));
+  }
+  store_group(left, a);
+  store_group(right, b);
   __syncthreads();
-  // Four lanes take every fourth element: the order of lloyd.levels.refit.weighted_dot. The others do the same.
-  float rise = 0.0f;
-#pragma unroll 8
-  for (int i = t % 4; i < GROUP; i += 4) rise = fmaf(left[i], right[i], rise);
-  rise = rise + __shfl_xor(rise, 1);
-  rise = rise + __shfl_xor(rise, 2);
-  if (rise < 0.0f) return;
+  if (dot_in_parts(left, right) > 0.0f) return;
   if (t < PARAMS) params[at * PARAMS + t] = old_params[at * PARAMS + t];
-  const int64_t mine = at * GROUP + PER_LANE * t;
-  *reinterpret_cast<Codes*>(codes + mine) = load_codes(old_codes + mine);
+  *reinterpret_cast<Codes*>(codes + mine) = was;
 }
 
 // Multiplies the levels by what lloyd.encode.partial_gains makes of (yᵀH y) / (yᵀH ŷ), or of 1 where that is beyond 2 or not
@@ -151,15 +143,20 @@ KERNEL(WAVE) apply_gain(float* __restrict__ params, const float* __restrict__ ro
   store_group(right, y);
   store_group(right + GROUP, e);
   __syncthreads();
-  // Of each of the two sums, four lanes take every fourth element: the order of lloyd.levels.refit.weighted_dot.
-  const float *one = left + t % 4, *two = right + (t / 4 % 2) * GROUP + t % 4;
-  float sum = 0.0f;
+  float sum;
+  if (dense) {
+    sum = dot_in_parts(left, right + t / PARTS * GROUP);
+  } else {
+    // Of each of the two sums, four lanes take every fourth element: the order of lloyd.levels.refit.weighted_dot.
+    const float *one = left + t % 4, *two = right + (t / 4 % 2) * GROUP + t % 4;
+    sum = 0.0f;
 #pragma unroll 8
-  for (int i = 0; i < GROUP; i += 4) sum = fmaf(one[i], two[i], sum);
-  sum = sum + __shfl_xor(sum, 1);
-  sum = sum + __shfl_xor(sum, 2);
-  const float whole = __shfl(sum, 0), kept = whole - __shfl(sum, 4);
-  const float gain = kept > SIGNAL_FLOOR * whole ? whole / kept : 1.0f;
+    for (int i = 0; i < GROUP; i += 4) sum = fmaf(one[i], two[i], sum);
+    sum = sum + __shfl_xor(sum, 1);
+    sum = sum + __shfl_xor(sum, 2);
+  }
+  const float whole = __shfl(sum, 0), kept = whole - __shfl(sum, dense ? PARTS : 4);
+  const float gain = whole > 0.0f && kept > SIGNAL_FLOOR * whole ? whole / kept : 1.0f;
   if (t < PARAMS) param[t] = stored_level(param[t] * (gain / (1.0f + noise * (gain - 1.0f))));
 }
 

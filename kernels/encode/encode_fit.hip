@@ -1,4 +1,4 @@
-// Rounding under a group's Hessian, with the bits of lloyd/codes/feedback.py, lloyd/codes/descent.py and lloyd/levels/refit.py:
+// Rounding under a group's Hessian, with the bits of lloyd/codes/, lloyd/levels/refit.py and lloyd/dense/:
 // error feedback, coordinate descent, and the levels that fit the codes of a row best.
 //
 // rows f32 [count, 256·groups], codes u8 of the same shape, params f32 [count, groups, PARAMS]; per group `matrix` and
@@ -104,17 +104,45 @@ DEVICE float take(Columns& c, const Levels<GRID>& levels, int j, bool owner) {
   return moved;
 }
 
+// For a dense H, `sums` holds sums over its rows: of a codebook f32 [groups of the launch, count, LEVELS, 256], those of the
+// columns of each code; of a grid f32 [count, 256·groups], H · codes.
+constexpr int KEPT = GRID ? 1 : LEVELS;
+DEVICE int64_t sums_of(int row, int count, int64_t at) {
+  return GRID ? at : ((int64_t)blockIdx.y * count + row) * KEPT * GROUP;
+}
+
+// turned += sign · H · (what a row stands for), given its sums, and H · 1 in `ones`.
+DEVICE void add_decoded(float (&turned)[PER_LANE], float sign, const float* param, const float* sums, const float* ones) {
+  float v[PER_LANE];
+  if (GRID) {
+    load_group(v, ones);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) turned[j] = fmaf(sign * param[0], v[j], turned[j]);
+  }
+#pragma unroll
+  for (int k = 0; k < KEPT; k++) {
+    load_group(v, sums + k * GROUP);
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) turned[j] = fmaf(sign * param[GRID ? 1 : k], v[j], turned[j]);
+  }
+}
+
+// Where the pull H · (rows - levels) comes from: from channel weights; from sums, with H · rows in `turned`; or it is `turned`.
+constexpr int FROM_WEIGHTS = 0, FROM_SUMS = 1;
+
 // Sweeps of coordinate descent: each column takes the level that is best given all others. Targets are shifted by `share` of
-// the row's error under H, up or down as signs f32 [sweeps, 256] say. `matrix` is H, `inverse` f32 [256] holds 1 / H_cc. For
-// a `dense` H, turned f32 [count, 256·groups] holds H·(rows - levels); otherwise it is not read, and H is that of `weights`.
+// the row's error under H, up or down as signs f32 [sweeps, 256] say. `matrix` is H, `inverse` f32 [256] holds 1 / H_cc. `from`
+// says where the pull comes from; but from weights, left_over f32 [count, 256·groups] gets what it is in the end.
 // A wave has a row, and its lane t columns 8t .. 8t+7. All lanes look for the next column that moves, so that columns that
 // stay cost little. Which of a lane's eight it is, is a branch that the whole wave takes: registers have no index.
-KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __restrict__ rows,
+KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, float* __restrict__ left_over, const float* __restrict__ rows,
                                 const float* __restrict__ params, const float* __restrict__ matrix,
                                 const float* __restrict__ inverse, const float* __restrict__ weights,
-                                const float* __restrict__ turned, const float* __restrict__ rotation,
-                                const float* __restrict__ signs, int dense, int sweeps, float share, int count, int groups,
-                                int first) {
+                                const float* __restrict__ turned, const float* __restrict__ sums,
+                                const float* __restrict__ ones, const float* __restrict__ rotation,
+                                const float* __restrict__ signs, int from, int sweeps, float share, int count,
+                                int groups, int first) {
+  LDS(float, spread, DESCENT_WAVES * 2 * GROUP);
   const int group = first + blockIdx.y, r = blockIdx.x * DESCENT_WAVES + wave(), t = lane();
   const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
   const float* h = matrix + (int64_t)group * SQUARE;
@@ -134,8 +162,9 @@ KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __rest
   load_group(error, rows + at);
 #pragma unroll
   for (int j = 0; j < PER_LANE; j++) error[j] = error[j] - c.now[j];
-  if (dense) {
+  if (from != FROM_WEIGHTS) {
     load_group(c.pull, turned + at);
+    if (from == FROM_SUMS) add_decoded(c.pull, -1.0f, param, sums + sums_of(row, count, at), ones + group * GROUP);
   } else {
     float factor[PER_LANE], sign[PER_LANE];
     load_group(sign, rotation + GROUP);
@@ -149,10 +178,19 @@ KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __rest
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) c.pull[j] = c.pull[j] * sign[j];
   }
-  float part = 0.0f;
+  float total = 0.0f;
+  if (from != FROM_WEIGHTS) {
+    float* mine = spread + wave() * 2 * GROUP;
+    store_group(mine, error);
+    store_group(mine + GROUP, c.pull);
+    __syncthreads();
+    total = dot_in_parts(mine, mine + GROUP);
+  } else {
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++) part = fmaf(error[j], c.pull[j], part);
-  const float energy = wave_sum(part) * (1.0f / (float)GROUP);
+    for (int j = 0; j < PER_LANE; j++) total = fmaf(error[j], c.pull[j], total);
+    total = wave_sum(total);
+  }
+  const float energy = total * (1.0f / (float)GROUP);
   const float heat = share * sqrtf(energy > 0.0f && energy < MOST_ENERGY ? energy : 0.0f);
   load_group(c.reciprocal, inverse + group * GROUP);
   for (int sweep = 0; sweep < sweeps; sweep++) {
@@ -190,7 +228,9 @@ KERNEL(DESCENT_THREADS) descend(uint8_t* __restrict__ codes, const float* __rest
     }
     if (!moved && heat == 0.0f) break;
   }
-  if (r < count) store_codes(codes + at + PER_LANE * t, c.code);
+  if (r >= count) return;
+  store_codes(codes + at + PER_LANE * t, c.code);
+  if (from != FROM_WEIGHTS) store_group(left_over + at, c.pull);
 }
 
 // Floats from one vector of 256 to the next in LDS: not a multiple of 32, so that eight vectors begin in different banks.
@@ -245,8 +285,8 @@ DEVICE float solve(float (&a)[LEVELS], float rhs, float old) {
   return good ? z : old;
 }
 
-// Solves for new levels, sorts them, and renumbers the codes. `system` holds gram and rhs: row k begins at k · (LEVELS + 1),
-// and rhs is its last element.
+// Solves for new levels, sorts them, and renumbers the codes; rank[k] is what level k has become. `system` holds gram and rhs: row
+// k begins at k · (LEVELS + 1), and rhs is its last element.
 DEVICE void refit_book(float* params, uint8_t* codes, const float* system, int* rank, bool live) {
   const int k = min(lane(), LEVELS - 1);
   float a[LEVELS];
@@ -366,15 +406,21 @@ KERNEL(REFIT_THREADS) refit(float* __restrict__ params, uint8_t* __restrict__ co
   }
 }
 
-// columns[k] += the rows of H whose code is k, ascending. `letters` holds the codes. Codes of 32 columns are looked at together,
-// so that the waves of a multiprocessor read about the same rows of H at a time, and no wave branches for an addition.
-DEVICE void sum_by_code(float (&columns)[LEVELS][PER_LANE], const float* h, const uint8_t* letters) {
+// Lets a row's sums follow the columns whose code was `old` and is `now`, both u8 [256] in LDS, ascending; or adds all columns up,
+// which for a grid is not asked: code LEVELS / 2, which most have, then gets what the others leave of `ones`, H · 1. Codes of 32
+// columns are looked at together, so that the waves of a multiprocessor read about the same rows of H at a time, and no wave
+// branches for an addition.
+DEVICE void follow(float (&sums)[KEPT][PER_LANE], const float* h, const float* ones, const uint8_t* old, const uint8_t* now,
+                   bool all) {
+  constexpr int MOST = LEVELS / 2;
   for (int at = 0; at < GROUP; at += WAVE) {
-    const int code = letters[at + lane()];
+    const int code = now[at + lane()], was = all ? LEVELS : old[at + lane()];
     const float* lines = h + at * GROUP;
 #pragma unroll
-    for (int k = 0; k < LEVELS; k++) {
-      uint32_t left = lanes_where(code == k);
+    for (int k = 0; k < KEPT; k++) {
+      if (!GRID && all && k == MOST) continue;
+      const uint32_t into = lanes_where(code != was && (GRID || code == k));
+      uint32_t left = GRID ? into : into | lanes_where(code != was && was == k);
       while (left) {
         const int one = first_bit(left);
         left &= left - 1;
@@ -384,15 +430,58 @@ DEVICE void sum_by_code(float (&columns)[LEVELS][PER_LANE], const float* h, cons
         float a[PER_LANE], b[PER_LANE];
         load_group(a, lines + one * GROUP);
         load_group(b, lines + two * GROUP);
+        const float step = GRID ? (float)__shfl(code - was, one) : into >> one & 1 ? 1.0f : -1.0f;
+        const float next = GRID ? (float)__shfl(code - was, two) : into >> two & 1 ? 1.0f : -1.0f;
 #pragma unroll
-        for (int j = 0; j < PER_LANE; j++) columns[k][j] += a[j];
+        for (int j = 0; j < PER_LANE; j++) sums[k][j] = fmaf(step, a[j], sums[k][j]);
         if (more) {
 #pragma unroll
-          for (int j = 0; j < PER_LANE; j++) columns[k][j] += b[j];
+          for (int j = 0; j < PER_LANE; j++) sums[k][j] = fmaf(next, b[j], sums[k][j]);
         }
       }
     }
   }
+  if constexpr (!GRID) {
+    if (!all) return;
+    load_group(sums[MOST], ones);
+#pragma unroll
+    for (int k = 0; k < LEVELS; k++) {
+#pragma unroll
+      for (int j = 0; j < PER_LANE; j++) {
+        if (k != MOST) sums[MOST][j] = sums[MOST][j] - sums[k][j];
+      }
+    }
+  }
+}
+
+// Of rows whose codes were fitted under another H: their sums, those of a grid given, `before` as refit_dense reads it, and
+// pulled = H · y of the targets y that have the pulls given. Shapes are those of refit_dense.
+KERNEL(REFIT_THREADS) begin_again(float* __restrict__ sums, float* __restrict__ pulled, uint8_t* __restrict__ before,
+                                  const float* __restrict__ params, const uint8_t* __restrict__ codes,
+                                  const float* __restrict__ pulls, const float* __restrict__ matrix,
+                                  const float* __restrict__ ones, int count, int groups, int first) {
+  LDS(uint8_t, letters, DENSE_WAVES* GROUP);
+  const int group = first + blockIdx.y, r = blockIdx.x * DENSE_WAVES + wave(), t = lane();
+  const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
+  const Codes mine = load_codes(codes + at + PER_LANE * t);
+  float* own = sums + sums_of(row, count, at);
+  if constexpr (!GRID) {
+    uint8_t* now = letters + wave() * GROUP;
+    *reinterpret_cast<Codes*>(now + PER_LANE * t) = mine;
+    __syncthreads();
+    float kept[KEPT][PER_LANE] = {};
+    follow(kept, matrix + (int64_t)group * SQUARE, ones + group * GROUP, now, now, true);
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+      if (r < count) store_group(own + k * GROUP, kept[k]);
+    }
+  }
+  if (r >= count) return;
+  float turned[PER_LANE];
+  load_group(turned, pulls + at);
+  add_decoded(turned, 1.0f, params + (row * groups + group) * PARAMS, own, ones + group * GROUP);
+  store_group(pulled + at, turned);
+  *reinterpret_cast<Codes*>(before + at + PER_LANE * t) = mine;
 }
 
 // Element `entry` of what a codebook's refit solves: first the lower gram row by row, then the right side.
@@ -402,63 +491,81 @@ DEVICE void place_of(int entry, int& k, int& m) {
   while (k < LEVELS && m > k) m -= ++k;
 }
 
-// New levels under a dense H: pulled f32 [count, 256·groups] holds H·y. For a grid `turned` holds -H·codes, and totals f32
-// [groups] the sums over H; for a codebook rows of H are summed by code. A wave per row.
-KERNEL(REFIT_THREADS) refit_dense(float* __restrict__ params, uint8_t* __restrict__ codes, const float* __restrict__ pulled,
-                                  const float* __restrict__ turned, const float* __restrict__ matrix,
-                                  const float* __restrict__ totals, int count, int groups, int first) {
+// New levels under a dense H: pulled f32 [count, 256·groups] holds H·y. `sums` are those of the codes `before`, and follow those
+// that have moved since; where they are to be `fresh`, those of a codebook are added up, and those of a grid given. Sums over
+// columns are taken in parts. A wave per row.
+KERNEL(REFIT_THREADS) refit_dense(float* __restrict__ params, uint8_t* __restrict__ codes, float* __restrict__ sums,
+                                  uint8_t* __restrict__ before, const float* __restrict__ pulled,
+                                  const float* __restrict__ matrix, const float* __restrict__ totals,
+                                  const float* __restrict__ ones, int fresh, int count, int groups, int first) {
   LDS(float, shared, DENSE_WAVES* DENSE_COLUMNS* COLUMN);
   LDS(float, systems, DENSE_WAVES* PARAMS*(PARAMS + 1));
   LDS(int, ranks, DENSE_WAVES* PARAMS);
-  LDS(uint8_t, letters, DENSE_WAVES* GROUP);
+  LDS(uint8_t, letters, DENSE_WAVES* 2 * GROUP);
   const int group = first + blockIdx.y, r = blockIdx.x * DENSE_WAVES + wave(), t = lane();
   const int64_t row = min(r, count - 1), at = (row * groups + group) * GROUP;
   float* param = params + (row * groups + group) * PARAMS;
   float* columns = shared + wave() * DENSE_COLUMNS * COLUMN;
-  float* ys = columns + PARAMS * COLUMN;
-  float v[PER_LANE];
+  uint8_t* letter = letters + wave() * 2 * GROUP;
+  float* own = sums + sums_of(row, count, at);
+  float v[PER_LANE], kept[KEPT][PER_LANE] = {};
   const Codes mine = load_codes(codes + at + PER_LANE * t);
+  *reinterpret_cast<Codes*>(letter + PER_LANE * t) = mine;
+  if (!fresh) *reinterpret_cast<Codes*>(letter + GROUP + PER_LANE * t) = load_codes(before + at + PER_LANE * t);
+  if (GRID || !fresh) {
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) load_group(kept[k], own + k * GROUP);
+  }
   load_group(v, pulled + at);
-  store_group(ys, v);
+  store_group(columns + KEPT * COLUMN, v);
+  __syncthreads();
+  if (!(GRID && fresh)) {
+    follow(kept, matrix + (int64_t)group * SQUARE, ones + group * GROUP, letter + GROUP, letter, fresh != 0);
+  }
+#pragma unroll
+  for (int k = 0; k < KEPT; k++) store_group(columns + k * COLUMN, kept[k]);
   if constexpr (GRID) {
-    load_group(v, turned + at);
-    store_group(columns, v);
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) v[j] = (float)code_of(mine, j);
-    store_group(columns + COLUMN, v);
+    store_group(columns + 2 * COLUMN, v);
 #pragma unroll
     for (int j = 0; j < PER_LANE; j++) v[j] = 1.0f;
     store_group(columns + 3 * COLUMN, v);
     __syncthreads();
-    // The four quartets of lanes sum H·y · 1, H·y · codes, -H·codes · codes, and -H·codes · 1.
-    const int pair = t / 4 % 4, chain = t % 4;
-    const float* a = (pair < 2 ? ys : columns) + chain;
-    const float* b = columns + (pair == 1 || pair == 2 ? 1 : 3) * COLUMN + chain;
-    float sum = 0.0f;
-    for (int i = 0; i < GROUP; i += 4) sum = fmaf(a[i], b[i], sum);
-    sum = join_chains(sum);
-    const float b0 = __shfl(sum, 0), b1 = __shfl(sum, 4), g11 = -__shfl(sum, 8), g10 = -__shfl(sum, 12);
+    // The halves of the wave sum H·y · 1 and H·codes · 1, then H·y · codes and H·codes · codes.
+    const float* turned = columns + (t < PARTS ? COLUMN : 0);
+    const float by_one = dot_in_parts(turned, columns + 3 * COLUMN), by_code = dot_in_parts(turned, columns + 2 * COLUMN);
+    const float b0 = __shfl(by_one, 0), g10 = __shfl(by_one, PARTS), b1 = __shfl(by_code, 0), g11 = __shfl(by_code, PARTS);
     refit_grid(param, totals[group], g10, g11, b0, b1, r < count);
+    if (r >= count) return;
+    store_group(own, kept[0]);
+    *reinterpret_cast<Codes*>(before + at + PER_LANE * t) = mine;
   } else {
-    uint8_t* letter = letters + wave() * GROUP;
     float* system = systems + wave() * PARAMS * (PARAMS + 1);
-    *reinterpret_cast<Codes*>(letter + PER_LANE * t) = mine;
+    int* rank = ranks + wave() * LEVELS;
     __syncthreads();
-    float sums[LEVELS][PER_LANE] = {};
-    sum_by_code(sums, matrix + (int64_t)group * SQUARE, letter);
-#pragma unroll
-    for (int k = 0; k < LEVELS; k++) store_group(columns + k * COLUMN, sums[k]);
-    __syncthreads();
-    for (int entry = t; entry < LEVELS * (LEVELS + 3) / 2; entry += WAVE) {
+    constexpr int ENTRIES = LEVELS * (LEVELS + 3) / 2;
+    for (int base = 0; base < ENTRIES; base += WAVE / PARTS) {
+      const int entry = base + t / PARTS;
       int k, m;
-      place_of(entry, k, m);
+      place_of(min(entry, ENTRIES - 1), k, m);
       const float* column = columns + k * COLUMN;
-      float sum = 0.0f;
-#pragma unroll 8
-      for (int i = 0; i < GROUP; i++) sum = letter[i] == m ? sum + column[i] : sum;
-      system[k < LEVELS ? k * (LEVELS + 1) + m : m * (LEVELS + 1) + LEVELS] = sum;
+      float part = 0.0f;
+#pragma unroll
+      for (int i = 0; i < GROUP; i += PARTS) {
+        part = part + (letter[i + t % PARTS] == m ? column[i + t % PARTS] : 0.0f);
+      }
+      part = join_parts(part);
+      if (t % PARTS == 0 && entry < ENTRIES) system[k < LEVELS ? k * (LEVELS + 1) + m : m * (LEVELS + 1) + LEVELS] = part;
     }
     __syncthreads();
-    refit_book(param, codes + at, system, ranks + wave() * LEVELS, r < count);
+    refit_book(param, codes + at, system, rank, r < count);
+    if (r >= count) return;
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) store_group(own + rank[k] * GROUP, kept[k]);
+    int code[PER_LANE];
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) code[j] = rank[code_of(mine, j)];
+    store_codes(before + at + PER_LANE * t, code);
   }
 }

@@ -22,10 +22,10 @@ KERNEL(WAVE) rotate_rows(float* __restrict__ out, const float* __restrict__ weig
   store_group(out + at, v);
 }
 
-// out = sign · matrix · y for y f32 [count, 256·groups], with `matrix` f32 [groups, 256, 256] transposed. The CPU computes
-// -matrix · y, so sign is -1 for its bits, or +1 for their opposite. Grid (tiles of rows, of columns, groups from `first` on).
+// out = matrix · y for y f32 [count, 256·groups], with `matrix` f32 [groups, 256, 256] transposed. The CPU takes the opposite of
+// -matrix · y. Grid (tiles of rows, of columns, groups from `first` on).
 KERNEL(PRODUCT_THREADS) multiply_rows(float* __restrict__ out, const float* __restrict__ y, const float* __restrict__ matrix,
-                                      float sign, int count, int groups, int first) {
+                                      int count, int groups, int first) {
   LDS(ProductTiles, tiles, 1);
   const int group = first + blockIdx.z, row = blockIdx.x * PRODUCT_ROWS, column = blockIdx.y * PRODUCT_COLUMNS;
   const int64_t width = (int64_t)groups * GROUP;
@@ -35,7 +35,7 @@ KERNEL(PRODUCT_THREADS) multiply_rows(float* __restrict__ out, const float* __re
   for (int i = 0; i < SIDE; i++) {
     if (row + tile_row(i) >= count) continue;
     float* mine = out + (row + tile_row(i)) * width + group * GROUP + column;
-    for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = -sign * sums[i][j];
+    for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = -1.0f * sums[i][j];
   }
 }
 
@@ -45,65 +45,47 @@ KERNEL(BLOCK_THREADS) widen_codes(float* __restrict__ out, const uint8_t* __rest
   if (i < n) out[i] = (float)codes[i];
 }
 
-// The columns of rows f32 [count, 256·groups] after `group` answer its errors: rows -= errors · answerᵀ. `errors` has the shape
-// of rows, and `answer` comes transposed, f32 [256, columns after the group]. Grid (tiles of rows, of columns).
-KERNEL(PRODUCT_THREADS) answer_errors(float* __restrict__ rows, const float* __restrict__ errors,
-                                      const float* __restrict__ answer, int count, int groups, int group) {
-  LDS(ProductTiles, tiles, 1);
-  const int row = blockIdx.x * PRODUCT_ROWS, column = blockIdx.y * PRODUCT_COLUMNS, after = (groups - group - 1) * GROUP;
-  const int64_t width = (int64_t)groups * GROUP;
-  float* first = rows + (group + 1) * GROUP + column;
-  float sums[SIDE][SIDE];
-  for (int i = 0; i < SIDE; i++) {
-    const float* mine = first + min(row + tile_row(i), count - 1) * width;
-    for (int j = 0; j < SIDE; j++) sums[i][j] = mine[tile_column(j)];
-  }
-  const float* error = errors + min(row + (int)threadIdx.x, count - 1) * width + group * GROUP;
-  subtract_products(sums, tiles[0], error, answer + column, after);
-  for (int i = 0; i < SIDE; i++) {
-    if (row + tile_row(i) >= count) continue;
-    float* mine = first + (row + tile_row(i)) * width;
-    for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = sums[i][j];
-  }
-}
-
-// targets = rows, of one group, moved by the errors of all other groups: minus errors · pullᵀ of each other group in order. rows,
-// errors and targets f32 [count, 256·groups]; pulls f32 [groups - 1, 256, 256] leave out the group, and come transposed. Grid
-// (tiles of rows, of columns).
-KERNEL(PRODUCT_THREADS) answer_targets(float* __restrict__ targets, const float* __restrict__ rows,
-                                       const float* __restrict__ errors, const float* __restrict__ pulls, int count,
-                                       int groups, int group) {
+// out = rows, of one group, moved by the errors of `number` groups from group `from` on: minus errors · matrixᵀ of each in
+// order. Where rows are not `given`, out is what they would be moved by, the other way round. rows, errors and out f32
+// [count, 256·groups]; matrices f32 [number, 256, 256] come transposed. Grid (tiles of rows, of columns).
+KERNEL(PRODUCT_THREADS) answer_errors(float* __restrict__ out, const float* __restrict__ rows,
+                                      const float* __restrict__ errors, const float* __restrict__ matrices, int given,
+                                      int from, int number, int count, int groups, int group) {
   LDS(ProductTiles, tiles, 1);
   const int row = blockIdx.x * PRODUCT_ROWS, column = blockIdx.y * PRODUCT_COLUMNS;
   const int64_t width = (int64_t)groups * GROUP;
-  float sums[SIDE][SIDE];
-  for (int i = 0; i < SIDE; i++) {
-    const float* mine = rows + min(row + tile_row(i), count - 1) * width + group * GROUP + column;
-    for (int j = 0; j < SIDE; j++) sums[i][j] = mine[tile_column(j)];
+  float sums[SIDE][SIDE] = {};
+  if (given) {
+    for (int i = 0; i < SIDE; i++) {
+      const float* mine = rows + min(row + tile_row(i), count - 1) * width + group * GROUP + column;
+      for (int j = 0; j < SIDE; j++) sums[i][j] = mine[tile_column(j)];
+    }
   }
-  const float* error = errors + min(row + (int)threadIdx.x, count - 1) * width;
-  for (int other = 0; other < groups - 1; other++) {
-    const int from = other < group ? other : other + 1;
-    subtract_products(sums, tiles[0], error + from * GROUP, pulls + (int64_t)other * SQUARE + column, GROUP);
+  const float* error = errors + min(row + (int)threadIdx.x, count - 1) * width + from * GROUP;
+  for (int other = 0; other < number; other++) {
+    subtract_products(sums, tiles[0], error + other * GROUP, matrices + (int64_t)other * SQUARE + column, GROUP);
   }
+  const float sign = given ? 1.0f : -1.0f;
   for (int i = 0; i < SIDE; i++) {
     if (row + tile_row(i) >= count) continue;
-    float* mine = targets + (row + tile_row(i)) * width + group * GROUP + column;
-    for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = sums[i][j];
+    float* mine = out + (row + tile_row(i)) * width + group * GROUP + column;
+    for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = sign * sums[i][j];
   }
 }
 
-// Of dense H f32 [groups, 256, 256]: the sum of all elements one after the other, f32 [groups], and 1 / H_cc f32 [groups, 256].
-// Grid (groups).
-KERNEL(GROUP) dense_sums(float* __restrict__ totals, float* __restrict__ inverse, const float* __restrict__ matrix) {
+// Of dense H f32 [groups, 256, 256]: the sum of all elements one after the other, f32 [groups], that of its rows, and 1 / H_cc,
+// both f32 [groups, 256]. Grid (groups).
+KERNEL(GROUP) dense_sums(float* __restrict__ totals, float* __restrict__ ones, float* __restrict__ inverse,
+                         const float* __restrict__ matrix) {
   LDS(float, line, 2 * GROUP);
   const int k = threadIdx.x;
   const float* h = matrix + (int64_t)blockIdx.x * SQUARE;
   inverse[blockIdx.x * GROUP + k] = 1.0f / h[k * GROUP + k];
-  float total = 0.0f, next = h[k];
+  float total = 0.0f, below = 0.0f, next = h[k];
   for (int i = 0; i < GROUP; i++) {
     float* now = line + (i & 1) * GROUP;
     now[k] = next;
+    below = below + next;
     __syncthreads();
     if (i + 1 < GROUP) next = h[(i + 1) * GROUP + k];
     if (k == 0) {
@@ -111,6 +93,7 @@ KERNEL(GROUP) dense_sums(float* __restrict__ totals, float* __restrict__ inverse
       for (int c = 0; c < GROUP; c++) total = total + now[c];
     }
   }
+  ones[blockIdx.x * GROUP + k] = below;
   if (k == 0) totals[blockIdx.x] = total;
 }
 

@@ -61,6 +61,21 @@ DEVICE void hadamard(T (&v)[PER_LANE]) {
   }
 }
 
+// Sums over 256 columns in parts: of columns that lie sixteen apart, one after the other, and then of the parts, as a tree. Each
+// half of a wave has a sum of its own: `join_parts` that of its parts, dot_in_parts Σ left[i] · right[i]. See lloyd/dense/sums.py.
+constexpr int PARTS = 16;
+DEVICE float join_parts(float part) {
+#pragma unroll
+  for (int mask = PARTS / 2; mask > 0; mask /= 2) part = part + __shfl_xor(part, mask);
+  return part;
+}
+DEVICE float dot_in_parts(const float* left, const float* right) {
+  float part = 0.0f;
+#pragma unroll
+  for (int i = 0; i < GROUP; i += PARTS) part = fmaf(left[i + lane() % PARTS], right[i + lane() % PARTS], part);
+  return join_parts(part);
+}
+
 // Columns first … first + 7 of rows `from` … 255 of a matrix whose rows are `pitch` floats apart; panel[2i] and panel[2i + 1]
 // are row i.
 DEVICE void stage_panel(Quad* panel, const float* matrix, int64_t pitch, int first, int from) {

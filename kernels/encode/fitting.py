@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from ...lloyd.constants import (
     SHAKE,
     SWEEPS,
     WHOLE,
+    WHOLE_SWEEPS,
 )
 from ...lloyd.encode import ENCODED
 from ...lloyd.group_fit import SIGNS, Rotated
@@ -27,22 +28,10 @@ from ..runtime.host import Argument, Backend, Buffer
 from .geometry import DESCENT_WAVES, KMEANS_ROWS, PRODUCT_SIDE, TILE, dense_waves, refit_waves
 from .hessians import Coupling, Hessian
 from .space import Space
+from .work import Work, kept_of
 
-
-@dataclass(frozen=True)
-class Work:
-    """One matrix under way: rotated rows f32 [count, 256·groups], params f32, codes u8."""
-
-    fmt: Rotated
-    count: int
-    groups: int
-    rows: Buffer
-    params: Buffer
-    codes: Buffer
-
-    def blocks(self, rows: int) -> int:
-        """Blocks of so many rows."""
-        return -(-self.count // rows)
+FROM_WEIGHTS, FROM_SUMS, GIVEN = range(3)
+"""Where the pull of a descent comes from; encode_fit.hip knows the numbers."""
 
 
 class Fitting:
@@ -82,15 +71,20 @@ class Fitting:
         self._fit_groups(work, h, 0, work.groups, gain)
 
     def whole_rows(self, work: Work, h: Hessian, gain: float) -> None:
-        """One group after the other, where later ones answer the errors of earlier ones, and in the end all of all."""
-        given = self._space.take("given rows", work.rows.shape, np.float32)
-        if h.coupling:
-            self._backend.copy(given, work.rows)
+        """One group after the other, where each answers the errors of earlier ones, and in the end those of all."""
+        targets, errors = (
+            self._space.take(name, work.rows.shape, np.float32) for name in ("targets", "errors")
+        )
+        aimed = replace(work, rows=targets)
         for g in range(work.groups):
-            self.initial(work, g, h.white[g : g + 1])
-            self._fit_groups(work, h, g, 1, 0.0 if h.coupling else gain)
+            mine = aimed if g else work
+            if g:
+                self._answer(work, targets, work.rows, errors, h.answers[g - 1], (0, g), g)
+            self.initial(mine, g, h.white[g : g + 1])
+            self._fit_groups(mine, h, g, 1, 0.0 if h.coupling else gain)
+            self._missed(work, errors, g, 1)
         if h.coupling:
-            self._fit_again(replace(work, rows=given), h.coupling, gain)
+            self._fit_again(work, aimed, errors, h.coupling, gain)
 
     def initial(self, work: Work, first: int, exact: Sequence[bool]) -> None:
         """Levels of the groups from `first` on, best in plain squared error. For groups that are not `exact`, a faster
@@ -135,111 +129,139 @@ class Fitting:
 
     def _fit_groups(self, work: Work, h: Hessian, first: int, number: int, gain: float) -> None:
         fmt, shape = work.fmt, (work.count, work.groups, first)
-        grid = (work.blocks(TILE), number)
-        pulled = work.rows
         if h.dense:
-            pulled = self._space.take("pulled", work.rows.shape, np.float32)
-            self._multiply(work, pulled, work.rows, h, 1.0, first, number)
+            self._multiply(work, kept_of(self._space, work, number).pulled, work.rows, h, first, number)
+        grid = (work.blocks(TILE), number)
         self.launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
-        self._refit(work, h, pulled, first, number)
+        self._refit(work, h, first, number, fresh=True)
+        sweeps = WHOLE_SWEEPS if h.coupling else SWEEPS
         shakes = shakes_of(work.groups if h.dense else 0, h.coupling is not None)
         for n, shake in enumerate(shakes):
-            self._descend(work, h, n, float(shake), first, number)
-            self._refit(work, h, pulled, first, number)
+            self._descend(work, h, n, float(shake), first, number, sweeps)
+            self._refit(work, h, first, number)
         self._settle(work, h, first, number)
-        if h.answers and first + 1 < work.groups:
-            self._answer(work, h, first)
         # The gain comes last and is not answered by later groups, as on the CPU.
         if gain:
-            self._gain(work, h, pulled, gain, first, number)
+            self._gain(work, h, gain, first, number)
 
-    def _fit_again(self, work: Work, coupling: Coupling, gain: float) -> None:
-        """The passes of lloyd.again over groups that have been fitted; work.rows are as they were given."""
-        space, h, groups = self._space, coupling.blocks, work.groups
-        targets, errors, sums, turned, pulled = (
-            space.take(name, work.rows.shape, np.float32)
-            for name in ("targets", "standing errors", "sums", "turned sums", "pulled")
-        )
+    def _fit_again(self, work: Work, aimed: Work, errors: Buffer, coupling: Coupling, gain: float) -> None:
+        """The passes of lloyd.again over groups that have been fitted, whose errors are given; `aimed` is `work` with
+        room for targets as its rows.
+        """
+        space, h, groups, fmt = self._space, coupling.blocks, work.groups, work.fmt
+        values, pulls = (space.take(name, work.rows.shape, np.float32) for name in ("values", "pulls"))
         old = (
             space.take("old params", work.params.shape, np.float32),
             space.take("old codes", work.codes.shape, np.uint8),
         )
-        new = (work.params, work.codes)
-        aimed = replace(work, rows=targets)
-        self.launch("residual_rows", (work.count, groups), (errors, work.rows, *new, groups, 0), work.fmt)
+        new, waves = (work.params, work.codes), dense_waves(fmt)
         for turn in range(len(WHOLE) - 1, len(WHOLE) - 1 - PASSES, -1):
             for target, source in zip(old, new, strict=True):
                 self._backend.copy(target, source)
             for g in range(groups):
                 one, at = (work.count, 1), (groups, g)
-                pulls = coupling.pulls.rows(g, g + 1)
-                tiles = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE)
-                self.launch(
-                    "answer_targets", tiles, (targets, work.rows, errors, pulls, work.count, groups, g)
+                dense = kept_of(space, work, 1)
+                self._answer(work, pulls, None, errors, coupling.lines.rows(g, g + 1), (0, groups), g)
+                self.launch("decoded_rows", one, (values, *new, *at), fmt)
+                self._answer(work, aimed.rows, values, pulls, coupling.inverses.rows(g, g + 1), (g, 1), g)
+                self._sum_grid(work, h, g, 1)
+                begun = (
+                    dense.sums,
+                    dense.pulled,
+                    dense.before,
+                    *new,
+                    pulls,
+                    h.plain,
+                    h.ones,
+                    work.count,
+                    *at,
                 )
-                self._multiply(aimed, pulled, targets, h, 1.0, g, 1)
-                self._descend(aimed, h, turn, float(SHAKE), g, 1)
-                self._refit(aimed, h, pulled, g, 1)
+                self.launch("begin_again", (work.blocks(waves), 1), begun, fmt, waves * WAVE)
+                self._descend(aimed, h, turn, float(SHAKE), g, 1, WHOLE_SWEEPS, pulls)
+                self._refit(aimed, h, g, 1)
                 self._settle(aimed, h, g, 1)
-                self.launch("add_errors", one, (sums, targets, *new, *old, *at), work.fmt)
-                self._multiply(aimed, turned, sums, h, -1.0, g, 1)
-                self.launch("keep_better", one, (*new, targets, turned, *old, *at), work.fmt)
-                self.launch("residual_rows", one, (errors, work.rows, *new, *at), work.fmt)
+                self.launch("keep_better", one, (*new, dense.left, pulls, *old, *at), fmt)
+                self._missed(work, errors, g, 1)
                 if gain and turn == len(WHOLE) - PASSES:
-                    self._gain(aimed, h, pulled, gain, g, 1)
+                    self._gain(aimed, h, gain, g, 1)
 
     def _settle(self, work: Work, h: Hessian, first: int, number: int) -> None:
         """Fitted levels in the format's precision, and codes that suit them."""
         self._round(work, first, number, fitted=True)
         self._descend(work, h, 0, 0.0, first, number)
 
-    def _gain(self, work: Work, h: Hessian, pulled: Buffer, gain: float, first: int, number: int) -> None:
+    def _gain(self, work: Work, h: Hessian, gain: float, first: int, number: int) -> None:
+        pulled = kept_of(self._space, work, number).pulled if h.dense else work.rows
         args = (work.params, work.rows, work.codes, h.weights, pulled, self._signs, int(h.dense))
         self.launch("apply_gain", (work.count, number), (*args, 1 - gain, work.groups, first), work.fmt)
 
-    def _descend(self, work: Work, h: Hessian, turn: int, share: float, first: int, number: int) -> None:
-        fmt, turned = work.fmt, work.rows
+    def _descend(
+        self,
+        work: Work,
+        h: Hessian,
+        turn: int,
+        share: float,
+        first: int,
+        number: int,
+        sweeps: int = SWEEPS,
+        pulls: Buffer | None = None,
+    ) -> None:
+        """Sweeps over all columns. Under a dense H the pull comes from sums where `pulls` do not give it."""
+        turned, left, sums, where = work.rows, work.rows, work.rows, FROM_WEIGHTS
         if h.dense:
-            turned = self._space.take("turned", work.rows.shape, np.float32)
-            self._multiply(work, turned, self._errors(work, first, number), h, 1.0, first, number)
-        importance = (h.plain, h.inverse, h.weights, turned, self._signs)
-        shakes = (self._shakes.rows(turn, turn + 1), int(h.dense), SWEEPS, share)
-        args = (work.codes, work.rows, work.params, *importance, *shakes, work.count, work.groups, first)
-        self.launch("descend", (work.blocks(DESCENT_WAVES), number), args, fmt)
+            dense = kept_of(self._space, work, number)
+            turned, left, sums, where = dense.pulled, dense.left, dense.sums, FROM_SUMS
+        if pulls is not None:
+            turned, where = pulls, GIVEN
+        importance = (h.plain, h.inverse, h.weights, turned, sums, h.ones, self._signs)
+        shakes = (self._shakes.rows(turn, turn + 1), where, sweeps, share)
+        given = (work.codes, left, work.rows, work.params)
+        args = (*given, *importance, *shakes, work.count, work.groups, first)
+        self.launch("descend", (work.blocks(DESCENT_WAVES), number), args, work.fmt)
 
-    def _refit(self, work: Work, h: Hessian, pulled: Buffer, first: int, number: int) -> None:
+    def _refit(self, work: Work, h: Hessian, first: int, number: int, fresh: bool = False) -> None:
         fmt, shape = work.fmt, (work.count, work.groups, first)
         if not h.dense:
             waves = refit_waves(fmt)
             args = (work.params, work.codes, work.rows, h.weights, self._signs, *shape)
             self.launch("refit", (work.blocks(waves), number), args, fmt, waves * WAVE)
             return
-        turned = pulled
-        if isinstance(fmt, AffineFormat):
-            wide = self._space.take("wide", work.codes.shape, np.float32)
-            turned = self._space.take("turned", work.codes.shape, np.float32)
-            self.launch("widen_codes", (-(-wide.size // BLOCK_THREADS),), (wide, work.codes, wide.size))
-            self._multiply(work, turned, wide, h, -1.0, first, number)
-        waves = dense_waves(fmt)
-        given = (work.params, work.codes, pulled, turned, h.plain, h.totals, *shape)
+        if fresh:
+            self._sum_grid(work, h, first, number)
+        dense, waves = kept_of(self._space, work, number), dense_waves(fmt)
+        kept = (dense.sums, dense.before, dense.pulled)
+        given = (work.params, work.codes, *kept, h.plain, h.totals, h.ones, int(fresh), *shape)
         self.launch("refit_dense", (work.blocks(waves), number), given, fmt, waves * WAVE)
 
-    def _multiply(
-        self, work: Work, out: Buffer, y: Buffer, h: Hessian, sign: float, first: int, number: int
-    ) -> None:
-        grid = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE, number)
-        self.launch("multiply_rows", grid, (out, y, h.matrix, sign, work.count, work.groups, first))
+    def _sum_grid(self, work: Work, h: Hessian, first: int, number: int) -> None:
+        """The sums of a grid, H · codes, all anew; a codebook's are added up where they are asked for."""
+        if isinstance(work.fmt, AffineFormat):
+            wide = self._space.take("wide", work.codes.shape, np.float32)
+            self.launch("widen_codes", (-(-wide.size // BLOCK_THREADS),), (wide, work.codes, wide.size))
+            self._multiply(work, kept_of(self._space, work, number).sums, wide, h, first, number)
 
-    def _errors(self, work: Work, first: int, number: int) -> Buffer:
-        """The rows minus what the decoder will make of them, f32 [R, K]."""
-        errors = self._space.take("errors", work.rows.shape, np.float32)
+    def _multiply(self, work: Work, out: Buffer, y: Buffer, h: Hessian, first: int, number: int) -> None:
+        grid = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE, number)
+        self.launch("multiply_rows", grid, (out, y, h.matrix, work.count, work.groups, first))
+
+    def _missed(self, work: Work, errors: Buffer, first: int, number: int) -> None:
+        """errors f32 [R, K] become the rows minus what the decoder will make of them."""
         args = (errors, work.rows, work.params, work.codes, work.groups, first)
         self.launch("residual_rows", (work.count, number), args, work.fmt)
-        return errors
 
-    def _answer(self, work: Work, h: Hessian, group: int) -> None:
-        """Let the columns after a group answer its errors, in place."""
-        errors = self._errors(work, group, 1)
-        grid = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE * (work.groups - group - 1))
-        answered = (work.rows, errors, h.answers[group], work.count, work.groups, group)
-        self.launch("answer_errors", grid, answered)
+    def _answer(
+        self,
+        work: Work,
+        out: Buffer,
+        rows: Buffer | None,
+        errors: Buffer,
+        matrices: Buffer,
+        others: tuple[int, int],
+        group: int,
+    ) -> None:
+        """A group of `out` becomes that of the rows, moved by the errors of `others`, a first group and a number; or
+        without rows the opposite of what those move.
+        """
+        grid = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE)
+        given = (out, errors if rows is None else rows, errors, matrices, int(rows is not None), *others)
+        self.launch("answer_errors", grid, (*given, work.count, work.groups, group))

@@ -25,30 +25,37 @@ F64 = NDArray[np.float64]
 @dataclass(frozen=True, eq=False)
 class DenseFactors:
     """A dense Hessian in a device's memory: of each of the G groups `matrix`, which is symmetric, and `feedback`, both
-    f32 [G, 256, 256], and what a RowHessian calls `answers` and `coupling`, each matrix transposed.
+    f32 [G, 256, 256], and what a RowHessian calls `answers`, of all groups but the first, and `coupling`, each matrix
+    transposed.
 
-    An answer is f32 [256, columns after the group], `blocks` f32 [G, 256, 256], `pulls` f32 [G, G - 1, 256, 256].
+    An answer is f32 [g, 256, 256], `lines` f32 [G, G, 256, 256], `blocks` what is on their diagonal, `inverses` f32
+    [G, 256, 256].
     """
 
     matrix: Buffer
     feedback: Buffer
     answers: tuple[Buffer, ...]
     blocks: Buffer | None = None
-    pulls: Buffer | None = None
+    lines: Buffer | None = None
+    inverses: Buffer | None = None
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """A Coupling on the device: its blocks, of which no error feedback is asked, and its pulls, each transposed."""
+    """A Coupling on the device: its blocks H_gg, of which no error feedback is asked, its lines f32 [G, G · 256, 256]
+    and its inverses f32 [G, 256, 256], each matrix transposed.
+    """
 
     blocks: Hessian
-    pulls: Buffer
+    lines: Buffer
+    inverses: Buffer
 
 
 @dataclass(frozen=True)
 class Hessian:
     """The buffers of a Hessian on the device. `matrix` is transposed, `plain` is not. `white` says for each group
     whether all channels weigh about the same, `dense` whether it came from a second moment, not from channel weights.
+    `answers` are those of all groups but the first. Of a dense H, `totals` are the sums and `ones` those of its rows.
     """
 
     white: tuple[bool, ...]
@@ -59,6 +66,7 @@ class Hessian:
     inverse: Buffer
     weights: Buffer
     totals: Buffer
+    ones: Buffer
     answers: tuple[Buffer, ...] = ()
     coupling: Coupling | None = None
 
@@ -109,21 +117,25 @@ class Hessians:
     def _brought(self, factors: DenseFactors) -> Hessian:
         answers = tuple(self._space.keep(f"answer {n} given", a) for n, a in enumerate(factors.answers))
         found = replace(self._given("given", factors.matrix, factors.feedback), answers=answers)
-        if factors.blocks is None or factors.pulls is None:
+        if factors.blocks is None or factors.lines is None or factors.inverses is None:
             return found
         blocks = self._given("given again", factors.blocks, factors.blocks)
-        return replace(found, coupling=Coupling(blocks, self._space.keep("pulls given", factors.pulls)))
+        lines = self._space.keep("lines given", factors.lines)
+        return replace(
+            found, coupling=Coupling(blocks, lines, self._space.keep("inverses given", factors.inverses))
+        )
 
     def _given(self, name: str, matrix: Buffer, feedback: Buffer) -> Hessian:
         space, groups = self._space, matrix.shape[0]
         kept = space.keep(f"matrix {name}", matrix)
         inverse = space.take(f"inverse {name}", (groups, GROUP), np.float32)
         totals = space.take(f"totals {name}", (groups,), np.float32)
+        ones = space.take(f"ones {name}", (groups, GROUP), np.float32)
         kernel = self._backend.kernel("dense_sums")
-        self._backend.launch(kernel, (groups,), (kernel.threads,), (totals, inverse, kept))
+        self._backend.launch(kernel, (groups,), (kernel.threads,), (totals, ones, inverse, kept))
         channels = space.put(f"channels {name}", np.ones((groups, GROUP), np.float32))
         followed = kept if feedback is matrix else space.keep(f"feedback {name}", feedback)
-        return Hessian((False,) * groups, True, kept, kept, followed, inverse, channels, totals)
+        return Hessian((False,) * groups, True, kept, kept, followed, inverse, channels, totals, ones)
 
     def _from_weights(self, hessians: dict[RowHessian, F64], slot: int) -> dict[RowHessian, Hessian]:
         """Hessians of channel weights f64 [G, 256], factored on the device, all in one launch."""
@@ -151,7 +163,7 @@ class Hessians:
         for h, listed in hessians.items():
             stop = start + len(listed)
             m, f, w, i = (b.rows(start, stop) for b in (matrix, feedback, weights, inverse))
-            found[h] = Hessian(tuple(h.nearly_white), False, m, m, f, i, w, i)
+            found[h] = Hessian(tuple(h.nearly_white), False, m, m, f, i, w, i, i)
             start = stop
         return found
 
@@ -160,17 +172,20 @@ class Hessians:
         matrices = [factor.matrix for factor in hessian.factors]
         found = self._put_dense(hessian, matrices, [factor.feedback for factor in hessian.factors], slot)
         answers = tuple(
-            self._space.put(f"answer {n} {slot}", np.ascontiguousarray(a.T))
-            for n, a in enumerate(hessian.answers)
+            self._space.put(f"answer {n} {slot}", _transposed(a)) for n, a in enumerate(hessian.answers[1:])
         )
         return replace(found, answers=answers, coupling=self._put_coupling(hessian, slot))
 
     def _put_coupling(self, hessian: RowHessian, slot: str) -> Coupling | None:
         if hessian.coupling is None:
             return None
-        blocks = self._put_dense(hessian, list(hessian.coupling.blocks), None, f"{slot} again")
-        turned = np.ascontiguousarray(hessian.coupling.pulls.transpose(0, 1, 3, 2))
-        return Coupling(blocks, self._space.put(f"pulls {slot}", turned))
+        lines = hessian.coupling.lines
+        blocks = [lines[g, g] for g in range(len(lines))]
+        return Coupling(
+            self._put_dense(hessian, blocks, None, f"{slot} again"),
+            self._space.put(f"lines {slot}", _transposed(lines)),
+            self._space.put(f"inverses {slot}", _transposed(hessian.coupling.inverses)),
+        )
 
     def _put_dense(
         self, of: RowHessian, matrices: Sequence[F32], feedback: Sequence[F32] | None, slot: str
@@ -195,4 +210,10 @@ class Hessians:
             put("inverse", [np.float32(1) / np.diag(m) for m in matrices]),
             put("channels", [np.ones(GROUP, np.float32)] * len(matrices)),
             put("totals", totals),
+            put("ones", [np.add.accumulate(m, axis=0, dtype=np.float32)[-1] for m in matrices]),
         )
+
+
+def _transposed(matrices: F32) -> F32:
+    """Matrices f32 [..., 256, 256], each transposed."""
+    return np.ascontiguousarray(np.swapaxes(matrices, -1, -2))

@@ -1,11 +1,12 @@
-"""The Hessian of a whole row of several groups, and how later groups answer the error of an earlier one.
+"""The Hessian of a whole row of several groups, and how later groups answer the errors of earlier ones.
 
-With U the upper factor of the damped inverse, H⁻¹ = Uᵀ U: inside group g the Schur complement S_g = (U_ggᵀ U_gg)⁻¹ is
-the cost of an error after the later groups have answered it, its feedback factor is U_gg, and the later groups answer
-an error E_g by E_g · U_gg⁻¹ · U_gr. One factorisation serves every row of a matrix. Products run on lanes in a fixed
-order; the factorisation is LAPACK's.
+With V the upper factor of the damped moment, H = V Vᵀ, the errors e of a row cost |e V|², in which group g is Σ_r≤g e_r
+V_rg. So the target of g answers the errors of the groups before it by e_r V_rg V_gg⁻¹, and what g then adds is under
+S_g = V_gg V_ggᵀ, the Schur complement of what comes later, whose feedback factor is V_gg⁻¹. One factorisation serves
+every row of a matrix. Products run on lanes in a fixed order; the factorisation is LAPACK's.
 
-Source: Frantar et al., "GPTQ" (2022), in blocks of one group, with S_g in place of the plain block.
+Source: Frantar et al., "GPTQ" (2022), in blocks of one group, with S_g in place of the plain block; in the form without
+the inverse of Chee et al., "QuIP" (2023).
 """
 
 from __future__ import annotations
@@ -13,16 +14,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...formats.lapack import cholesky, invert_lower
 from ..constants import EXTRA_DAMPING, GROUP, INDEPENDENT, LONE, WHOLE
-from ..loops import compiled
-from ..simd.lanes import PANEL, gather, product, scatter_at
-from ..simd.vec import LANES
 from .group import UNUSABLE, GroupHessian, bounded, from_bounded, nearly_equal
 
 UNUSABLE_MOMENT = "second moment is not usable: rounded to nearest"
@@ -39,13 +37,12 @@ def shakes_of(dense: int, coupled: bool) -> tuple[np.float32, ...]:
 class Coupling:
     """How the G groups of a row answer each other once all are rounded (lloyd/again.py).
 
-    `blocks` f32 [G, 256, 256] are the plain blocks H_gg, each with mean diagonal 1. `pulls` f32 [G, G - 1, 256, 256]
-    hold for each group g and every other group r, in order, -H_gg⁻¹ H_gr: an error e_r moves the target of g by
-    -pull · e_r.
+    `lines` f32 [G, G, 256, 256] hold for each group g the blocks H_gr, so scaled that H_gg has mean diagonal 1;
+    `inverses` f32 [G, 256, 256] are -H_gg⁻¹ at that scale.
     """
 
-    blocks: NDArray[np.float32]
-    pulls: NDArray[np.float32]
+    lines: NDArray[np.float32]
+    inverses: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +51,9 @@ class RowHessian:
 
     - `weights` f64 [G, 256]: the channel weights of a diagonal importance, each group bounded and of mean 1. Groups
       are independent. `groups` factors them when it is first asked; a device factors them itself and never asks.
-    - `factors`: one dense GroupHessian per group, from a second moment. `answers` holds for each group the matrix f32
-      [columns after the group, 256] by which later targets answer its error; it is empty where groups are independent.
-      `coupling` is what further passes over whole rows need; None where there are none.
+    - `factors`: one dense GroupHessian per group, from a second moment. `answers` f32 [g, 256, 256] holds for each
+      group g and every earlier one a matrix: an error e_r moves the target of g by -answer · e_r. It is empty where
+      groups are independent. `coupling` is what further passes over whole rows need; None where there are none.
 
     `notes` says in words what was replaced because it could not be used. Instances are compared by identity, and can
     be used by any number of threads.
@@ -115,55 +112,53 @@ def from_moment(moment: NDArray[np.float64]) -> RowHessian:
     mean = float(np.trace(moment)) / len(moment) if np.isfinite(moment).all() else 0.0
     if not mean > 0:
         return white
-    scaled = moment / mean
     for extra in EXTRA_DAMPING:
-        factor = reversed_factor(scaled, extra)
-        inverse = None if factor is None else reversed_inverse(factor)
-        if factor is not None and inverse is not None:
+        factor = reversed_factor(moment, mean, extra)
+        found = None if factor is None else _from_factor(factor)
+        if found is not None:
             notes = (f"second moment damped by a further {extra:g}",) if extra else ()
-            scaled[np.diag_indices_from(scaled)] += extra
-            return _from_factor(factor, inverse, coupling_of(scaled), notes)
+            return replace(found, coupling=coupling_of(moment, extra * mean), notes=notes)
     return white
 
 
-def reversed_factor(h: NDArray[np.float64], damping: float = 0.0) -> NDArray[np.float64] | None:
-    """V f64 [K, K], upper triangular, with V Vᵀ = h + damping · I; None where that is not positive definite.
+def reversed_factor(
+    h: NDArray[np.float64], mean: float = 1.0, damping: float = 0.0
+) -> NDArray[np.float64] | None:
+    """V f64 [K, K], upper triangular, with V Vᵀ = h / mean + damping · I; None where that is not positive definite.
 
     What is below the diagonal is of no meaning. V is a view: rows and columns of h lie in memory in reversed order, in
     which V is the usual lower factor.
     """
-    reverse = h[::-1, ::-1].copy()
+    reverse = np.empty(h.shape)
+    np.divide(h[::-1, ::-1], mean, out=reverse)
     reverse[np.diag_indices_from(reverse)] += damping
     return reverse[::-1, ::-1] if cholesky(reverse) else None
 
 
-def reversed_inverse(factor: NDArray[np.float64]) -> NDArray[np.float32] | None:
-    """U = V⁻¹ f32 [K, K] of a `reversed_factor`, as that lies in memory; None where it is not finite."""
-    reverse = factor[::-1, ::-1].astype(np.float32)
-    if not (invert_lower(reverse) and np.isfinite(reverse).all()):
-        return None
-    return reverse[::-1, ::-1]
-
-
-def coupling_of(h: NDArray[np.float64]) -> Coupling | None:
-    """The coupling of a positive definite h f64 [K, K]; None for one group, or where a block cannot be factored."""
+def coupling_of(h: NDArray[np.float64], damping: float = 0.0) -> Coupling | None:
+    """The coupling of a positive definite h + damping · I, f64 [K, K]; None for one group, or where a block cannot be
+    factored.
+    """
     groups = len(h) // GROUP
     if groups == 1:
         return None
-    blocks = np.empty((groups, GROUP, GROUP), np.float32)
-    pulls = np.empty((groups, groups - 1, GROUP, GROUP), np.float32)
+    lines = np.empty((groups, groups, GROUP, GROUP), np.float32)
+    inverses = np.empty((groups, GROUP, GROUP), np.float32)
     for g in range(groups):
-        lines = h[g * GROUP : (g + 1) * GROUP]
-        block = lines[:, g * GROUP : (g + 1) * GROUP]
+        line = h[g * GROUP : (g + 1) * GROUP]
+        block = line[:, g * GROUP : (g + 1) * GROUP].copy()
+        block[np.diag_indices_from(block)] += damping
+        mean = float(np.trace(block)) / GROUP
+        block /= mean
         factor = reversed_factor(block)
         if factor is None:
             return None
         upper = _inverted(factor)
-        blocks[g] = block / np.trace(block) * GROUP
-        pull = (upper.T @ -upper).astype(np.float32) @ lines.astype(np.float32)
-        others = [r for r in range(groups) if r != g]
-        pulls[g] = pull.reshape(GROUP, groups, GROUP).transpose(1, 0, 2)[others]
-    return Coupling(blocks, pulls)
+        inverses[g] = upper.T @ -upper
+        by_group = line.reshape(GROUP, groups, GROUP).transpose(1, 0, 2)
+        np.divide(by_group, mean, out=lines[g], casting="same_kind")
+        lines[g, g] = block
+    return Coupling(lines, inverses)
 
 
 def _inverted(upper: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -174,16 +169,12 @@ def _inverted(upper: NDArray[np.float64]) -> NDArray[np.float64]:
     return lower.T
 
 
-def _from_factor(
-    factor: NDArray[np.float64],
-    inverse: NDArray[np.float32],
-    coupling: Coupling | None,
-    notes: tuple[str, ...],
-) -> RowHessian:
-    """From V and U = V⁻¹, whose blocks on the diagonal are each other's inverses."""
+def _from_factor(factor: NDArray[np.float64]) -> RowHessian | None:
+    """From V; None where f32 cannot hold what follows from it."""
     groups, answers = [], []
+    narrow = factor.astype(np.float32)
     for start in range(0, len(factor), GROUP):
-        own, later = slice(start, start + GROUP), slice(start + GROUP, None)
+        own = slice(start, start + GROUP)
         block = np.triu(factor[own, own])
         schur, upper = block @ block.T, _inverted(block)
         feedback = (upper / np.diag(upper)[:, None]).T
@@ -194,27 +185,10 @@ def _from_factor(
                 np.empty(0, np.float32),
             )
         )
-        answers.append(np.ascontiguousarray((block.astype(np.float32) @ inverse[own, later]).T))
-    return RowHessian(factors=tuple(groups), answers=tuple(answers), coupling=coupling, notes=notes)
-
-
-@compiled
-def answer_rows(rows, column, errors, answer):
-    """rows[:, column:] -= errors · answerᵀ in place; rows f32 [R, K], errors [R, 256], answer [K - column, 256]."""
-    e = np.empty((GROUP, LANES), np.float32)
-    y = np.empty((GROUP, LANES), np.float32)
-    for first in range(0, rows.shape[0], LANES):
-        gather(errors, first, 0, e)
-        for start in range(0, answer.shape[0], GROUP):
-            gather(rows, first, column + start, y)
-            for i in range(0, GROUP, PANEL):
-                product(y, i, answer, start + i, e, GROUP)
-            scatter_at(y, rows, first, column + start)
-
-
-def compensate(
-    rows: NDArray[np.float32], group: int, errors: NDArray[np.float32], answers: Sequence[NDArray[np.float32]]
-) -> None:
-    """Let the columns after `group` answer its errors f32 [R, 256]: rows f32 [R, K] change in place."""
-    if answers and len(answers[group]):
-        answer_rows(rows, (group + 1) * GROUP, errors, answers[group])
+        with np.errstate(over="ignore"):
+            answer = -upper.T.astype(np.float32) @ narrow[:start, own].T
+        if not np.isfinite(answer).all():
+            return None
+        by_group = answer.reshape(GROUP, -1, GROUP).transpose(1, 0, 2)
+        answers.append(np.ascontiguousarray(by_group))
+    return RowHessian(factors=tuple(groups), answers=tuple(answers))

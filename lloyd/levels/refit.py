@@ -1,7 +1,8 @@
 """Moving levels under a group's Hessian, codes fixed: the normal equations AᵀHA c = AᵀHy, on lanes.
 
 A [256, K] holds one indicator column for each level, or the columns (1, code) for an evenly spaced grid. With H = R
-diag(h) Rᵀ the equations need the transforms of A's columns; with a dense H they need its products with them.
+diag(h) Rᵀ the equations need the transforms of A's columns; with a dense H they need its products with them, which
+dense/sums.py keeps.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import numpy as np
 from ..constants import GROUP, PIVOT_FLOOR, POSED_FLOOR, RIDGE
 from ..loops import compiled
 from ..simd.lanes import PANEL, product
-from ..simd.vec import LANES, fma, load, root, splat, store, where_eq, where_gt
-
-HALF = GROUP // 2
+from ..simd.vec import fma, load, root, splat, store, where_eq, where_gt
 
 
 @compiled
@@ -65,103 +64,6 @@ def normal_equations(ys, basis, weights, gram, rhs):
 
 
 @compiled
-def members(codes, order, bounds):
-    """List each lane's columns by code, ascending, in order u8 [16, 256].
-
-    bounds i64 [16, K, 3] receives where each code's list begins, where it leaves the first half of the columns, and
-    where it ends.
-    """
-    count = bounds.shape[1]
-    numbers = np.empty((2 * count, LANES), np.float32)
-    one, zero = splat(np.float32(1)), splat(np.float32(0))
-    for part in range(2):
-        for k in range(count):
-            wanted, total = splat(np.float32(k)), zero
-            for i in range(part * HALF, part * HALF + HALF):
-                total = total + where_eq(load(codes, i), wanted, one, zero)
-            store(numbers, part * count + k, total)
-    places = np.empty((count, LANES), np.int64)
-    for r in range(LANES):
-        start = 0
-        for k in range(count):
-            places[k, r] = start
-            bounds[r, k, 0] = start
-            bounds[r, k, 1] = start + int(numbers[k, r])
-            start = bounds[r, k, 1] + int(numbers[count + k, r])
-            bounds[r, k, 2] = start
-    for i in range(GROUP):
-        for r in range(LANES):
-            k = np.uint32(codes[i, r])
-            order[r, places[k, r]] = i
-            places[k, r] += 1
-
-
-@compiled
-def row_sums(matrix, order, bounds, sums):
-    """sums f32 [16, K, 256]: for each lane and code, the sum of the matrix's rows on its list, in the list's order.
-
-    The loop takes 64 columns of half the rows at a time, for all lanes: so much of the matrix fits the innermost cache.
-    """
-    width, count, pitch = GROUP // LANES, bounds.shape[1], matrix.shape[1] // LANES
-    lines = matrix.reshape(GROUP * pitch, LANES)
-    out = sums.reshape(LANES * count * width, LANES)
-    sums[:] = 0.0
-    for half in range(2):
-        for tile in range(0, width, 4):
-            for r in range(LANES):
-                for k in range(count):
-                    at = (r * count + k) * width + tile
-                    s0 = load(out, at)
-                    s1 = load(out, at + 1)
-                    s2 = load(out, at + 2)
-                    s3 = load(out, at + 3)
-                    for n in range(bounds[r, k, half], bounds[r, k, half + 1]):
-                        line = order[r, n] * pitch + tile
-                        s0 = s0 + load(lines, line)
-                        s1 = s1 + load(lines, line + 1)
-                        s2 = s2 + load(lines, line + 2)
-                        s3 = s3 + load(lines, line + 3)
-                    store(out, at, s0)
-                    store(out, at + 1, s1)
-                    store(out, at + 2, s2)
-                    store(out, at + 3, s3)
-
-
-@compiled
-def dense_equations(pulled, codes, matrix, sums, gram, rhs):
-    """gram [K, K, 16] (lower part) and rhs [K, 16] from a dense H, K a multiple of 4.
-
-    pulled [256, 16] holds H·y; sums f32 [16, K, 256] is scratch. Every sum runs over columns in ascending order.
-    """
-    count = sums.shape[1]
-    order = np.empty((LANES, GROUP), np.uint8)
-    bounds = np.empty((LANES, count, 3), np.int64)
-    members(codes, order, bounds)
-    row_sums(matrix, order, bounds, sums)
-    for r in range(LANES):
-        for m in range(count):
-            first, last = bounds[r, m, 0], bounds[r, m, 2]
-            for k in range(m - m % 4, count, 4):
-                s0 = np.float32(0)
-                s1 = np.float32(0)
-                s2 = np.float32(0)
-                s3 = np.float32(0)
-                total = np.float32(0)
-                for n in range(first, last):
-                    i = order[r, n]
-                    total += pulled[i, r]
-                    s0 += sums[r, k, i]
-                    s1 += sums[r, k + 1, i]
-                    s2 += sums[r, k + 2, i]
-                    s3 += sums[r, k + 3, i]
-                gram[k, m, r] = s0
-                gram[k + 1, m, r] = s1
-                gram[k + 2, m, r] = s2
-                gram[k + 3, m, r] = s3
-                rhs[m, r] = total
-
-
-@compiled
 def solve(gram, rhs, levels):
     """Solve gram c = rhs in every lane for levels [K, 16], tied to the old ones by a small ridge; gram and rhs are
     overwritten.
@@ -207,10 +109,11 @@ def solve(gram, rhs, levels):
 
 
 @compiled
-def solve_grid(gram, rhs, levels):
+def solve_grid(gram, rhs, levels, line):
     """Fit levels [K, 16] of an evenly spaced grid from gram [2, 2, 16] and rhs [2, 16] of the columns (1, code).
 
-    A lane whose system is nearly singular, or whose scale would not be positive, keeps its levels.
+    line [2, 16] receives their zero and scale. A lane whose system is nearly singular, or whose scale would not be
+    positive, keeps its levels.
     """
     g00 = load(gram[0], 0)
     g10 = load(gram[1], 0)
@@ -224,5 +127,7 @@ def solve_grid(gram, rhs, levels):
     zero = (b0 * g11 - b1 * g10) / safe
     scale = (b1 * g00 - b0 * g10) / safe
     good = where_gt(scale, nothing, good, nothing)
+    store(line, 0, where_gt(good, nothing, zero, load(line, 0)))
+    store(line, 1, where_gt(good, nothing, scale, load(line, 1)))
     for k in range(levels.shape[0]):
         store(levels, k, where_gt(good, nothing, zero + scale * splat(np.float32(k)), load(levels, k)))

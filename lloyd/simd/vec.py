@@ -210,6 +210,27 @@ greatest = intrinsic(_reduction("fmax"))
 """The greatest of a value's lanes."""
 
 
+@intrinsic
+def tree(typing: Any, a: Any) -> Any:
+    """The sum of a value's lanes: half of them are added to the other half until one is left."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, count = args[0], a.count
+        while count > 1:
+            count //= 2
+            undefined, word = ir.Constant(value.type, ir.Undefined), ir.IntType(32)
+            low, high = (
+                ir.Constant(ir.VectorType(word, count), list(range(start, start + count)))
+                for start in (0, count)
+            )
+            value = builder.fadd(
+                builder.shuffle_vector(value, undefined, low), builder.shuffle_vector(value, undefined, high)
+            )
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return a.element(a), codegen
+
+
 def _mask(builder: Any, predicate: str, a: Any, b: Any) -> Any:
     """A whole number with a bit to each lane in which two vectors compare so; none where either is NaN."""
     return builder.bitcast(builder.fcmp_ordered(predicate, a, b), ir.IntType(a.type.count))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ....kernels.encode.hessians import DenseFactors
@@ -18,19 +20,25 @@ from .moments import eye, symmetric
 _DENSE = np.empty(0, np.float32)
 
 
+class Coupled(NamedTuple):
+    """f32 `blocks` and `inverses` [G, 256, 256] and `lines` [G, G, 256, 256], each matrix transposed."""
+
+    blocks: Tensor
+    lines: Tensor
+    inverses: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """The factors of G groups in torch, f32: `matrix`, `feedback` and `blocks` [G, 256, 256], `pulls`
-    [G, G - 1, 256, 256], and an answer [256, columns after the group] for each group. Pulls and answers are transposed.
-
-    `blocks` and `pulls` are missing where there is one group only, or where a block cannot be factored.
+    """The factors of G groups in torch, f32: `matrix` and `feedback` [G, 256, 256], and for each group but the first an
+    answer [g, 256, 256], transposed. There is no coupling where there is one group only, or where a block cannot be
+    factored.
     """
 
     matrix: Tensor
     feedback: Tensor
     answers: tuple[Tensor, ...]
-    blocks: Tensor | None
-    pulls: Tensor | None
+    coupling: Coupled | None
     notes: tuple[str, ...] = ()
 
     def on(self, backend: Backend) -> DenseFactors:
@@ -39,23 +47,25 @@ class Factors:
             borrowed(backend, self.matrix),
             borrowed(backend, self.feedback),
             tuple(borrowed(backend, answer) for answer in self.answers),
-            None if self.blocks is None else borrowed(backend, self.blocks),
-            None if self.pulls is None else borrowed(backend, self.pulls),
+            *(() if self.coupling is None else (borrowed(backend, t) for t in self.coupling)),
         )
 
     def on_cpu(self) -> RowHessian:
         """The same numbers for the loops of the CPU."""
         groups = zip(self.matrix.cpu().numpy(), self.feedback.cpu().numpy(), strict=True)
-        coupling = None
-        if self.blocks is not None and self.pulls is not None:
-            pulls = np.ascontiguousarray(self.pulls.cpu().numpy().transpose(0, 1, 3, 2))
-            coupling = Coupling(self.blocks.cpu().numpy(), pulls)
+        first = np.empty((0, GROUP, GROUP), np.float32)
         return RowHessian(
             factors=tuple(GroupHessian(matrix, feedback, _DENSE) for matrix, feedback in groups),
-            answers=tuple(np.ascontiguousarray(answer.cpu().numpy().T) for answer in self.answers),
-            coupling=coupling,
+            answers=(first, *map(_transposed, self.answers)),
+            coupling=self.coupling
+            and Coupling(*map(_transposed, (self.coupling.lines, self.coupling.inverses))),
             notes=self.notes,
         )
+
+
+def _transposed(matrices: Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = matrices.mT.contiguous().cpu().numpy()
+    return found
 
 
 def borrowed(backend: Backend, tensor: Tensor) -> Buffer:
@@ -83,37 +93,34 @@ def factors_of(moment: Tensor) -> Factors | RowHessian:
     return RowHessian(from_weights(np.ones(len(moment))).weights, notes=(UNUSABLE_MOMENT,))
 
 
-_Found = tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]
+_Found = tuple[Tensor, Tensor, tuple[Tensor, ...], Coupled | None]
 
 
 def _factored(h: Tensor) -> tuple[_Found | None, bool]:
     """The factors of h f64 [K, K], None where it is not positive definite; and whether its numbers are finite."""
-    width = len(h)
     lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-    inverse = torch.linalg.solve_triangular(lower, eye(width, h.device), upper=False)
-    upper = inverse.flip(0, 1).triu()
-    lines = h.view(width // GROUP, GROUP, width)
     blocks = _diagonal_blocks(h)
     roots, broken = torch.linalg.cholesky_ex(blocks)
-    sound = (h.isfinite().all(), (failed == 0) & upper.isfinite().all(), (broken == 0).all())
-    finite, usable, coupled = torch.stack(sound).tolist()  # the one wait for the device
-    if not (finite and usable):
+    made = _of_groups(lower.flip(0, 1))
+    usable = torch.stack([answer.isfinite().all() for answer in (made[1], *made[2])]).all()
+    sound = (h.isfinite().all(), (failed == 0) & usable, (broken == 0).all())
+    finite, factored, coupled = torch.stack(sound).tolist()  # the one wait for the device
+    if not (finite and factored):
         return None, finite
-    made = _of_groups(upper)
-    if len(lines) == 1 or not coupled:
-        return (*made, None, None), True
-    return (*made, _mean_one(blocks), _pulls(roots, lines)), True
+    return (*made, _coupled(h, blocks, roots) if len(blocks) > 1 and coupled else None), True
 
 
 def _of_groups(upper: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Matrix, feedback and answers of each group from U f64 [K, K], upper triangular, with Uᵀ U = H⁻¹."""
-    groups = len(upper) // GROUP
+    """Matrix, feedback and answers of each group from V f64 [K, K], upper triangular, with V Vᵀ = H."""
     own = _diagonal_blocks(upper)
     inverse = torch.linalg.solve_triangular(own, eye(GROUP, own.device).expand_as(own), upper=True)
-    feedback = (own / own.diagonal(dim1=1, dim2=2)[:, :, None]).mT.float().contiguous()
-    answered = inverse @ upper.view(groups, GROUP, -1)
-    answers = tuple(answered[g, :, (g + 1) * GROUP :].float().contiguous() for g in range(groups))
-    return _mean_one(symmetric(inverse @ inverse.mT)), feedback, answers
+    feedback = (inverse / inverse.diagonal(dim1=1, dim2=2)[:, :, None]).mT.float().contiguous()
+    narrow, minus = upper.float(), -inverse.float()
+    answers = tuple(
+        (narrow[: g * GROUP, g * GROUP : (g + 1) * GROUP] @ minus[g]).view(g, GROUP, GROUP)
+        for g in range(1, len(own))
+    )
+    return _mean_one(symmetric(own @ own.mT)), feedback, answers
 
 
 def _diagonal_blocks(h: Tensor) -> Tensor:
@@ -128,13 +135,12 @@ def _mean_one(matrices: Tensor) -> Tensor:
     return (matrices / trace[:, None, None] * GROUP).float()
 
 
-def _pulls(roots: Tensor, lines: Tensor) -> Tensor:
-    """-H_gg⁻¹ H_gr for each group g and every other group r, transposed: f32 [G, G - 1, 256, 256]."""
-    groups = len(lines)
+def _coupled(h: Tensor, blocks: Tensor, roots: Tensor) -> Coupled:
+    """The coupling of h f64 [K, K], given the blocks f64 [G, 256, 256] on its diagonal and their Cholesky factors."""
+    groups = len(blocks)
+    mean = blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     # Not by cholesky_solve: what solves several systems there waits for the whole device.
     lower = torch.linalg.solve_triangular(roots, eye(GROUP, roots.device).expand_as(roots), upper=False)
-    pull: Tensor = ((lower.mT @ -lower) @ lines).float().view(groups, GROUP, groups, GROUP)
-    each = torch.arange(groups, device=roots.device)[:, None]
-    others = torch.arange(groups - 1, device=roots.device).expand(groups, -1)
-    others = others + (others >= each)
-    return pull.permute(0, 2, 3, 1)[each, others].contiguous()
+    lines = (h.view(groups, GROUP, groups, GROUP).permute(2, 0, 1, 3) / mean[:, None]).float().contiguous()
+    own = lines.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()
+    return Coupled(own, lines, ((lower.mT @ lower) * -mean).float().contiguous())

@@ -164,6 +164,10 @@ def test_launches_that_were_recorded_give_the_same_bytes_for_other_weights_and_h
         np.testing.assert_array_equal(encoder.encode(rows, StoredForm(fmt), "hessian", hessian), want)
 
 
+def turned(matrices: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.swapaxes(matrices, -1, -2))
+
+
 @pytest.mark.parametrize("fmt", [MQ2_LLOYD, MQ3_LLOYD, MQ4], ids=lambda f: f.name)
 def test_factors_on_the_device_give_the_bytes_of_those_that_were_brought_there(encoder, fmt):
     backend, fold = encoder.backend, np.float32(0.5)
@@ -176,9 +180,10 @@ def test_factors_on_the_device_give_the_bytes_of_those_that_were_brought_there(e
         factors = DenseFactors(
             backend.upload(np.stack([f.matrix for f in hessian.factors])),
             backend.upload(np.stack([f.feedback for f in hessian.factors])),
-            tuple(backend.upload(np.ascontiguousarray(a.T)) for a in hessian.answers),
-            backend.upload(hessian.coupling.blocks),
-            backend.upload(np.ascontiguousarray(hessian.coupling.pulls.transpose(0, 1, 3, 2))),
+            tuple(backend.upload(turned(a)) for a in hessian.answers[1:]),
+            backend.upload(np.stack([lines[g] for g, lines in enumerate(hessian.coupling.lines)])),
+            backend.upload(turned(hessian.coupling.lines)),
+            backend.upload(turned(hessian.coupling.inverses)),
         )
         given = backend.upload(weights / fold)
         coded = encoder.encode_here(given, fmt, backend.upload(scale), factors)

@@ -23,7 +23,6 @@ def test_every_kernel_of_the_sources_is_found():
             "multiply_rows",
             "widen_codes",
             "answer_errors",
-            "answer_targets",
             "diagonal_hessian",
         ),
         *("dense_sums", "spread_levels_f32", "level_gradients_f32"),
@@ -35,8 +34,16 @@ def test_every_kernel_of_the_sources_is_found():
         books: ("kmeans_pairs", "kmeans_exact"),
         grids: ("affine_levels",),
         books + grids: (
-            *("feedback", "descend", "refit", "refit_dense"),
-            *("round_levels", "nearest", "residual_rows", "add_errors", "keep_better", "apply_gain", "pack"),
+            *("feedback", "descend", "refit", "begin_again", "refit_dense"),
+            *(
+                "round_levels",
+                "nearest",
+                "residual_rows",
+                "decoded_rows",
+                "keep_better",
+                "apply_gain",
+                "pack",
+            ),
         ),
     }
     expected = {(n, f) for formats, names in per_format.items() for n in names for f in formats}

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lanes_problem import EMPTY, Problem, problem
+from lanes_problem import Problem, problem
 from mq_quant.formats.fwht import SIGNS2
 from mq_quant.lloyd import group as lloyd
 from mq_quant.lloyd.constants import RIDGE
+from mq_quant.lloyd.dense.sums import add_up, equations
+from mq_quant.lloyd.dense.sums import refit as refit_tile
+from mq_quant.lloyd.dense.tile import dense_of, tile_for, to_rows
 from mq_quant.lloyd.group_fit import SIGNS
-from mq_quant.lloyd.levels.refit import dense_equations, members, multiply, row_sums
-from mq_quant.lloyd.simd.vec import LANES
+from mq_quant.lloyd.levels.refit import multiply
 
 
 def refit(p: Problem, codes: np.ndarray, grid: bool, dense: bool) -> tuple[np.ndarray, np.ndarray]:
     """Levels f32 [K, 16] and codes after one refit."""
-    weights = EMPTY if dense else p.h.diagonal
-    hessian = lloyd.Problem(p.h.matrix, p.h.feedback, weights, SIGNS2, SIGNS, grid)
+    if dense:
+        return refit_dense(p, codes, grid)
+    hessian = lloyd.Problem(p.h.matrix, p.h.feedback, p.h.diagonal, SIGNS2, SIGNS, grid)
     s = lloyd.scratch_for(len(p.levels), grid)
     s.levels[:], s.codes[:] = p.levels, codes
-    lloyd.pulled(hessian, p.y, s.ys)
-    lloyd.refit_levels(hessian, p.h.matrix.sum(), s)
+    lloyd.turned(hessian, p.y, s.ys)
+    lloyd.refit_levels(hessian, s)
     return s.levels, s.codes
+
+
+def refit_dense(p: Problem, codes: np.ndarray, grid: bool) -> tuple[np.ndarray, np.ndarray]:
+    h, t = dense_of(p.h.matrix, SIGNS, grid), tile_for(len(p.levels), grid)
+    t.levels[:], t.line[:] = p.levels, [p.levels[0], p.levels[1] - p.levels[0]]
+    for block, rows in ((np.float32(p.h64 @ p.y), t.ys), (np.float32(codes), t.codes)):
+        to_rows(block, np.float32(1), rows)
+    add_up(h, np.float32(codes), t)
+    for r in range(16):
+        equations(h, t, r)
+    refit_tile(h, t)
+    return t.levels, np.ascontiguousarray(t.codes.reshape(16, 256).T)
 
 
 def columns(codes: np.ndarray, count: int, grid: bool) -> np.ndarray:
@@ -137,55 +152,3 @@ def test_multiply_is_minus_the_product() -> None:
     out = np.empty((256, 16), np.float32)
     multiply(p.h.matrix, p.y, out)
     np.testing.assert_allclose(out, -(p.h64 @ p.y.astype(np.float64)), atol=1e-4 * np.abs(p.y).max())
-
-
-@pytest.mark.parametrize("count", [4, 8, 16])
-@pytest.mark.parametrize("used", ["all", "one", "first and last"])
-def test_dense_equations_add_in_ascending_order_to_the_last_bit(count: int, used: str) -> None:
-    random = np.random.default_rng(count)
-    mix = random.standard_normal((256, 300)).astype(np.float32)
-    h = np.ascontiguousarray(mix @ mix.T / 300, np.float32)
-    allowed = {"all": np.arange(count), "one": np.array([1]), "first and last": np.array([0, count - 1])}[
-        used
-    ]
-    codes = allowed[random.integers(0, len(allowed), (256, LANES))].astype(np.float32)
-    pulled = random.standard_normal((256, LANES)).astype(np.float32)
-    gram, rhs = np.full((count, count, LANES), np.nan, np.float32), np.empty((count, LANES), np.float32)
-    dense_equations(pulled, codes, h, np.empty((LANES, count, 256), np.float32), gram, rhs)
-    for r in range(0, LANES, 5):
-        sums, want = np.zeros((count, 256), np.float32), np.zeros((count, count), np.float32)
-        right = np.zeros(count, np.float32)
-        for i in range(256):
-            k = int(codes[i, r])
-            sums[k] += h[i]
-            right[k] += pulled[i, r]
-        for i in range(256):
-            want[:, int(codes[i, r])] += sums[:, i]
-        np.testing.assert_array_equal(rhs[:, r], right)
-        np.testing.assert_array_equal(np.tril(gram[:, :, r]), np.tril(want))
-
-
-def test_each_lane_lists_its_columns_by_code() -> None:
-    codes = np.random.default_rng(2).integers(0, 8, (256, LANES)).astype(np.float32)
-    codes[:, 5] = 3  # one list has all, the others none
-    order, bounds = np.empty((LANES, 256), np.uint8), np.empty((LANES, 8, 3), np.int64)
-    members(codes, order, bounds)
-    for r in range(LANES):
-        for k in range(8):
-            first, half, last = bounds[r, k]
-            want = np.flatnonzero(codes[:, r] == k)
-            np.testing.assert_array_equal(order[r, first:last], want)
-            assert half - first == (want < 128).sum()
-
-
-@pytest.mark.parametrize("pitch", [256, 272])
-def test_row_sums_take_rows_at_any_pitch(pitch: int) -> None:
-    random = np.random.default_rng(3)
-    codes = random.integers(0, 4, (256, LANES)).astype(np.float32)
-    matrix = random.standard_normal((256, pitch), np.float32)
-    order, bounds = np.empty((LANES, 256), np.uint8), np.empty((LANES, 4, 3), np.int64)
-    sums = np.empty((LANES, 4, 256), np.float32)
-    members(codes, order, bounds)
-    row_sums(matrix, order, bounds, sums)
-    of = np.stack([[matrix[codes[:, r] == k, :256].sum(axis=0) for k in range(4)] for r in range(LANES)])
-    np.testing.assert_allclose(sums, of, atol=1e-4)

@@ -1,0 +1,101 @@
+"""A group of all rows under a dense H: error feedback, rounds of descent and refit, and codes for the stored levels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..codes.descent import BLOCKS, sweep_row
+from ..codes.feedback import feedback
+from ..constants import GROUP, MOST_ENERGY, SIGNAL_FLOOR, SWEEPS
+from ..levels.refit import multiply
+from ..loops import compiled
+from ..simd.lanes import gather, midpoints
+from ..simd.vec import LANES, fma, load, splat, tree
+from .sums import add_up, equations, follow, refit
+from .tile import (
+    begin,
+    dense_of,
+    gather_params,
+    gather_rows,
+    pull_of,
+    scatter_row,
+    tile_for,
+    to_rows,
+    to_stored,
+)
+
+
+@compiled
+def fit_dense(rows, column, matrix, factor, signs, shakes, sweeps, count, params_io, codes_out, gains):
+    """Codes u8 [R, 256] and stored levels of the group at `column` of rows f32 [R, K_in] under H, `matrix` f32
+    [256, 256] with its feedback `factor`.
+
+    params_io f32 [R, n] holds the initial levels, or (zero, scale) of `count` levels, and receives those that are
+    stored. There is a round of so many sweeps and a refit for each of shakes f32 [m], warm where that is not 0, with
+    the directions `signs` f32 [m, 16, 16]. gains f32 [R] receives each row's (yᵀH y)/(yᵀH ŷ) as gain_of has it;
+    nothing where it is empty.
+    """
+    grid = params_io.shape[1] == 2
+    dense, t = dense_of(matrix, signs, grid), tile_for(count, grid)
+    y, errors = np.empty((GROUP, LANES), np.float32), np.empty((GROUP, LANES), np.float32)
+    mids, codes = np.empty((count - 1, LANES), np.float32), np.empty((GROUP, LANES), np.float32)
+    spare = np.empty((2, LANES), np.float32)
+    for first in range(0, rows.shape[0], LANES):
+        gather(rows, first, column, y)
+        gather_rows(rows, first, column, t.y)
+        gather_params(params_io, first, grid, t)
+        multiply(dense.matrix, y, t.lanes)
+        to_rows(t.lanes, np.float32(-1), t.ys)
+        midpoints(t.levels, mids)
+        feedback(y, factor, t.levels, mids, codes, t.more, errors)
+        to_rows(codes, np.float32(1), t.codes)
+        add_up(dense, codes, t)
+        for r in range(LANES):
+            equations(dense, t, r)
+        refit(dense, t)
+        for turn in range(shakes.shape[0]):
+            for r in range(LANES):
+                begin(t, r)
+                pull_of(dense, t, r)
+                descend_warm(dense, t, r, turn, sweeps, shakes[turn], spare)
+                follow(dense, t, r)
+                equations(dense, t, r)
+            refit(dense, t)
+        to_stored(grid, t)
+        for r in range(min(LANES, rows.shape[0] - first)):
+            begin(t, r)
+            pull_of(dense, t, r)
+            sweep_row(t.row, t.pull, t.book, dense.columns, 0, SWEEPS, np.float32(0), spare)
+            scatter_row(t, r, params_io, codes_out, first + r)
+            if gains.shape[0] > 0:
+                gains[first + r] = gain_of(t, r)
+
+
+@compiled
+def descend_warm(dense, t, r, turn, sweeps, share, spare):
+    """A round of descent of row r, its targets shifted by `share` of its error as the shakes of `turn` say."""
+    total = splat(np.float32(0))
+    for b in range(BLOCKS):
+        total = fma(load(t.y, r * BLOCKS + b) - load(t.row, b), load(t.pull, b), total)
+    energy = tree(total) * (np.float32(1) / np.float32(GROUP))
+    # Rounding may drive an energy below zero, and a large one overflows: neither shifts anything.
+    if not (energy > 0 and energy < MOST_ENERGY):
+        energy = np.float32(0)
+    shift = share * np.sqrt(energy)
+    sweep_row(t.row, t.pull, t.book, dense.columns, turn * SWEEPS, sweeps, shift, spare)
+
+
+@compiled
+def gain_of(t, r):
+    """yᵀHy / (yᵀHy - yᵀHe) of row r, whose errors e are those of t.row.
+
+    Where that is beyond 2, or not positive, the levels carry too little of the row to be scaled, and the gain is 1.
+    """
+    whole, lost = splat(np.float32(0)), splat(np.float32(0))
+    for b in range(BLOCKS):
+        y, ys = load(t.y, r * BLOCKS + b), load(t.ys, r * BLOCKS + b)
+        whole = fma(ys, y, whole)
+        lost = fma(ys, y - load(t.row, b), lost)
+    energy = tree(whole)
+    kept = energy - tree(lost)
+    return energy / kept if energy > 0 and kept > SIGNAL_FLOOR * energy else np.float32(1)
