@@ -142,12 +142,15 @@ def test_weights_that_lie_on_a_device_give_the_same(
 def test_where_inputs_stay_on_a_device_it_is_nearly_the_same_and_continues(
     measured: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU. Sums in another order round a few weights to a neighbouring level."""
+    """As on a GPU. Sums in another order round a few weights to a neighbouring level, by which now and then a token of
+    the few that judge is routed elsewhere.
+    """
     plain = measured("plain.json", effort="calibrated").measurement
     monkeypatch.setattr(fit_run, "GatheredImportance", partial(GatheredImportance, stays=True))
     there = measured("there.json", effort="calibrated").measurement
-    for piece, usual in zip(there.pieces, plain.pieces, strict=True):
-        assert piece.kld == pytest.approx(usual.kld, rel=0.05)
+    pairs = zip(there.pieces, plain.pieces, strict=True)
+    ratios = np.array([piece.kld[name] / usual.kld[name] for piece, usual in pairs for name in STATED])
+    assert np.median(np.abs(ratios - 1)) < 0.01 and np.abs(ratios - 1).max() < 0.2
     assert there.pieces != plain.pieces
     with pytest.raises(StopError):
         measured("killed.json", effort="calibrated", watch=stop_at(1))
