@@ -13,17 +13,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .codes.descent import BLOCKS, sweep_row
-from .constants import GROUP, PASSES, SHAKE, SWEEPS, WHOLE, WHOLE_SWEEPS
-from .dense.fit import descend_warm, gain_of
-from .dense.sums import add_up, equations, follow, refit
+from .codes.descent import BLOCKS
+from .constants import GROUP, PASSES, SHAKE, WHOLE, WHOLE_SWEEPS
+from .dense.fit import gain_of, settle, warm_round
+from .dense.sums import add_up, refit
 from .dense.tile import (
     add_decoded,
     begin,
     dense_of,
     gather_params,
     gather_rows,
-    pull_of,
     scatter_row,
     tile_for,
     to_rows,
@@ -105,15 +104,11 @@ def fit_group_again(errors, group, lines, inverse, signs, turn, sweeps, count, p
             add_decoded(dense, t, r, np.float32(1), t.ys, r * BLOCKS)
             begin(t, r)
             t.pull[:] = pulls[r * BLOCKS : (r + 1) * BLOCKS]
-            descend_warm(dense, t, r, turn, sweeps, SHAKE, spare)
-            follow(dense, t, r)
-            equations(dense, t, r)
+            warm_round(dense, t, r, turn, sweeps, SHAKE, spare)
         refit(dense, t)
         to_stored(grid, t)
         for r in range(min(LANES, codes_io.shape[0] - first)):
-            begin(t, r)
-            pull_of(dense, t, r)
-            sweep_row(t.row, t.pull, t.book, dense.columns, 0, SWEEPS, np.float32(0), spare)
+            settle(dense, t, r, spare)
             fall = splat(np.float32(0))
             for b in range(BLOCKS):
                 at = r * BLOCKS + b

@@ -57,23 +57,21 @@ def fit_dense(rows, column, matrix, factor, signs, shakes, sweeps, count, params
             for r in range(LANES):
                 begin(t, r)
                 pull_of(dense, t, r)
-                descend_warm(dense, t, r, turn, sweeps, shakes[turn], spare)
-                follow(dense, t, r)
-                equations(dense, t, r)
+                warm_round(dense, t, r, turn, sweeps, shakes[turn], spare)
             refit(dense, t)
         to_stored(grid, t)
         for r in range(min(LANES, rows.shape[0] - first)):
-            begin(t, r)
-            pull_of(dense, t, r)
-            sweep_row(t.row, t.pull, t.book, dense.columns, 0, SWEEPS, np.float32(0), spare)
+            settle(dense, t, r, spare)
             scatter_row(t, r, params_io, codes_out, first + r)
             if gains.shape[0] > 0:
                 gains[first + r] = gain_of(t, r)
 
 
 @compiled
-def descend_warm(dense, t, r, turn, sweeps, share, spare):
-    """A round of descent of row r, its targets shifted by `share` of its error as the shakes of `turn` say."""
+def warm_round(dense, t, r, turn, sweeps, share, spare):
+    """A round of descent of row r, its targets shifted by `share` of its error as the shakes of `turn` say; then the
+    equations of its refit.
+    """
     total = splat(np.float32(0))
     for b in range(BLOCKS):
         total = fma(load(t.y, r * BLOCKS + b) - load(t.row, b), load(t.pull, b), total)
@@ -83,6 +81,16 @@ def descend_warm(dense, t, r, turn, sweeps, share, spare):
         energy = np.float32(0)
     shift = share * np.sqrt(energy)
     sweep_row(t.row, t.pull, t.book, dense.columns, turn * SWEEPS, sweeps, shift, spare)
+    follow(dense, t, r)
+    equations(dense, t, r)
+
+
+@compiled
+def settle(dense, t, r, spare):
+    """Plain descent of row r for the levels that are stored."""
+    begin(t, r)
+    pull_of(dense, t, r)
+    sweep_row(t.row, t.pull, t.book, dense.columns, 0, SWEEPS, np.float32(0), spare)
 
 
 @compiled
