@@ -44,43 +44,34 @@ DEVICE Counts count_common(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, u
   }
   return count;
 }
-DEVICE void multiply_bytes(Counts& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+// Adds products of the parts, of so many bits, of words of two factors; `value` is what a part stands for.
+template <int BITS, class Total, class Value>
+DEVICE void multiply_parts(Total& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, Value value) {
   const int row = lane() / 4 * 4, columns = lane() % 4 * 8;
   for (int c = 0; c < 4; c++) {
     const uint32_t upper[2] = {__shfl(a0, row + c), __shfl(a2, row + c)};
     const uint32_t lower[2] = {__shfl(a1, row + c), __shfl(a3, row + c)};
     for (int n = 0; n < 2; n++) {
       const uint32_t x[2] = {__shfl(b0, columns + 4 * n + c), __shfl(b1, columns + 4 * n + c)};
-      for (int half = 0; half < 2; half++) {
-        for (int byte = 0; byte < 32; byte += 8) {
-          const int factor = static_cast<int8_t>(x[half] >> byte);
-          sum.v[n] += static_cast<int8_t>(upper[half] >> byte) * factor;
-          sum.v[2 + n] += static_cast<int8_t>(lower[half] >> byte) * factor;
+      for (int word = 0; word < 2; word++) {
+        for (int at = 0; at < 32; at += BITS) {
+          const auto factor = value(x[word] >> at);
+          sum.v[n] += value(upper[word] >> at) * factor;
+          sum.v[2 + n] += value(lower[word] >> at) * factor;
         }
       }
     }
   }
+}
+DEVICE void multiply_bytes(Counts& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  multiply_parts<8>(sum, a0, a1, a2, a3, b0, b1, [](uint32_t part) { return (int)static_cast<int8_t>(part); });
 }
 DEVICE uint32_t pair_of(int a, int b) { return (uint32_t)b << 16 | (uint32_t)a; }
 struct Sums {
   float v[4] = {};
 };
 DEVICE void multiply_halves(Sums& sum, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  const int row = lane() / 4 * 4, columns = lane() % 4 * 8;
-  for (int c = 0; c < 4; c++) {
-    const uint32_t upper[2] = {__shfl(a0, row + c), __shfl(a2, row + c)};
-    const uint32_t lower[2] = {__shfl(a1, row + c), __shfl(a3, row + c)};
-    for (int n = 0; n < 2; n++) {
-      const uint32_t x[2] = {__shfl(b0, columns + 4 * n + c), __shfl(b1, columns + 4 * n + c)};
-      for (int pair = 0; pair < 2; pair++) {
-        for (int half = 0; half < 32; half += 16) {
-          const float factor = half_to_float(x[pair] >> half);
-          sum.v[n] += half_to_float(upper[pair] >> half) * factor;
-          sum.v[2 + n] += half_to_float(lower[pair] >> half) * factor;
-        }
-      }
-    }
-  }
+  multiply_parts<16>(sum, a0, a1, a2, a3, b0, b1, [](uint32_t part) { return half_to_float((uint16_t)part); });
 }
 DEVICE void multiply_halves(Sums& sum, uint32_t a0, uint32_t a1, uint32_t b0) {
   multiply_halves(sum, a0, a1, 0, 0, b0, 0);
