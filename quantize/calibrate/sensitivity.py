@@ -165,7 +165,7 @@ class SensitivityRun:
                         source, self._config, self._forward(way, tokens, forward), _draws(tokens)
                     )
                 else:
-                    gradient = _there(self._load(GRADIENT, last, shape), device)
+                    gradient = sent(self._load(GRADIENT, last, shape), device)
                 self._back(way, gradient, last)
         for layer in range(count):  # those that a run left which was killed before it could drop them
             self._drop(layer)
@@ -173,7 +173,7 @@ class SensitivityRun:
     def _forward(self, way: _Way, tokens: Tokens, first: int) -> Tensor:
         """The stream behind the last layer, once all layers from `first` on have run."""
         given = self._load(STREAM, first, way.shape) if first else embed(way.source, tokens).numpy()
-        stream = _there(given, way.devices[0])
+        stream = sent(given, way.devices[0])
         for layer, weights in _ahead(way, range(first, len(way.sizes))):
             with torch.no_grad():
                 stream = run_source(weights, self._config, layer, stream)
@@ -198,7 +198,7 @@ class SensitivityRun:
                 moment, count = _of_directions(gradient, layer)
                 before = None
                 if coming is not None:
-                    entering = _there(coming.result(), way.devices[0])
+                    entering = sent(coming.result(), way.devices[0])
                     coming = read(layer - 1) if layer > 1 else None
                     gradient = layer_backward(weights, self._config, layer, entering, gradient)
                     before = fetched(gradient)
@@ -229,10 +229,6 @@ class SensitivityRun:
 
 def _unit(name: str, layer: int) -> str:
     return f"{name}.{layer}"
-
-
-def _there(stream: F32, device: torch.device) -> Tensor:
-    return torch.from_numpy(stream) if device.type == "cpu" else sent(stream, device)
 
 
 def _of_directions(gradient: Tensor, layer: int) -> tuple[F64, int]:

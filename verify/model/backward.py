@@ -15,16 +15,16 @@ from torch.nn import functional as F  # noqa: N812
 from ...formats.minimax import ModelConfig, expert_name
 from .device_weights import DeviceWeights
 from .reference import (
+    Routing,
     TensorWeights,
     Weights,
     before_experts,
-    by_expert,
     head_matrix,
     load,
     rms_norm,
     run_expert,
 )
-from .spread_forward import beside_experts, rounds
+from .spread_forward import beside_experts, rounds, routed
 
 TOGETHER = 8
 """Sequences whose attention has its gradients held at once."""
@@ -106,29 +106,21 @@ def _experts_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to what the experts of a layer see, [n, H], and to their weights in the sum, [n, k]."""
     devices = _devices(weights, inputs)
-    order, sizes = by_expert(ids, cfg.num_local_experts)
-    there = [
-        (
-            inputs.to(device),
-            gradient.to(device),
-            torch.split((order // ids.shape[1]).to(device), sizes),
-            torch.split(shares.flatten()[order].to(device), sizes),
-        )
-        for device in devices
-    ]
-    of_inputs, taken, tokens = torch.zeros_like(inputs), torch.split(order, sizes), there[0][2]
-    of_shares = torch.zeros_like(shares).flatten()
+    there, order, sizes = routed(devices, cfg, inputs, Routing(ids, shares))
+    behind, taken = [gradient.to(device) for device in devices], torch.split(order, sizes)
+    of_inputs, of_shares = torch.zeros_like(inputs), torch.zeros_like(shares).flatten()
     for some in rounds(sizes, len(devices)):
         found = {}
         for e in some:
-            seen, behind, chosen, weighed = there[e % len(devices)]
-            x, share = seen[chosen[e]].requires_grad_(), weighed[e].clone().requires_grad_()
+            place = weights.place(e) if isinstance(weights, DeviceWeights) else 0
+            seen, tokens = there[place], there[place].tokens[e]
+            x, share = seen.inputs[tokens].requires_grad_(), seen.shares[e].clone().requires_grad_()
             w1, w3, w2 = (load(weights, expert_name(layer, e, w), x) for w in ("w1", "w3", "w2"))
             with torch.enable_grad():
-                out = run_expert((w1, w3, w2), x)[1] * share[:, None]
-            found[e] = torch.autograd.grad(out, (x, share), behind[chosen[e]])
+                out = run_expert((w1, w3, w2), x)[1] * share
+            found[e] = torch.autograd.grad(out, (x, share), behind[place][tokens])
         back = {e: [part.to(inputs.device) for part in made] for e, made in found.items()}
         for e, (of_x, of_share) in back.items():
-            of_inputs.index_add_(0, tokens[e], of_x)
-            of_shares[taken[e]] = of_share
+            of_inputs.index_add_(0, there[0].tokens[e], of_x)
+            of_shares[taken[e]] = of_share[:, 0]
     return of_inputs, of_shares.view_as(shares)

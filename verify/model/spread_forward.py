@@ -55,13 +55,13 @@ def spread_forward(
 ) -> Tensor:
     """As `reference.layer_forward`. What the observer sees lies where it was made."""
     hidden, inputs, routing = spread_before_experts(weights, cfg, layer, hidden, observer)
-    routed, sizes = _routed(weights, cfg, inputs, routing)
+    there, _, sizes = routed(weights.devices, cfg, inputs, routing)
     out = torch.zeros_like(inputs)
     for some in rounds(sizes, len(weights.devices)):
         _add(
             out,
-            routed[0].tokens,
-            {e: _run(weights, layer, e, routed[weights.place(e)], observer) for e in some},
+            there[0].tokens,
+            {e: _run(weights, layer, e, there[weights.place(e)], observer) for e in some},
         )
     return hidden + out.view_as(hidden)
 
@@ -70,8 +70,9 @@ def spread_before_experts(
     weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = SILENT
 ) -> tuple[Tensor, Tensor, Routing]:
     """As `reference.before_experts`."""
-    hidden = _behind_attention(weights, cfg, layer, hidden, observer)
-    return hidden, *into_experts(weights, cfg, layer, hidden, observer)
+    there = beside_experts(weights, cfg, layer)
+    hidden = _behind_attention(there, weights.devices, cfg, layer, hidden, observer)
+    return hidden, *into_experts(there[0], cfg, layer, hidden, observer)
 
 
 def beside_experts(weights: DeviceWeights, cfg: ModelConfig, layer: int) -> list[Tensors]:
@@ -81,39 +82,46 @@ def beside_experts(weights: DeviceWeights, cfg: ModelConfig, layer: int) -> list
 
 
 def _behind_attention(
-    weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer
+    there: Sequence[Tensors],
+    devices: Sequence[torch.device],
+    cfg: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    observer: Observer,
 ) -> Tensor:
-    """The residual stream [n_seq, len, H] behind attention."""
-    there = beside_experts(weights, cfg, layer)
+    """The residual stream [n_seq, len, H] behind attention, whose tensors lie on each of the devices."""
     some = torch.split(hidden, max(1, TOKENS // hidden.shape[1]))
     places = [n % len(there) for n in range(len(some))]
-    sent = [part.to(weights.devices[place]) for part, place in zip(some, places, strict=True)]
+    sent = [part.to(devices[place]) for part, place in zip(some, places, strict=True)]
     for n, place in enumerate(places):
         sent[n] = sent[n] + attention(there[place], cfg, layer, sent[n], observer)
     return torch.cat([part.to(hidden.device) for part in sent])
 
 
-def _routed(
-    weights: DeviceWeights, cfg: ModelConfig, inputs: Tensor, routing: Routing
-) -> tuple[list[Routed], list[int]]:
-    """What experts see, on each of the devices, and how many tokens each expert has."""
+def routed(
+    devices: Sequence[torch.device], cfg: ModelConfig, inputs: Tensor, routing: Routing
+) -> tuple[list[Routed], Tensor, list[int]]:
+    """What experts see, on each of the devices; and as `by_expert` gives them, the places in the router's choice and
+    how many tokens each expert has.
+    """
     order, sizes = by_expert(routing.ids, cfg.num_local_experts)
     tokens, shares = order // cfg.num_experts_per_tok, routing.weights.flatten()[order, None]
-    return [
+    there = [
         Routed(
             inputs.to(device), torch.split(tokens.to(device), sizes), torch.split(shares.to(device), sizes)
         )
-        for device in weights.devices
-    ], sizes
+        for device in devices
+    ]
+    return there, order, sizes
 
 
-def _run(weights: DeviceWeights, layer: int, expert: int, routed: Routed, observer: Observer) -> Tensor:
+def _run(weights: DeviceWeights, layer: int, expert: int, seen: Routed, observer: Observer) -> Tensor:
     """What an expert adds to the streams of its tokens, [m, H], where its matrices lie."""
     w1, w3, w2 = (weights.tensor(expert_name(layer, expert, w)) for w in ("w1", "w3", "w2"))
-    x = routed.inputs[routed.tokens[expert]]
+    x = seen.inputs[seen.tokens[expert]]
     product, made = run_expert((w1, w3, w2), x)
-    observer.expert(layer, expert, routed.tokens[expert], x, product)
-    return made.mul_(routed.shares[expert])
+    observer.expert(layer, expert, seen.tokens[expert], x, product)
+    return made.mul_(seen.shares[expert])
 
 
 def _add(out: Tensor, tokens: Sequence[Tensor], made: Mapping[int, Tensor]) -> None:

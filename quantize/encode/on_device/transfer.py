@@ -41,7 +41,11 @@ def fetch(values: Tensor, out: NDArray[np.float32]) -> None:
 
 
 def sent(array: NDArray[np.float32], device: torch.device) -> Tensor:
-    """A contiguous array f32 as a tensor on a GPU, through page-locked memory; it may lie in a mapped file."""
+    """A contiguous array f32 as a tensor on a device. To a GPU it goes through page-locked memory, and may lie in a
+    mapped file; on a CPU it is the same memory.
+    """
+    if device.type == "cpu":
+        return torch.from_numpy(array)
     out, flat = torch.empty(array.shape, device=device), array.reshape(-1)
     for first, part in zip(range(0, len(flat), PIECE), torch.split(out.view(-1), PIECE), strict=True):
         staged = page_locked(part.nbytes).view(torch.float32)
