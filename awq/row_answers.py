@@ -93,19 +93,23 @@ def _share(lower: F64, rows: slice) -> F32:
 
 
 def encode_answering(
-    matrix: Matrix,
+    matrices: Sequence[Matrix],
     answers: Sequence[tuple[slice, Matrix]] | None,
-    encode: Callable[[Matrix], tuple[Payload, Matrix]],
-) -> list[Payload]:
-    """The payloads of a matrix f32 [hidden, K], of numpy or of torch as its shares in `answers` are, block by block.
+    encode: Callable[[list[Matrix]], Sequence[tuple[Payload, Matrix]]],
+) -> list[list[Payload]]:
+    """For each of some matrices f32 [hidden, K], of numpy or of torch as their shares in `answers` are, the payloads of
+    its blocks of rows.
 
-    `encode` gives the payload of some rows and the values that it stands for. Without answers all rows are one block.
+    `encode` gives for the same rows of each matrix their payload and the values that it stands for. Without answers all
+    rows are one block.
     """
     if answers is None:
-        return [encode(matrix)[0]]
-    payloads, missed = [], matrix * 0
+        return [[payload] for payload, _ in encode(list(matrices))]
+    payloads: list[list[Payload]] = [[] for _ in matrices]
+    missed = [matrix * 0 for matrix in matrices]
     for rows, share in answers:
-        payload, values = encode(matrix[rows] + share @ missed[: rows.start])
-        payloads.append(payload)
-        missed[rows] = matrix[rows] - values
+        aims = [m[rows] + share @ e[: rows.start] for m, e in zip(matrices, missed, strict=True)]
+        for n, (payload, values) in enumerate(encode(aims)):
+            payloads[n].append(payload)
+            missed[n][rows] = matrices[n][rows] - values
     return payloads

@@ -122,7 +122,7 @@ def main() -> None:
                 began = time.thread_time()
                 if args.profile and expert == args.repeats:
                     profile.enable()
-                (done,) = LayerEncoder.encode_together([made], expert, source)
+                ((done,),) = LayerEncoder.encode_together([made], [expert], source)
                 profile.disable()
                 spent.append(time.thread_time() - began)
                 if isinstance(done, MqError):

@@ -212,10 +212,12 @@ def apart(spec: BuildSpec, encoder: Encoder, jobs: int, device: str) -> list[dic
             marks.append(time.monotonic())
             made = prepare_layer(spec, layer, encoder)
             marks.append(time.monotonic())
-            experts = range(source.config.num_local_experts)
-            for (done,) in pool.map(lambda e: made.encode_together([made], e, source), experts):  # noqa: B023
-                if isinstance(done, MqError):
-                    raise done
+            experts = list(range(source.config.num_local_experts))
+            blocks = [experts[at : at + made.together] for at in range(0, len(experts), made.together)]
+            for block in pool.map(lambda some: made.encode_together([made], some, source), blocks):  # noqa: B023
+                for (done,) in block:
+                    if isinstance(done, MqError):
+                        raise done
             marks.append(time.monotonic())
             parts = zip(("calibrate", "prepare", "encode"), pairwise(marks), strict=True)
             watched.row(layer, samples, **{name: later - earlier for name, (earlier, later) in parts})

@@ -27,7 +27,7 @@ from full_width_build import write_checkpoint
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.encode.blas import one_blas_thread
 from mq_quant.quantize.pipeline.build_spec import open_builds
-from mq_quant.quantize.pipeline.encoding import encode_step, in_step, prepare_layers
+from mq_quant.quantize.pipeline.encoding import encode_block, in_blocks, in_step, prepare_layers
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, OnTheFly, Statistics
 from mq_quant.quantize.pipeline.work_units import work_order
 from mq_quant.quantize.spec.places import choose_recipe
@@ -58,8 +58,8 @@ def seconds(
             n: [unit for unit in work_order(spec) if unit.expert is not None] for n, spec in by_number.items()
         }
         began = clock()
-        for step in in_step(orders[0], orders)[:timed]:
-            encode_step(by_number, step, encoders)
+        for block in in_blocks(by_number, in_step(orders[0], orders)[:timed]):
+            encode_block(by_number, block, encoders)
         parts.append((clock() - began) / timed)
         if gathered is not None:
             gathered.close()

@@ -92,13 +92,15 @@ class DeviceEncoder:
         scale: Buffer,
         hessian: RowHessian | DenseFactors,
         gain: float = 1.0,
+        beside: int = 1,
     ) -> Coded:
         """Encode weights f32 [R, K] that the device holds, folded already, under a Hessian; scale f32 [K] is the AWQ
-        scale of the columns.
+        scale of the columns. The weights may be several matrices `beside` each other, as `Work` has them, if groups of
+        each are coupled: the factors then follow each other as the groups do, and what groups answer is [g, beside, …].
 
         Raises TypeError for a format without rotation.
         """
-        work = self._begin(weights, _rotated(fmt), scale)
+        work = self._begin(weights, _rotated(fmt), scale, beside)
         if isinstance(hessian, DenseFactors):
             self._fit(work, self._hessians.given(hessian), gain)
         else:
@@ -108,14 +110,15 @@ class DeviceEncoder:
     def _scale(self, scale: F32 | None, columns: int) -> Buffer:
         return self._space.put("scale", np.ones(columns, np.float32) if scale is None else scale)
 
-    def _begin(self, weights: Buffer, fmt: Rotated, scale: Buffer) -> Work:
+    def _begin(self, weights: Buffer, fmt: Rotated, scale: Buffer, beside: int = 1) -> Work:
         space, (count, columns) = self._space, weights.shape
         groups = columns // GROUP
         rows = space.take("rows", weights.shape, np.float32)
         self._fitting.launch("rotate_rows", (groups, count), (rows, weights, scale, self._signs))
         size = fmt.levels if isinstance(fmt, LloydFormat) else 2
         params = space.take("params", (count, groups, size), np.float32)
-        return Work(fmt, count, groups, rows, params, space.take("codes", weights.shape, np.uint8))
+        codes = space.take("codes", weights.shape, np.uint8)
+        return Work(fmt, count, groups, rows, params, codes, beside)
 
     def _packed(self, work: Work) -> Coded:
         nbytes = work.fmt.nbytes(work.rows.size)
@@ -131,7 +134,7 @@ class DeviceEncoder:
         launches, which are the same for every matrix of a shape. The first such matrix takes all memory and loads all
         kernels, and the second one is recorded.
         """
-        if not (h.dense and len(h.answers) == work.groups - 1):
+        if not (h.dense and len(h.answers) == work.own - 1):
             self._fitting.groups(work, h, gain)
             return
 
@@ -149,7 +152,15 @@ class DeviceEncoder:
             *h.answers,
             *((h.coupling.lines, h.coupling.inverses) if h.coupling else ()),
         )
-        key = (work.fmt.name, work.count, work.groups, gain, h.white, *(b.address for b in places))
+        key = (
+            work.fmt.name,
+            work.count,
+            work.groups,
+            work.beside,
+            gain,
+            h.white,
+            *(b.address for b in places),
+        )
         if key not in self._recorded:
             whole()
             self._recorded[key] = None

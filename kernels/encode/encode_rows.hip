@@ -47,28 +47,31 @@ KERNEL(BLOCK_THREADS) widen_codes(float* __restrict__ out, const uint8_t* __rest
 
 // out = rows, of one group, moved by the errors of `number` groups from group `from` on: minus errors · matrixᵀ of each in
 // order. Where rows are not `given`, out is what they would be moved by, the other way round. rows, errors and out f32
-// [count, 256·groups]; matrices f32 [number, 256, 256] come transposed. Grid (tiles of rows, of columns).
+// [count, 256·groups]; matrices f32 [number, 256, 256] come transposed. Grid (tiles of rows, of columns, matrices that lie
+// side by side); of several matrices the groups lie next to each other, the first of each, then the second of each, and so do
+// what a group answers.
 KERNEL(PRODUCT_THREADS) answer_errors(float* __restrict__ out, const float* __restrict__ rows,
                                       const float* __restrict__ errors, const float* __restrict__ matrices, int given,
                                       int from, int number, int count, int groups, int group) {
   LDS(ProductTiles, tiles, 1);
-  const int row = blockIdx.x * PRODUCT_ROWS, column = blockIdx.y * PRODUCT_COLUMNS;
-  const int64_t width = (int64_t)groups * GROUP;
+  const int row = blockIdx.x * PRODUCT_ROWS, column = blockIdx.y * PRODUCT_COLUMNS, beside = gridDim.z, one = blockIdx.z;
+  const int64_t width = (int64_t)groups * GROUP, at = (int64_t)(group * beside + one) * GROUP + column;
   float sums[SIDE][SIDE] = {};
   if (given) {
     for (int i = 0; i < SIDE; i++) {
-      const float* mine = rows + min(row + tile_row(i), count - 1) * width + group * GROUP + column;
+      const float* mine = rows + min(row + tile_row(i), count - 1) * width + at;
       for (int j = 0; j < SIDE; j++) sums[i][j] = mine[tile_column(j)];
     }
   }
-  const float* error = errors + min(row + (int)threadIdx.x, count - 1) * width + from * GROUP;
+  const float* error = errors + min(row + (int)threadIdx.x, count - 1) * width;
   for (int other = 0; other < number; other++) {
-    subtract_products(sums, tiles[0], error + other * GROUP, matrices + (int64_t)other * SQUARE + column, GROUP);
+    subtract_products(sums, tiles[0], error + ((from + other) * beside + one) * GROUP,
+                      matrices + (int64_t)(other * beside + one) * SQUARE + column, GROUP);
   }
   const float sign = given ? 1.0f : -1.0f;
   for (int i = 0; i < SIDE; i++) {
     if (row + tile_row(i) >= count) continue;
-    float* mine = out + (row + tile_row(i)) * width + group * GROUP + column;
+    float* mine = out + (row + tile_row(i)) * width + at;
     for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = sign * sums[i][j];
   }
 }

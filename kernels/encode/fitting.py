@@ -76,13 +76,14 @@ class Fitting:
             self._space.take(name, work.rows.shape, np.float32) for name in ("targets", "errors")
         )
         aimed = replace(work, rows=targets)
-        for g in range(work.groups):
-            mine = aimed if g else work
+        n = work.beside
+        for g in range(work.own):
+            mine, first = aimed if g else work, g * n
             if g:
                 self._answer(work, targets, work.rows, errors, h.answers[g - 1], (0, g), g)
-            self.initial(mine, g, h.white[g : g + 1])
-            self._fit_groups(mine, h, g, 1, 0.0 if h.coupling else gain)
-            self._missed(work, errors, g, 1)
+            self.initial(mine, first, h.white[first : first + n])
+            self._fit_groups(mine, h, first, n, 0.0 if h.coupling else gain)
+            self._missed(work, errors, first, n)
         if h.coupling:
             self._fit_again(work, aimed, errors, h.coupling, gain)
 
@@ -135,7 +136,7 @@ class Fitting:
         self.launch("feedback", grid, (work.codes, work.rows, work.params, h.feedback, *shape), fmt)
         self._refit(work, h, first, number, fresh=True)
         sweeps = WHOLE_SWEEPS if h.coupling else SWEEPS
-        shakes = shakes_of(work.groups if h.dense else 0, h.coupling is not None)
+        shakes = shakes_of(work.own if h.dense else 0, h.coupling is not None)
         for n, shake in enumerate(shakes):
             self._descend(work, h, n, float(shake), first, number, sweeps)
             self._refit(work, h, first, number)
@@ -148,7 +149,7 @@ class Fitting:
         """The passes of lloyd.again over groups that have been fitted, whose errors are given; `aimed` is `work` with
         room for targets as its rows.
         """
-        space, h, groups, fmt = self._space, coupling.blocks, work.groups, work.fmt
+        space, h, n, fmt = self._space, coupling.blocks, work.beside, work.fmt
         values, pulls = (space.take(name, work.rows.shape, np.float32) for name in ("values", "pulls"))
         old = (
             space.take("old params", work.params.shape, np.float32),
@@ -158,13 +159,14 @@ class Fitting:
         for turn in range(len(WHOLE) - 1, len(WHOLE) - 1 - PASSES, -1):
             for target, source in zip(old, new, strict=True):
                 self._backend.copy(target, source)
-            for g in range(groups):
-                one, at = (work.count, 1), (groups, g)
-                dense = kept_of(space, work, 1)
-                self._answer(work, pulls, None, errors, coupling.lines.rows(g, g + 1), (0, groups), g)
-                self.launch("decoded_rows", one, (values, *new, *at), fmt)
-                self._answer(work, aimed.rows, values, pulls, coupling.inverses.rows(g, g + 1), (g, 1), g)
-                self._sum_grid(work, h, g, 1)
+            for g in range(work.own):
+                first = g * n
+                each, at = (work.count, n), (work.groups, first)
+                dense, inverses = kept_of(space, work, n), coupling.inverses.rows(first, first + n)
+                self._answer(work, pulls, None, errors, coupling.lines.rows(g, g + 1), (0, work.own), g)
+                self.launch("decoded_rows", each, (values, *new, *at), fmt)
+                self._answer(work, aimed.rows, values, pulls, inverses, (g, 1), g)
+                self._sum_grid(work, h, first, n)
                 begun = (
                     dense.sums,
                     dense.pulled,
@@ -176,14 +178,14 @@ class Fitting:
                     work.count,
                     *at,
                 )
-                self.launch("begin_again", (work.blocks(waves), 1), begun, fmt, waves * WAVE)
-                self._descend(aimed, h, turn, float(SHAKE), g, 1, WHOLE_SWEEPS, pulls)
-                self._refit(aimed, h, g, 1)
-                self._settle(aimed, h, g, 1)
-                self.launch("keep_better", one, (*new, dense.left, pulls, *old, *at), fmt)
-                self._missed(work, errors, g, 1)
+                self.launch("begin_again", (work.blocks(waves), n), begun, fmt, waves * WAVE)
+                self._descend(aimed, h, turn, float(SHAKE), first, n, WHOLE_SWEEPS, pulls)
+                self._refit(aimed, h, first, n)
+                self._settle(aimed, h, first, n)
+                self.launch("keep_better", each, (*new, dense.left, pulls, *old, *at), fmt)
+                self._missed(work, errors, first, n)
                 if gain and turn == len(WHOLE) - PASSES:
-                    self._gain(aimed, h, gain, g, 1)
+                    self._gain(aimed, h, gain, first, n)
 
     def _settle(self, work: Work, h: Hessian, first: int, number: int) -> None:
         """Fitted levels in the format's precision, and codes that suit them."""
@@ -259,9 +261,9 @@ class Fitting:
         others: tuple[int, int],
         group: int,
     ) -> None:
-        """A group of `out` becomes that of the rows, moved by the errors of `others`, a first group and a number; or
-        without rows the opposite of what those move.
+        """A group of `out`, in each matrix, becomes that of the rows, moved by the errors of `others`, a first group
+        and a number; or without rows the opposite of what those move.
         """
-        grid = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE)
+        grid = (work.blocks(PRODUCT_SIDE), GROUP // PRODUCT_SIDE, work.beside)
         given = (out, errors if rows is None else rows, errors, matrices, int(rows is not None), *others)
         self.launch("answer_errors", grid, (*given, work.count, work.groups, group))

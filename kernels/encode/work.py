@@ -15,7 +15,9 @@ from .space import Space
 
 @dataclass(frozen=True)
 class Work:
-    """One matrix under way: rotated rows f32 [count, 256·groups], params f32, codes u8."""
+    """What is under way: rotated rows f32 [count, 256·groups], params f32, codes u8. These are one matrix, or `beside`
+    matrices side by side, the first group of each, then the second group of each, and so on.
+    """
 
     fmt: Rotated
     count: int
@@ -23,6 +25,12 @@ class Work:
     rows: Buffer
     params: Buffer
     codes: Buffer
+    beside: int = 1
+
+    @property
+    def own(self) -> int:
+        """The groups of one matrix."""
+        return self.groups // self.beside
 
     def blocks(self, rows: int) -> int:
         """Blocks of so many rows."""

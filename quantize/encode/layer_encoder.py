@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,17 +59,26 @@ class LayerEncoder(PreparedLayer):
         """The fold f32 [intermediate] of the expert whose w2 has this importance, None where nothing is folded."""
         return down_fold(importance.diagonal, self.settings.fold_down) if self.settings.fold_down else None
 
+    together: ClassVar[int] = 1
+    """The most experts that are encoded at a time."""
+
     @classmethod
     def encode_together(
+        cls, encoders: Sequence[LayerEncoder], experts: Sequence[int], source: Source
+    ) -> list[list[EncodedExpert | MqError]]:
+        """Encode some experts of a source by several encoders of their layer, which have their importance in common,
+        and release their matrices there as soon as they are read: a shard that is held until delivery delays the next
+        one's download.
+
+        What the results of an expert have in common is made once. An error as of `encode_expert` stands in the place of
+        the result that it prevents; raises those of `Source.weight`.
+        """
+        return [cls._encode_one(encoders, expert, source) for expert in experts]
+
+    @classmethod
+    def _encode_one(
         cls, encoders: Sequence[LayerEncoder], expert: int, source: Source
     ) -> list[EncodedExpert | MqError]:
-        """Encode one expert of a source by several encoders of its layer, which have their importance in common, and
-        release its matrices there as soon as they are read: a shard that is held until delivery delays the next one's
-        download.
-
-        What the results have in common is made once. An error as of `encode_expert` stands in the place of the result
-        that it prevents; raises those of `Source.weight`.
-        """
         names = [expert_name(encoders[0].layer, expert, p) for p in ("w1", "w3", "w2")]
         w1, w3, w2 = (source.weight(name) for name in names)
         for name in names:
@@ -196,9 +206,12 @@ class LayerEncoder(PreparedLayer):
     def _encode_down(self, w2: F32, form: StoredForm, hessian: RowHessian) -> U8:
         """The payload u8 [bytes] of w2 f32 [hidden, intermediate]; its rows answer each other where it is known how."""
 
-        def encode(rows: F32) -> tuple[U8, F32]:
-            (payload,) = self.encoder.encode([MatrixTask(rows, form, self.fit, hessian, self.gain)])
-            return payload, form.decode(payload, rows.shape)
+        def encode(some: list[F32]) -> list[tuple[U8, F32]]:
+            payloads = self.encoder.encode(
+                [MatrixTask(rows, form, self.fit, hessian, self.gain) for rows in some]
+            )
+            return [(p, form.decode(p, rows.shape)) for p, rows in zip(payloads, some, strict=True)]
 
         answers = self.importance.answers if isinstance(self.importance, WithRows) else None
-        return np.concatenate(encode_answering(w2, answers, encode))
+        (blocks,) = encode_answering([w2], answers, encode)
+        return np.concatenate(blocks)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from ...formats.errors import MqError
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -21,9 +22,7 @@ class Once(Protocol):
         """The result of this key."""
         ...
 
-    def each(
-        self, keys: Mapping[str, Hashable], make: Callable[[Sequence[str]], Sequence[T]]
-    ) -> dict[str, T]:
+    def each(self, keys: Mapping[K, Hashable], make: Callable[[Sequence[K]], Sequence[T]]) -> dict[K, T]:
         """The results of several keys by their names; `make` makes those that are missing, all in one call."""
         ...
 
@@ -35,9 +34,7 @@ class Alone:
         """As `Once.one`."""
         return make()
 
-    def each(
-        self, keys: Mapping[str, Hashable], make: Callable[[Sequence[str]], Sequence[T]]
-    ) -> dict[str, T]:
+    def each(self, keys: Mapping[K, Hashable], make: Callable[[Sequence[K]], Sequence[T]]) -> dict[K, T]:
         """As `Once.each`."""
         return dict(zip(keys, make(list(keys)), strict=True))
 
@@ -58,9 +55,7 @@ class Together:
         found: T = self._kept[key]
         return found
 
-    def each(
-        self, keys: Mapping[str, Hashable], make: Callable[[Sequence[str]], Sequence[T]]
-    ) -> dict[str, T]:
+    def each(self, keys: Mapping[K, Hashable], make: Callable[[Sequence[K]], Sequence[T]]) -> dict[K, T]:
         """As `Once.each`."""
         missing = [name for name, key in keys.items() if key not in self._kept]
         if missing:

@@ -12,9 +12,9 @@ from ...formats.minimax import expert_name
 from ..encode.on_device.answering import answering_down, product
 from ..encode.on_device.factors import factors_of
 from ..encode.on_device.kept import KeptOnDevice
-from ..encode.on_device.layer import DeviceLayerEncoder, on_device
+from ..encode.on_device.layer import DeviceLayerEncoder, Down, on_device
 from ..encode.on_device.moments import rotated_moment
-from ..encode.on_device.rounding import Rounder
+from ..encode.on_device.rounding import Rounder, Under
 from ..encode.once import Once, Together
 from ..encode.overflow import check_levels
 from .pieces import SOURCE, U8, Choice, LayerPieces, Matrices, decoded
@@ -92,6 +92,6 @@ class DevicePieces(LayerPieces):
         columns = torch.ones(w2.shape[1], device=w2.device)
         own = once.one("moment of down alone", moment)
         factors = once.one(("down alone", damping), lambda: factors_of(rotated_moment(own, damping, columns)))
-        payload = encoder.round_down(kept, w2, columns, factors, rounder)
+        (payload,) = encoder.round_downs([Down(w2, Under(columns, factors))], kept, rounder)
         check_levels(expert_name(self.layer, expert, "w2"), fmt, payload)
         return payload

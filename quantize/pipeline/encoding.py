@@ -63,6 +63,12 @@ class Step:
         """The unit of the first of these files."""
         return next(iter(self.units.values()))
 
+    def goes_with(self, other: Step) -> bool:
+        """Whether both are experts of one layer, and of the same files."""
+        mine, theirs = self.unit, other.unit
+        experts = mine.expert is not None and theirs.expert is not None
+        return experts and mine.layer == theirs.layer and self.units.keys() == other.units.keys()
+
     def without(self, gone: Container[int]) -> Step:
         """The step of the other files."""
         return Step({n: unit for n, unit in self.units.items() if n not in gone})
@@ -118,25 +124,45 @@ def _kind(spec: BuildSpec) -> type[LayerEncoder]:
     return DeviceLayerEncoder
 
 
-def encode_step(
-    specs: Mapping[int, BuildSpec], step: Step, encoders: Mapping[int, LayerEncoder] | None
-) -> dict[int, Encoded | MqError]:
-    """The bytes of a step's units by the numbers of their files, or the error that prevents those of one file.
+def in_blocks(specs: Mapping[int, BuildSpec], steps: Sequence[Step]) -> list[tuple[Step, ...]]:
+    """The steps in their order: experts of a layer that the same files need are encoded together, as many as who
+    encodes them takes at a time; every other step is alone.
+    """
+    most = max(_kind(spec).together for spec in specs.values())
+    blocks: list[list[Step]] = []
+    for step in steps:
+        last = blocks[-1] if blocks else []
+        if last and len(last) < most and step.goes_with(last[0]):
+            last.append(step)
+        else:
+            blocks.append([step])
+    return [tuple(block) for block in blocks]
+
+
+def encode_block(
+    specs: Mapping[int, BuildSpec], block: Sequence[Step], encoders: Mapping[int, LayerEncoder] | None
+) -> list[dict[int, Encoded | MqError]]:
+    """For each step of a block the bytes of its units by the numbers of their files, or the error that prevents those
+    of one file.
 
     Raises what the source raises.
     """
-    unit, units = step.unit, step.units
     if encoders is None:
-        return _plain(specs, step)
-    if unit.expert is None:
-        return {n: Encoded(encoders[n].sidecar(), encoders[n].report()) for n in units}
+        return [_plain(specs, step) for step in block]
+    experts = [step.unit.expert for step in block if step.unit.expert is not None]
+    units = block[0].units
+    if not experts:
+        return [{n: Encoded(encoders[n].sidecar(), encoders[n].report()) for n in units}]
     mine = [encoders[n] for n in units]
     source = specs[next(iter(units))].source
-    results = type(mine[0]).encode_together(mine, unit.expert, source)
-    return {
-        n: done if isinstance(done, MqError) else _expert(encoders[n], unit.expert, done)
-        for n, done in zip(units, results, strict=True)
-    }
+    together = type(mine[0]).encode_together(mine, experts, source)
+    return [
+        {
+            n: done if isinstance(done, MqError) else _expert(encoders[n], expert, done)
+            for n, done in zip(units, results, strict=True)
+        }
+        for expert, results in zip(experts, together, strict=True)
+    ]
 
 
 def _expert(encoder: LayerEncoder, expert: int, done: EncodedExpert) -> Encoded:

@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,13 @@ from ..encode.encoders import CPU, Encoder
 from ..encode.layer_encoder import LayerEncoder
 from ..spec.hooks import nothing
 from .build_spec import BuildSpec
-from .encoding import Encoded, Step, encode_step, prepare_layers
+from .encoding import Encoded, Step, encode_block, in_blocks, prepare_layers
 from .short_collections import short_collections
 from .turns import Turns
 from .work_units import WorkUnit
 
 AHEAD = 2
-"""Units in flight per worker: one that is encoded and one that waits."""
+"""Blocks of units in flight per worker: one that is encoded and one that waits."""
 PREPARE = 4
 """A layer's encoder is prepared this many units per worker before the layer's first unit."""
 
@@ -109,34 +110,39 @@ def run_steps(
     """
     source = next(iter(specs.values())).source
     source.schedule([t.name for step in todo for t in step.unit.tensors if t.spec and step.unit.is_last])
-    jobs, turns = workers.jobs, workers.turns
+    jobs, turns, blocks = workers.jobs, workers.turns, in_blocks(specs, todo)
     files: dict[int, set[int]] = defaultdict(set)
     for step in todo:
         if step.unit.layer is not None:
             files[step.unit.layer].update(step.units)
     with ThreadPoolExecutor(jobs, thread_name_prefix="encode") as pool:
         layers = Layers(specs, files, gone, pool, workers.encoder)
-        pending: deque[tuple[Step, Future[dict[int, Encoded | MqError]]]] = deque()
+        pending: deque[tuple[tuple[Step, ...], Future[list[dict[int, Encoded | MqError]]]]] = deque()
 
-        def work(step: Step, coming: Future[dict[int, LayerEncoder]] | None) -> dict[int, Encoded | MqError]:
+        def work(
+            block: Sequence[Step], coming: Future[dict[int, LayerEncoder]] | None
+        ) -> list[dict[int, Encoded | MqError]]:
             encoders = coming.result() if coming else None
-            left = step.without(gone)
-            for unit in left.units.values():
-                workers.on_begin(unit)
-            return encode_step(specs, left, encoders) if left.units else {}
+            dropped = [n for n in block[0].units if n in gone]  # asked once: it may change meanwhile
+            left = [step.without(dropped) for step in block]
+            for step in left:
+                for unit in step.units.values():
+                    workers.on_begin(unit)
+            return encode_block(specs, left, encoders) if left[0].units else [{} for _ in block]
 
         def finish() -> None:
-            step, future = pending.popleft()
-            for n, done in future.result().items():
-                if n not in gone:
-                    deliver(n, step.units[n], done)
-            unit = step.unit
+            block, future = pending.popleft()
+            for step, results in zip(block, future.result(), strict=True):
+                for n, done in results.items():
+                    if n not in gone:
+                        deliver(n, step.units[n], done)
+            unit = block[-1].unit
             if unit.layer is not None:
                 layers.drop_before(unit.layer)
                 if turns is not None:
                     turns.end_before(unit.layer)
-            for tensor in unit.tensors:
-                if tensor.spec and unit.is_last:
+            for tensor in (tensor for step in block if step.unit.is_last for tensor in step.unit.tensors):
+                if tensor.spec:
                     source.release(tensor.name)
 
         def begin(layer: int) -> None:
@@ -149,9 +155,9 @@ def run_steps(
 
         begun: int | None = None
         try:
-            for step, later in zip(todo, [*todo[PREPARE * jobs :], *todo[-PREPARE * jobs :]], strict=False):
-                unit = step.unit
-                if not step.without(gone).units:
+            for block, start in zip(blocks, accumulate(map(len, blocks), initial=0), strict=False):
+                unit, soon = block[0].unit, todo[min(start + PREPARE * jobs, len(todo) - 1)].unit
+                if not block[0].without(gone).units:
                     continue
                 if turns is not None and unit.layer is not None and unit.layer != begun:
                     begin(unit.layer)
@@ -159,10 +165,10 @@ def run_steps(
                 # Deadlock guard: a layer's encoder is submitted before units that wait for it, or all threads could be
                 # waiting.
                 encoders = layers.of(unit)
-                ahead = later.unit.layer
+                ahead = soon.layer
                 if turns is None or ahead == begun or (ahead is not None and turns.under_way(ahead)):
-                    layers.of(later.unit)
-                pending.append((step, pool.submit(work, step, encoders)))
+                    layers.of(soon)
+                pending.append((block, pool.submit(work, block, encoders)))
                 if len(pending) > AHEAD * jobs:
                     finish()
             while pending:

@@ -41,6 +41,11 @@ class Factors:
     coupling: Coupled | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def shape(self) -> tuple[int, bool]:
+        """The groups, and whether they are coupled."""
+        return len(self.matrix), self.coupling is not None
+
     def on(self, backend: Backend) -> DenseFactors:
         """The same memory for the kernels of a back end."""
         return DenseFactors(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -30,33 +31,66 @@ from .answering import answering_down, product
 from .factors import Factors, factors_of
 from .kept import KeptOnDevice
 from .moments import rotated_moment
-from .rounding import Rounder, Streamed, ThroughMemory, on_stream, unrotated
+from .rounding import Rounder, Streamed, ThroughMemory, Under, on_stream, unrotated
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Down:
+    """A w2 f32 [hidden, I], fitted already, and what it is rounded under."""
+
+    weights: Tensor
+    under: Under
+
+
+@dataclass(frozen=True)
+class AboveDown:
+    """An expert whose w1 and w3 are rounded, and whose `down` is fitted to them; `decided` is what decided that, and
+    the Hessian of each projection has `notes`.
+    """
+
+    expert: int
+    payloads: Mapping[str, U8]
+    down: Down
+    decided: Hashable
+    notes: Mapping[str, Sequence[str]]
 
 
 class DeviceLayerEncoder(LayerEncoder):
     """A `LayerEncoder` whose importance is a `KeptOnDevice`."""
 
+    together = 4
     importance: KeptOnDevice
 
     @classmethod
     def encode_together(
-        cls, encoders: Sequence[LayerEncoder], expert: int, source: Source
-    ) -> list[EncodedExpert | MqError]:
-        """As `LayerEncoder.encode_together`; weights that lie on the device are not read again."""
+        cls, encoders: Sequence[LayerEncoder], experts: Sequence[int], source: Source
+    ) -> list[list[EncodedExpert | MqError]]:
+        """As `LayerEncoder.encode_together`; weights that lie on the device are not read again. Downs of all experts
+        are rounded side by side: the rows of one that are rounded at a time are few.
+        """
         mine = [made for made in encoders if isinstance(made, DeviceLayerEncoder) and made.fit == "hessian"]
         if len(mine) < len(encoders):
-            return super().encode_together(encoders, expert, source)
+            return super().encode_together(encoders, experts, source)
         first: DeviceLayerEncoder = mine[0]
 
-        def work(kept: KeptOnDevice, rounder: Rounder) -> list[EncodedExpert | MqError]:
+        def above(kept: KeptOnDevice, rounder: Rounder, expert: int) -> list[AboveDown | MqError]:
             weights, once = kept.weights(expert), once_for(mine)
-            return [attempt(partial(made.rounded, kept, expert, weights, rounder, once)) for made in mine]
+            return [attempt(partial(made.above_down, kept, expert, weights, rounder, once)) for made in mine]
+
+        def work(kept: KeptOnDevice, rounder: Rounder) -> list[list[EncodedExpert | MqError]]:
+            begun, once = [above(kept, rounder, expert) for expert in experts], once_for(mine)
+            ends = [
+                made.with_downs(of_one, kept, rounder, once)
+                for made, of_one in zip(mine, zip(*begun, strict=True), strict=True)
+            ]
+            return [list(done) for done in zip(*ends, strict=True)]
 
         done = on_device(first.encoder, first.importance, work)
-        for projection in PROJECTIONS:
-            source.release(expert_name(first.layer, expert, projection))
+        for expert in experts:
+            for projection in PROJECTIONS:
+                source.release(expert_name(first.layer, expert, projection))
         return done
 
     def rounded(
@@ -68,6 +102,21 @@ class DeviceLayerEncoder(LayerEncoder):
         once: Once = ALONE,
     ) -> EncodedExpert:
         """What `LayerEncoder.encode_expert` does with an expert whose inputs were kept."""
+        begun = self.above_down(kept, expert, weights, rounder, once)
+        (done,) = self.with_downs([begun], kept, rounder, once)
+        if isinstance(done, MqError):
+            raise done
+        return done
+
+    def above_down(
+        self,
+        kept: KeptOnDevice,
+        expert: int,
+        weights: Mapping[str, Tensor],
+        rounder: Rounder,
+        once: Once = ALONE,
+    ) -> AboveDown:
+        """What comes before an expert's down is rounded."""
         inputs = once.one("inputs", partial(kept.seen, expert))
         fold = self.fold(kept.of(expert, "w2")) if self.settings.fold_down else None
         forms = {p: self.stored.form(p, fold) for p in weights}
@@ -83,7 +132,8 @@ class DeviceLayerEncoder(LayerEncoder):
         def encode(projections: tuple[str, ...]) -> tuple[dict[str, U8], dict[str, Tensor]]:
             """Payloads, and the values that they stand for in the basis of the checkpoint but for the fold."""
             folded = torch.cat([_folded(forms[p], weights[p]) for p in projections])
-            packed, rounded = rounder.encode(folded, self.formats[projections[0]], scale, gate_up, self.gain)
+            under = Under(scale, gate_up)
+            ((packed, rounded),) = rounder.encode([folded], self.formats[projections[0]], [under], self.gain)
             values = (unrotated(rounded) / scale).chunk(len(projections))
             payloads = np.split(rounder.fetch(packed), len(projections))
             return dict(zip(projections, payloads, strict=True)), dict(zip(projections, values, strict=True))
@@ -109,32 +159,42 @@ class DeviceLayerEncoder(LayerEncoder):
         down = once.one(
             ("down", below), lambda: factors_of(rotated_moment(moment, self.damping("w2"), columns))
         )
-        payloads["w2"] = once.one(
-            ("w2", self.formats["w2"].name, below),
-            lambda: self.round_down(kept, fitted, columns, down, rounder),
-        )
         hessians: dict[str, Factors | RowHessian] = {"w1": gate_up, "w3": gate_up, "w2": down}
-        for p, payload in payloads.items():
-            check_levels(expert_name(self.layer, expert, p), self.formats[p], payload)
-        return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
+        notes = {p: h.notes for p, h in hessians.items() if h.notes}
+        return AboveDown(expert, payloads, Down(fitted, Under(columns, down)), below, notes)
 
-    def round_down(
-        self,
-        kept: KeptOnDevice,
-        w2: Tensor,
-        columns: Tensor,
-        hessian: Factors | RowHessian,
-        rounder: Rounder,
-    ) -> U8:
-        """The payload of w2 f32 [hidden, I], its columns multiplied by f32 [I]; its rows answer each other where it
-        is known how.
+    def with_downs(
+        self, begun: Sequence[AboveDown | MqError], kept: KeptOnDevice, rounder: Rounder, once: Once = ALONE
+    ) -> list[EncodedExpert | MqError]:
+        """The experts once their downs are rounded; an error stays in its place. `once` serves all encoders of the
+        layer, for these experts.
         """
+        there = {each.expert: each for each in begun if isinstance(each, AboveDown)}
+        keys = {e: ("w2", e, self.formats["w2"].name, each.decided) for e, each in there.items()}
 
-        def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
-            packed, rounded = rounder.encode(rows, self.formats["w2"], columns, hessian, self.gain)
-            return packed, unrotated(rounded) / columns
+        def encode(missing: Sequence[int]) -> list[U8]:
+            return self.round_downs([there[e].down for e in missing], kept, rounder)
 
-        return rounder.fetch(torch.cat(encode_answering(w2, kept.shares, encode)))
+        downs = once.each(keys, encode) if keys else {}
+
+        def finished(each: AboveDown) -> EncodedExpert:
+            payloads = {**each.payloads, "w2": downs[each.expert]}
+            for p, payload in payloads.items():
+                check_levels(expert_name(self.layer, each.expert, p), self.formats[p], payload)
+            return EncodedExpert(payloads, {p: list(notes) for p, notes in each.notes.items()})
+
+        return [each if isinstance(each, MqError) else attempt(partial(finished, each)) for each in begun]
+
+    def round_downs(self, downs: Sequence[Down], kept: KeptOnDevice, rounder: Rounder) -> list[U8]:
+        """The payloads of some w2; the rows of each answer each other where it is known how."""
+        under = [down.under for down in downs]
+
+        def encode(rows: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+            made = rounder.encode(rows, self.formats["w2"], under, self.gain)
+            return [(p, unrotated(values) / u.scale) for (p, values), u in zip(made, under, strict=True)]
+
+        blocks = encode_answering([down.weights for down in downs], kept.shares, encode)
+        return [rounder.fetch(torch.cat(of_one)) for of_one in blocks]
 
     def needs_samples(self) -> list[str]:
         """None: the weights of the layer lie on the device."""
@@ -175,7 +235,8 @@ class DeviceLayerEncoder(LayerEncoder):
             lost = kept = torch.zeros((), dtype=torch.float64, device=moment.device)
             for projections, given in zip(_together(self.formats), together, strict=True):
                 some = given.to(moment.device)
-                _, values = rounder.encode(some, self.formats[projections[0]], scale, hessian, 0.0)
+                fmt, under = self.formats[projections[0]], Under(scale, hessian)
+                ((_, values),) = rounder.encode([some], fmt, [under], 0.0)
                 lost = lost + _energy(unrotated(values) / scale - some, moment)
                 kept = kept + _energy(some, moment)
             return float(lost), float(kept)

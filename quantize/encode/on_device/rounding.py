@@ -1,10 +1,11 @@
-"""A matrix in torch to its payload, and to the values that it stands for: on a stream of a GPU, or by any encoder
+"""Matrices in torch to their payloads, and to the values that they stand for: on a stream of a GPU, or by any encoder
 through the machine's memory. Both give the same bytes for the same factors.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,19 +24,28 @@ from ....kernels.encode.hessians import DenseFactors
 from ....kernels.runtime.host import Backend, Buffer
 from ....lloyd.hessian.row import RowHessian
 from ..encoders import Encoder, MatrixTask
+from .beside import apart, are_alike, beside, factors_beside
 from .factors import Factors, borrowed
 
 U8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Under:
+    """What a matrix is rounded under: what multiplies its columns, f32 [K], and the Hessian of its rows after that."""
+
+    scale: Tensor
+    hessian: Factors | RowHessian
 
 
 class Rounder(Protocol):
     """Rounds matrices that lie on a device of torch's."""
 
     def encode(
-        self, weights: Tensor, fmt: Format, scale: Tensor, hessian: Factors | RowHessian, gain: float
-    ) -> tuple[Tensor, Tensor]:
-        """The payload u8 [bytes] of weights f32 [R, K], folded already, whose columns are multiplied by scale f32 [K],
-        where it was made; and the values f32 [R, K] that it stands for, in the stored basis.
+        self, matrices: Sequence[Tensor], fmt: Format, under: Sequence[Under], gain: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each of some matrices f32 [R, K] of one shape, folded already, its payload u8 [bytes], where it was made,
+        and the values f32 [R, K] that it stands for, in the stored basis.
         """
         ...
 
@@ -49,24 +59,38 @@ class Streamed:
     """Rounds on the stream of a device's encoder, to which torch has switched."""
 
     encoder: DeviceEncoder
-    _seen: dict[Factors, DenseFactors] = field(default_factory=dict)
+    _last: dict[tuple[Factors, ...], DenseFactors] = field(default_factory=dict)
 
     def encode(
-        self, weights: Tensor, fmt: Format, scale: Tensor, hessian: Factors | RowHessian, gain: float
-    ) -> tuple[Tensor, Tensor]:
-        """As `Rounder.encode`. Nothing waits for the device."""
-        backend = self.encoder.backend
-        given, columns = borrowed(backend, weights.contiguous()), borrowed(backend, scale)
-        factors = self._there(hessian) if isinstance(hessian, Factors) else hessian
-        coded = self.encoder.encode_here(given, fmt, columns, factors, gain)
-        values = _decoded(coded, fmt, weights.device)
-        return _tensor(coded.payload, weights.device).clone(), values
+        self, matrices: Sequence[Tensor], fmt: Format, under: Sequence[Under], gain: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `Rounder.encode`. Nothing waits for the device. Matrices go side by side where they can."""
+        if len(matrices) > 1 and not are_alike([u.hessian for u in under]):
+            return [
+                done
+                for m, u in zip(matrices, under, strict=True)
+                for done in self.encode([m], fmt, [u], gain)
+            ]
+        backend, count, device = self.encoder.backend, len(matrices), matrices[0].device
+        groups = matrices[0].shape[1] // GROUP
+        weights, scale = beside(matrices), beside([u.scale for u in under])
+        given, columns = borrowed(backend, weights), borrowed(backend, scale)
+        coded = self.encoder.encode_here(given, fmt, columns, self._brought(under), gain, count)
+        payload = _tensor(coded.payload, device).clone().view(len(weights), -1)
+        payloads, values = (apart(made, count, groups) for made in (payload, _decoded(coded, fmt, device)))
+        return [(p.flatten(), v) for p, v in zip(payloads, values, strict=True)]
 
-    def _there(self, hessian: Factors) -> DenseFactors:
-        """The factors for the kernels, the same object each time: they are brought once for all blocks of a matrix."""
-        if hessian not in self._seen:
-            self._seen[hessian] = hessian.on(self.encoder.backend)
-        return self._seen[hessian]
+    def _brought(self, under: Sequence[Under]) -> DenseFactors | RowHessian:
+        """The Hessians for the kernels, the same object as long as they are asked for: they are brought once for all
+        blocks of rows.
+        """
+        if isinstance(first := under[0].hessian, RowHessian):
+            return first
+        key = tuple(u.hessian for u in under if isinstance(u.hessian, Factors))
+        if key not in self._last:
+            self._last.clear()
+            self._last[key] = factors_beside(key).on(self.encoder.backend)
+        return self._last[key]
 
     def fetch(self, payload: Tensor) -> U8:
         """As `Rounder.fetch`."""
@@ -81,14 +105,19 @@ class ThroughMemory:
     encoder: Encoder
 
     def encode(
-        self, weights: Tensor, fmt: Format, scale: Tensor, hessian: Factors | RowHessian, gain: float
-    ) -> tuple[Tensor, Tensor]:
+        self, matrices: Sequence[Tensor], fmt: Format, under: Sequence[Under], gain: float
+    ) -> list[tuple[Tensor, Tensor]]:
         """As `Rounder.encode`."""
-        factors = hessian.on_cpu() if isinstance(hessian, Factors) else hessian
-        form = StoredForm(fmt, scale.cpu().numpy())
-        (payload,) = self.encoder.encode([MatrixTask(weights.cpu().numpy(), form, "hessian", factors, gain)])
-        values = torch.from_numpy(fmt.decode(payload).reshape(weights.shape))
-        return torch.from_numpy(payload), values.to(weights.device)
+
+        def task(matrix: Tensor, given: Under) -> MatrixTask:
+            hessian = given.hessian.on_cpu() if isinstance(given.hessian, Factors) else given.hessian
+            form = StoredForm(fmt, given.scale.cpu().numpy())
+            return MatrixTask(matrix.cpu().numpy(), form, "hessian", hessian, gain)
+
+        payloads = self.encoder.encode([task(m, u) for m, u in zip(matrices, under, strict=True)])
+        values = (fmt.decode(payload).reshape(m.shape) for payload, m in zip(payloads, matrices, strict=True))
+        there = (torch.from_numpy(v).to(matrices[0].device) for v in values)
+        return [(torch.from_numpy(payload), v) for payload, v in zip(payloads, there, strict=True)]
 
     def fetch(self, payload: Tensor) -> U8:
         """As `Rounder.fetch`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -194,3 +195,54 @@ def test_factors_on_the_device_give_the_bytes_of_those_that_were_brought_there(e
             axis=1,
         )
         np.testing.assert_array_equal(values.reshape(-1), fmt.decode(want).reshape(-1))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("fmt", [MQ2_LLOYD, MQ3_LLOYD, MQ4], ids=lambda f: f.name)
+def test_matrices_side_by_side_give_the_bytes_of_each(encoder, fmt, groups):
+    """Each has a Hessian and a scale of its own; their groups follow each other in turns."""
+    backend, width, count = encoder.backend, 256 * groups, 3
+    rng = np.random.default_rng(groups)
+    moments = [
+        np.cov(rng.standard_t(5, (width, 900)) * rng.uniform(0.5, 2, (width, 1))) for _ in range(count)
+    ]
+    hessians = [from_moment(m + 0.05 * np.eye(width)) for m in moments]
+    weights = [unrotate(heavy_rows(21, width, seed)) for seed in range(count)]
+    scales = [np.full(width, s, np.float32) for s in (1, 2, 0.5)]
+    want = [
+        encode_rotated(rotate(w * s), fmt, "hessian", h)
+        for w, s, h in zip(weights, scales, hessians, strict=True)
+    ]
+
+    def in_turns(given: list[np.ndarray], axis: int) -> np.ndarray:
+        return np.ascontiguousarray(np.stack(given, axis))
+
+    coupled = [h.coupling for h in hessians if h.coupling is not None]
+    square = (groups * count, 256, 256)
+    factors = DenseFactors(
+        *(
+            backend.upload(in_turns(given, 1).reshape(square))
+            for given in (
+                [np.stack([f.matrix for f in h.factors]) for h in hessians],
+                [np.stack([f.feedback for f in h.factors]) for h in hessians],
+            )
+        ),
+        tuple(
+            backend.upload(in_turns([turned(h.answers[g]) for h in hessians], 1)) for g in range(1, groups)
+        ),
+    )
+    if coupled:
+        blocks = [np.stack([c.lines[g, g] for g in range(groups)]) for c in coupled]
+        factors = replace(
+            factors,
+            blocks=backend.upload(in_turns(blocks, 1).reshape(square)),
+            lines=backend.upload(in_turns([turned(c.lines) for c in coupled], 2)),
+            inverses=backend.upload(in_turns([turned(c.inverses) for c in coupled], 1).reshape(square)),
+        )
+    beside = in_turns([w.reshape(21, groups, 256) for w in weights], 2).reshape(21, -1)
+    scale = backend.upload(in_turns([s.reshape(groups, 256) for s in scales], 1).reshape(-1))
+    for _ in range(3):  # launched, recorded, and done again
+        coded = encoder.encode_here(backend.upload(beside), fmt, scale, factors, beside=count)
+        got = backend.download(coded.payload).reshape(21, groups, count, -1)
+        for n in range(count):
+            np.testing.assert_array_equal(got[:, :, n].reshape(-1), want[n])

@@ -94,7 +94,7 @@ def test_on_a_device_they_are_those_of_a_build_there(small: Path, on_device: Lay
     formats = {"w1": BY_NAME["MQ2-Lloyd"], "w3": BY_NAME["MQ2-Lloyd"], "w2": BY_NAME["MQ4"]}
     build = DeviceLayerEncoder(source.config, 0, on_device, formats, SETTINGS)
     build.prepare({})
-    (done,) = build.encode_together([build], 1, source)
+    ((done,),) = build.encode_together([build], [1], source)
     assert isinstance(done, EncodedExpert)
     encoder = GpuEncoder(partial(open_backend, "cpu"), streams=2)
     with closing(encoder):
