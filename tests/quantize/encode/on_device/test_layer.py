@@ -20,6 +20,7 @@ from mq_quant.quantize.calibrate import layer_pass, on_the_fly
 from mq_quant.quantize.calibrate.folder import CalibrationFolder
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.encode.gpu_encoder import GpuEncoder
+from mq_quant.quantize.encode.on_device.layer import DeviceLayerEncoder
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import RecipeChanges
 from mq_quant.quantize.pipeline.statistics import OnTheFly
@@ -93,8 +94,10 @@ def test_the_exponent_that_is_found_is_that_of_the_usual_way(source, tmp_path, m
 
 
 def test_loops_and_kernels_on_two_devices_give_one_file(source, tmp_path, stays, monkeypatch):
-    """Kernels on a CPU are slow, so that only some experts are looked at."""
-    built(source, tmp_path / "loops", "mq3-lloyd", jobs=1)
+    """Kernels on a CPU are slow, so that only some experts are looked at. Loops take one expert at a time."""
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceLayerEncoder, "together", 1)
+        built(source, tmp_path / "loops", "mq3-lloyd", jobs=1)
     monkeypatch.setattr(on_the_fly, "with_others", lambda first: (first, first))
     encoder = GpuEncoder(*(lambda: open_backend("cpu", threads=1) for _ in range(2)), streams=1)
     assert encoder.device.startswith("2 × CPU")
