@@ -99,6 +99,30 @@ def layer_weights(
     return closing(device_weights(source, devices, layer))
 
 
+def layers_in_turn(
+    source: StoredWeights, devices: Sequence[torch.device], layers: Sequence[int]
+) -> Iterator[tuple[int, Weights | DeviceWeights]]:
+    """The weights of layers, one after the other; on GPUs the next one's are read meanwhile. Whoever asks for the next
+    ones has waited for the devices.
+    """
+    with ExitStack() as last:
+        coming: list[tuple[ExitStack, Weights | DeviceWeights]] = []
+
+        def begin(layer: int) -> None:
+            opened = ExitStack()
+            last.callback(opened.close)
+            coming.append((opened, opened.enter_context(layer_weights(source, devices, layer))))
+
+        for place, layer in enumerate(layers):
+            if not coming:
+                begin(layer)
+            if place + 1 < len(layers):
+                begin(layers[place + 1])
+            opened, weights = coming.pop(0)
+            yield layer, weights
+            opened.close()
+
+
 def device_weights(source: StoredWeights, devices: Sequence[torch.device], layer: int) -> DeviceWeights:
     """The weights of a layer, on their way to devices."""
     return DeviceWeights(source, devices, [spec.name for spec in layer_inventory(source.config, layer)])

@@ -3,15 +3,15 @@
 The gradient of the model's log-probabilities is carried back from the head, layer by layer; the second moment of its
 directions behind a layer is the layer's sensitivity (see `awq.row_answers`). The streams between layers lie on the disk
 meanwhile. Each layer's stream, and on the way back its sensitivity and the gradient before it, are durable before a
-journal names them, so that a run that was killed continues there. The disk is read and written beside the next layer's
-work, and experts and sequences are spread over all GPUs, without a bit of difference.
+journal names them, so that a run that was killed continues there. The disk is read and written, and moments are taken,
+beside the next layer's work, and experts and sequences are spread over all GPUs, without a bit of difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,64 +22,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...awq.row_answers import Sensitivity
 from ...formats.checkpoint.source import Source
 from ...formats.errors import CalibrationError, ResumeError
 from ...formats.minimax import ModelConfig, layer_inventory
-from ...formats.statistics.moment_file import encode_layer, open_tensors, pack_moment, triangle, unpack_moment
-from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.backward import head_gradient, layer_backward
-from ...verify.model.device_weights import DeviceWeights
-from ...verify.model.reference import Weights, embed
-from ..encode.on_device.transfer import fetched, sent
-from ..spec.calibration_sizes import SENSITIVITY_TOKENS
-from ..write.atomic import write_atomic
+from ...verify.model.device_weights import wait_for
+from ...verify.model.lanes import Lanes
+from ...verify.model.reference import embed
+from ..encode.on_device.transfer import pieces_of, sent
 from ..write.in_order import InOrder
 from ..write.journal import CALIBRATION, Journal
 from ..write.stream_folder import StreamFolder
-from .layer_pass import layer_weights, run_source, with_others
-from .moments import second_moment
+from .layer_pass import beside_others, layers_in_turn, run_source, with_others
+from .moments import packed, second_moment
+from .sensitivity_file import damaged_file, first_tokens, write_sensitivity
 from .tokens import Tokens
 
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 
 JOURNAL = "sensitivity.journal"
-STREAM, GRADIENT = "stream", "gradient"
-_NAME = "sensitivity"
+STREAM, GRADIENT, SENSITIVITY = "stream", "gradient", "sensitivity"
 _RESTART = "give --restart to discard it and begin anew"
-
-
-def sensitivity_file(layer: int) -> str:
-    """The sensitivity of the stream behind a layer."""
-    return f"sensitivity-{layer:05d}.safetensors"
-
-
-def first_tokens(tokens: Tokens) -> Tokens:
-    """The sequences that sensitivities come from: the first ones, SENSITIVITY_TOKENS tokens or a little more."""
-    return tokens[: -(-SENSITIVITY_TOKENS // tokens.shape[1])]
-
-
-def sensitivity_record(tokens: Tokens) -> dict[str, Any]:
-    """What a manifest says of it."""
-    return {"sensitivity": {"tokens": int(first_tokens(tokens).size)}}
-
-
-def read_sensitivity(folder: Path, layer: int, config: ModelConfig, sha256: object) -> Sensitivity:
-    """The sensitivity behind a layer, as it was written with this hash; CalibrationError."""
-    shape = {_NAME: ("F32", (triangle(config.hidden_size),)), "tokens": ("I64", (1,))}
-    file = open_tensors(folder / sensitivity_file(layer), shape, str(sha256))
-    return Sensitivity(unpack_moment(file.array(_NAME), config.hidden_size), int(file.array("tokens")[0]))
-
-
-def damaged_file(folder: Path, hashes: Mapping[int, str]) -> Path | None:
-    """The first of these layers' files that is gone, or not as it was written."""
-    for layer, sha256 in hashes.items():
-        file = folder / sensitivity_file(layer)
-        if not file.is_file() or UnchangedFile(file, CalibrationError).sha256() != sha256:
-            return file
-    return None
 
 
 def find_sensitivities(
@@ -104,7 +68,7 @@ def find_sensitivities(
 @dataclass(frozen=True)
 class _Way:
     """What the way forward and the way back have in common: streams have a shape [n_seq, len, hidden], and layers so
-    many weights each.
+    many weights each. `beside()` makes the work of a thread on the devices wait for none of others.
     """
 
     source: Source
@@ -113,6 +77,8 @@ class _Way:
     sizes: Sequence[int]
     watch: Watch
     disk: InOrder
+    beside: Callable[[], AbstractContextManager[object]]
+    lanes: Lanes
 
 
 class SensitivityRun:
@@ -138,7 +104,9 @@ class SensitivityRun:
     @property
     def hashes(self) -> dict[int, str]:
         """The SHA-256 of the file of each layer that is done."""
-        found = {n: self._journal.done.get(_unit(_NAME, n)) for n in range(self._config.num_hidden_layers)}
+        found = {
+            n: self._journal.done.get(_unit(SENSITIVITY, n)) for n in range(self._config.num_hidden_layers)
+        }
         return {n: record["xxh64"] for n, record in found.items() if record is not None}
 
     def complete(
@@ -159,7 +127,8 @@ class SensitivityRun:
             shape = (*tokens.shape, self._config.hidden_size)
             last = min(self.hashes, default=count) - 1
             with InOrder() as disk:
-                way = _Way(source, with_others(device), shape, sizes, watch, disk)
+                devices = with_others(device)
+                way = _Way(source, devices, shape, sizes, watch, disk, beside_others(devices), Lanes(devices))
                 if last + 1 == count:
                     gradient = head_gradient(
                         source, self._config, self._forward(way, tokens, forward), _draws(tokens)
@@ -174,43 +143,55 @@ class SensitivityRun:
         """The stream behind the last layer, once all layers from `first` on have run."""
         given = self._load(STREAM, first, way.shape) if first else embed(way.source, tokens).numpy()
         stream = sent(given, way.devices[0])
-        for layer, weights in _ahead(way, range(first, len(way.sizes))):
+        for layer, weights in layers_in_turn(way.source, way.devices, range(first, len(way.sizes))):
             with torch.no_grad():
                 stream = run_source(weights, self._config, layer, stream)
-            way.disk.do(partial(self._run_forward, way, layer, fetched(stream)))
-        way.disk.wait()
+            wait_for(*way.devices)
+            way.disk.do(
+                partial(self._save, way, STREAM, layer + 1, stream), partial(self._end_forward, way, layer)
+            )
         return stream
 
-    def _run_forward(self, way: _Way, layer: int, stream: F32) -> None:
-        """Make durable that a layer has run."""
-        self._save(STREAM, layer + 1, stream)
+    def _end_forward(self, way: _Way, layer: int, sha256: str) -> None:
+        """Note that a layer has run, and that the stream behind it is durable."""
+        self._journal.record(_unit(STREAM, layer + 1), sha256)
         way.watch.advance(way.sizes[layer], f"layer {layer}")
 
     def _back(self, way: _Way, gradient: Tensor, last: int) -> None:
         """Write the sensitivity of each layer from `last` down to the first; `gradient` is the one behind `last`."""
+        way.disk.wait()
         with ThreadPoolExecutor(1, thread_name_prefix="streams") as reader:
 
-            def read(layer: int) -> Future[F32]:
-                return reader.submit(self._load, STREAM, layer, way.shape)
+            def read(layer: int) -> Future[Tensor]:
+                return reader.submit(self._entering, way, layer)
 
             coming = read(last) if last else None
-            for layer, weights in _ahead(way, range(last, -1, -1)):
-                moment, count = _of_directions(gradient, layer)
-                before = None
+            for layer, weights in layers_in_turn(way.source, way.devices, range(last, -1, -1)):
+                behind, before = gradient, None
                 if coming is not None:
-                    entering = sent(coming.result(), way.devices[0])
+                    entering = coming.result()
                     coming = read(layer - 1) if layer > 1 else None
-                    gradient = layer_backward(weights, self._config, layer, entering, gradient)
-                    before = fetched(gradient)
-                way.disk.do(partial(self._run_back, way, layer, moment, count, before))
+                    before = gradient = layer_backward(
+                        weights, self._config, layer, entering, behind, way.lanes
+                    )
+                    wait_for(*way.devices)
+                way.disk.do(
+                    partial(self._write, way, layer, behind, before), partial(self._end_back, way, layer)
+                )
 
-    def _run_back(self, way: _Way, layer: int, moment: F64, count: int, before: F32 | None) -> None:
-        """Make durable what errors behind a layer cost, and the gradient `before` it."""
-        arrays = {_NAME: pack_moment(moment), "tokens": np.array([count])}
-        sha256 = write_atomic(self._folder / sensitivity_file(layer), encode_layer(arrays)).sha256
-        if before is not None:
-            self._save(GRADIENT, layer - 1, before)
-        self._journal.record(_unit(_NAME, layer), sha256)
+    def _write(self, way: _Way, layer: int, behind: Tensor, before: Tensor | None) -> tuple[str, str | None]:
+        """Make durable what errors behind a layer cost, by the gradient `behind` it, and the one `before` it."""
+        with way.beside():
+            moment, count = _of_directions(behind, layer)
+        sha256 = write_sensitivity(self._folder, layer, moment, count)
+        return sha256, None if before is None else self._save(way, GRADIENT, layer - 1, before)
+
+    def _end_back(self, way: _Way, layer: int, written: tuple[str, str | None]) -> None:
+        """Note what `_write` wrote, and drop what is not needed any more."""
+        sensitivity, gradient = written
+        if gradient is not None:
+            self._journal.record(_unit(GRADIENT, layer - 1), gradient)
+        self._journal.record(_unit(SENSITIVITY, layer), sensitivity)
         self._drop(layer)
         way.watch.advance(way.sizes[layer], f"layer {layer}, back")
 
@@ -219,21 +200,29 @@ class SensitivityRun:
         self._streams.drop(STREAM, layer + 1)
         self._streams.drop(GRADIENT, layer)
 
-    def _save(self, name: str, layer: int, stream: F32) -> None:
-        self._journal.record(_unit(name, layer), self._streams.save(name, layer, stream))
+    def _save(self, way: _Way, name: str, layer: int, stream: Tensor) -> str:
+        with way.beside():
+            return self._streams.save_pieces(name, layer, pieces_of(stream))
 
     def _load(self, name: str, layer: int, shape: tuple[int, ...]) -> F32:
         sha256 = self._journal.done[_unit(name, layer)]["xxh64"]
         return self._streams.load(name, layer, shape, sha256)
+
+    def _entering(self, way: _Way, layer: int) -> Tensor:
+        """The stream that enters a layer, complete on the first device."""
+        with way.beside():
+            stream = sent(self._load(STREAM, layer, way.shape), way.devices[0])
+            wait_for(way.devices[0])
+        return stream
 
 
 def _unit(name: str, layer: int) -> str:
     return f"{name}.{layer}"
 
 
-def _of_directions(gradient: Tensor, layer: int) -> tuple[F64, int]:
-    """E[g gᵀ] f64 [hidden, hidden] of the gradients [n_seq, len, hidden] behind a layer, each of length 1, and how many
-    have one; CalibrationError where none has.
+def _of_directions(gradient: Tensor, layer: int) -> tuple[F32, int]:
+    """E[g gᵀ], packed, of the gradients [n_seq, len, hidden] behind a layer, each of length 1, and how many have one;
+    CalibrationError where none has.
     """
     rows = gradient.flatten(0, 1)
     length = rows.double().square().sum(1).sqrt().float()
@@ -244,30 +233,9 @@ def _of_directions(gradient: Tensor, layer: int) -> tuple[F64, int]:
             f"layer {layer}: no token has a finite gradient",
             hint="give --no-sensitivity, or look at the checkpoint: its activations overflow",
         )
-    moment: F64 = (second_moment(rows) / count).cpu().numpy()
-    return moment, count
+    return packed(second_moment(rows) / count).cpu().numpy(), count
 
 
 def _draws(tokens: Tokens) -> Tensor:
     """Numbers f32 even in [0, 1), one for each token, the same in every run."""
     return torch.from_numpy(np.random.default_rng(0).random(tokens.shape, np.float32))
-
-
-def _ahead(way: _Way, layers: Sequence[int]) -> Iterator[tuple[int, Weights | DeviceWeights]]:
-    """The weights of layers in turn; on a GPU the next one's are read meanwhile."""
-    with ExitStack() as last:
-        coming: list[tuple[ExitStack, Weights | DeviceWeights]] = []
-
-        def begin(layer: int) -> None:
-            opened = ExitStack()
-            last.callback(opened.close)
-            coming.append((opened, opened.enter_context(layer_weights(way.source, way.devices, layer))))
-
-        for place, layer in enumerate(layers):
-            if not coming:
-                begin(layer)
-            if place + 1 < len(layers):
-                begin(layers[place + 1])
-            opened, weights = coming.pop(0)
-            yield layer, weights
-            opened.close()

@@ -37,7 +37,8 @@ from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, 
 from .on_the_fly import DOWN
 from .run import Reading, weights_of
 from .sensitivity import JOURNAL as SENSITIVITY_JOURNAL
-from .sensitivity import damaged_file, find_sensitivities, sensitivity_record
+from .sensitivity import find_sensitivities
+from .sensitivity_file import damaged_file, sensitivity_record
 from .tokens import Tokens
 
 LIMIT = 64 << 20

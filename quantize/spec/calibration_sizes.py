@@ -173,14 +173,14 @@ def sensitivity_sizes(config: ModelConfig, tokens: int) -> tuple[int, int, int]:
     """Bytes that finding what errors behind each layer cost takes, beside a calibration on so many tokens: of memory at
     its peak, of disk meanwhile, and of what stays on the disk until the file is finished.
 
-    The streams of all layers lie on the disk, to which one is on its way, and another one from there. Attention on the
-    way back holds the scores of eight sequences five times.
+    The streams of all layers lie on the disk, to which two are on their way, and another one from there. Attention on
+    the way back holds the scores of eight sequences five times.
     """
     h, layers = config.hidden_size, config.num_hidden_layers
     stream = 4 * h * min(tokens, SENSITIVITY_TOKENS)
     attention = 8 * 5 * 4 * config.num_attention_heads * SENSITIVITY_LENGTH**2
     stays = 4 * layers * (h * (h + 1) // 2)
-    return BASE_MEMORY + 10 * stream + attention, stays + (layers + 2) * stream, stays
+    return BASE_MEMORY + 11 * stream + attention, stays + (layers + 2) * stream, stays
 
 
 def inline_sizes(

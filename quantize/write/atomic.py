@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ class Written:
 
 
 def write_atomic(path: Path, pieces: Iterable[memoryview]) -> Written:
-    """Write a file under the temporary name .NAME.partial, sync it and give it its name.
+    """Write a file under the temporary name .NAME.partial, sync it and give it its name. Each piece is hashed while it
+    is written, and is valid until the next one is asked for.
 
     A file that stands under the temporary name is removed first; only the holder of the folder's lock may write there.
     Raises OutputError where the disk is full or cannot be written; the temporary file is removed then.
@@ -31,11 +33,13 @@ def write_atomic(path: Path, pieces: Iterable[memoryview]) -> Written:
         partial.unlink(missing_ok=True)
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            for piece in pieces:
-                data = piece.cast("B")
-                write_all(fd, data)
-                digest.update(data)
-                size += data.nbytes
+            with ThreadPoolExecutor(1, thread_name_prefix="hash") as beside:
+                for piece in pieces:
+                    data = piece.cast("B")
+                    hashed = beside.submit(digest.update, data)
+                    write_all(fd, data)
+                    hashed.result()
+                    size += data.nbytes
             sync(fd)
             partial.replace(path)
         except BaseException:

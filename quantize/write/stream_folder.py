@@ -7,7 +7,12 @@ was killed continues before the first layer that its journal does not hold.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ from ...formats.unchanged import UnchangedFile
 from .atomic import write_atomic
 
 F32 = NDArray[np.float32]
+_BLOCK = 4 << 20
 _OURS = re.compile(r"\.?[a-z]+\d*-\d{5}\.f32(\.partial)?")
 
 
@@ -46,23 +52,29 @@ class StreamFolder:
 
     def save(self, name: str, layer: int, stream: F32) -> str:
         """Make a stream that enters a layer durable; returns its SHA-256."""
-        data = np.ascontiguousarray(stream, "<f4").data.cast("B")
-        return write_atomic(self._file(name, layer), [data]).sha256
+        return self.save_pieces(name, layer, [np.ascontiguousarray(stream, "<f4").data])
+
+    def save_pieces(self, name: str, layer: int, pieces: Iterable[memoryview]) -> str:
+        """The same of its bytes, little-endian; a piece need be valid only until the next one is asked for."""
+        return write_atomic(self._file(name, layer), pieces).sha256
 
     def load(self, name: str, layer: int, shape: tuple[int, ...], sha256: object) -> F32:
         """The stream that enters a layer, as it was saved with this hash; ResumeError where it is gone or damaged."""
-        path = self._checked(name, layer, sha256)
-        return np.fromfile(path, "<f4").reshape(shape).astype(np.float32, copy=False)
+        path, out = self._file(name, layer), np.empty(shape, "<f4")
+        fill = partial(_filled, out.reshape(-1).data.cast("B"))
+        if not path.is_file() or UnchangedFile(path, ResumeError).read(fill) != sha256:
+            raise self._damaged(path)
+        return out.astype(np.float32, copy=False)
 
     def mapped(self, name: str, layer: int, shape: tuple[int, ...], sha256: object) -> F32:
         """The same, of which only what is used comes into memory."""
-        return np.memmap(self._checked(name, layer, sha256), "<f4", "r", shape=shape)
-
-    def _checked(self, name: str, layer: int, sha256: object) -> Path:
         path = self._file(name, layer)
         if not path.is_file() or UnchangedFile(path, ResumeError).sha256() != sha256:
-            raise ResumeError("is not as the earlier run left it", file=path, hint=self._hint)
-        return path
+            raise self._damaged(path)
+        return np.memmap(path, "<f4", "r", shape=shape)
+
+    def _damaged(self, path: Path) -> ResumeError:
+        return ResumeError("is not as the earlier run left it", file=path, hint=self._hint)
 
     def drop(self, name: str, layer: int) -> None:
         """Remove what enters a layer."""
@@ -81,3 +93,13 @@ class StreamFolder:
         self.clear()
         with contextlib.suppress(OSError):
             self.path.rmdir()
+
+
+def _filled(out: memoryview, file: BufferedReader) -> str | None:
+    """Fill memory with a file of its size, hashed meanwhile; the SHA-256, or None where the size is another."""
+    digest, at = hashlib.sha256(), 0
+    with ThreadPoolExecutor(1, thread_name_prefix="hash") as beside:
+        while count := file.readinto(out[at : at + _BLOCK]):
+            beside.submit(digest.update, out[at : at + count])
+            at += count
+    return digest.hexdigest() if at == len(out) and not file.read(1) else None

@@ -1,7 +1,7 @@
 """Back through the reference forward pass: the gradient of what a model says, with respect to its residual stream.
 
-Only activations have gradients. One expert's weights and one group of sequences are held at a time, so that memory is
-that of the forward pass; sums are taken in one order.
+Only activations have gradients. One expert's weights are held at a time, and of sequences one group or, on a GPU, as
+many as fit in a part of its memory; sums are taken in one order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ...formats.minimax import ModelConfig, expert_name
 from .device_weights import DeviceWeights
+from .lanes import NO_LANES, Lanes
 from .reference import (
     Routing,
     TensorWeights,
@@ -28,6 +29,8 @@ from .spread_forward import beside_experts, rounds, routed
 
 TOGETHER = 8
 """Sequences whose attention has its gradients held at once."""
+KEPT = 8
+"""One part in so many of a GPU's memory is for groups of sequences that wait for the gradients of experts."""
 
 
 def head_gradient(weights: Weights, cfg: ModelConfig, hidden: Tensor, draws: Tensor) -> Tensor:
@@ -56,12 +59,18 @@ def _row_gradients(head: Tensor, norm: Tensor, eps: float, hidden: Tensor, draws
 
 
 def layer_backward(
-    weights: Weights | DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, gradient: Tensor
+    weights: Weights | DeviceWeights,
+    cfg: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    gradient: Tensor,
+    lanes: Lanes = NO_LANES,
 ) -> Tensor:
     """The gradient [n_seq, len, H] with respect to the stream that enters a layer, from the one behind it.
 
     `hidden` [n_seq, len, H] is the stream that enters. Who takes which experts is held as it is. Where the weights lie
-    on several devices, sequences and experts are spread over them as `spread_forward` does it, with the bits of one.
+    on several devices, sequences and experts are spread over them as `spread_forward` does it, with the bits of one. In
+    `lanes` experts run beside each other.
     """
     there: Sequence[Weights | TensorWeights] = [weights]
     if isinstance(weights, DeviceWeights):
@@ -73,22 +82,47 @@ def layer_backward(
             zip(torch.split(hidden, TOGETHER), torch.split(gradient, TOGETHER), strict=True)
         )
     ]
-    with torch.no_grad():
-        seen = [before_experts(there[place], cfg, layer, x)[1:] for place, x, _ in groups]
-    inputs, ids, shares = (
-        torch.cat([part.to(hidden.device) for part in parts])
-        for parts in zip(*((t, routing.ids, routing.weights) for t, routing in seen), strict=True)
-    )
-    below = _experts_backward(weights, cfg, layer, inputs, ids, shares, gradient.flatten(0, 1))
-    sizes = [x.shape[0] * x.shape[1] for _, x, _ in groups]
-    found = []
-    for (place, x, g), *given in zip(groups, *(torch.split(part, sizes) for part in below), strict=True):
+
+    def to_experts(place: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing]:
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            stream, t, routing = before_experts(there[place], cfg, layer, x)
+            return x, *before_experts(there[place], cfg, layer, x)
+
+    kept = [to_experts(place, x) for place, x, _ in groups[: _graphs(cfg, groups[0][1]) * len(devices)]]
+    with torch.no_grad():
+        seen = [(t, routing) for _, _, t, routing in kept]
+        seen += [before_experts(there[place], cfg, layer, x)[1:] for place, x, _ in groups[len(kept) :]]
+        inputs, ids, shares = (
+            torch.cat([part.to(hidden.device) for part in parts])
+            for parts in zip(*((t, routing.ids, routing.weights) for t, routing in seen), strict=True)
+        )
+    del seen
+    below = _experts_backward(weights, cfg, layer, inputs, ids, shares, gradient.flatten(0, 1), lanes)
+    sizes = [x.shape[0] * x.shape[1] for _, x, _ in groups]
+    found: list[Tensor] = []
+    for (place, x, g), *given in zip(groups, *(torch.split(part, sizes) for part in below), strict=True):
+        x, stream, t, routing = kept.pop(0) if kept else to_experts(place, x)
         behind = [part.to(x.device) for part in (g, *given)]
         found += torch.autograd.grad((stream, t, routing.weights), x, behind)
     return torch.cat([part.to(hidden.device) for part in found])
+
+
+def _graphs(cfg: ModelConfig, hidden: Tensor) -> int:
+    """How many groups of sequences like this one, [n, len, H], a GPU keeps on its way to the experts, with all that its
+    gradients need, so that they are not run again; elsewhere none is.
+    """
+    if not hidden.is_cuda:
+        return 0
+    room = torch.cuda.get_device_properties(hidden.device).total_memory // KEPT
+    return int(room // graph_bytes(cfg, *hidden.shape[:2]))
+
+
+def graph_bytes(cfg: ModelConfig, sequences: int, length: int) -> int:
+    """Bytes in f32 that gradients need of some sequences on their way to the experts: queries before and behind their
+    norm, keys and values for each query head, scores, and the streams.
+    """
+    heads, width = cfg.num_attention_heads * length, 2 * cfg.hidden_size + 2 * cfg.num_local_experts
+    return 4 * sequences * length * (4 * cfg.q_dim + cfg.kv_dim + heads + width)
 
 
 def _devices(weights: Weights | DeviceWeights, hidden: Tensor) -> Sequence[torch.device]:
@@ -103,22 +137,29 @@ def _experts_backward(
     ids: Tensor,
     shares: Tensor,
     gradient: Tensor,
+    lanes: Lanes = NO_LANES,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to what the experts of a layer see, [n, H], and to their weights in the sum, [n, k]."""
     devices = _devices(weights, inputs)
     there, order, sizes = routed(devices, cfg, inputs, Routing(ids, shares))
     behind, taken = [gradient.to(device) for device in devices], torch.split(order, sizes)
     of_inputs, of_shares = torch.zeros_like(inputs), torch.zeros_like(shares).flatten()
+
+    def run(e: int, place: int) -> tuple[Tensor, ...]:
+        seen, tokens = there[place], there[place].tokens[e]
+        x, share = seen.inputs[tokens].requires_grad_(), seen.shares[e].clone().requires_grad_()
+        w1, w3, w2 = (load(weights, expert_name(layer, e, w), x) for w in ("w1", "w3", "w2"))
+        with torch.enable_grad():
+            out = run_expert((w1, w3, w2), x)[1] * share
+        return torch.autograd.grad(out, (x, share), behind[place][tokens])
+
     for some in rounds(sizes, len(devices)):
         found = {}
-        for e in some:
-            place = weights.place(e) if isinstance(weights, DeviceWeights) else 0
-            seen, tokens = there[place], there[place].tokens[e]
-            x, share = seen.inputs[tokens].requires_grad_(), seen.shares[e].clone().requires_grad_()
-            w1, w3, w2 = (load(weights, expert_name(layer, e, w), x) for w in ("w1", "w3", "w2"))
-            with torch.enable_grad():
-                out = run_expert((w1, w3, w2), x)[1] * share
-            found[e] = torch.autograd.grad(out, (x, share), behind[place][tokens])
+        with lanes.opened():
+            for n, e in enumerate(some):
+                place = weights.place(e) if isinstance(weights, DeviceWeights) else 0
+                with lanes.lane(devices[place], n // len(devices)):
+                    found[e] = run(e, place)
         back = {e: [part.to(inputs.device) for part in made] for e, made in found.items()}
         for e, (of_x, of_share) in back.items():
             of_inputs.index_add_(0, there[0].tokens[e], of_x)

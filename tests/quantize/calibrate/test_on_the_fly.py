@@ -27,7 +27,7 @@ from mq_quant.quantize.calibrate import sensitivity
 from mq_quant.quantize.calibrate.folder import JOURNAL
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.sensitivity import JOURNAL as SENSITIVITY_JOURNAL
-from mq_quant.quantize.calibrate.sensitivity import sensitivity_file
+from mq_quant.quantize.calibrate.sensitivity_file import sensitivity_file
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.inspect.reproduce import Inputs, reproduce

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -15,9 +16,8 @@ from build_hooks import StopError
 from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.errors import CalibrationError, OutputError, ResumeError
 from mq_quant.quantize.calibrate import sensitivity
-from mq_quant.quantize.calibrate.sensitivity import (
-    JOURNAL,
-    SensitivityRun,
+from mq_quant.quantize.calibrate.sensitivity import JOURNAL, SensitivityRun
+from mq_quant.quantize.calibrate.sensitivity_file import (
     first_tokens,
     read_sensitivity,
     sensitivity_file,
@@ -76,15 +76,16 @@ def names(folder: Path) -> list[str]:
 @contextmanager
 def stopping(at: int) -> Iterator[Callable[[], int]]:
     """A block in which the step of this number, of all that touch the disk, is never begun; gives the steps so far."""
-    steps = 0
-    owners = {sensitivity.StreamFolder: ("save", "drop"), sensitivity.Journal: ("record",)}
+    steps, one = 0, threading.Lock()
+    owners = {sensitivity.StreamFolder: ("save_pieces", "drop"), sensitivity.Journal: ("record",)}
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
         def step(*given: Any, **more: Any) -> Any:
             nonlocal steps
-            if steps == at:
-                raise StopError
-            steps += 1
+            with one:
+                if steps == at:
+                    raise StopError
+                steps += 1
             return real(*given, **more)
 
         return step
@@ -93,7 +94,7 @@ def stopping(at: int) -> Iterator[Callable[[], int]]:
         for owner, methods in owners.items():
             for name in methods:
                 patch.setattr(owner, name, counted(getattr(owner, name)))
-        patch.setattr(sensitivity, "write_atomic", counted(sensitivity.write_atomic))
+        patch.setattr(sensitivity, "write_sensitivity", counted(sensitivity.write_sensitivity))
         yield lambda: steps
 
 
@@ -265,8 +266,8 @@ def test_a_gradient_that_is_lost_on_the_way_back_is_refused_at_the_layer_before(
 ) -> None:
     real = sensitivity.layer_backward
 
-    def lost(weights: Any, cfg: Any, layer: int, hidden: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        return real(weights, cfg, layer, hidden, given) * (torch.nan if layer == 1 else 1)
+    def lost(weights: Any, cfg: Any, layer: int, *given: Any) -> torch.Tensor:
+        return real(weights, cfg, layer, *given) * (torch.nan if layer == 1 else 1)
 
     monkeypatch.setattr(sensitivity, "layer_backward", lost)
     with pytest.raises(CalibrationError, match="layer 0: no token has a finite gradient"):
@@ -285,7 +286,7 @@ def test_tokens_without_a_gradient_are_left_out(
         return gradient
 
     monkeypatch.setattr(sensitivity, "head_gradient", some)
-    monkeypatch.setattr(sensitivity, "layer_backward", lambda *given: torch.ones_like(given[-1]))
+    monkeypatch.setattr(sensitivity, "layer_backward", lambda *given: torch.ones_like(given[4]))
     hashes = found(source, tmp_path)
     last = read_sensitivity(tmp_path, LAYERS - 1, source.config, hashes[LAYERS - 1])
     assert last.tokens == TOKENS.size - 4 and np.isfinite(last.moment).all()

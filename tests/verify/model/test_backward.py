@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 import torch
 from mq_quant.formats.checkpoint.local import Checkpoint
+from mq_quant.formats.minimax import layer_inventory
 from mq_quant.verify.model import backward
-from mq_quant.verify.model.backward import TOGETHER, head_gradient, layer_backward
-from mq_quant.verify.model.reference import before_experts, embed, layer_by_layer, layer_forward, logits
+from mq_quant.verify.model.backward import TOGETHER, graph_bytes, head_gradient, layer_backward
+from mq_quant.verify.model.reference import (
+    before_experts,
+    embed,
+    layer_by_layer,
+    layer_forward,
+    load,
+    logits,
+)
+from mq_quant.verify.model.spread_forward import Tensors
 
 
 def stream(checkpoint: Checkpoint, sequences: int, length: int = 6) -> torch.Tensor:
@@ -100,6 +109,44 @@ def test_attention_is_held_of_few_sequences_at_once(
     hidden = stream(checkpoint, 2 * TOGETHER + 1, 3)
     layer_backward(checkpoint, checkpoint.config, 1, hidden, random_like(hidden))
     assert max(seen) == TOGETHER and sum(seen) == 2 * len(hidden)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 9])
+def test_sequences_that_wait_for_the_experts_are_run_once(
+    kept: int, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the bits of those that are run again, and nothing of them is held afterwards."""
+    hidden = stream(checkpoint, 2 * TOGETHER + 1, 3)
+    given = random_like(hidden)
+    want = layer_backward(checkpoint, checkpoint.config, 1, hidden, given)
+    ran: list[int] = []
+    real = before_experts
+    monkeypatch.setattr(backward, "before_experts", lambda *of: ran.append(len(of[-1])) or real(*of))
+    monkeypatch.setattr(backward, "_graphs", lambda *_: kept)
+    found = layer_backward(checkpoint, checkpoint.config, 1, hidden, given)
+    assert torch.equal(found, want) and not found.requires_grad
+    assert sum(ran) == len(hidden) + max(len(hidden) - kept * TOGETHER, 0)
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(1, 40), (5, 7), (8, 100)])
+def test_what_sequences_hold_while_they_wait_is_known(
+    sequences: int, length: int, checkpoint: Checkpoint
+) -> None:
+    """All that torch saves for gradients but the weights, which are there once."""
+    cfg, held = checkpoint.config, dict[int, int]()
+    weights = Tensors({s.name: load(checkpoint, s.name, torch.empty(0)) for s in layer_inventory(cfg, 1)})
+    own = {t.untyped_storage().data_ptr() for t in weights.of.values()}
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        held[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    x = torch.randn(sequences, length, cfg.hidden_size, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        out = before_experts(weights, cfg, 1, x)
+    total = sum(nbytes for at, nbytes in held.items() if at not in own)
+    assert 0.8 * total < graph_bytes(cfg, sequences, length) < 1.2 * total
+    assert out[0].requires_grad
 
 
 def test_what_later_tokens_cost_reaches_earlier_ones_alone(checkpoint: Checkpoint) -> None:
