@@ -20,6 +20,7 @@ from ...formats.minimax import ModelConfig, layer_inventory
 from ...formats.statistics.moment_file import DownForm
 from ...formats.statistics.moment_folder import config_record
 from ...verify.model.device_weights import DeviceWeights, StoredWeights
+from ...verify.model.lanes import NO_LANES, Lanes
 from ...verify.model.reference import SILENT, Observer, Weights, embed, layer_forward
 from ...verify.model.spread_forward import EXPERTS, spread_forward
 from ..encode.on_device.transfer import pieces_of
@@ -134,10 +135,13 @@ def run_source(
     layer: int,
     hidden: Tensor,
     observer: Observer = SILENT,
+    lanes: Lanes = NO_LANES,
 ) -> Tensor:
-    """The residual stream behind a layer, on the device of the one that enters it; it runs where its weights lie."""
+    """The residual stream behind a layer, on the device of the one that enters it; it runs where its weights lie, in
+    `lanes` as `spread_forward` does.
+    """
     if isinstance(weights, DeviceWeights):
-        return spread_forward(weights, config, layer, hidden, observer)
+        return spread_forward(weights, config, layer, hidden, observer, lanes)
     return layer_forward(weights, config, layer, hidden, observer)
 
 

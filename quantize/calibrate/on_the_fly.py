@@ -55,7 +55,7 @@ from .layer_pass import (
 from .moments import LayerMoments
 from .resident import Resident, Residents, on_a_thread
 from .sensitivity import find_sensitivities
-from .sensitivity_file import read_sensitivity, sensitivity_record
+from .sensitivity_files import read_sensitivity, sensitivity_record
 from .tokens import Tokens
 
 if TYPE_CHECKING:

@@ -31,12 +31,13 @@ from ...verify.model.device_weights import wait_for
 from ...verify.model.lanes import Lanes
 from ...verify.model.reference import embed
 from ..encode.on_device.transfer import pieces_of, sent
+from ..spec.calibration_sizes import CHUNK
 from ..write.in_order import InOrder
 from ..write.journal import CALIBRATION, Journal
 from ..write.stream_folder import StreamFolder
 from .layer_pass import beside_others, layers_in_turn, run_source, with_others
 from .moments import packed, second_moment
-from .sensitivity_file import damaged_file, first_tokens, write_sensitivity
+from .sensitivity_files import damaged_file, first_tokens, write_sensitivity
 from .tokens import Tokens
 
 F32 = NDArray[np.float32]
@@ -145,7 +146,7 @@ class SensitivityRun:
         stream = sent(given, way.devices[0])
         for layer, weights in layers_in_turn(way.source, way.devices, range(first, len(way.sizes))):
             with torch.no_grad():
-                stream = run_source(weights, self._config, layer, stream)
+                stream = run_source(weights, self._config, layer, stream, lanes=way.lanes)
             wait_for(*way.devices)
             way.disk.do(
                 partial(self._save, way, STREAM, layer + 1, stream), partial(self._end_forward, way, layer)
@@ -225,9 +226,10 @@ def _of_directions(gradient: Tensor, layer: int) -> tuple[F32, int]:
     CalibrationError where none has.
     """
     rows = gradient.flatten(0, 1)
-    length = rows.double().square().sum(1).sqrt().float()
+    energy = [part.double().square().sum(1) for part in torch.split(rows, CHUNK)]
+    length = torch.cat(energy).sqrt().float()
     good = length.isfinite() & (length > 0)
-    rows, count = rows[good] / length[good, None], int(good.sum())
+    rows, count = rows[good].div_(length[good, None]), int(good.sum())
     if not count:
         raise CalibrationError(
             f"layer {layer}: no token has a finite gradient",

@@ -38,7 +38,7 @@ from .on_the_fly import DOWN
 from .run import Reading, weights_of
 from .sensitivity import JOURNAL as SENSITIVITY_JOURNAL
 from .sensitivity import find_sensitivities
-from .sensitivity_file import damaged_file, sensitivity_record
+from .sensitivity_files import damaged_file, sensitivity_record
 from .tokens import Tokens
 
 LIMIT = 64 << 20

@@ -91,12 +91,16 @@ class DeviceWeights:
     """
 
     def __init__(self, source: StoredWeights, devices: Sequence[torch.device], names: Sequence[str]) -> None:
-        """Begin to read the FP8 matrices among `names`, in their order, some at a time."""
+        """Begin to read what lies in `names` but experts in other formats than FP8: first what is small, then FP8
+        matrices in their order, some at a time.
+        """
         self.devices = tuple(devices)
         self._source = source
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self._coming: dict[str, Future[dict[str, DeviceMatrix]]] = {}
         stored = {n: source.tensors[n] for n in names if source.tensors[n].dtype == FP8}
+        others = (n for n in names if n not in stored and expert_of(n) is None)
+        self._others = {name: self._pool.submit(source.weight, name) for name in others}
         for place, some in _some_at_a_time(stored, self._place):
             self._coming |= dict.fromkeys(some, self._pool.submit(self._read, some, self.devices[place]))
 
@@ -112,12 +116,14 @@ class DeviceWeights:
         """Read nothing any more, and let go of what was read."""
         self._pool.shutdown(cancel_futures=True)
         self._coming.clear()
+        self._others.clear()
 
     def tensor(self, name: str) -> Tensor:
         """A tensor f32 in the basis of the checkpoint; errors as `Source.weight`."""
         if name in self._coming:
             return self._coming[name].result()[name].values()
-        array = np.require(self._source.weight(name), requirements=["C", "W"])
+        values = self._others[name].result() if name in self._others else self._source.weight(name)
+        array = np.require(values, requirements=["C", "W"])
         return torch.from_numpy(array).to(self.devices[self._place(name)])
 
     def matrix(self, name: str) -> DeviceMatrix | Tensor:

@@ -1,4 +1,6 @@
-"""Streams of GPUs in which experts of a layer run beside each other: the products of one leave a part of a GPU idle."""
+"""Streams of GPUs in which parts of a layer run beside each other: the products of one expert or a few sequences leave
+some of a GPU idle.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 LANES = 2
-"""Experts that run beside each other on a GPU."""
+"""Parts of a layer that run beside each other on a GPU."""
 
 
 class Lanes:

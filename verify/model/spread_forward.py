@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...formats.minimax import ModelConfig, expert_name, layer_inventory
 from .device_weights import DeviceWeights
+from .lanes import NO_LANES, Lanes
 from .reference import SILENT, Observer, Routing, attention, by_expert, into_experts, run_expert
 
 TOKENS = 1 << 13
@@ -51,27 +52,42 @@ class Routed:
 
 
 def spread_forward(
-    weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = SILENT
+    weights: DeviceWeights,
+    cfg: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    observer: Observer = SILENT,
+    lanes: Lanes = NO_LANES,
 ) -> Tensor:
-    """As `reference.layer_forward`. What the observer sees lies where it was made."""
-    hidden, inputs, routing = spread_before_experts(weights, cfg, layer, hidden, observer)
-    there, _, sizes = routed(weights.devices, cfg, inputs, routing)
+    """As `reference.layer_forward`. What the observer sees lies where it was made. Where nobody observes, groups of
+    sequences may run beside each other in `lanes`, and so may experts.
+    """
+    hidden, inputs, routing = spread_before_experts(weights, cfg, layer, hidden, observer, lanes)
+    devices = weights.devices
+    there, _, sizes = routed(devices, cfg, inputs, routing)
     out = torch.zeros_like(inputs)
-    for some in rounds(sizes, len(weights.devices)):
-        _add(
-            out,
-            there[0].tokens,
-            {e: _run(weights, layer, e, there[weights.place(e)], observer) for e in some},
-        )
+    for some in rounds(sizes, len(devices)):
+        made = {}
+        with lanes.opened():
+            for n, e in enumerate(some):
+                place = weights.place(e)
+                with lanes.lane(devices[place], n // len(devices)):
+                    made[e] = _run(weights, layer, e, there[place], observer)
+        _add(out, there[0].tokens, made)
     return hidden + out.view_as(hidden)
 
 
 def spread_before_experts(
-    weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = SILENT
+    weights: DeviceWeights,
+    cfg: ModelConfig,
+    layer: int,
+    hidden: Tensor,
+    observer: Observer = SILENT,
+    lanes: Lanes = NO_LANES,
 ) -> tuple[Tensor, Tensor, Routing]:
     """As `reference.before_experts`."""
     there = beside_experts(weights, cfg, layer)
-    hidden = _behind_attention(there, weights.devices, cfg, layer, hidden, observer)
+    hidden = _behind_attention(there, weights.devices, cfg, layer, hidden, observer, lanes)
     return hidden, *into_experts(there[0], cfg, layer, hidden, observer)
 
 
@@ -88,13 +104,16 @@ def _behind_attention(
     layer: int,
     hidden: Tensor,
     observer: Observer,
+    lanes: Lanes,
 ) -> Tensor:
     """The residual stream [n_seq, len, H] behind attention, whose tensors lie on each of the devices."""
     some = torch.split(hidden, max(1, TOKENS // hidden.shape[1]))
     places = [n % len(there) for n in range(len(some))]
     sent = [part.to(devices[place]) for part, place in zip(some, places, strict=True)]
-    for n, place in enumerate(places):
-        sent[n] = sent[n] + attention(there[place], cfg, layer, sent[n], observer)
+    with lanes.opened():
+        for n, place in enumerate(places):
+            with lanes.lane(devices[place], n // len(devices)):
+                sent[n] = sent[n] + attention(there[place], cfg, layer, sent[n], observer)
     return torch.cat([part.to(hidden.device) for part in sent])
 
 

@@ -23,11 +23,11 @@ from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import expert_name
 from mq_quant.quantize.calibrate import layer_pass as gather
 from mq_quant.quantize.calibrate import on_the_fly as inline
-from mq_quant.quantize.calibrate import sensitivity
+from mq_quant.quantize.calibrate import sensitivity, sensitivity_files
 from mq_quant.quantize.calibrate.folder import JOURNAL
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.sensitivity import JOURNAL as SENSITIVITY_JOURNAL
-from mq_quant.quantize.calibrate.sensitivity_file import sensitivity_file
+from mq_quant.quantize.calibrate.sensitivity_files import sensitivity_file
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
@@ -372,7 +372,7 @@ def test_each_is_reproduced_as_it_was_made(
 def test_what_errors_cost_is_found_in_the_first_tokens_alone(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sensitivity, "SENSITIVITY_TOKENS", 30)
+    monkeypatch.setattr(sensitivity_files, "SENSITIVITY_TOKENS", 30)
     built(source, tmp_path / "out", own_tokens(source))
     with open_hfq(tmp_path / "out") as file:
         assert file.metadata["mq_quant"]["calibration"]["sensitivity"] == {"tokens": 40}

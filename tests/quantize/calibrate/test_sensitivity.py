@@ -17,7 +17,7 @@ from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.errors import CalibrationError, OutputError, ResumeError
 from mq_quant.quantize.calibrate import sensitivity
 from mq_quant.quantize.calibrate.sensitivity import JOURNAL, SensitivityRun
-from mq_quant.quantize.calibrate.sensitivity_file import (
+from mq_quant.quantize.calibrate.sensitivity_files import (
     first_tokens,
     read_sensitivity,
     sensitivity_file,

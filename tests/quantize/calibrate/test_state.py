@@ -16,7 +16,7 @@ from mq_quant.formats.errors import CalibrationError, MqError, OutputError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.calibrate import on_the_fly
 from mq_quant.quantize.calibrate.folder import STATE, hidden_file
-from mq_quant.quantize.calibrate.sensitivity_file import sensitivity_file
+from mq_quant.quantize.calibrate.sensitivity_files import sensitivity_file
 from mq_quant.quantize.calibrate.state import CalibrationState, StateOptions, equal_parts, make_state
 from mq_quant.quantize.calibrate.tokens import TokenRequest, load_tokens
 from mq_quant.quantize.cli.app import main

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mq_quant.formats.errors import OutputError, ResumeError
+from mq_quant.quantize.write import stream_folder
 from mq_quant.quantize.write.stream_folder import StreamFolder
 
 STREAM = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -34,6 +36,36 @@ def test_other_bytes_are_refused_with_the_hint(folder: StreamFolder, sha256: obj
     folder.drop("own", 0)
     with pytest.raises(ResumeError):
         folder.mapped("own", 0, STREAM.shape, sha256)
+
+
+@pytest.mark.parametrize("block", [1, 7, 32, 1 << 20])
+def test_a_file_of_another_size_or_byte_is_refused_however_it_is_read(
+    block: int, folder: StreamFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_folder, "_BLOCK", block)
+    sha256 = folder.save("own", 0, STREAM)
+    np.testing.assert_array_equal(folder.load("own", 0, STREAM.shape, sha256), STREAM)
+    (path,) = folder.path.iterdir()
+    good = path.read_bytes()
+    for wrong in (good[:-1], good + b"\0", b"", b"\1" + good[1:]):
+        path.write_bytes(wrong)
+        with pytest.raises(ResumeError, match="not as the earlier run left it"):
+            folder.load("own", 0, STREAM.shape, sha256)
+
+
+def test_pieces_need_be_valid_only_one_by_one(folder: StreamFolder) -> None:
+    """All of them in the same memory, as they come from a GPU."""
+    memory = np.empty(5, "<f4")
+
+    def pieces() -> Iterator[memoryview]:
+        for start in range(0, STREAM.size, 5):
+            part = STREAM.reshape(-1)[start : start + 5]
+            memory[: len(part)] = part
+            yield memory[: len(part)].data
+
+    sha256 = folder.save_pieces("own", 1, pieces())
+    assert sha256 == folder.save("own", 2, STREAM)
+    np.testing.assert_array_equal(folder.load("own", 1, STREAM.shape, sha256), STREAM)
 
 
 def test_only_streams_are_removed(folder: StreamFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import small_model
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mq_quant.formats.checkpoint.local import open_checkpoint
+from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.errors import CheckpointError
-from mq_quant.formats.minimax import layer_inventory
+from mq_quant.formats.minimax import expert_name, layer_inventory
 from mq_quant.verify.model import device_weights
 from mq_quant.verify.model.device_weights import DeviceWeights, laid_out, lay_out, places
 
@@ -49,14 +50,47 @@ def test_weights_are_those_of_the_source_however_many_are_read_at_a_time(
         weights.close()
 
 
-def test_what_is_wrong_with_a_matrix_is_said_to_whoever_asks_for_it(tmp_path: Path) -> None:
+class Other:
+    """A source whose matrices are not FP8; notes what is read."""
+
+    def __init__(self, inner: Checkpoint) -> None:
+        self.inner, self.config, self.read = inner, inner.config, list[str]()
+        self.tensors = {name: replace(info, dtype="BF16") for name, info in inner.tensors.items()}
+
+    def stored(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        raise AssertionError(name)
+
+    def weight(self, name: str) -> np.ndarray:
+        self.read.append(name)
+        return self.inner.weight(name)
+
+
+def test_what_is_not_fp8_is_read_once_and_experts_of_it_when_they_are_asked_for(tmp_path: Path) -> None:
+    """A layer whose experts are as wide in memory as in f32 is not held there."""
+    source = Other(open_checkpoint(small_model.save(tmp_path / "m", small_model.tensors())))
+    specs = list(layer_inventory(source.config, 0))
+    beside = [spec.name for spec in specs if spec.role != "expert"]
+    weights = DeviceWeights(source, [torch.device("cpu")], [spec.name for spec in specs])
+    try:
+        for name in [*beside, *beside]:
+            np.testing.assert_array_equal(weights.tensor(name).numpy(), source.inner.weight(name))
+        assert sorted(source.read) == sorted(beside)
+        expert = expert_name(0, 1, "w2")
+        assert weights.tensor(expert).isfinite().all() and source.read[-1] == expert
+    finally:
+        weights.close()
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_norm", "block_sparse_moe.experts.1.w2"])
+def test_what_is_wrong_with_a_tensor_is_said_to_whoever_asks_for_it(name: str, tmp_path: Path) -> None:
     content = small_model.tensors()
-    name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
-    content[name + "_scale_inv"] = torch.full_like(content[name + "_scale_inv"], torch.nan)
+    name = f"model.layers.0.{name}.weight"
+    broken = name + "_scale_inv" if "experts" in name else name
+    content[broken] = torch.full_like(content[broken], torch.nan)
     source = open_checkpoint(small_model.save(tmp_path / "m", content))
     weights = DeviceWeights(source, [torch.device("cpu")], [name])
     try:
-        with pytest.raises(CheckpointError, match=r"experts\.1\.w2"):
+        with pytest.raises(CheckpointError, match=name):
             weights.matrix(name)
     finally:
         weights.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from mq_quant.quantize.calibrate.moments import LayerMoments
 from mq_quant.verify.model import spread_forward as module
 from mq_quant.verify.model.backward import TOGETHER, layer_backward
 from mq_quant.verify.model.device_weights import DeviceWeights
+from mq_quant.verify.model.lanes import Lanes
 from mq_quant.verify.model.reference import Observer, layer_forward
 from mq_quant.verify.model.spread_forward import spread_forward
 from torch import Tensor
@@ -133,3 +136,43 @@ def test_the_way_back_has_the_bits_of_one_device_too(
 def _place(weights: DeviceWeights, name: str) -> int:
     found = expert_of(name)
     return weights.place(found[1]) if found else 0
+
+
+class Noting(Lanes):
+    """Lanes that note in which of them what runs; everything is to run while they are open."""
+
+    def __init__(self) -> None:
+        super().__init__([CPU])
+        self.seen: list[tuple[torch.device, int]] = []
+        self.open = False
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        self.open = True
+        yield
+        self.open = False
+
+    def lane(self, device: torch.device, number: int) -> AbstractContextManager[None]:
+        assert self.open
+        self.seen.append((device, number))
+        return nullcontext()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_groups_and_experts_take_lanes_in_turns(
+    source: Checkpoint, devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On each device by themselves; a round of experts begins with the first lane."""
+    monkeypatch.setattr(module, "TOKENS", 40)
+    monkeypatch.setattr(module, "EXPERTS", 3)
+    weights, hidden = sent(source, devices), entering(source)
+    experts = {1: [0, 1, 2, 0, 1, 2, 0], 2: [0, 0, 1, 1, 2, 2, 0]}[devices]
+    forward, back = Noting(), Noting()
+    behind = spread_forward(weights, source.config, 0, hidden, lanes=forward)
+    assert torch.equal(behind, spread_forward(weights, source.config, 0, hidden))
+    assert [n for _, n in forward.seen] == [*{1: [0, 1, 2], 2: [0, 0, 1]}[devices], *experts]
+    given = torch.ones_like(hidden)
+    found = layer_backward(weights, source.config, 0, hidden, given, back)
+    assert torch.equal(found, layer_backward(weights, source.config, 0, hidden, given))
+    assert [n for _, n in back.seen] == [0, *experts, 0]
+    weights.close()
