@@ -70,7 +70,7 @@ def layer_backward(
 
     `hidden` [n_seq, len, H] is the stream that enters. Who takes which experts is held as it is. Where the weights lie
     on several devices, sequences and experts are spread over them as `spread_forward` does it, with the bits of one. In
-    `lanes` groups of sequences run beside each other, and so do experts.
+    `lanes` experts run beside each other.
     """
     there: Sequence[Weights | TensorWeights] = [weights]
     if isinstance(weights, DeviceWeights):
@@ -88,32 +88,22 @@ def layer_backward(
         with torch.enable_grad():
             return x, *before_experts(there[place], cfg, layer, x)
 
-    kept, seen, keeping = [], [], _graphs(cfg, groups[0][1]) * len(devices)
-    with lanes.opened():
-        for n, (place, x, _) in enumerate(groups):
-            with lanes.lane(devices[place], n // len(devices)):
-                if n < keeping:
-                    kept.append(to_experts(place, x))
-                    seen.append(kept[-1][2:])
-                else:
-                    with torch.no_grad():
-                        seen.append(before_experts(there[place], cfg, layer, x)[1:])
+    kept = [to_experts(place, x) for place, x, _ in groups[: _graphs(cfg, groups[0][1]) * len(devices)]]
     with torch.no_grad():
+        seen = [(t, routing) for _, _, t, routing in kept]
+        seen += [before_experts(there[place], cfg, layer, x)[1:] for place, x, _ in groups[len(kept) :]]
         inputs, ids, shares = (
-            torch.cat([part.to(hidden.device) for part in of_groups])
-            for of_groups in zip(*((t, routing.ids, routing.weights) for t, routing in seen), strict=True)
+            torch.cat([part.to(hidden.device) for part in parts])
+            for parts in zip(*((t, routing.ids, routing.weights) for t, routing in seen), strict=True)
         )
     del seen
     below = _experts_backward(weights, cfg, layer, inputs, ids, shares, gradient.flatten(0, 1), lanes)
     sizes = [x.shape[0] * x.shape[1] for _, x, _ in groups]
-    parts = [torch.split(part, sizes) for part in below]
     found: list[Tensor] = []
-    with lanes.opened():
-        for n, ((place, x, g), *given) in enumerate(zip(groups, *parts, strict=True)):
-            with lanes.lane(devices[place], n // len(devices)):
-                x, stream, t, routing = kept.pop(0) if kept else to_experts(place, x)
-                behind = [part.to(x.device) for part in (g, *given)]
-                found += torch.autograd.grad((stream, t, routing.weights), x, behind)
+    for (place, x, g), *given in zip(groups, *(torch.split(part, sizes) for part in below), strict=True):
+        x, stream, t, routing = kept.pop(0) if kept else to_experts(place, x)
+        behind = [part.to(x.device) for part in (g, *given)]
+        found += torch.autograd.grad((stream, t, routing.weights), x, behind)
     return torch.cat([part.to(hidden.device) for part in found])
 
 

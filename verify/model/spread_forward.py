@@ -59,10 +59,10 @@ def spread_forward(
     observer: Observer = SILENT,
     lanes: Lanes = NO_LANES,
 ) -> Tensor:
-    """As `reference.layer_forward`. What the observer sees lies where it was made. Where nobody observes, groups of
-    sequences may run beside each other in `lanes`, and so may experts.
+    """As `reference.layer_forward`. What the observer sees lies where it was made. Where nobody observes, experts may
+    run beside each other in `lanes`.
     """
-    hidden, inputs, routing = spread_before_experts(weights, cfg, layer, hidden, observer, lanes)
+    hidden, inputs, routing = spread_before_experts(weights, cfg, layer, hidden, observer)
     devices = weights.devices
     there, _, sizes = routed(devices, cfg, inputs, routing)
     out = torch.zeros_like(inputs)
@@ -78,16 +78,11 @@ def spread_forward(
 
 
 def spread_before_experts(
-    weights: DeviceWeights,
-    cfg: ModelConfig,
-    layer: int,
-    hidden: Tensor,
-    observer: Observer = SILENT,
-    lanes: Lanes = NO_LANES,
+    weights: DeviceWeights, cfg: ModelConfig, layer: int, hidden: Tensor, observer: Observer = SILENT
 ) -> tuple[Tensor, Tensor, Routing]:
     """As `reference.before_experts`."""
     there = beside_experts(weights, cfg, layer)
-    hidden = _behind_attention(there, weights.devices, cfg, layer, hidden, observer, lanes)
+    hidden = _behind_attention(there, weights.devices, cfg, layer, hidden, observer)
     return hidden, *into_experts(there[0], cfg, layer, hidden, observer)
 
 
@@ -104,16 +99,13 @@ def _behind_attention(
     layer: int,
     hidden: Tensor,
     observer: Observer,
-    lanes: Lanes,
 ) -> Tensor:
     """The residual stream [n_seq, len, H] behind attention, whose tensors lie on each of the devices."""
     some = torch.split(hidden, max(1, TOKENS // hidden.shape[1]))
     places = [n % len(there) for n in range(len(some))]
     sent = [part.to(devices[place]) for part, place in zip(some, places, strict=True)]
-    with lanes.opened():
-        for n, place in enumerate(places):
-            with lanes.lane(devices[place], n // len(devices)):
-                sent[n] = sent[n] + attention(there[place], cfg, layer, sent[n], observer)
+    for n, place in enumerate(places):
+        sent[n] = sent[n] + attention(there[place], cfg, layer, sent[n], observer)
     return torch.cat([part.to(hidden.device) for part in sent])
 
 
