@@ -31,8 +31,6 @@ from .moments import LayerMoments
 from .tokens import Tokens, token_record
 
 EMBED = "model.embed_tokens.weight"
-MANY = 4
-"""Devices from which on a layer may be encoded sooner than the next one is run and its encoder prepared."""
 
 
 def open_device(name: str) -> torch.device:
@@ -62,9 +60,10 @@ def make_room(devices: Sequence[torch.device]) -> None:
 
 def layers_held(config: ModelConfig, tokens: int, devices: Sequence[torch.device]) -> int:
     """How many layers lie on devices at once, where there is room: one that is encoded, the next one, which is run
-    meanwhile, and with MANY devices the one after that too.
+    meanwhile, and on several devices the one after that too: there a layer may be encoded sooner than the next one is
+    run and its encoder prepared.
     """
-    most = 3 if len(devices) >= MANY else 2
+    most = 3 if len(devices) > 1 else 2
     if devices[0].type != "cuda":
         return most
     _, total = torch.cuda.mem_get_info(devices[0])

@@ -10,9 +10,10 @@ from torch import Tensor
 from ...formats.blocks import BY_NAME
 from ...formats.minimax import expert_name
 from ..encode.on_device.answering import answering_down, product
+from ..encode.on_device.downs import Down
 from ..encode.on_device.factors import factors_of
 from ..encode.on_device.kept import KeptOnDevice
-from ..encode.on_device.layer import DeviceLayerEncoder, Down, on_device
+from ..encode.on_device.layer import DeviceLayerEncoder, on_device
 from ..encode.on_device.moments import rotated_moment
 from ..encode.on_device.rounding import Rounder, Under
 from ..encode.once import Once, Together

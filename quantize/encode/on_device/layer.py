@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -12,11 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....awq.row_answers import encode_answering
 from ....formats.blocks import Format
 from ....formats.checkpoint.source import Source
 from ....formats.errors import MqError
-from ....formats.hfq.stored import StoredForm
 from ....formats.minimax import PROJECTIONS, expert_name
 from ....kernels.encode.device_encoder import DeviceEncoder
 from ....lloyd.hessian.row import RowHessian
@@ -28,33 +25,14 @@ from ..once import ALONE, Once, attempt, once_for
 from ..overflow import check_levels
 from ..prepared_layer import ALPHA_GRID, Prepared, some_rows
 from .answering import answering_down, product
+from .downs import AboveDown, Down, round_downs
 from .factors import Factors, factors_of
+from .forms import columns_of, folded, unfolded
 from .kept import KeptOnDevice
 from .moments import rotated_moment
 from .rounding import Rounder, Streamed, ThroughMemory, Under, on_stream, unrotated
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Down:
-    """A w2 f32 [hidden, I], fitted already, and what it is rounded under."""
-
-    weights: Tensor
-    under: Under
-
-
-@dataclass(frozen=True)
-class AboveDown:
-    """An expert whose w1 and w3 are rounded, and whose `down` is fitted to them; `decided` is what decided that, and
-    the Hessian of each projection has `notes`.
-    """
-
-    expert: int
-    payloads: Mapping[str, U8]
-    down: Down
-    decided: Hashable
-    notes: Mapping[str, Sequence[str]]
 
 
 class DeviceLayerEncoder(LayerEncoder):
@@ -120,7 +98,7 @@ class DeviceLayerEncoder(LayerEncoder):
         inputs = once.one("inputs", partial(kept.seen, expert))
         fold = self.fold(kept.of(expert, "w2")) if self.settings.fold_down else None
         forms = {p: self.stored.form(p, fold) for p in weights}
-        scale = _columns(forms["w1"], inputs.shape[1], inputs.device)
+        scale = columns_of(forms["w1"], inputs.shape[1], inputs.device)
         above = (*self._basis, self.damping("w1"))
 
         def hessian_above() -> Factors | RowHessian:
@@ -131,9 +109,9 @@ class DeviceLayerEncoder(LayerEncoder):
 
         def encode(projections: tuple[str, ...]) -> tuple[dict[str, U8], dict[str, Tensor]]:
             """Payloads, and the values that they stand for in the basis of the checkpoint but for the fold."""
-            folded = torch.cat([_folded(forms[p], weights[p]) for p in projections])
+            rows = torch.cat([folded(forms[p], weights[p]) for p in projections])
             under = Under(scale, gate_up)
-            ((packed, rounded),) = rounder.encode([folded], self.formats[projections[0]], [under], self.gain)
+            ((packed, rounded),) = rounder.encode([rows], self.formats[projections[0]], [under], self.gain)
             values = (unrotated(rounded) / scale).chunk(len(projections))
             payloads = np.split(rounder.fetch(packed), len(projections))
             return dict(zip(projections, payloads, strict=True)), dict(zip(projections, values, strict=True))
@@ -149,12 +127,12 @@ class DeviceLayerEncoder(LayerEncoder):
         def fit_down() -> tuple[Tensor, Tensor]:
             """The moment of what w2 sees of the rounded matrices, and w2 fitted to that."""
             there = once.one("seen", lambda: product(inputs, weights["w1"], weights["w3"]))
-            here = product(inputs, values["w1"], _unfolded(forms["w3"], values["w3"]))
+            here = product(inputs, values["w1"], unfolded(forms["w3"], values["w3"]))
             return kept.mixed(expert, "w2", here), answering_down(weights["w2"], there, here)
 
         rounded = (*above, self.formats["w1"].name, self.formats["w3"].name)
         moment, fitted = once.one(("fitted", rounded), fit_down)
-        columns = _columns(forms["w2"], fitted.shape[1], fitted.device)
+        columns = columns_of(forms["w2"], fitted.shape[1], fitted.device)
         below = (*rounded, self.damping("w2"))
         down = once.one(
             ("down", below), lambda: factors_of(rotated_moment(moment, self.damping("w2"), columns))
@@ -187,14 +165,7 @@ class DeviceLayerEncoder(LayerEncoder):
 
     def round_downs(self, downs: Sequence[Down], kept: KeptOnDevice, rounder: Rounder) -> list[U8]:
         """The payloads of some w2; the rows of each answer each other where it is known how."""
-        under = [down.under for down in downs]
-
-        def encode(rows: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-            made = rounder.encode(rows, self.formats["w2"], under, self.gain)
-            return [(p, unrotated(values) / u.scale) for (p, values), u in zip(made, under, strict=True)]
-
-        blocks = encode_answering([down.weights for down in downs], kept.shares, encode)
-        return [rounder.fetch(torch.cat(of_one)) for of_one in blocks]
+        return round_downs(downs, self.formats["w2"], self.gain, kept.shares, rounder)
 
     def needs_samples(self) -> list[str]:
         """None: the weights of the layer lie on the device."""
@@ -230,7 +201,7 @@ class DeviceLayerEncoder(LayerEncoder):
 
         def work(there: KeptOnDevice, rounder: Rounder) -> tuple[float, float]:
             moment = there.gate_up
-            scale = _columns(form, len(moment), moment.device)
+            scale = columns_of(form, len(moment), moment.device)
             hessian = factors_of(rotated_moment(moment, self.importance.shared.damping, scale))
             lost = kept = torch.zeros((), dtype=torch.float64, device=moment.device)
             for projections, given in zip(_together(self.formats), together, strict=True):
@@ -272,20 +243,3 @@ def on_device(encoder: Encoder, kept: KeptOnDevice, work: Callable[[KeptOnDevice
             return work(here, Streamed(there))
 
     return encoder.on_stream(streamed)
-
-
-def _columns(form: StoredForm, width: int, device: torch.device) -> Tensor:
-    """What multiplies the columns, f32 [width]."""
-    return _there(np.ones(width, np.float32) if form.scale is None else form.scale, device)
-
-
-def _folded(form: StoredForm, weights: Tensor) -> Tensor:
-    return weights if form.fold is None else weights / _there(form.fold, weights.device)[:, None]
-
-
-def _unfolded(form: StoredForm, weights: Tensor) -> Tensor:
-    return weights if form.fold is None else weights * _there(form.fold, weights.device)[:, None]
-
-
-def _there(array: F32, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
