@@ -31,7 +31,7 @@ from .dense.tile import (
 from .group_fit import F32, SIGNS, GroupFit, Rotated, expand
 from .hessian.row import Coupling
 from .loops import compiled
-from .simd.lanes import PANEL, gather, product
+from .simd.lanes import PANEL, block_of, gather, product
 from .simd.vec import LANES, fma, load, splat, store, tree, where_eq
 
 
@@ -83,9 +83,8 @@ def fit_group_again(errors, group, lines, inverse, signs, turn, sweeps, count, p
     """
     grid = params_io.shape[1] == 2
     dense, t = dense_of(lines[group], signs, grid), tile_for(count, grid)
-    codes, pulls = np.empty((GROUP, LANES), np.float32), np.empty((GROUP, LANES), np.float32)
-    standing, spare = np.empty((GROUP, LANES), np.float32), np.empty((2, LANES), np.float32)
-    levels, line = np.empty((count, LANES), np.float32), np.empty((2, LANES), np.float32)
+    codes, pulls, standing = block_of(GROUP), block_of(GROUP), block_of(GROUP)
+    levels, line = block_of(count), block_of(2)
     for first in range(0, codes_io.shape[0], LANES):
         gather(codes_io, first, 0, codes)
         gather_rows(codes_io, first, 0, t.codes)
@@ -102,13 +101,13 @@ def fit_group_again(errors, group, lines, inverse, signs, turn, sweeps, count, p
         t.ys[:] = pulls
         for r in range(LANES):
             add_decoded(dense, t, r, np.float32(1), t.ys, r * BLOCKS)
-            begin(t, r)
+            begin(dense, t, r)
             t.pull[:] = pulls[r * BLOCKS : (r + 1) * BLOCKS]
-            warm_round(dense, t, r, turn, sweeps, SHAKE, spare)
+            warm_round(dense, t, r, turn, sweeps, SHAKE)
         refit(dense, t)
         to_stored(grid, t)
         for r in range(min(LANES, codes_io.shape[0] - first)):
-            settle(dense, t, r, spare)
+            settle(dense, t, r)
             fall = splat(np.float32(0))
             for b in range(BLOCKS):
                 at = r * BLOCKS + b
@@ -117,7 +116,7 @@ def fit_group_again(errors, group, lines, inverse, signs, turn, sweeps, count, p
                 t.levels[:, r], t.line[:, r] = levels[:, r], line[:, r]
                 for i in range(GROUP):
                     t.codes[r * BLOCKS + i // LANES, i % LANES] = codes_io[first + r, i]
-                begin(t, r)
+                begin(dense, t, r)
             scatter_row(t, r, params_io, codes_io, first + r)
             gains[first + r] = gain_of(t, r)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...formats.fwht import draw_signs
 from ..constants import GROUP, MOST_ENERGY, SHAKE_SEED
 from ..loops import compiled
-from ..simd.vec import LANES, count_gt, first_outside, fma, load, root, splat, store, where_eq, where_gt
+from ..simd.vec import LANES, count_gt, first_outside, fma, load, pick, root, splat, store, where_gt
 
 BLOCKS = GROUP // LANES
 CODE, LOW, HIGH = BLOCKS, 2 * BLOCKS, 3 * BLOCKS
@@ -75,50 +75,39 @@ def heat(errors, pull, share, out):
 
 
 @compiled
-def sweep_row(row, pull, book, columns, first, sweeps, shift, spare):
+def sweep_row(row, pull, book, columns, first, sweeps, shift):
     """Sweeps number first to first + sweeps over one row, whose `row` and pull f32 [16, 16] are kept up to date.
 
     `row` f32 [64, 16] holds, sixteen columns a value, their levels, their codes, and the bounds (low, high] of the
-    targets that keep them. `shift` f32 is the row's heat; spare f32 [2, 16] is scratch.
+    targets that keep them. `shift` f32 is the row's heat.
     """
     levels, mids, edges = book.levels, book.mids, book.edges
     lines, pitch, inverse, signs = columns.lines, columns.pitch, columns.inverse, columns.signs
-    for lane in range(LANES):
-        spare[0, lane] = lane
-    numbers = load(spare, 0)
     for s in range(first, first + sweeps):
         still = True
         for block in range(BLOCKS):
-            start = 0
-            while start < LANES:
-                now = load(row, block)
-                low = load(row, LOW + block)
-                high = load(row, HIGH + block)
-                pulled = load(pull, block) * load(inverse, block)
-                target = now + pulled + splat(shift) * load(signs, s * BLOCKS + block)
-                lane = first_outside(target, low, high, start)
-                if lane == LANES:
-                    break
-                start = lane + 1
-                store(spare, 1, target)
-                wanted = splat(spare[1, lane])
-                code = 0
-                for i in range(mids.shape[0]):
+            now, low, high = load(row, block), load(row, LOW + block), load(row, HIGH + block)
+            pulled, scale = load(pull, block), load(inverse, block)
+            shifted = splat(shift) * load(signs, s * BLOCKS + block)
+            target = now + pulled * scale + shifted
+            lane = first_outside(target, low, high, 0)
+            while lane < LANES:
+                wanted = splat(pick(target, lane))
+                code = count_gt(wanted, load(mids, 0))
+                for i in range(1, mids.shape[0]):
                     code += count_gt(wanted, load(mids, i))
                 level, before = levels[code], row[block, lane]
-                if level == before:  # another code of the same level
-                    continue
-                here = splat(np.float32(lane))
-                codes = load(row, CODE + block)
-                store(row, block, where_eq(numbers, here, splat(level), now))
-                store(row, CODE + block, where_eq(numbers, here, splat(np.float32(code)), codes))
-                store(row, LOW + block, where_eq(numbers, here, splat(edges[code]), low))
-                store(row, HIGH + block, where_eq(numbers, here, splat(edges[code + 1]), high))
-                moved = splat(before - level)
-                line = (block * LANES + lane) * pitch
-                for i in range(BLOCKS):
-                    store(pull, i, fma(load(lines, line + i), moved, load(pull, i)))
-                still = False
+                if level != before:  # else another code of the same level
+                    row[block, lane], row[CODE + block, lane] = level, code
+                    row[LOW + block, lane], row[HIGH + block, lane] = edges[code], edges[code + 1]
+                    moved = splat(before - level)
+                    line = (block * LANES + lane) * pitch
+                    pulled = fma(load(lines, line + block), moved, pulled)
+                    for i in range(BLOCKS):
+                        store(pull, i, fma(load(lines, line + i), moved, load(pull, i)))
+                    target = now + pulled * scale + shifted
+                    still = False
+                lane = first_outside(target, low, high, lane + 1)
         if still and shift == 0.0:
             break
 
@@ -137,7 +126,6 @@ def descend(codes, pull, levels, matrix, signs, first, sweeps, shifts):
     row = np.empty((4 * BLOCKS, LANES), np.float32)
     row_pull = np.empty((BLOCKS, LANES), np.float32)
     inverse = np.empty((BLOCKS, LANES), np.float32)
-    spare = np.empty((2, LANES), np.float32)
     for i in range(GROUP):
         inverse[i // LANES, i % LANES] = np.float32(1) / matrix[i, i]
     book = Codebook(row_levels, mids, edges)
@@ -157,6 +145,6 @@ def descend(codes, pull, levels, matrix, signs, first, sweeps, shifts):
             row[LOW + block, lane] = edges[code]
             row[HIGH + block, lane] = edges[code + 1]
             row_pull[block, lane] = pull[i, r]
-        sweep_row(row, row_pull, book, columns, first, sweeps, shifts[0, r], spare)
+        sweep_row(row, row_pull, book, columns, first, sweeps, shifts[0, r])
         for i in range(GROUP):
             codes[i, r] = row[CODE + i // LANES, i % LANES]

@@ -9,7 +9,7 @@ from ..codes.feedback import feedback
 from ..constants import GROUP, MOST_ENERGY, SIGNAL_FLOOR, SWEEPS
 from ..levels.refit import multiply
 from ..loops import compiled
-from ..simd.lanes import gather, midpoints
+from ..simd.lanes import block_of, gather, midpoints
 from ..simd.vec import LANES, fma, load, splat, tree
 from .sums import add_up, equations, follow, refit
 from .tile import (
@@ -37,9 +37,8 @@ def fit_dense(rows, column, matrix, factor, signs, shakes, sweeps, count, params
     """
     grid = params_io.shape[1] == 2
     dense, t = dense_of(matrix, signs, grid), tile_for(count, grid)
-    y, errors = np.empty((GROUP, LANES), np.float32), np.empty((GROUP, LANES), np.float32)
-    mids, codes = np.empty((count - 1, LANES), np.float32), np.empty((GROUP, LANES), np.float32)
-    spare = np.empty((2, LANES), np.float32)
+    y, errors, codes = block_of(GROUP), block_of(GROUP), block_of(GROUP)
+    mids = block_of(count - 1)
     for first in range(0, rows.shape[0], LANES):
         gather(rows, first, column, y)
         gather_rows(rows, first, column, t.y)
@@ -55,20 +54,20 @@ def fit_dense(rows, column, matrix, factor, signs, shakes, sweeps, count, params
         refit(dense, t)
         for turn in range(shakes.shape[0]):
             for r in range(LANES):
-                begin(t, r)
+                begin(dense, t, r)
                 pull_of(dense, t, r)
-                warm_round(dense, t, r, turn, sweeps, shakes[turn], spare)
+                warm_round(dense, t, r, turn, sweeps, shakes[turn])
             refit(dense, t)
         to_stored(grid, t)
         for r in range(min(LANES, rows.shape[0] - first)):
-            settle(dense, t, r, spare)
+            settle(dense, t, r)
             scatter_row(t, r, params_io, codes_out, first + r)
             if gains.shape[0] > 0:
                 gains[first + r] = gain_of(t, r)
 
 
 @compiled
-def warm_round(dense, t, r, turn, sweeps, share, spare):
+def warm_round(dense, t, r, turn, sweeps, share):
     """A round of descent of row r, its targets shifted by `share` of its error as the shakes of `turn` say; then the
     equations of its refit.
     """
@@ -80,17 +79,17 @@ def warm_round(dense, t, r, turn, sweeps, share, spare):
     if not (energy > 0 and energy < MOST_ENERGY):
         energy = np.float32(0)
     shift = share * np.sqrt(energy)
-    sweep_row(t.row, t.pull, t.book, dense.columns, turn * SWEEPS, sweeps, shift, spare)
+    sweep_row(t.row, t.pull, t.book, dense.columns, turn * SWEEPS, sweeps, shift)
     follow(dense, t, r)
     equations(dense, t, r)
 
 
 @compiled
-def settle(dense, t, r, spare):
+def settle(dense, t, r):
     """Plain descent of row r for the levels that are stored."""
-    begin(t, r)
+    begin(dense, t, r)
     pull_of(dense, t, r)
-    sweep_row(t.row, t.pull, t.book, dense.columns, 0, SWEEPS, np.float32(0), spare)
+    sweep_row(t.row, t.pull, t.book, dense.columns, 0, SWEEPS, np.float32(0))
 
 
 @compiled

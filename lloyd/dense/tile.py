@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from ..codes.descent import BLOCKS, CODE, HIGH, LOW, Codebook, Columns
 from ..constants import F16_MAX, GROUP
 from ..loops import compiled
-from ..simd.lanes import lined_up
+from ..simd.lanes import block_of, lined_up
 from ..simd.vec import LANES, fma, load, splat, store, where_eq
 
 F32 = NDArray[np.float32]
 
-FEW = 8
-"""Up to so many levels are told apart by comparing all sixteen columns of a value with each."""
 LARGEST = np.float32(F16_MAX)
 SMALLEST_NORMAL = np.float32(2.0**-14)
 TINY_ROUNDER = np.float32(0.75)
@@ -70,7 +68,8 @@ def dense_of(matrix, shakes, grid):
     lined = lined_up(matrix)
     pitch = lined.shape[1] // LANES
     lines = lined.reshape(GROUP * pitch, LANES)
-    inverse, ones = np.empty((BLOCKS, LANES), np.float32), np.zeros((BLOCKS, LANES), np.float32)
+    inverse, ones, signs = block_of(BLOCKS), block_of(BLOCKS), block_of(shakes.shape[0] * BLOCKS)
+    signs[:] = shakes.reshape(signs.shape)
     total = np.float32(0)
     for i in range(GROUP):
         inverse[i // LANES, i % LANES] = np.float32(1) / matrix[i, i]
@@ -78,7 +77,7 @@ def dense_of(matrix, shakes, grid):
             store(ones, b, load(ones, b) + load(lines, i * pitch + b))
         for j in range(GROUP if grid else 0):
             total += matrix[i, j]
-    columns = Columns(lines, pitch, inverse, shakes.reshape(shakes.shape[0] * BLOCKS, LANES))
+    columns = Columns(lines, pitch, inverse, signs)
     return Dense(lined, columns, ones, total, grid)
 
 
@@ -88,22 +87,23 @@ def tile_for(count, grid):
     unknowns, kept = (2, 1) if grid else (count, count)
     edges = np.empty(count + 1, np.float32)
     edges[0], edges[count] = -np.inf, np.inf
-    mids = np.full(((count + LANES - 2) // LANES, LANES), np.inf, np.float32)
+    mids = block_of((count + LANES - 2) // LANES)
+    mids[:] = np.inf
     return Tile(
-        np.zeros((GROUP, LANES), np.float32),
-        np.empty((GROUP, LANES), np.float32),
-        np.zeros((GROUP, LANES), np.float32),
-        np.zeros((count, LANES), np.float32),
-        np.zeros((2, LANES), np.float32),
-        np.zeros((unknowns, unknowns, LANES), np.float32),
-        np.empty((unknowns, LANES), np.float32),
-        np.empty((LANES * kept * BLOCKS, LANES), np.float32),
-        np.empty((4 * BLOCKS, LANES), np.float32),
-        np.empty((BLOCKS, LANES), np.float32),
+        block_of(GROUP),
+        block_of(GROUP),
+        block_of(GROUP),
+        block_of(count),
+        block_of(2),
+        block_of(unknowns * unknowns).reshape(unknowns, unknowns, LANES),
+        block_of(unknowns),
+        block_of(LANES * kept * BLOCKS),
+        block_of(4 * BLOCKS),
+        block_of(BLOCKS),
         Codebook(np.empty(count, np.float32), mids, edges),
-        np.empty((GROUP, LANES), np.float32),
-        np.empty((GROUP, LANES), np.float32),
-        np.empty((kept * BLOCKS, LANES), np.float32),
+        block_of(GROUP),
+        block_of(GROUP),
+        block_of(kept * BLOCKS),
     )
 
 
@@ -192,7 +192,7 @@ def round_halves(values):
 
 
 @compiled
-def begin(t, r):
+def begin(dense, t, r):
     """Row r of a tile becomes the one that descends: its levels, its codes, and the bounds of its targets."""
     count, book, at = t.levels.shape[0], t.book, r * BLOCKS
     for k in range(count):
@@ -200,22 +200,24 @@ def begin(t, r):
     for k in range(count - 1):
         book.edges[k + 1] = np.float32(0.5) * (book.levels[k] + book.levels[k + 1])
         book.mids[k // LANES, k % LANES] = book.edges[k + 1]
+    zero, scale = splat(t.line[0, r]), splat(t.line[1, r])
+    one, half = splat(np.float32(1)), splat(np.float32(0.5))
     for b in range(BLOCKS):
         codes = load(t.codes, at + b)
         store(t.row, CODE + b, codes)
-        if count > FEW:
-            for lane in range(LANES):
-                code = int(t.codes[at + b, lane])
-                t.row[b, lane] = book.levels[code]
-                t.row[LOW + b, lane] = book.edges[code]
-                t.row[HIGH + b, lane] = book.edges[code + 1]
-            continue
-        level, low, high = splat(book.levels[0]), splat(book.edges[0]), splat(book.edges[1])
-        for k in range(1, count):
-            this = splat(np.float32(k))
-            level = where_eq(codes, this, splat(book.levels[k]), level)
-            low = where_eq(codes, this, splat(book.edges[k]), low)
-            high = where_eq(codes, this, splat(book.edges[k + 1]), high)
+        if dense.grid:
+            level = zero + scale * codes
+            low = half * (zero + scale * (codes - one) + level)
+            low = where_eq(codes, splat(np.float32(0)), splat(book.edges[0]), low)
+            high = half * (level + (zero + scale * (codes + one)))
+            high = where_eq(codes, splat(np.float32(count - 1)), splat(book.edges[count]), high)
+        else:
+            level, low, high = splat(book.levels[0]), splat(book.edges[0]), splat(book.edges[1])
+            for k in range(1, count):
+                this = splat(np.float32(k))
+                level = where_eq(codes, this, splat(book.levels[k]), level)
+                low = where_eq(codes, this, splat(book.edges[k]), low)
+                high = where_eq(codes, this, splat(book.edges[k + 1]), high)
         store(t.row, b, level)
         store(t.row, LOW + b, low)
         store(t.row, HIGH + b, high)

@@ -16,16 +16,21 @@ PANEL = 8
 
 
 @compiled
+def block_of(count):
+    """A block f32 [count, 16] of zeros that begins at a cache line, so that none of its values lies in two of them."""
+    flat = np.zeros((count + 1) * LANES, np.float32)
+    skip = -(flat.ctypes.data // flat.itemsize) % LANES
+    return flat[skip : skip + count * LANES].reshape(count, LANES)
+
+
+@compiled
 def lined_up(matrix):
-    """A copy f32 [n, K + 16] of an f32 matrix [n, K], K a multiple of 16, whose rows begin at cache lines, so that none
-    of their vectors lies in two of them.
+    """A copy f32 [n, K + 16] of an f32 matrix [n, K], K a multiple of 16, whose rows begin at cache lines.
 
     The last columns are zeros. Rows that are a power of two apart would share a few sets of the innermost cache.
     """
     count, width = matrix.shape
-    flat = np.zeros(count * (width + LANES) + LANES, np.float32)
-    skip = -(flat.ctypes.data // flat.itemsize) % LANES
-    copy = flat[skip : skip + count * (width + LANES)].reshape(count, width + LANES)
+    copy = block_of(count * (width // LANES + 1)).reshape(count, width + LANES)
     copy[:, :width] = matrix
     return copy
 

@@ -254,12 +254,26 @@ def first_outside(typing: Any, a: Any, low: Any, high: Any, start: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(32)
         begin = context.cast(builder, args[3], signature.args[3], types.int32)
-        inside = builder.and_(_mask(builder, ">", args[0], args[1]), _mask(builder, "<=", args[0], args[2]))
-        mask = builder.or_(builder.zext(builder.not_(inside), word), word(1 << LANES))
+        # What lies outside, and not what does not lie inside: the two comparisons need not wait for each other.
+        below = builder.fcmp_unordered("<=", args[0], args[1])
+        above = builder.fcmp_unordered(">", args[0], args[2])
+        outside = builder.bitcast(builder.or_(below, above), ir.IntType(LANES))
+        mask = builder.or_(builder.zext(outside, word), word(1 << LANES))
         found = builder.cttz(builder.and_(mask, builder.shl(word(-1), begin)), ir.IntType(1)(1))
         return context.cast(builder, found, types.int32, types.intp)
 
     return types.intp(a, low, high, start), codegen
+
+
+@intrinsic
+def pick(typing: Any, a: Any, lane: Any) -> Any:
+    """One lane of a value; its number is not checked."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        index = context.cast(builder, args[1], signature.args[1], types.intp)
+        return builder.extract_element(args[0], index)
+
+    return a.element(a, lane), codegen
 
 
 @intrinsic

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from mq_quant.lloyd.simd.vec import LANES, count_gt, first_outside, load
+from mq_quant.lloyd.simd.vec import LANES, count_gt, first_outside, load, pick
 from numba import njit
 
 FEW = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1e-45, 0.5, 1.0, np.inf, np.nan])
@@ -22,6 +22,11 @@ def outside(block, start):
 @njit
 def above(block):
     return count_gt(load(block, 0), load(block, 1))
+
+
+@njit
+def lane_of(block, lane):
+    return pick(load(block, 1), lane)
 
 
 @given(BLOCKS, st.integers(0, LANES - 1))
@@ -40,3 +45,8 @@ def test_no_lane_is_outside_where_bounds_hold() -> None:
 @given(BLOCKS)
 def test_lanes_that_are_greater_are_counted(block: np.ndarray) -> None:
     assert above(block) == (block[0] > block[1]).sum()
+
+
+@given(BLOCKS, st.integers(0, LANES - 1))
+def test_a_lane_is_picked(block: np.ndarray, lane: int) -> None:
+    np.testing.assert_array_equal(np.float32(lane_of(block, lane)), block[1, lane])
