@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from ...awq.from_imatrix import ImatrixModel
 from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
 from ...awq.importance import LayerImportance
 from ...awq.own_moments import with_rows
-from ...awq.row_answers import RowAnswers, cost_factor, row_answers
+from ...awq.row_answers import RowAnswers
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
 from ...formats.minimax import ModelConfig
@@ -38,6 +38,7 @@ from ...verify.model.spread_forward import spread_before_experts
 from ..encode.on_device.kept import keep_on_device
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
+from .error_costs import ErrorCosts
 from .folder import CalibrationFolder, discard_folder, manifest_text
 from .layer_pass import (
     Gathered,
@@ -55,14 +56,12 @@ from .layer_pass import (
 from .moments import LayerMoments
 from .resident import Resident, Residents, on_a_thread
 from .sensitivity import find_sensitivities
-from .sensitivity_files import read_sensitivity, sensitivity_record
+from .sensitivity_files import sensitivity_record
 from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .state import CalibrationState
 
-FACTORS = 2
-"""Layers whose cost factor is kept: rounding takes it, and the tuning of each file after it."""
 DOWN: DownForm = "pooled"
 """Only the layer's moment at down is kept: an expert's own follows from its rows when it is encoded."""
 
@@ -108,8 +107,7 @@ class GatheredImportance:
         self._imatrix: ImatrixModel | None = None
         self._path: Path | None = None
         self._state, self._first, self._last = state, 0, 0
-        self._sensitivities: tuple[Path, dict[int, str]] | None = None
-        self._factor = lru_cache(FACTORS)(self._read_factor)
+        self._error_costs = ErrorCosts(self.config)
         self._out: CalibrationFolder | None = None
         self.coverage = 0.0
         """Share of experts that saw a token, once `finish` has been called."""
@@ -239,7 +237,7 @@ class GatheredImportance:
             return self._residents.importance(layer)
         gathered = self._gathered(layer, self._folder.record(layer))
         rows = self._folder.rows(layer, self.config, self.tokens.size)
-        return with_rows(gathered, rows, self._row_answers(layer))
+        return with_rows(gathered, rows, self._error_costs.row_answers(layer))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -314,12 +312,14 @@ class GatheredImportance:
             keep_last=self._keep_outputs,
         )
 
-    def _gather_here(self, layer: int, hidden: Tensor) -> tuple[Resident, Callable[[], None]]:
+    def _gather_here(
+        self, layer: int, hidden: Tensor, answers: Future[RowAnswers | None]
+    ) -> tuple[Resident, Callable[[], None]]:
         """Run a layer and leave it on the devices; also what makes it durable, which may be done on another thread."""
         weights = self._weights(layer)
         done = self._gather(layer, hidden, weights)
         assert done.rows is not None
-        return self._as_resident(layer, weights, done.rows, done.record, done.behind), done.finish
+        return self._as_resident(layer, weights, done.rows, done.record, answers, done.behind), done.finish
 
     def _as_resident(
         self,
@@ -327,12 +327,12 @@ class GatheredImportance:
         weights: DeviceWeights,
         rows: tuple[Tensor, Tensor],
         record: Mapping[str, Any],
+        answers: Future[RowAnswers | None],
         behind: Tensor | None = None,
     ) -> Resident:
         """What stays of a layer, complete on the devices."""
-        importance = keep_on_device(
-            self._gathered(layer, record), *rows, weights.matrix, self.devices[1:], self._row_answers(layer)
-        )
+        gathered = self._gathered(layer, record)
+        importance = keep_on_device(gathered, *rows, weights.matrix, self.devices[1:], answers.result())
         wait_for(*self.devices)
         return Resident(weights, importance, behind)
 
@@ -344,33 +344,24 @@ class GatheredImportance:
     def _find_sensitivities(self, watch: Watch) -> None:
         if self._state is not None:
             layers = range(self._state.start(self._first), self._last + 1)
-            self._sensitivities = self._state.path, self._state.sensitivities_of(layers)
+            self._error_costs.found(self._state.path, self._state.sensitivities_of(layers))
             return
         assert self._path is not None
         signature = dict(flatten(self._manifest | self._costs))
         hashes = find_sensitivities(self._source, self.tokens, self.device, self._path, signature, watch)
-        self._sensitivities = self._path, hashes
-
-    def _row_answers(self, layer: int) -> RowAnswers | None:
-        """How rows of the layer's down answer each other, where what errors behind it cost is known."""
-        return row_answers(self._factor(layer))
+        self._error_costs.found(self._path, hashes)
 
     def costs(self, layer: int) -> NDArray[np.float32] | None:
-        """What errors behind a layer cost, f32 [hidden, hidden] as of `cost_factor`, where it is known."""
-        factor = self._factor(layer)
-        return None if factor is None else np.ascontiguousarray(factor, np.float32)
-
-    def _read_factor(self, layer: int) -> NDArray[np.float64] | None:
-        if self._sensitivities is None:
-            return None
-        folder, hashes = self._sensitivities
-        return cost_factor(read_sensitivity(folder, layer, self.config, hashes[layer]))
+        """What errors behind a layer cost, as `ErrorCosts.factor` says."""
+        return self._error_costs.factor(layer)
 
     def _run(self, layer: int, entering: Tensor | None) -> tuple[Resident, Callable[[], None]]:
         """A layer on the devices: run, or where it is finished already what its experts saw, as `resident.Run` says."""
+        # How rows answer takes a core about as long as the run takes a GPU.
+        answers = on_a_thread(partial(self._error_costs.row_answers, layer))
         if layer < len(self._folder.journal.done) and self._intact_on_disk(layer):
-            return self._again(layer), lambda: None
-        made = self._gather_here(layer, self._entering(layer) if entering is None else entering)
+            return self._again(layer, answers), lambda: None
+        made = self._gather_here(layer, self._entering(layer) if entering is None else entering, answers)
         if self._held == 1:
             make_room(self.devices)
         return made
@@ -381,7 +372,7 @@ class GatheredImportance:
         self._dropping = on_a_thread(partial(self._drop, range(layer)))
         self._residents.fill(self._last)
 
-    def _again(self, layer: int) -> Resident:
+    def _again(self, layer: int, answers: Future[RowAnswers | None]) -> Resident:
         """What the experts of a finished layer saw, from the stream that enters the layer."""
         weights = self._weights(layer)
         moments = LayerMoments(self.config, layer, DOWN, keep_rows=True)
@@ -389,7 +380,7 @@ class GatheredImportance:
             hidden = enter(self._source, self.config, self._folder, self.tokens, layer).to(self.device)
             spread_before_experts(weights, self.config, layer, hidden, moments)
         assert moments.rows is not None
-        return self._as_resident(layer, weights, moments.rows, self._folder.record(layer))
+        return self._as_resident(layer, weights, moments.rows, self._folder.record(layer), answers)
 
     def _weights(self, layer: int) -> DeviceWeights:
         """The weights of a layer on the devices."""

@@ -14,7 +14,7 @@ from build_hooks import StopError
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import CalibrationError, MqError, OutputError
 from mq_quant.formats.hfq import open_hfq
-from mq_quant.quantize.calibrate import on_the_fly
+from mq_quant.quantize.calibrate import error_costs, on_the_fly
 from mq_quant.quantize.calibrate.folder import STATE, hidden_file
 from mq_quant.quantize.calibrate.sensitivity_files import sensitivity_file
 from mq_quant.quantize.calibrate.state import CalibrationState, StateOptions, equal_parts, make_state
@@ -101,7 +101,7 @@ def test_sensitivities_of_the_state_decide_what_is_written(
     source: Path, state: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the test before would say nothing of them: the same record without their bytes is another file."""
-    monkeypatch.setattr(on_the_fly, "row_answers", lambda _: None)
+    monkeypatch.setattr(error_costs, "row_answers", lambda _: None)
     (tmp_path / "ignored").write_bytes(built(source, tmp_path / "out").read_bytes())
     (tmp_path / "whole").write_bytes(whole)
     with open_hfq(tmp_path / "ignored") as a, open_hfq(tmp_path / "whole") as b:
