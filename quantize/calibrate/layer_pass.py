@@ -51,10 +51,12 @@ def with_others(first: torch.device) -> tuple[torch.device, ...]:
     return (first, *(torch.device("cuda", n) for n in alike))
 
 
-def make_room(devices: Sequence[torch.device]) -> None:
-    """Give back what torch holds in reserve where that is most of a GPU's memory: the encoder takes memory too."""
+def make_room(devices: Sequence[torch.device], most: float = 0.5) -> None:
+    """Give back what torch holds in reserve where that is more than this share of a GPU's memory: the encoder takes
+    memory too.
+    """
     gpus = [device for device in devices if device.type == "cuda"]
-    if any(torch.cuda.memory_reserved(d) > torch.cuda.mem_get_info(d)[1] // 2 for d in gpus):
+    if any(torch.cuda.memory_reserved(d) > most * torch.cuda.mem_get_info(d)[1] for d in gpus):
         torch.cuda.empty_cache()
 
 

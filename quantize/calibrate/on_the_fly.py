@@ -349,6 +349,7 @@ class GatheredImportance:
         assert self._path is not None
         signature = dict(flatten(self._manifest | self._costs))
         hashes = find_sensitivities(self._source, self.tokens, self.device, self._path, signature, watch)
+        make_room(self.devices, 0.0)  # other streams come now, which cannot use what these have left
         self._error_costs.found(self._path, hashes)
 
     def costs(self, layer: int) -> NDArray[np.float32] | None:

@@ -14,7 +14,13 @@ from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import ResumeError
 from mq_quant.formats.minimax import parse_config
 from mq_quant.quantize.calibrate import layer_pass
-from mq_quant.quantize.calibrate.layer_pass import device_record, layers_held, open_device, with_others
+from mq_quant.quantize.calibrate.layer_pass import (
+    device_record,
+    layers_held,
+    make_room,
+    open_device,
+    with_others,
+)
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.spec.places import model_files
 from mq_quant.quantize.spec.recipe import load_model
@@ -34,6 +40,24 @@ def test_several_gpus_hold_more_layers_where_they_have_room(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gib << 30))
     config = parse_config(model_files(load_model("minimax-m2.7")).config)
     assert layers_held(config, 1 << 16, [torch.device("cuda", n) for n in range(gpus)]) == held
+
+
+@pytest.mark.parametrize(
+    ("reserved", "most", "given"),
+    [(13, 0.5, True), (11, 0.5, False), (1, 0.0, True), (0, 0.0, False)],
+)
+def test_what_torch_holds_in_reserve_is_given_back_where_it_is_much(
+    monkeypatch: pytest.MonkeyPatch, reserved: int, most: float, given: bool
+) -> None:
+    """On a GPU of 24 GiB."""
+    calls: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 24 << 30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(True))
+    make_room([torch.device("cpu")], most)
+    assert not calls
+    make_room([torch.device("cpu"), torch.device("cuda", 0)], most)
+    assert bool(calls) == given
 
 
 class StopError(Exception):
