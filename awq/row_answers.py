@@ -13,6 +13,7 @@ Source: two-sided feedback as in "Model-Preserving Adaptive Rounding" (Tseng and
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -93,23 +94,23 @@ def _share(lower: F64, rows: slice) -> F32:
 
 
 def encode_answering(
-    matrices: Sequence[Matrix],
+    matrix: Matrix,
     answers: Sequence[tuple[slice, Matrix]] | None,
-    encode: Callable[[list[Matrix]], Sequence[tuple[Payload, Matrix]]],
-) -> list[list[Payload]]:
-    """For each of some matrices f32 [hidden, K], of numpy or of torch as their shares in `answers` are, the payloads of
-    its blocks of rows.
+    encode: Callable[[Matrix], tuple[Payload, Matrix]],
+    multiply: Callable[[Matrix, Matrix], Matrix] = operator.matmul,
+) -> list[Payload]:
+    """The payloads of a matrix f32 [hidden, K], of numpy or of torch as its shares in `answers` are, block by block; or
+    of several that are answered alike, [n, hidden, K].
 
-    `encode` gives for the same rows of each matrix their payload and the values that it stands for. Without answers all
-    rows are one block.
+    `encode` gives the payload of some rows and the values that it stands for, `multiply` the product of a share f32
+    [rows, before] with each matrix's [before, K]. Without answers all rows are one block.
     """
     if answers is None:
-        return [[payload] for payload, _ in encode(list(matrices))]
-    payloads: list[list[Payload]] = [[] for _ in matrices]
-    missed = [matrix * 0 for matrix in matrices]
+        return [encode(matrix)[0]]
+    payloads, missed = [], matrix * 0
     for rows, share in answers:
-        aims = [m[rows] + share @ e[: rows.start] for m, e in zip(matrices, missed, strict=True)]
-        for n, (payload, values) in enumerate(encode(aims)):
-            payloads[n].append(payload)
-            missed[n][rows] = matrices[n][rows] - values
+        mine = matrix[..., rows, :]
+        payload, values = encode(mine + multiply(share, missed[..., : rows.start, :]))
+        payloads.append(payload)
+        missed[..., rows, :] = mine - values
     return payloads

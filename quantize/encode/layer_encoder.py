@@ -206,12 +206,9 @@ class LayerEncoder(PreparedLayer):
     def _encode_down(self, w2: F32, form: StoredForm, hessian: RowHessian) -> U8:
         """The payload u8 [bytes] of w2 f32 [hidden, intermediate]; its rows answer each other where it is known how."""
 
-        def encode(some: list[F32]) -> list[tuple[U8, F32]]:
-            payloads = self.encoder.encode(
-                [MatrixTask(rows, form, self.fit, hessian, self.gain) for rows in some]
-            )
-            return [(p, form.decode(p, rows.shape)) for p, rows in zip(payloads, some, strict=True)]
+        def encode(rows: F32) -> tuple[U8, F32]:
+            (payload,) = self.encoder.encode([MatrixTask(rows, form, self.fit, hessian, self.gain)])
+            return payload, form.decode(payload, rows.shape)
 
         answers = self.importance.answers if isinstance(self.importance, WithRows) else None
-        (blocks,) = encode_answering([w2], answers, encode)
-        return np.concatenate(blocks)
+        return np.concatenate(encode_answering(w2, answers, encode))

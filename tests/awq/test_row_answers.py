@@ -38,13 +38,8 @@ def rounded(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (codes + 6).astype(np.uint8), (0.5 * codes).astype(np.float32)
 
 
-def one_by_one(some: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [rounded(rows) for rows in some]
-
-
 def payload_of(answers: RowAnswers | None) -> np.ndarray:
-    (blocks,) = encode_answering([MATRIX], answers, one_by_one)
-    return np.concatenate(blocks)
+    return np.concatenate(encode_answering(MATRIX, answers, rounded))
 
 
 def values_of(payload: np.ndarray) -> np.ndarray:
@@ -91,19 +86,19 @@ def test_where_all_directions_cost_the_same_nothing_changes(tokens: int) -> None
 def test_without_answers_all_rows_are_one_block() -> None:
     seen: list[int] = []
 
-    def counted(some: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        seen.extend(map(len, some))
-        return one_by_one(some)
+    def counted(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        seen.append(len(rows))
+        return rounded(rows)
 
-    ((payload,),) = encode_answering([MATRIX], None, counted)
+    (payload,) = encode_answering(MATRIX, None, counted)
     assert np.array_equal(payload, rounded(MATRIX)[0]) and seen == [ROWS]
 
 
 def test_matrices_beside_each_other_are_rounded_as_each_alone() -> None:
     answers = row_answers(cost_factor(Sensitivity(moment(), MANY)))
-    given = [MATRIX, -2 * MATRIX, MATRIX[:, ::-1].copy()]
-    alone = [np.concatenate(encode_answering([m], answers, one_by_one)[0]) for m in given]
-    beside = [np.concatenate(blocks) for blocks in encode_answering(given, answers, one_by_one)]
+    given = np.stack([MATRIX, -2 * MATRIX, MATRIX[:, ::-1]])
+    alone = [np.concatenate(encode_answering(m, answers, rounded)) for m in given]
+    beside = np.concatenate(encode_answering(given, answers, rounded), axis=1)
     np.testing.assert_array_equal(beside, alone)
 
 
@@ -160,11 +155,10 @@ def test_torch_gives_the_codes_of_numpy() -> None:
     answers = row_answers(cost_factor(Sensitivity(moment(), MANY)))
     assert answers is not None
 
-    def on_torch(some: list[torch.Tensor]) -> list[tuple[np.ndarray, torch.Tensor]]:
-        return [
-            (codes, torch.from_numpy(values)) for codes, values in one_by_one([rows.numpy() for rows in some])
-        ]
+    def on_torch(rows: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+        codes, values = rounded(rows.numpy())
+        return codes, torch.from_numpy(values)
 
     shares = [(rows, torch.from_numpy(share)) for rows, share in answers]
-    there = np.concatenate(encode_answering([torch.from_numpy(MATRIX)], shares, on_torch)[0])
+    there = np.concatenate(encode_answering(torch.from_numpy(MATRIX), shares, on_torch))
     assert (there != payload_of(answers)).mean() < 0.01  # products differ in their last bits

@@ -4,7 +4,7 @@ and so on. Some rows of one matrix leave most of a GPU idle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,19 +14,24 @@ from ....lloyd.hessian.row import RowHessian
 from .factors import Coupled, Factors
 
 
-def beside(matrices: Sequence[Tensor]) -> Tensor:
-    """Matrices [R, K], or vectors [K], as one [R, K · n], or [K · n]."""
-    if len(matrices) == 1:
-        return matrices[0].contiguous()
-    in_groups = [m.view(*m.shape[:-1], -1, GROUP) for m in matrices]
-    return torch.stack(in_groups, -2).flatten(-3)
+def beside(matrices: Tensor) -> Tensor:
+    """Matrices [n, R, K] as one, [R, K · n]; or vectors [n, K] as one."""
+    in_groups = matrices.view(*matrices.shape[:-1], -1, GROUP)
+    return in_groups.movedim(0, -2).flatten(-3).contiguous()
 
 
-def apart(made: Tensor, count: int, groups: int) -> list[Tensor]:
-    """What was made [R, groups · count · n] of so many matrices of so many groups, as [R, groups · n] of each."""
-    if count == 1:
-        return [made]
-    return [one.flatten(1) for one in made.view(len(made), groups, count, -1).unbind(2)]
+def apart(made: Tensor, count: int, groups: int) -> Tensor:
+    """What was made [R, groups · count · m] of so many matrices of so many groups, as [count, R, groups · m]."""
+    return made.view(len(made), groups, count, -1).permute(2, 0, 1, 3).flatten(2)
+
+
+def each(product: Callable[..., object], given: Tensor, out: Tensor) -> Tensor:
+    """`out` [n, …] filled by product(matrix, out=…) of each given one [n, …]: by one call for each, so that the bits of
+    one do not depend on those beside it.
+    """
+    for matrix, place in zip(given, out, strict=True):
+        product(matrix, out=place)
+    return out
 
 
 def are_alike(hessians: Sequence[Factors | RowHessian]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ....awq.row_answers import encode_answering
 from ....formats.blocks import Format
+from .beside import each
 from .rounding import Rounder, Under, unrotated
 
 U8 = NDArray[np.uint8]
@@ -49,12 +51,16 @@ def round_downs(
     any.
     """
     under = [down.under for down in downs]
+    scale = torch.stack([u.scale for u in under])[:, None]
 
-    def encode(rows: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        made = rounder.encode(rows, fmt, under, gain)
-        return [
-            (payload, unrotated(values) / u.scale) for (payload, values), u in zip(made, under, strict=True)
-        ]
+    def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
+        payloads, values = rounder.encode(rows, fmt, under, gain)
+        return payloads, unrotated(values) / scale
 
-    blocks = encode_answering([down.weights for down in downs], shares, encode)
-    return [rounder.fetch(torch.cat(of_one)) for of_one in blocks]
+    def multiply(share: Tensor, errors: Tensor) -> Tensor:
+        return each(
+            partial(torch.mm, share), errors, errors.new_empty(len(errors), len(share), errors.shape[2])
+        )
+
+    given = torch.stack([down.weights for down in downs])
+    return list(rounder.fetch(torch.cat(encode_answering(given, shares, encode, multiply), dim=1)))

@@ -110,10 +110,10 @@ class DeviceLayerEncoder(LayerEncoder):
         def encode(projections: tuple[str, ...]) -> tuple[dict[str, U8], dict[str, Tensor]]:
             """Payloads, and the values that they stand for in the basis of the checkpoint but for the fold."""
             rows = torch.cat([folded(forms[p], weights[p]) for p in projections])
-            under = Under(scale, gate_up)
-            ((packed, rounded),) = rounder.encode([rows], self.formats[projections[0]], [under], self.gain)
-            values = (unrotated(rounded) / scale).chunk(len(projections))
-            payloads = np.split(rounder.fetch(packed), len(projections))
+            fmt, under = self.formats[projections[0]], [Under(scale, gate_up)]
+            packed, rounded = rounder.encode(rows[None], fmt, under, self.gain)
+            values = (unrotated(rounded)[0] / scale).chunk(len(projections))
+            payloads = np.split(rounder.fetch(packed)[0], len(projections))
             return dict(zip(projections, payloads, strict=True)), dict(zip(projections, values, strict=True))
 
         payloads: dict[str, U8] = {}
@@ -206,9 +206,9 @@ class DeviceLayerEncoder(LayerEncoder):
             lost = kept = torch.zeros((), dtype=torch.float64, device=moment.device)
             for projections, given in zip(_together(self.formats), together, strict=True):
                 some = given.to(moment.device)
-                fmt, under = self.formats[projections[0]], Under(scale, hessian)
-                ((_, values),) = rounder.encode([some], fmt, [under], 0.0)
-                lost = lost + _energy(unrotated(values) / scale - some, moment)
+                fmt, under = self.formats[projections[0]], [Under(scale, hessian)]
+                _, values = rounder.encode(some[None], fmt, under, 0.0)
+                lost = lost + _energy(unrotated(values)[0] / scale - some, moment)
                 kept = kept + _energy(some, moment)
             return float(lost), float(kept)
 

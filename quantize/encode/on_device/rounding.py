@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from ....kernels.encode.hessians import DenseFactors
 from ....kernels.runtime.host import Backend, Buffer
 from ....lloyd.hessian.row import RowHessian
 from ..encoders import Encoder, MatrixTask
-from .beside import apart, are_alike, beside, factors_beside
+from .beside import apart, are_alike, beside, each, factors_beside
 from .factors import Factors, borrowed
 
 U8 = NDArray[np.uint8]
@@ -42,15 +42,15 @@ class Rounder(Protocol):
     """Rounds matrices that lie on a device of torch's."""
 
     def encode(
-        self, matrices: Sequence[Tensor], fmt: Format, under: Sequence[Under], gain: float
-    ) -> list[tuple[Tensor, Tensor]]:
-        """For each of some matrices f32 [R, K] of one shape, folded already, its payload u8 [bytes], where it was made,
-        and the values f32 [R, K] that it stands for, in the stored basis.
+        self, matrices: Tensor, fmt: Format, under: Sequence[Under], gain: float
+    ) -> tuple[Tensor, Tensor]:
+        """Of matrices f32 [n, R, K], folded already, the payloads u8 [n, bytes], where they were made, and the values
+        f32 [n, R, K] that they stand for, in the stored basis.
         """
         ...
 
-    def fetch(self, payload: Tensor) -> U8:
-        """A payload, or several in one, in the machine's memory."""
+    def fetch(self, payloads: Tensor) -> U8:
+        """Payloads u8 [n, bytes] in the machine's memory."""
         ...
 
 
@@ -62,23 +62,20 @@ class Streamed:
     _last: dict[tuple[Factors, ...], DenseFactors] = field(default_factory=dict)
 
     def encode(
-        self, matrices: Sequence[Tensor], fmt: Format, under: Sequence[Under], gain: float
-    ) -> list[tuple[Tensor, Tensor]]:
+        self, matrices: Tensor, fmt: Format, under: Sequence[Under], gain: float
+    ) -> tuple[Tensor, Tensor]:
         """As `Rounder.encode`. Nothing waits for the device. Matrices go side by side where they can."""
         if len(matrices) > 1 and not are_alike([u.hessian for u in under]):
-            return [
-                done
-                for m, u in zip(matrices, under, strict=True)
-                for done in self.encode([m], fmt, [u], gain)
-            ]
-        backend, count, device = self.encoder.backend, len(matrices), matrices[0].device
-        groups = matrices[0].shape[1] // GROUP
-        weights, scale = beside(matrices), beside([u.scale for u in under])
+            made = (self.encode(m[None], fmt, [u], gain) for m, u in zip(matrices, under, strict=True))
+            payloads, values = zip(*made, strict=True)
+            return torch.cat(payloads), torch.cat(values)
+        backend, device = self.encoder.backend, matrices.device
+        count, rows, width = matrices.shape
+        weights, scale = beside(matrices), beside(torch.stack([u.scale for u in under]))
         given, columns = borrowed(backend, weights), borrowed(backend, scale)
         coded = self.encoder.encode_here(given, fmt, columns, self._brought(under), gain, count)
-        payload = _tensor(coded.payload, device).clone().view(len(weights), -1)
-        payloads, values = (apart(made, count, groups) for made in (payload, _decoded(coded, fmt, device)))
-        return [(p.flatten(), v) for p, v in zip(payloads, values, strict=True)]
+        payload, values = _tensor(coded.payload, device).clone().view(rows, -1), _decoded(coded, fmt, device)
+        return apart(payload, count, width // GROUP).flatten(1), apart(values, count, width // GROUP)
 
     def _brought(self, under: Sequence[Under]) -> DenseFactors | RowHessian:
         """The Hessians for the kernels, the same object as long as they are asked for: they are brought once for all
@@ -92,10 +89,10 @@ class Streamed:
             self._last[key] = factors_beside(key).on(self.encoder.backend)
         return self._last[key]
 
-    def fetch(self, payload: Tensor) -> U8:
+    def fetch(self, payloads: Tensor) -> U8:
         """As `Rounder.fetch`."""
         backend = self.encoder.backend
-        return backend.download(borrowed(backend, payload.contiguous()))
+        return backend.download(borrowed(backend, payloads.contiguous()))
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,8 @@ class ThroughMemory:
     encoder: Encoder
 
     def encode(
-        self, matrices: Sequence[Tensor], fmt: Format, under: Sequence[Under], gain: float
-    ) -> list[tuple[Tensor, Tensor]]:
+        self, matrices: Tensor, fmt: Format, under: Sequence[Under], gain: float
+    ) -> tuple[Tensor, Tensor]:
         """As `Rounder.encode`."""
 
         def task(matrix: Tensor, given: Under) -> MatrixTask:
@@ -114,14 +111,13 @@ class ThroughMemory:
             form = StoredForm(fmt, given.scale.cpu().numpy())
             return MatrixTask(matrix.cpu().numpy(), form, "hessian", hessian, gain)
 
-        payloads = self.encoder.encode([task(m, u) for m, u in zip(matrices, under, strict=True)])
-        values = (fmt.decode(payload).reshape(m.shape) for payload, m in zip(payloads, matrices, strict=True))
-        there = (torch.from_numpy(v).to(matrices[0].device) for v in values)
-        return [(torch.from_numpy(payload), v) for payload, v in zip(payloads, there, strict=True)]
+        payloads = np.stack(self.encoder.encode([task(m, u) for m, u in zip(matrices, under, strict=True)]))
+        values = np.stack([fmt.decode(payload) for payload in payloads]).reshape(matrices.shape)
+        return torch.from_numpy(payloads), torch.from_numpy(values).to(matrices.device)
 
-    def fetch(self, payload: Tensor) -> U8:
+    def fetch(self, payloads: Tensor) -> U8:
         """As `Rounder.fetch`."""
-        fetched: U8 = payload.numpy()
+        fetched: U8 = payloads.numpy()
         return fetched
 
 
@@ -134,8 +130,10 @@ def on_stream(backend: Backend, device: torch.device) -> AbstractContextManager[
 
 
 def unrotated(values: Tensor) -> Tensor:
-    """Values f32 [R, K] of the stored basis, each group of 256 columns turned back."""
-    return (values.view(-1, GROUP) @ _back(values.device)).view(values.shape)
+    """Values f32 [n, R, K] of the stored basis, each group of 256 columns turned back."""
+    in_groups = values.view(len(values), -1, GROUP)
+    back = partial(torch.mm, mat2=_back(values.device))
+    return each(back, in_groups, torch.empty_like(in_groups)).view(values.shape)
 
 
 @cache

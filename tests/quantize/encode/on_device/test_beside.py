@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,16 +14,17 @@ from mq_quant.kernels.encode.device_encoder import DeviceEncoder
 from mq_quant.kernels.runtime.host import open_backend
 from mq_quant.lloyd.hessian.row import from_weights
 from mq_quant.quantize.encode.encoders import CPU
-from mq_quant.quantize.encode.on_device.beside import apart, are_alike, beside
+from mq_quant.quantize.encode.on_device.beside import apart, are_alike, beside, each
 from mq_quant.quantize.encode.on_device.factors import Factors, factors_of
 from mq_quant.quantize.encode.on_device.rounding import Rounder, Streamed, ThroughMemory, Under
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))
 def test_what_is_put_side_by_side_comes_apart_again(count, groups, rows):
-    given = [torch.randn(rows, 256 * groups) for _ in range(count)]
-    there = apart(beside(given), count, groups)
-    assert all(torch.equal(a, b) for a, b in zip(given, there, strict=True))
+    given = torch.randn(count, rows, 256 * groups)
+    assert torch.equal(apart(beside(given), count, groups), given)
+    vectors = given[:, 0]
+    assert torch.equal(apart(beside(vectors)[None], count, groups)[:, 0], vectors)
 
 
 def factors(width, seed):
@@ -43,23 +46,30 @@ def test_only_matrices_with_factors_of_one_shape_go_side_by_side():
 
 
 def rounded(rounder: Rounder, matrices, fmt, under):
-    return [(rounder.fetch(payload), values) for payload, values in rounder.encode(matrices, fmt, under, 0.9)]
+    payloads, values = rounder.encode(matrices, fmt, under, 0.9)
+    return rounder.fetch(payloads), values
 
 
 @pytest.mark.parametrize("kind", ["alike", "one is white"])
 @pytest.mark.parametrize("fmt", [MQ2_LLOYD, MQ4], ids=lambda f: f.name)
 def test_rounding_side_by_side_gives_the_bytes_of_each_alone(fmt, kind):
-    matrices = [torch.randn(20, 512, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    matrices = torch.randn(3, 20, 512, generator=torch.Generator().manual_seed(0))
     hessians = [factors(512, n) for n in range(3)]
     assert all(isinstance(h, Factors) for h in hessians)
     if kind != "alike":
         hessians[1] = white(512)
     under = [Under(torch.full((512,), s), h) for s, h in zip((1.0, 2.0, 0.5), hessians, strict=True)]
-    want = [rounded(ThroughMemory(CPU), [m], fmt, [u])[0] for m, u in zip(matrices, under, strict=True)]
+    alone = [rounded(ThroughMemory(CPU), m[None], fmt, [u]) for m, u in zip(matrices, under, strict=True)]
+    wanted, meant = np.concatenate([p for p, _ in alone]), torch.cat([v for _, v in alone])
     with open_backend("cpu") as backend:
         streamed = Streamed(DeviceEncoder(backend))
         together = [rounded(streamed, matrices, fmt, under) for _ in range(3)]
-    for found in (*together, rounded(ThroughMemory(CPU), matrices, fmt, under)):
-        for (payload, values), (wanted, meant) in zip(found, want, strict=True):
-            np.testing.assert_array_equal(payload, wanted)
-            assert torch.equal(values, meant)
+    for payloads, values in (*together, rounded(ThroughMemory(CPU), matrices, fmt, under)):
+        np.testing.assert_array_equal(payloads, wanted)
+        assert torch.equal(values, meant)
+
+
+def test_a_product_of_each_does_not_depend_on_those_beside_it():
+    given, share = torch.randn(3, 40, 512), torch.randn(24, 40)
+    found = each(partial(torch.mm, share), given, torch.empty(3, 24, 512))
+    assert all(torch.equal(a, torch.mm(share, b)) for a, b in zip(found, given, strict=True))
