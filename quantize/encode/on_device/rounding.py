@@ -66,9 +66,8 @@ class Streamed:
     ) -> tuple[Tensor, Tensor]:
         """As `Rounder.encode`. Nothing waits for the device. Matrices go side by side where they can."""
         if len(matrices) > 1 and not are_alike([u.hessian for u in under]):
-            made = (self.encode(m[None], fmt, [u], gain) for m, u in zip(matrices, under, strict=True))
-            payloads, values = zip(*made, strict=True)
-            return torch.cat(payloads), torch.cat(values)
+            made = [self.encode(m[None], fmt, [u], gain) for m, u in zip(matrices, under, strict=True)]
+            return torch.cat([payload for payload, _ in made]), torch.cat([values for _, values in made])
         backend, device = self.encoder.backend, matrices.device
         count, rows, width = matrices.shape
         weights, scale = beside(matrices), beside(torch.stack([u.scale for u in under]))
