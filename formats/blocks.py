@@ -127,7 +127,10 @@ class AffineFormat(Format):
     @np.errstate(over="ignore", invalid="ignore")
     def decode(self, payload: U8 | bytes | memoryview) -> F32:
         scale, zero, codes = self.unpack(payload)
-        return np.asarray(zero[:, None] + scale[:, None] * codes.astype(np.float32), np.float32)
+        values = codes.astype(np.float32)
+        values *= scale[:, None]
+        values += zero[:, None]
+        return values
 
 
 class LloydFormat(Format):
@@ -148,7 +151,8 @@ class LloydFormat(Format):
 
     def decode(self, payload: U8 | bytes | memoryview) -> F32:
         codebook, codes = self.unpack(payload)
-        return np.take_along_axis(codebook.astype(np.float32), codes.astype(np.int64), axis=1)
+        first = np.arange(0, codebook.size, self.levels)[:, None]
+        return np.take(codebook.astype(np.float32), first + codes)
 
 
 def _field(groups: U8, start: int, dtype: str, count: int) -> NDArray[Any]:
@@ -196,11 +200,13 @@ def pack_bits(codes: U8, bits: int) -> U8:
 
 def unpack_bits(stream: U8, bits: int) -> U8:
     """Undo pack_bits: u8 [G, n·bits/8] to u8 [G, n]."""
-    eight = np.zeros((len(stream), stream.shape[1] // bits), np.uint64)  # the bits of eight codes
+    word: Any = np.uint32 if bits <= 4 else np.uint64
+    eight = np.zeros((len(stream), stream.shape[1] // bits), word)  # the bits of eight codes
     for n in range(bits):
-        eight |= stream[:, n::bits].astype(np.uint64) << np.uint64(8 * n)
-    shifts = np.arange(0, 8 * bits, bits, dtype=np.uint64)
-    codes = (eight[:, :, None] >> shifts).astype(np.uint8) & np.uint8(2**bits - 1)
+        eight |= stream[:, n::bits].astype(word) << word(8 * n)
+    codes = np.empty((*eight.shape, 8), np.uint8)
+    for n in range(8):
+        codes[:, :, n] = eight >> word(n * bits) & word(2**bits - 1)
     return codes.reshape(len(stream), 8 * eight.shape[1])
 
 
