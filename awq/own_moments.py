@@ -34,8 +34,9 @@ SAMPLE = 1024
 """Tokens of an expert, evenly spaced, from which its share is estimated: half a million pairs of them."""
 CHUNK = 4096
 """Rows whose products are summed in f32."""
-TILE = 64
-"""Rows and columns that `blend` takes at a time."""
+TILE = 8
+"""Rows and columns that `blend` takes at a time: rows of a wide matrix share so few sets of the innermost cache that no
+more would stay there."""
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,6 @@ def _inverted(upper: NDArray[np.float64]) -> NDArray[np.float64]:
 def _from_factor(factor: NDArray[np.float64]) -> RowHessian | None:
     """From V; None where f32 cannot hold what follows from it."""
     groups, answers = [], []
-    narrow = factor.astype(np.float32)
     for start in range(0, len(factor), GROUP):
         own = slice(start, start + GROUP)
         block = np.triu(factor[own, own])
@@ -186,7 +185,7 @@ def _from_factor(factor: NDArray[np.float64]) -> RowHessian | None:
             )
         )
         with np.errstate(over="ignore"):
-            answer = -upper.T.astype(np.float32) @ narrow[:start, own].T
+            answer = -upper.T.astype(np.float32) @ factor[:start, own].astype(np.float32).T
         if not np.isfinite(answer).all():
             return None
         by_group = answer.reshape(GROUP, -1, GROUP).transpose(1, 0, 2)
