@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,46 +25,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...awq.from_imatrix import ImatrixModel
-from ...awq.from_moments import CalibratedLayer, calibration_record, coverage_of
+from ...awq.from_moments import calibration_record, coverage_of
 from ...awq.importance import LayerImportance
 from ...awq.own_moments import with_rows
-from ...awq.row_answers import RowAnswers
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
 from ...formats.minimax import ModelConfig
-from ...formats.statistics.moment_file import DownForm
 from ...formats.watch import UNWATCHED, Watch
-from ...verify.model.device_weights import DeviceWeights, wait_for
-from ...verify.model.spread_forward import spread_before_experts
-from ..encode.on_device.kept import keep_on_device
 from ..spec.calibration_sizes import inline_sizes
 from ..spec.provenance import flatten
 from .error_costs import ErrorCosts
 from .folder import CalibrationFolder, discard_folder, manifest_text
 from .layer_pass import (
-    Gathered,
     beside_others,
     device_record,
-    device_weights,
-    enter,
-    gather_layer,
     layers_held,
     make_room,
     manifest_of,
     open_device,
     with_others,
 )
-from .moments import LayerMoments
 from .resident import Resident, Residents, on_a_thread
 from .sensitivity import find_sensitivities
 from .sensitivity_files import sensitivity_record
+from .source_layers import DOWN, SourceLayers
 from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .state import CalibrationState
-
-DOWN: DownForm = "pooled"
-"""Only the layer's moment at down is kept: an expert's own follows from its rows when it is encoded."""
 
 
 class GatheredImportance:
@@ -104,7 +93,6 @@ class GatheredImportance:
         self._manifest = manifest_of(self.config, {}, tokens, DOWN, self.device)
         self.sensitive = sensitive if state is None else state.sensitive
         self._costs = sensitivity_record(tokens) if self.sensitive else {}
-        self._imatrix: ImatrixModel | None = None
         self._path: Path | None = None
         self._state, self._first, self._last = state, 0, 0
         self._error_costs = ErrorCosts(self.config)
@@ -116,6 +104,7 @@ class GatheredImportance:
         self.stays = self.device.type != "cpu" if stays is None else stays
         self._dropping: Future[None] | None = None
         self._held = layers_held(self.config, tokens.size, self.devices) if ahead and self.stays else 1
+        self._layers = SourceLayers(source, tokens, self.devices, self.stays, keep_outputs, self._error_costs)
         self._residents = Residents(self._run, beside_others(self.devices), self._held)
 
     def bind(self, source: Mapping[str, Any], imatrix: ImatrixModel | None) -> None:
@@ -124,7 +113,7 @@ class GatheredImportance:
         Raises CalibrationError where the state is of another calibration.
         """
         self._manifest = {**self._manifest, "source": dict(source)}
-        self._imatrix = imatrix
+        self._layers = replace(self._layers, imatrix=imatrix)
         if self._state is not None:
             self._state.check(self._manifest | self._costs)
 
@@ -181,7 +170,7 @@ class GatheredImportance:
             self._find_sensitivities(watch)
         if not self._out.journal.done:
             # Read before the build releases the embeddings, and kept until the first layer has run.
-            self._residents.enters(0, enter(self._source, self.config, self._out, self.tokens, 0))
+            self._residents.enters(0, self._layers.entering(self._out, 0))
 
     def close(self) -> None:
         """Let go of the folder, which stays for the next run."""
@@ -235,7 +224,7 @@ class GatheredImportance:
         """The importances of a layer that was begun and is not ended."""
         if self.stays:
             return self._residents.importance(layer)
-        gathered = self._gathered(layer, self._folder.record(layer))
+        gathered = self._layers.gathered(self._folder, layer)
         rows = self._folder.rows(layer, self.config, self.tokens.size)
         return with_rows(gathered, rows, self._error_costs.row_answers(layer))
 
@@ -290,56 +279,13 @@ class GatheredImportance:
             if self.stays:
                 self._residents.start(n)
             else:
-                kept = self._residents.take(n)
-                self._gather(n, self._entering(n) if kept is None else kept, self._source).finish()
+                kept, layers = self._residents.take(n), self._layers
+                entering = layers.entering(self._folder, n) if kept is None else kept
+                layers.gather(self._folder, n, entering).finish()
             if n < layer:
                 self._settle()
                 self._residents.leave(n + 1)
                 self._folder.drop(n)
-
-    def _entering(self, layer: int) -> Tensor:
-        return enter(self._source, self.config, self._folder, self.tokens, layer)
-
-    def _gather(self, layer: int, hidden: Tensor, weights: Source | DeviceWeights) -> Gathered:
-        return gather_layer(
-            weights,
-            self.config,
-            layer,
-            hidden.to(self.device),
-            self._folder,
-            DOWN,
-            keep_rows="here" if self.stays else "on disk",
-            keep_last=self._keep_outputs,
-        )
-
-    def _gather_here(
-        self, layer: int, hidden: Tensor, answers: Future[RowAnswers | None]
-    ) -> tuple[Resident, Callable[[], None]]:
-        """Run a layer and leave it on the devices; also what makes it durable, which may be done on another thread."""
-        weights = self._weights(layer)
-        done = self._gather(layer, hidden, weights)
-        assert done.rows is not None
-        return self._as_resident(layer, weights, done.rows, done.record, answers, done.behind), done.finish
-
-    def _as_resident(
-        self,
-        layer: int,
-        weights: DeviceWeights,
-        rows: tuple[Tensor, Tensor],
-        record: Mapping[str, Any],
-        answers: Future[RowAnswers | None],
-        behind: Tensor | None = None,
-    ) -> Resident:
-        """What stays of a layer, complete on the devices."""
-        gathered = self._gathered(layer, record)
-        importance = keep_on_device(gathered, *rows, weights.matrix, self.devices[1:], answers.result())
-        wait_for(*self.devices)
-        return Resident(weights, importance, behind)
-
-    def _gathered(self, layer: int, record: Mapping[str, Any]) -> CalibratedLayer:
-        """What the file of a layer says."""
-        behind = self._imatrix.layer(layer) if self._imatrix else None
-        return self._folder.layer(layer, self.config, DOWN, record, behind)
 
     def _find_sensitivities(self, watch: Watch) -> None:
         if self._state is not None:
@@ -358,11 +304,12 @@ class GatheredImportance:
 
     def _run(self, layer: int, entering: Tensor | None) -> tuple[Resident, Callable[[], None]]:
         """A layer on the devices: run, or where it is finished already what its experts saw, as `resident.Run` says."""
-        # How rows answer takes a core about as long as the run takes a GPU.
-        answers = on_a_thread(partial(self._error_costs.row_answers, layer))
-        if layer < len(self._folder.journal.done) and self._intact_on_disk(layer):
-            return self._again(layer, answers), lambda: None
-        made = self._gather_here(layer, self._entering(layer) if entering is None else entering, answers)
+        layers, folder = self._layers, self._folder
+        if layer < len(folder.journal.done) and self._intact_on_disk(layer):
+            return layers.again(folder, layer), lambda: None
+        made = layers.run_to_stay(
+            folder, layer, layers.entering(folder, layer) if entering is None else entering
+        )
         if self._held == 1:
             make_room(self.devices)
         return made
@@ -372,20 +319,6 @@ class GatheredImportance:
         self._settle_drops()
         self._dropping = on_a_thread(partial(self._drop, range(layer)))
         self._residents.fill(self._last)
-
-    def _again(self, layer: int, answers: Future[RowAnswers | None]) -> Resident:
-        """What the experts of a finished layer saw, from the stream that enters the layer."""
-        weights = self._weights(layer)
-        moments = LayerMoments(self.config, layer, DOWN, keep_rows=True)
-        with torch.inference_mode():
-            hidden = enter(self._source, self.config, self._folder, self.tokens, layer).to(self.device)
-            spread_before_experts(weights, self.config, layer, hidden, moments)
-        assert moments.rows is not None
-        return self._as_resident(layer, weights, moments.rows, self._folder.record(layer), answers)
-
-    def _weights(self, layer: int) -> DeviceWeights:
-        """The weights of a layer on the devices."""
-        return device_weights(self._source, self.devices, layer)
 
     def _drop(self, layers: range) -> None:
         for layer in layers:

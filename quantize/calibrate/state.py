@@ -34,11 +34,11 @@ from ..write.atomic import write_atomic
 from ..write.journal import differences
 from .folder import STATE, CalibrationFolder, hidden_file
 from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, open_device, with_others
-from .on_the_fly import DOWN
 from .run import Reading, weights_of
 from .sensitivity import JOURNAL as SENSITIVITY_JOURNAL
 from .sensitivity import find_sensitivities
 from .sensitivity_files import damaged_file, sensitivity_record
+from .source_layers import DOWN
 from .tokens import Tokens
 
 LIMIT = 64 << 20

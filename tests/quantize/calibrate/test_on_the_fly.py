@@ -22,8 +22,7 @@ from mq_quant.formats.errors import CalibrationError, OutputError, ResumeError, 
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import expert_name
 from mq_quant.quantize.calibrate import layer_pass as gather
-from mq_quant.quantize.calibrate import on_the_fly as inline
-from mq_quant.quantize.calibrate import sensitivity, sensitivity_files
+from mq_quant.quantize.calibrate import sensitivity, sensitivity_files, source_layers
 from mq_quant.quantize.calibrate.folder import JOURNAL
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.sensitivity import JOURNAL as SENSITIVITY_JOURNAL
@@ -98,13 +97,13 @@ def run(source: Path, tmp_path: Path) -> Run:
 def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers that the model has been run on, in order."""
     layers: list[int] = []
-    real = inline.gather_layer
+    real = source_layers.gather_layer
 
     def counted(weights: Any, config: Any, layer: int, *rest: Any, **named: Any) -> Any:
         layers.append(layer)
         return real(weights, config, layer, *rest, **named)
 
-    monkeypatch.setattr(inline, "gather_layer", counted)
+    monkeypatch.setattr(source_layers, "gather_layer", counted)
     return layers
 
 

@@ -14,7 +14,7 @@ from build_hooks import StopError
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import CalibrationError, MqError, OutputError
 from mq_quant.formats.hfq import open_hfq
-from mq_quant.quantize.calibrate import error_costs, on_the_fly
+from mq_quant.quantize.calibrate import error_costs, source_layers
 from mq_quant.quantize.calibrate.folder import STATE, hidden_file
 from mq_quant.quantize.calibrate.sensitivity_files import sensitivity_file
 from mq_quant.quantize.calibrate.state import CalibrationState, StateOptions, equal_parts, make_state
@@ -79,13 +79,13 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def run_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers that builds run the model through, in order."""
     layers: list[int] = []
-    gather = on_the_fly.gather_layer
+    gather = source_layers.gather_layer
 
     def counted(weights: Any, config: Any, layer: int, *given: Any, **more: Any) -> Any:
         layers.append(layer)
         return gather(weights, config, layer, *given, **more)
 
-    monkeypatch.setattr(on_the_fly, "gather_layer", counted)
+    monkeypatch.setattr(source_layers, "gather_layer", counted)
     return layers
 
 

@@ -16,7 +16,7 @@ import small_model
 from build_hooks import StopError, stopped
 from mq_quant.formats.checkpoint.local import Checkpoint
 from mq_quant.formats.errors import InUseError, OutputError, RecipeError, ResumeError, WeightError
-from mq_quant.quantize.calibrate import on_the_fly
+from mq_quant.quantize.calibrate import on_the_fly, source_layers
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.encode import layer_encoder
 from mq_quant.quantize.encode.encoders import CpuEncoder, MatrixTask
@@ -201,13 +201,13 @@ def test_nothing_is_read_or_encoded_twice(together: Together, monkeypatch: pytes
 
 def test_the_source_is_run_once_for_all_tiers(together: Together, monkeypatch: pytest.MonkeyPatch) -> None:
     layers: list[int] = []
-    gather = on_the_fly.gather_layer
+    gather = source_layers.gather_layer
 
     def counted(weights: Any, config: Any, layer: int, *given: Any, **more: Any) -> Any:
         layers.append(layer)
         return gather(weights, config, layer, *given, **more)
 
-    monkeypatch.setattr(on_the_fly, "gather_layer", counted)
+    monkeypatch.setattr(source_layers, "gather_layer", counted)
     together("mq2", "mq3", effort="calibrated")
     assert layers == [0, 1]
 

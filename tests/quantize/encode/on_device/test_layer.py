@@ -16,7 +16,7 @@ from mq_quant.formats.errors import CalibrationError, OutputError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.hfq.stored import format_of
 from mq_quant.kernels.runtime.host import open_backend
-from mq_quant.quantize.calibrate import layer_pass, on_the_fly
+from mq_quant.quantize.calibrate import layer_pass, on_the_fly, source_layers
 from mq_quant.quantize.calibrate.folder import CalibrationFolder
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.encode.gpu_encoder import GpuEncoder
@@ -126,7 +126,7 @@ def test_an_interrupted_build_gives_the_same_file(source, tmp_path, stays, key):
 def test_the_next_layer_is_run_while_one_is_encoded(source, tmp_path, stays, monkeypatch):
     """With room for one layer only it is run when it is begun, and the bytes are the same."""
     run, encoded, both = [], [], threading.Event()
-    real = on_the_fly.gather_layer
+    real = source_layers.gather_layer
 
     def watched(weights, config, layer, *rest, **named):
         out = real(weights, config, layer, *rest, **named)
@@ -140,7 +140,7 @@ def test_the_next_layer_is_run_while_one_is_encoded(source, tmp_path, stays, mon
             assert not ahead or both.wait(60)  # the second layer is run by another thread meanwhile
         encoded.append((unit.key, tuple(run)))
 
-    monkeypatch.setattr(on_the_fly, "gather_layer", watched)
+    monkeypatch.setattr(source_layers, "gather_layer", watched)
     for ahead in (True, False):
         monkeypatch.setattr(on_the_fly, "layers_held", lambda *_: 2 if ahead else 1)  # noqa: B023
         run.clear()
@@ -155,17 +155,17 @@ def test_a_fault_of_the_layer_ahead_ends_the_build_which_can_be_continued(
     source, tmp_path, stays, monkeypatch
 ):
     built(source, tmp_path / "whole")
-    real = on_the_fly.gather_layer
+    real = source_layers.gather_layer
 
     def broken(weights, config, layer, *rest, **named):
         if layer == 1:
             raise CalibrationError("layer 1 cannot be run")
         return real(weights, config, layer, *rest, **named)
 
-    monkeypatch.setattr(on_the_fly, "gather_layer", broken)
+    monkeypatch.setattr(source_layers, "gather_layer", broken)
     with pytest.raises(CalibrationError, match="layer 1 cannot be run"):
         built(source, tmp_path / "out")
-    monkeypatch.setattr(on_the_fly, "gather_layer", real)
+    monkeypatch.setattr(source_layers, "gather_layer", real)
     assert built(source, tmp_path / "out").resumed_units > 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
