@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import HfqError, HfqKind
+from ..near import near_file
 from ..strictjson import JsonError, ObjectScanner, parse_object
 from .layout import (
     COUNT_LIMIT,
@@ -71,7 +72,8 @@ class HfqFile:
                 raise HfqError("is not a plain file", kind=HfqKind.UNOPENABLE, file=path)
             self._file: BinaryIO = self.path.open("rb")
         except OSError as e:
-            raise HfqError(f"cannot be opened: {e.strerror}", kind=HfqKind.UNOPENABLE, file=path) from None
+            problem, hint = f"cannot be opened: {e.strerror}", near_file(self.path)
+            raise HfqError(problem, kind=HfqKind.UNOPENABLE, file=path, hint=hint) from None
         try:
             self._parse()
         except BaseException:

@@ -4,8 +4,8 @@ Besides the moments that all experts of the layer share, the rows are kept that 
 under moments of its own. Both are dropped with the layer: between layers only the residual stream and the journal are
 kept, beside the output. A layer whose moments are gone and needed again is gathered anew from the first layer.
 
-On a GPU with room for two layers the source runs a layer ahead: while one is encoded, the next one is gathered. Where
-there are many GPUs it runs two ahead.
+On a GPU with room for two layers the source runs a layer ahead: while one is encoded, the next one is gathered. With
+several GPUs it runs two ahead.
 """
 
 from __future__ import annotations
