@@ -26,6 +26,9 @@ from .work_units import WorkUnit
 
 U8 = NDArray[np.uint8]
 
+FILES = 2
+"""Files that have blocks of the full size; more files have smaller ones, so that no more matrices wait at a time."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -126,13 +129,14 @@ def _kind(spec: BuildSpec) -> type[LayerEncoder]:
 
 def in_blocks(specs: Mapping[int, BuildSpec], steps: Sequence[Step]) -> list[tuple[Step, ...]]:
     """The steps in their order: experts of a layer that the same files need are encoded together, as many as who
-    encodes them takes at a time; every other step is alone.
+    encodes them takes at a time, but fewer for many files: an expert's matrices wait for the others' in each of them.
+    Every other step is alone.
     """
     most = max(_kind(spec).together for spec in specs.values())
     blocks: list[list[Step]] = []
     for step in steps:
         last = blocks[-1] if blocks else []
-        if last and len(last) < most and step.goes_with(last[0]):
+        if last and len(last) < min(most, FILES * most // len(step.units)) and step.goes_with(last[0]):
             last.append(step)
         else:
             blocks.append([step])

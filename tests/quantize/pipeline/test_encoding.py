@@ -50,3 +50,15 @@ def test_experts_that_other_files_need_too_are_not_in_a_block_with_those_that_th
         blocks = in_blocks({0: specs[0], 1: specs[0]}, in_step(order, {0: order, 1: left}))
     first = [block for block in experts_of(blocks) if block[0][0] == 0]
     assert first == [[(0, 0)], [(0, 1)], [(0, 2)]]
+
+
+@pytest.mark.parametrize(("files", "most"), [(1, 3), (2, 3), (3, 2), (6, 1)])
+def test_many_files_have_smaller_blocks(
+    small: Path, monkeypatch: pytest.MonkeyPatch, files: int, most: int
+) -> None:
+    monkeypatch.setattr(LayerEncoder, "together", 3)
+    with open_builds([choose_recipe("mq2", None, str(small))], NoStatistics()) as specs:
+        order = work_order(specs[0])
+        steps = in_step(order, dict.fromkeys(range(files), order))
+        blocks = experts_of(in_blocks(dict.fromkeys(range(files), specs[0]), steps))
+    assert max(map(len, blocks)) == most
