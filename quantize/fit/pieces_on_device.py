@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...formats.blocks import BY_NAME
+from ...formats.errors import MqError
 from ...formats.minimax import expert_name
 from ..encode.on_device.answering import answering_down, product
 from ..encode.on_device.downs import Down
@@ -35,10 +36,15 @@ class DevicePieces(LayerPieces):
 
         def round_all(kept: KeptOnDevice, rounder: Rounder) -> tuple[dict[Choice, Payloads], dict[str, U8]]:
             weights, made = kept.weights(expert), Together()
-            whole = {
-                pair: encoder.rounded(kept, expert, weights, rounder, made).payloads
-                for pair, encoder in self._device_encoders().items()
-            }
+
+            def rounded(encoder: DeviceLayerEncoder) -> Payloads:
+                begun = encoder.above_down(kept, expert, weights, rounder, made)
+                (done,) = encoder.with_downs([begun], kept, rounder, made)
+                if isinstance(done, MqError):
+                    raise done
+                return done.payloads
+
+            whole = {pair: rounded(encoder) for pair, encoder in self._device_encoders().items()}
             alone = [c.down for c in self.choices if c.gate_up is None and c.down is not None]
             return whole, {
                 name: self._down_there(name, kept, expert, weights, rounder, made) for name in alone

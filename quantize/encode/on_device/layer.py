@@ -71,21 +71,6 @@ class DeviceLayerEncoder(LayerEncoder):
                 source.release(expert_name(first.layer, expert, projection))
         return done
 
-    def rounded(
-        self,
-        kept: KeptOnDevice,
-        expert: int,
-        weights: Mapping[str, Tensor],
-        rounder: Rounder,
-        once: Once = ALONE,
-    ) -> EncodedExpert:
-        """What `LayerEncoder.encode_expert` does with an expert whose inputs were kept."""
-        begun = self.above_down(kept, expert, weights, rounder, once)
-        (done,) = self.with_downs([begun], kept, rounder, once)
-        if isinstance(done, MqError):
-            raise done
-        return done
-
     def above_down(
         self,
         kept: KeptOnDevice,
@@ -94,7 +79,7 @@ class DeviceLayerEncoder(LayerEncoder):
         rounder: Rounder,
         once: Once = ALONE,
     ) -> AboveDown:
-        """What comes before an expert's down is rounded."""
+        """What `LayerEncoder.encode_expert` does with an expert whose inputs were kept, before its down is rounded."""
         inputs = once.one("inputs", partial(kept.seen, expert))
         fold = self.fold(kept.of(expert, "w2")) if self.settings.fold_down else None
         forms = {p: self.stored.form(p, fold) for p in weights}
