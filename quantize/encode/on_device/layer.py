@@ -129,8 +129,8 @@ class DeviceLayerEncoder(LayerEncoder):
     def with_downs(
         self, begun: Sequence[AboveDown | MqError], kept: KeptOnDevice, rounder: Rounder, once: Once = ALONE
     ) -> list[EncodedExpert | MqError]:
-        """The experts once their downs are rounded; an error stays in its place. `once` serves all encoders of the
-        layer, for these experts.
+        """The experts once their downs are rounded; an error stays in its place, and one that prevents the downs in the
+        place of each. `once` serves all encoders of the layer, for these experts.
         """
         there = {each.expert: each for each in begun if isinstance(each, AboveDown)}
         keys = {e: ("w2", e, self.formats["w2"].name, each.decided) for e, each in there.items()}
@@ -138,9 +138,11 @@ class DeviceLayerEncoder(LayerEncoder):
         def encode(missing: Sequence[int]) -> list[U8]:
             return self.round_downs([there[e].down for e in missing], kept, rounder)
 
-        downs = once.each(keys, encode) if keys else {}
+        downs = attempt(partial(once.each, keys, encode)) if keys else {}
 
         def finished(each: AboveDown) -> EncodedExpert:
+            if isinstance(downs, MqError):
+                raise downs
             payloads = {**each.payloads, "w2": downs[each.expert]}
             for p, payload in payloads.items():
                 check_levels(expert_name(self.layer, each.expert, p), self.formats[p], payload)

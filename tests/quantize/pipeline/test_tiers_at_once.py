@@ -15,11 +15,19 @@ import pytest
 import small_model
 from build_hooks import StopError, stopped
 from mq_quant.formats.checkpoint.local import Checkpoint
-from mq_quant.formats.errors import InUseError, OutputError, RecipeError, ResumeError, WeightError
+from mq_quant.formats.errors import (
+    BackendError,
+    InUseError,
+    OutputError,
+    RecipeError,
+    ResumeError,
+    WeightError,
+)
 from mq_quant.quantize.calibrate import on_the_fly, source_layers
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.encode import layer_encoder
 from mq_quant.quantize.encode.encoders import CpuEncoder, MatrixTask
+from mq_quant.quantize.encode.on_device import layer as device_layer
 from mq_quant.quantize.pipeline import encoding, tiers
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import RecipeChanges
@@ -169,6 +177,29 @@ def test_what_stays_on_a_device_is_shared_there_too(
         recipe = choose_recipe(each.tier, None, str(source))
         build_file(recipe, statistics_of("calibrated", source), options, changes_of("calibrated"))
         assert each.path.read_bytes() == (tmp_path / "single").read_bytes()
+
+
+def test_downs_that_cannot_be_rounded_there_stop_their_tiers_alone(
+    together: Together, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather = partial(on_the_fly.GatheredImportance, stays=True)
+    monkeypatch.setattr(on_the_fly, "GatheredImportance", gather)
+    real = device_layer.round_downs
+
+    def refused(downs: Any, fmt: Any, *rest: Any) -> Any:
+        if fmt.name == "MQ4":
+            raise BackendError("no MQ4 here")
+        return real(downs, fmt, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device_layer, "round_downs", refused)
+        results = together("mq2", "mq2-lloyd", effort="calibrated")
+    assert states(results) == ["made", "failed"]
+    assert "no MQ4 here" in str(results.failed[0].error)
+    options = RunOptions(output=tmp_path / "single", jobs=2, force=True)
+    recipe = choose_recipe("mq2", None, str(source))
+    build_file(recipe, statistics_of("calibrated", source), options, changes_of("calibrated"))
+    assert (tmp_path / "small.mq2").read_bytes() == (tmp_path / "single").read_bytes()
 
 
 def test_nothing_is_read_or_encoded_twice(together: Together, monkeypatch: pytest.MonkeyPatch) -> None:
