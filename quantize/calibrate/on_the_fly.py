@@ -92,7 +92,7 @@ class GatheredImportance:
         self.device = open_device(device)
         self._manifest = manifest_of(self.config, {}, tokens, DOWN, self.device)
         self.sensitive = sensitive if state is None else state.sensitive
-        self._costs = sensitivity_record(tokens) if self.sensitive else {}
+        self._sensitivity_record = sensitivity_record(tokens) if self.sensitive else {}
         self._path: Path | None = None
         self._state, self._first, self._last = state, 0, 0
         self._error_costs = ErrorCosts(self.config)
@@ -115,7 +115,7 @@ class GatheredImportance:
         self._manifest = {**self._manifest, "source": dict(source)}
         self._layers = replace(self._layers, imatrix=imatrix)
         if self._state is not None:
-            self._state.check(self._manifest | self._costs)
+            self._state.check(self._manifest | self._sensitivity_record)
 
     @property
     def _finds(self) -> bool:
@@ -132,7 +132,7 @@ class GatheredImportance:
         """What of it decides the built bytes, besides the source."""
         deciding = ("tokens", "down", "device", "gpu")
         kept = {key: value for key, value in self._manifest.items() if key in deciding}
-        return {"rows": True, "torch": self._manifest["program"]["torch"], **kept, **self._costs}
+        return {"rows": True, "torch": self._manifest["program"]["torch"], **kept, **self._sensitivity_record}
 
     def record(self) -> dict[str, Any]:
         """What a file says of it, as far as it is known before the layers are through."""
@@ -144,7 +144,7 @@ class GatheredImportance:
         made_on = {"torch": torch.__version__, **device_record(self.device)}
         if self.stays:
             made_on["factors"] = self.device.type
-        return {**said, "rows": True, "text": self._text, **made_on, **self._costs}
+        return {**said, "rows": True, "text": self._text, **made_on, **self._sensitivity_record}
 
     def open(self, path: Path, first: int = 0, last: int | None = None, watch: Watch = UNWATCHED) -> None:
         """Begin, or continue what an unfinished build left in this folder; ResumeError where it is another's.
@@ -159,12 +159,12 @@ class GatheredImportance:
             )
         self._path, self._first = path, first
         self._last = self.config.num_hidden_layers - 1 if last is None else last
-        self._out = CalibrationFolder(path, dict(flatten(self._manifest | self._costs)))
+        self._out = CalibrationFolder(path, dict(flatten(self._manifest | self._sensitivity_record)))
         start = self._state.start(first) if self._state else 0
         if self._state is not None and len(self._out.journal.done) < start:
             self._out.close()
             discard_folder(path)
-            self._out = CalibrationFolder(path, dict(flatten(self._manifest | self._costs)))
+            self._out = CalibrationFolder(path, dict(flatten(self._manifest | self._sensitivity_record)))
             self._state.prime(self._out, start)
         if self.sensitive and self._first <= self._last:
             self._find_sensitivities(watch)
@@ -293,7 +293,7 @@ class GatheredImportance:
             self._error_costs.found(self._state.path, self._state.sensitivities_of(layers))
             return
         assert self._path is not None
-        signature = dict(flatten(self._manifest | self._costs))
+        signature = dict(flatten(self._manifest | self._sensitivity_record))
         hashes = find_sensitivities(self._source, self.tokens, self.device, self._path, signature, watch)
         make_room(self.devices, 0.0)  # other streams come now, which cannot use what these have left
         self._error_costs.found(self._path, hashes)
