@@ -13,4 +13,4 @@ def near_file(path: Path) -> str | None:
     except OSError:
         return f"there is no folder {path.parent}"
     near = [] if path.name in names else get_close_matches(path.name, names, n=1)
-    return f"{path.with_name(near[0])} is there" if near else None
+    return f"there is {path.with_name(near[0])}, whose name is nearly the same" if near else None

@@ -10,7 +10,8 @@ from mq_quant.formats.near import near_file
 def test_a_name_that_is_nearly_right_is_told(tmp_path: Path) -> None:
     for name in ("tiny.mq2-lloyd", "README.md"):
         (tmp_path / name).touch()
-    assert near_file(tmp_path / "tiny.mq2-loyd") == f"{tmp_path / 'tiny.mq2-lloyd'} is there"
+    meant = tmp_path / "tiny.mq2-lloyd"
+    assert near_file(tmp_path / "tiny.mq2-loyd") == f"there is {meant}, whose name is nearly the same"
     assert near_file(tmp_path / "unlike") is None
 
 
