@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from ..formats.errors import CalibrationError
 from ..formats.minimax import ModelConfig
-from ..formats.statistics.moment_file import LayerFile, unpack_correlation, unpack_moment
+from ..formats.statistics.moment_file import LayerFile
 from ..formats.statistics.moment_folder import Calibration, SourceRecord, config_record, open_calibration
+from ..formats.statistics.triangles import unpack_correlation, unpack_moment
 from .few_tokens import backed_gate_up, limit, on_correlations, shrunk, thin_notes
 from .from_imatrix import SHOWN_EXPERTS, ImatrixLayer, ImatrixModel
 from .importance import F64, Importance, summed_energy

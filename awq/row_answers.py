@@ -58,11 +58,17 @@ def cost_factor(sensitivity: Sensitivity) -> F64 | None:
     mean = float(np.trace(moment)) / width if np.isfinite(moment).all() else 0.0
     if not mean > 0:
         return None
-    share = min(max(CAUTION * _noise_share(sensitivity), DAMPING), 1.0)
+    room = np.empty_like(
+        moment
+    )  # all that is written goes here: new memory takes longer than what is done in it
+    share = min(max(CAUTION * _noise_share(sensitivity, room), DAMPING), 1.0)
     # The factor of the matrix read backwards is V, read backwards: V is lower, and G = Vᵀ V.
-    backwards = np.ascontiguousarray(moment[::-1, ::-1]) * ((1 - share) / mean)
-    backwards[np.diag_indices(width)] += share
-    return np.tril(backwards)[::-1, ::-1].T if cholesky(backwards) else None
+    np.multiply(moment[::-1, ::-1], (1 - share) / mean, out=room)
+    room[np.diag_indices(width)] += share
+    if not cholesky(room):
+        return None
+    room[~np.tri(width, dtype=np.bool_)] = 0
+    return room[::-1, ::-1].T
 
 
 def row_answers(lower: F64 | None) -> RowAnswers | None:
@@ -77,12 +83,12 @@ def row_answers(lower: F64 | None) -> RowAnswers | None:
     return tuple((b, _share(lower, b)) for b in blocks)
 
 
-def _noise_share(sensitivity: Sensitivity) -> float:
+def _noise_share(sensitivity: Sensitivity, room: F64) -> float:
     """The share of the identity in the best mixture with it, noise / (noise + distance): Ledoit and Wolf, "A
     well-conditioned estimator for large-dimensional covariance matrices" (2004). Of rows of length 1 the noise follows
-    from their moment alone.
+    from their moment alone. `room` f64 [hidden, hidden] is overwritten.
     """
-    energy = float(np.square(sensitivity.moment).sum())
+    energy = float(np.square(sensitivity.moment, out=room).sum())
     noise = max(1 - energy, 0.0) / sensitivity.tokens
     distance = max(energy - 1 / len(sensitivity.moment) - noise, 0.0)
     return noise / (noise + distance) if noise + distance > 0 else 1.0

@@ -12,14 +12,9 @@ from typing import Any
 import numpy as np
 import small_model
 from mq_quant.formats.minimax import parse_config
-from mq_quant.formats.statistics.moment_file import (
-    encode_layer,
-    layer_file,
-    layer_tensors,
-    pack_correlation,
-    pack_moment,
-)
+from mq_quant.formats.statistics.moment_file import encode_layer, layer_file, layer_tensors
 from mq_quant.formats.statistics.moment_folder import MANIFEST, config_record
+from mq_quant.formats.statistics.triangles import pack_correlation, pack_moment
 
 CONFIG = parse_config(small_model.CONFIG)
 COUNTS = np.array([[700, 0, 90], [40, 60, 100]])

@@ -1,4 +1,4 @@
-"""The file of one layer's moments: names, shapes, the packing of symmetric matrices, and strict reading.
+"""The file of one layer's moments: names, shapes, and strict reading.
 
 A calibration leaves one such safetensors file for each layer. What its numbers are used for is the room `awq`'s part.
 """
@@ -25,7 +25,6 @@ DownForm = Literal["full", "compact", "pooled"]
 """How the second moments of down's inputs are kept: per expert in f32 or as f16 correlations, or one per layer."""
 DOWN_FORMS: tuple[DownForm, ...] = get_args(DownForm)
 
-F64 = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "I64": "<i8"}
@@ -62,42 +61,6 @@ def layer_tensors(config: ModelConfig, down: DownForm) -> dict[str, tuple[str, t
     }
     if down != "pooled":
         out["down.moment"] = ("F16" if down == "compact" else "F32", (e, triangle(i)))
-    return out
-
-
-def pack_moment(moment: F64) -> NDArray[np.float32]:
-    """The upper triangle, row by row, of a symmetric f64 [k, k], as f32 [k(k+1)/2]."""
-    return _upper(moment.astype(np.float32))
-
-
-def _upper(matrix: NDArray[Any]) -> NDArray[Any]:
-    return np.concatenate([row[i:] for i, row in enumerate(matrix)])
-
-
-def unpack_moment(packed: NDArray[Any], k: int) -> F64:
-    """The symmetric f64 [k, k] of a packed upper triangle."""
-    out = np.empty((k, k))
-    start = 0
-    for i in range(k):
-        out[i, i:] = out[i:, i] = packed[start : start + k - i]
-        start += k - i
-    return out
-
-
-def pack_correlation(moment: F64) -> NDArray[np.float16]:
-    """The correlations m_ij / √(m_ii m_jj) of a second moment, packed, f16; 0 where a channel is silent."""
-    root = np.sqrt(np.diag(moment))
-    inverse = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
-    return _upper((moment * inverse[:, None] * inverse).astype(np.float16))
-
-
-def unpack_correlation(packed: NDArray[np.float16], diagonal: NDArray[Any]) -> F64:
-    """The second moment f64 [k, k] of packed correlations and its exact diagonal [k]."""
-    exact = diagonal.astype(np.float64)
-    root = np.sqrt(exact)
-    out = unpack_moment(packed, len(exact))
-    out *= root[:, None] * root  # in this order the result is symmetric to the last bit
-    np.fill_diagonal(out, exact)
     return out
 
 

@@ -20,14 +20,9 @@ from torch import Tensor
 
 from ...formats.errors import CalibrationError
 from ...formats.minimax import ModelConfig
-from ...formats.statistics.moment_file import (
-    Arrays,
-    DownForm,
-    layer_tensors,
-    pack_correlation,
-    pack_moment,
-)
+from ...formats.statistics.moment_file import Arrays, DownForm, layer_tensors
 from ...formats.statistics.row_file import NOBODY
+from ...formats.statistics.triangles import pack_correlation, pack_moment
 from ...verify.model.reference import Observer, Routing
 from ..spec.calibration_sizes import CHUNK
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from ...awq.row_answers import Sensitivity
 from ...formats.errors import CalibrationError
 from ...formats.minimax import ModelConfig
-from ...formats.statistics.moment_file import encode_layer, open_tensors, triangle, unpack_moment
+from ...formats.statistics.moment_file import encode_layer, open_tensors, triangle
+from ...formats.statistics.triangles import unpack_moment
 from ...formats.unchanged import UnchangedFile
 from ..spec.calibration_sizes import SENSITIVITY_TOKENS
 from ..write.atomic import write_atomic

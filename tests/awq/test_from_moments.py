@@ -16,15 +16,14 @@ from mq_quant.awq.from_moments import MOMENT_PRIOR, CalibratedModel, load_calibr
 from mq_quant.awq.importance import LayerImportance
 from mq_quant.formats.errors import CalibrationError
 from mq_quant.formats.minimax import ModelConfig
-from mq_quant.formats.statistics.moment_file import (
-    layer_file,
+from mq_quant.formats.statistics.moment_file import layer_file, triangle
+from mq_quant.formats.statistics.moment_folder import MANIFEST
+from mq_quant.formats.statistics.triangles import (
     pack_correlation,
     pack_moment,
-    triangle,
     unpack_correlation,
     unpack_moment,
 )
-from mq_quant.formats.statistics.moment_folder import MANIFEST
 
 
 @pytest.fixture(scope="module")

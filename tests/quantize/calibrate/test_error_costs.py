@@ -11,7 +11,7 @@ import small_model
 from mq_quant.awq.row_answers import cost_factor, row_answers
 from mq_quant.formats.errors import CalibrationError
 from mq_quant.formats.minimax import parse_config
-from mq_quant.formats.statistics.moment_file import pack_moment
+from mq_quant.formats.statistics.triangles import pack_moment
 from mq_quant.quantize.calibrate.error_costs import ErrorCosts
 from mq_quant.quantize.calibrate.sensitivity_files import (
     read_sensitivity,

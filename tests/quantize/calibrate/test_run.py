@@ -30,11 +30,9 @@ from mq_quant.formats.statistics.moment_file import (
     layer_file,
     layer_tensors,
     open_layer_file,
-    pack_moment,
-    unpack_correlation,
-    unpack_moment,
 )
 from mq_quant.formats.statistics.moment_folder import IMATRIX, MANIFEST
+from mq_quant.formats.statistics.triangles import pack_moment, unpack_correlation, unpack_moment
 from mq_quant.quantize.calibrate.folder import JOURNAL, hidden_file
 from mq_quant.quantize.calibrate.layer_pass import open_device
 from mq_quant.quantize.calibrate.moments import LayerMoments, packed, second_moment, squares
