@@ -23,6 +23,7 @@ from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import Arrays, DownForm, layer_tensors
 from ...formats.statistics.row_file import NOBODY
 from ...formats.statistics.triangles import pack_correlation, pack_moment
+from ...verify.model.device_weights import brought
 from ...verify.model.reference import Observer, Routing
 from ..spec.calibration_sizes import CHUNK
 
@@ -52,6 +53,7 @@ class LayerMoments(Observer):
         self._gate_up: Tensor | None = None
         self._pooled: Tensor | None = None
         self._waiting: list[Tensor] = []
+        self._energies: list[Tensor] = []
         self._first = torch.device("cpu")
         self._all_finite = False
         self._attended: dict[str, list[_Attended]] = defaultdict(list)
@@ -61,7 +63,7 @@ class LayerMoments(Observer):
         if projection not in ATTENTION:
             return
         good = _usable(inputs)
-        self._attended[projection].append(_Attended(len(inputs), good.sum(), squares(inputs, good)))
+        self._attended[projection].append(_Attended(len(inputs), good.sum(0), squares(inputs, good)))
 
     def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
         self._finish_attention()
@@ -82,7 +84,7 @@ class LayerMoments(Observer):
         """What attention saw, once the layer is behind it."""
         for projection, parts in self._attended.items():
             row, name = ATTENTION[projection]
-            rows, count = sum(part.rows for part in parts), int(_fetched([p.count for p in parts]).sum())
+            rows, count = sum(part.rows for part in parts), int(np.sum(_fetched([p.count for p in parts])))
             self._note_bad(rows - count, rows, f"the input of {projection}")
             self.arrays["attn.counts"][row] = count
             total = reduce(np.add, _fetched([part.squares for part in parts]))
@@ -90,12 +92,14 @@ class LayerMoments(Observer):
         self._attended.clear()
 
     def expert(self, layer: int, expert: int, tokens: Tensor, inputs: Tensor, product: Tensor) -> None:
-        """Nothing here waits for a GPU, so that it is never idle between two experts."""
+        """Nothing here waits for a GPU, so that it is never idle between two experts. Torch is called as seldom as can
+        be: each call hands the interpreter on, which beside encoders takes longer than the work of a GPU.
+        """
         seen = inputs if self._all_finite else self._finite(inputs, None)
         good = _usable(product)
-        total, count = second_moment(torch.where(good[:, None], product, 0)), good.sum()
-        self._seen[expert] = _Seen(len(seen), len(product), squares(seen), count, total.diagonal().clone())
-        if self.down != "pooled" and int(count):
+        total = second_moment(torch.where(good, product, 0))
+        self._seen[expert] = _Seen(len(seen), squares(seen), good)
+        if self.down != "pooled" and (count := int(good.sum())):
             self.arrays["down.moment"][expert] = (
                 pack_correlation if self.down == "compact" else pack_moment
             )((total / count).cpu().numpy())
@@ -104,27 +108,32 @@ class LayerMoments(Observer):
             self._add()
 
     def _add(self) -> None:
-        """Add the sums that wait."""
-        there = [total.to(self._first) for total in self._waiting]
+        """Add the sums that wait, and keep the diagonal of each."""
+        if not self._waiting:
+            return
+        there = [brought(total, self._first) for total in self._waiting]
         self._waiting.clear()
+        self._energies.append(torch.stack([total.diagonal() for total in there]))
         for total in there:
             self._pooled = total if self._pooled is None else self._pooled.add_(total)
 
     def finish(self) -> Arrays:
         """All tensors of the layer's file, once the layer has run; CalibrationError where down saw no row."""
-        arrays, order = self.arrays, sorted(self._seen)
-        seen = [self._seen[e] for e in order]
+        arrays, order, seen = self.arrays, [*self._seen], [*self._seen.values()]
         self._add()
         if self._gate_up is not None:
             arrays["gate_up.moment"][:] = self._gate_up.cpu().numpy()
         if order:
             above = np.array([s.gate_up_count for s in seen])
-            below = _fetched([s.down_count for s in seen])
+            finite = _fetched([s.finite for s in seen])
+            below = np.array([run.sum() for run in finite])
             arrays["gate_up.counts"][order], arrays["down.counts"][order] = above, below
-            arrays["gate_up.diagonal"][order] = _means(_fetched([s.gate_up_squares for s in seen]), above)
-            arrays["down.diagonal"][order] = _means(_fetched([s.down_squares for s in seen]), below)
-            for e, s, count in zip(order, seen, below.tolist(), strict=True):
-                self._note_bad(s.rows - count, s.rows, f"expert {e}, the input of down")
+            arrays["gate_up.diagonal"][order] = _means(
+                np.stack(_fetched([s.gate_up_squares for s in seen])), above
+            )
+            arrays["down.diagonal"][order] = _means(torch.cat(self._energies).cpu().numpy(), below)
+            for e, run, count in zip(order, finite, below.tolist(), strict=True):
+                self._note_bad(len(run) - count, len(run), f"expert {e}, the input of down")
         count = int(arrays["down.counts"].sum())
         if not count or self._pooled is None:
             raise CalibrationError(f"layer {self.layer}: no expert's down projection saw finite activations")
@@ -142,7 +151,7 @@ class LayerMoments(Observer):
         bad = len(rows) - int(good.sum())
         if what:
             self._note_bad(bad, len(rows), what)
-        return rows[good] if bad else rows
+        return rows[good[:, 0]] if bad else rows
 
     def _note_bad(self, bad: int, rows: int, what: str) -> None:
         if bad:
@@ -153,7 +162,7 @@ class LayerMoments(Observer):
 
 @dataclass(frozen=True)
 class _Attended:
-    """What attention saw in some `rows` of an input: how many are finite, i64 [], with the Σ x² f64 [K] of these."""
+    """What attention saw in some `rows` of an input: how many are finite, i64 [1], with the Σ x² f64 [K] of these."""
 
     rows: int
     count: Tensor
@@ -162,24 +171,25 @@ class _Attended:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one expert saw, on its device: the number of tokens of gate and up with their Σ x² f64 [hidden], and of the
-    `rows` at down how many are finite, i64 [], with the Σ x² f64 [I] of these.
+    """What one expert saw, on its device: the number of tokens of gate and up with their Σ x² f64 [hidden], and which
+    rows of down are `finite`, bool [n, 1].
     """
 
     gate_up_count: int
-    rows: int
     gate_up_squares: Tensor
-    down_count: Tensor
-    down_squares: Tensor
+    finite: Tensor
 
 
-def _fetched(values: Sequence[Tensor]) -> NDArray[Any]:
-    """Tensors of one shape as one array, [n, ...]: in one copy from each device, which it waits for."""
+def _fetched(values: Sequence[Tensor]) -> list[NDArray[Any]]:
+    """Tensors as arrays, in one copy from each device, which it waits for. Only their lengths may differ."""
     by_device: dict[torch.device, list[int]] = {}
     for n, value in enumerate(values):
         by_device.setdefault(value.device, []).append(n)
-    parts = [torch.stack([values[n] for n in places]).cpu() for places in by_device.values()]
-    return torch.cat(parts).numpy()[np.argsort(np.concatenate([*by_device.values()]))]
+    found: dict[int, NDArray[Any]] = {}
+    for places in by_device.values():
+        joined = torch.cat([values[n] for n in places]).cpu().numpy()
+        found |= zip(places, np.split(joined, np.cumsum([len(values[n]) for n in places])[:-1]), strict=True)
+    return [found[n] for n in range(len(values))]
 
 
 def _means(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -188,34 +198,39 @@ def _means(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.f
 
 
 def _usable(rows: Tensor) -> Tensor:
-    """Whether the energy of each row of [n, K] is finite in f32, bool [n]."""
-    energy = [chunk.float().square().sum(1) for chunk in torch.split(rows, CHUNK)]
-    return (energy[0] if len(energy) == 1 else torch.cat(energy)) < torch.inf
+    """Whether f32 holds the energy of each row of f32 [n, K], and so its root, bool [n, 1]."""
+    finite: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True) < torch.inf
+    return finite
+
+
+def _chunks(rows: Tensor) -> Sequence[Tensor]:
+    """Some rows after others."""
+    return torch.split(rows, CHUNK) if len(rows) > CHUNK else (rows,)
 
 
 def _without(inputs: Tensor, ids: Tensor) -> Tensor:
     """Experts i64 [n, k] of each token, NOBODY where its inputs [n, H] are not finite."""
-    return ids.masked_fill(~_usable(inputs)[:, None], NOBODY)
+    return ids.masked_fill(~_usable(inputs), NOBODY)
 
 
 def packed(moment: Tensor) -> Tensor:
     """What `pack_moment` makes of a moment f64 [k, k], where that is: f32 [k(k+1)/2]."""
-    k = len(moment)
-    return moment.float()[torch.ones(k, k, dtype=torch.bool, device=moment.device).triu()]
+    rows, columns = torch.triu_indices(len(moment), len(moment), device=moment.device)
+    return moment.float()[rows, columns]
 
 
 def second_moment(rows: Tensor) -> Tensor:
     """Σ x xᵀ over rows [n, K], f64 [K, K], where the rows are. Only what is not below the diagonal is used of it."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in torch.split(rows, CHUNK):
+    total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for chunk in _chunks(rows):
         wide = chunk.double()
         total.addmm_(wide.T, wide)
     return total
 
 
 def squares(rows: Tensor, good: Tensor | None = None) -> Tensor:
-    """Σ x² over rows [n, K], or over the `good` ones of them, f64 [K], where the rows are."""
-    parts: Iterable[Tensor] = torch.split(rows, CHUNK)
+    """Σ x² over rows [n, K], or over those that are `good`, bool [n, 1]; f64 [K], where the rows are."""
+    parts: Iterable[Tensor] = _chunks(rows)
     if good is not None:
-        parts = map(torch.where, torch.split(good[:, None], CHUNK), parts, repeat(rows.new_zeros(())))
-    return reduce(torch.add, (part.double().square().sum(0) for part in parts))
+        parts = map(torch.where, _chunks(good), parts, repeat(rows.new_zeros(())))
+    return reduce(torch.add, (torch.float_power(part, 2).sum(0) for part in parts))

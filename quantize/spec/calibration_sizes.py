@@ -26,6 +26,8 @@ SENSITIVITY_LENGTH = 512
 """Tokens of a sequence, for an estimate."""
 GPU_ROWS = 15.5
 """How often a layer's stream lies on a GPU in f32 while the layer runs and its experts are rounded."""
+ROUND = 8
+"""Experts whose matrices lie on a GPU in f32 at once, with a copy of their codes, while the layer runs."""
 _BYTES = {"F32": 4, "F16": 2, "I64": 8}
 
 
@@ -134,8 +136,9 @@ def gpu_bytes(config: ModelConfig, tokens: int) -> int:
 
     A layer of M2.7 took 19.5 GiB at 65,536 tokens and 99 GiB at 524,288 (`benchmarks/layer_pass.py`).
     """
-    weights = 3 * config.hidden_size * config.intermediate_size * config.num_local_experts
-    return round(2.2 * weights + GPU_ROWS * 4 * tokens * config.hidden_size)
+    expert = 3 * config.hidden_size * config.intermediate_size
+    weights = (2.2 * config.num_local_experts + (4 + 1) * ROUND) * expert
+    return round(weights + GPU_ROWS * 4 * tokens * config.hidden_size)
 
 
 def layers_bytes(config: ModelConfig, tokens: int, layers: int) -> int:

@@ -1,7 +1,7 @@
 """Back through the reference forward pass: the gradient of what a model says, with respect to its residual stream.
 
-Only activations have gradients. One expert's weights are held at a time, and of sequences one group or, on a GPU, as
-many as fit in a part of its memory; sums are taken in one order.
+Only activations have gradients. One expert's weights are held at a time, on several devices those of a round, and of
+sequences one group or, on a GPU, as many as fit in a part of its memory; sums are taken in one order.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ...formats.minimax import ModelConfig, expert_name
-from .device_weights import DeviceWeights
+from ...formats.minimax import ModelConfig
+from .device_weights import DeviceWeights, brought
 from .lanes import NO_LANES, Lanes
 from .reference import (
+    Matrices,
     Routing,
     TensorWeights,
     Weights,
     before_experts,
     head_matrix,
     load,
+    load_expert,
     rms_norm,
     run_expert,
 )
-from .spread_forward import beside_experts, rounds, routed
+from .spread_forward import beside_experts, experts_of, rounds, routed
 
 TOGETHER = 8
 """Sequences whose attention has its gradients held at once."""
@@ -145,22 +147,22 @@ def _experts_backward(
     behind, taken = [gradient.to(device) for device in devices], torch.split(order, sizes)
     of_inputs, of_shares = torch.zeros_like(inputs), torch.zeros_like(shares).flatten()
 
-    def run(e: int, place: int) -> tuple[Tensor, ...]:
+    def run(e: int, place: int, matrices: Matrices) -> tuple[Tensor, ...]:
         seen, tokens = there[place], there[place].tokens[e]
         x, share = seen.inputs[tokens].requires_grad_(), seen.shares[e].clone().requires_grad_()
-        w1, w3, w2 = (load(weights, expert_name(layer, e, w), x) for w in ("w1", "w3", "w2"))
         with torch.enable_grad():
-            out = run_expert((w1, w3, w2), x)[1] * share
+            out = run_expert(matrices, x)[1] * share
         return torch.autograd.grad(out, (x, share), behind[place][tokens])
 
     for some in rounds(sizes, len(devices)):
+        placed = experts_of(weights, layer, some) if isinstance(weights, DeviceWeights) else {}
         found = {}
         with lanes.opened():
             for n, e in enumerate(some):
                 place = weights.place(e) if isinstance(weights, DeviceWeights) else 0
                 with lanes.lane(devices[place], n // len(devices)):
-                    found[e] = run(e, place)
-        back = {e: [part.to(inputs.device) for part in made] for e, made in found.items()}
+                    found[e] = run(e, place, placed.get(e) or load_expert(weights, layer, e, inputs))
+        back = {e: [brought(part, inputs.device) for part in made] for e, made in found.items()}
         for e, (of_x, of_share) in back.items():
             of_inputs.index_add_(0, there[0].tokens[e], of_x)
             of_shares[taken[e]] = of_share[:, 0]

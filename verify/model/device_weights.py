@@ -40,6 +40,11 @@ def wait_for(*devices: torch.device) -> None:
             torch.cuda.current_stream(device).synchronize()
 
 
+def brought(values: Tensor, device: torch.device) -> Tensor:
+    """The values on a device. Torch is not called where they lie there: each call hands the interpreter on."""
+    return values if values.device == device else values.to(device)
+
+
 def page_locked(nbytes: int) -> Tensor:
     """Page-locked memory u8 [nbytes], from which a GPU copies without holding up other threads.
 
@@ -64,7 +69,9 @@ class StoredWeights(Protocol):
 
 @dataclass(frozen=True)
 class DeviceMatrix:
-    """An FP8 matrix on a device: codes u8 [R, C], and scales f32, one for each block of `block`."""
+    """An FP8 matrix on a device, or several beside each other: codes u8 [..., R, C], and scales f32, one for each block
+    of `block`.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -75,14 +82,25 @@ class DeviceMatrix:
         return DeviceMatrix(self.codes.to(device), self.scales.to(device), self.block)
 
     def values(self) -> Tensor:
-        """The matrix f32 [R, C]."""
-        (rows, columns), (high, wide) = self.codes.shape, self.block
+        """The values f32 [..., R, C]."""
+        (*some, rows, columns), (high, wide) = self.codes.shape, self.block
         out = self.codes.view(torch.float8_e4m3fn).float()
         if rows % high == 0 and columns % wide == 0:
-            out.view(rows // high, high, columns // wide, wide).mul_(self.scales[:, None, :, None])
+            of_blocks = self.scales.reshape(*some, rows // high, 1, columns // wide, 1)
+            out.view(*some, rows // high, high, columns // wide, wide).mul_(of_blocks)
             return out
-        scales = self.scales.repeat_interleave(high, 0)[:rows]
-        return out.mul_(scales.repeat_interleave(wide, 1)[:, :columns])
+        scales = self.scales.repeat_interleave(high, -2)[..., :rows, :]
+        return out.mul_(scales.repeat_interleave(wide, -1)[..., :columns])
+
+
+def values_of(matrices: Sequence[DeviceMatrix]) -> Sequence[Tensor]:
+    """The values f32 [R, C] of matrices of one shape on one device, which pieces of one tensor hold: in as many calls
+    into torch as those of one matrix take.
+    """
+    codes, scales = (
+        torch.stack(parts) for parts in zip(*((m.codes, m.scales) for m in matrices), strict=True)
+    )
+    return DeviceMatrix(codes, scales, matrices[0].block).values().unbind()
 
 
 class DeviceWeights:
@@ -125,6 +143,20 @@ class DeviceWeights:
         values = self._others[name].result() if name in self._others else self._source.weight(name)
         array = np.require(values, requirements=["C", "W"])
         return torch.from_numpy(array).to(self.devices[self._place(name)])
+
+    def tensors_of(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some tensors as `tensor` gives them. FP8 matrices of one shape that lie on one device become f32 together."""
+        alike: dict[tuple[torch.device, torch.Size], dict[str, DeviceMatrix]] = defaultdict(dict)
+        found = {}
+        for name in names:
+            if name in self._coming:
+                matrix = self._coming[name].result()[name]
+                alike[matrix.codes.device, matrix.codes.shape][name] = matrix
+            else:
+                found[name] = self.tensor(name)
+        for some in alike.values():
+            found |= zip(some, values_of([*some.values()]), strict=True)
+        return found
 
     def matrix(self, name: str) -> DeviceMatrix | Tensor:
         """A matrix as it lies on its device, complete there; errors as `Source.stored`."""

@@ -53,6 +53,10 @@ class Routing:
     weights: Tensor
 
 
+Matrices = tuple[Tensor, Tensor, Tensor]
+"""w1, w3 and w2 of an expert."""
+
+
 class Observer:
     """Sees the inputs of every matrix of a layer; override what is needed. Rows are tokens, n = n_seq · len of them."""
 
@@ -81,6 +85,12 @@ def load(weights: Weights | TensorWeights, name: str, like: Tensor) -> Tensor:
         return weights.tensor(name)
     array = np.ascontiguousarray(weights.weight(name))
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(like)
+
+
+def load_expert(weights: Weights | TensorWeights, layer: int, expert: int, like: Tensor) -> Matrices:
+    """The matrices of an expert, as `load` gives them."""
+    w1, w3, w2 = (load(weights, expert_name(layer, expert, w), like) for w in ("w1", "w3", "w2"))
+    return w1, w3, w2
 
 
 def blocks(weights: Weights, name: str, count: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -188,8 +198,8 @@ def experts(
     """The weighted sum of the routed experts' outputs [n, H] for normed inputs [n, H]."""
     out = torch.zeros_like(inputs)
     for e, taken in choices_by_expert(routing.ids, cfg.num_local_experts):
-        w1, w3, w2 = (load(weights, expert_name(layer, e, w), inputs) for w in ("w1", "w3", "w2"))
-        tokens, x, product = add_expert(out, (w1, w3, w2), inputs, routing, taken)
+        matrices = load_expert(weights, layer, e, inputs)
+        tokens, x, product = add_expert(out, matrices, inputs, routing, taken)
         observer.expert(layer, e, tokens, x, product)
     return out
 
@@ -214,9 +224,9 @@ def choices_by_expert(ids: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def add_expert(
-    out: Tensor, matrices: tuple[Tensor, Tensor, Tensor], inputs: Tensor, routing: Routing, taken: Tensor
+    out: Tensor, matrices: Matrices, inputs: Tensor, routing: Routing, taken: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add to out [n, H] what an expert, of matrices w1, w3 and w2, makes of the inputs [n, H] that are routed to it.
+    """Add to out [n, H] what an expert of these matrices makes of the inputs [n, H] that are routed to it.
 
     `taken` is where in the routing's ids it stands. Returns the indices of its tokens, what w1 and w3 see and what w2
     sees.
@@ -228,8 +238,8 @@ def add_expert(
     return tokens, x, product
 
 
-def run_expert(matrices: tuple[Tensor, Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """What w2 of an expert with matrices w1, w3 and w2 sees of rows [m, H], [m, I], and what it makes of it, [m, H]."""
+def run_expert(matrices: Matrices, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What w2 of an expert with these matrices sees of rows [m, H], [m, I], and what it makes of it, [m, H]."""
     w1, w3, w2 = matrices
     product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
     return product, F.linear(product, w2)

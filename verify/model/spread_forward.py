@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...formats.minimax import ModelConfig, expert_name, layer_inventory
-from .device_weights import DeviceWeights
+from .device_weights import DeviceWeights, brought
 from .lanes import NO_LANES, Lanes
-from .reference import SILENT, Observer, Routing, attention, by_expert, into_experts, run_expert
+from .reference import SILENT, Matrices, Observer, Routing, attention, by_expert, into_experts, run_expert
 
 TOKENS = 1 << 13
 """Tokens of sequences that pass attention at a time."""
@@ -67,12 +67,12 @@ def spread_forward(
     there, _, sizes = routed(devices, cfg, inputs, routing)
     out = torch.zeros_like(inputs)
     for some in rounds(sizes, len(devices)):
-        made = {}
+        matrices, made = experts_of(weights, layer, some), {}
         with lanes.opened():
             for n, e in enumerate(some):
                 place = weights.place(e)
                 with lanes.lane(devices[place], n // len(devices)):
-                    made[e] = _run(weights, layer, e, there[place], observer)
+                    made[e] = _run(matrices[e], layer, e, there[place], observer)
         _add(out, there[0].tokens, made)
     return hidden + out.view_as(hidden)
 
@@ -126,18 +126,24 @@ def routed(
     return there, order, sizes
 
 
-def _run(weights: DeviceWeights, layer: int, expert: int, seen: Routed, observer: Observer) -> Tensor:
+def experts_of(weights: DeviceWeights, layer: int, some: Sequence[int]) -> dict[int, Matrices]:
+    """The matrices w1, w3 and w2 of some experts, where they lie."""
+    names = {e: [expert_name(layer, e, w) for w in ("w1", "w3", "w2")] for e in some}
+    found = weights.tensors_of([name for of_one in names.values() for name in of_one])
+    return {e: (found[w1], found[w3], found[w2]) for e, (w1, w3, w2) in names.items()}
+
+
+def _run(matrices: Matrices, layer: int, expert: int, seen: Routed, observer: Observer) -> Tensor:
     """What an expert adds to the streams of its tokens, [m, H], where its matrices lie."""
-    w1, w3, w2 = (weights.tensor(expert_name(layer, expert, w)) for w in ("w1", "w3", "w2"))
     x = seen.inputs[seen.tokens[expert]]
-    product, made = run_expert((w1, w3, w2), x)
+    product, made = run_expert(matrices, x)
     observer.expert(layer, expert, seen.tokens[expert], x, product)
     return made.mul_(seen.shares[expert])
 
 
 def _add(out: Tensor, tokens: Sequence[Tensor], made: Mapping[int, Tensor]) -> None:
     """Add to out [n, H] what experts made for their tokens, [m, H] each. All of it travels before any is added."""
-    for e, rows in {e: rows.to(out.device) for e, rows in made.items()}.items():
+    for e, rows in {e: brought(rows, out.device) for e, rows in made.items()}.items():
         out.index_add_(0, tokens[e], rows)
 
 

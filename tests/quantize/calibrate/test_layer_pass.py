@@ -22,8 +22,10 @@ from mq_quant.quantize.calibrate.layer_pass import (
     with_others,
 )
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
+from mq_quant.quantize.spec.calibration_sizes import ROUND
 from mq_quant.quantize.spec.places import model_files
 from mq_quant.quantize.spec.recipe import load_model
+from mq_quant.verify.model.spread_forward import EXPERTS
 from watching import Heard
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (1, 16)).astype(np.int32)
@@ -40,6 +42,10 @@ def test_several_gpus_hold_more_layers_where_they_have_room(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gib << 30))
     config = parse_config(model_files(load_model("minimax-m2.7")).config)
     assert layers_held(config, 1 << 16, [torch.device("cuda", n) for n in range(gpus)]) == held
+
+
+def test_a_gpu_has_room_for_the_experts_that_run_before_any_is_added() -> None:
+    assert ROUND == EXPERTS
 
 
 @pytest.mark.parametrize(

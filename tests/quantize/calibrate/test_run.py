@@ -414,9 +414,9 @@ def test_sums_over_many_chunks_are_exact_means(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(packed(total / 7).numpy(), pack_moment((total / 7).numpy()))
     assert torch.equal(squares(x), x.double().square().sum(0))
     assert (squares(x[:0]) == 0).all()
-    good = torch.arange(10) % 3 != 1
-    broken = torch.where(good[:, None], x, torch.nan)
-    assert torch.equal(squares(broken, good), x[good].double().square().sum(0))
+    good = (torch.arange(10) % 3 != 1)[:, None]
+    broken = torch.where(good, x, torch.nan)
+    assert torch.equal(squares(broken, good), x[good[:, 0]].double().square().sum(0))
 
 
 def save_tokens(path: Path, value: Any) -> Path:

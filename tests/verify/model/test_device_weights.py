@@ -15,7 +15,14 @@ from mq_quant.formats.checkpoint.local import Checkpoint, open_checkpoint
 from mq_quant.formats.errors import CheckpointError
 from mq_quant.formats.minimax import expert_name, layer_inventory
 from mq_quant.verify.model import device_weights
-from mq_quant.verify.model.device_weights import DeviceWeights, laid_out, lay_out, places
+from mq_quant.verify.model.device_weights import (
+    DeviceMatrix,
+    DeviceWeights,
+    laid_out,
+    lay_out,
+    places,
+    values_of,
+)
 
 shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 300)), min_size=1, max_size=5)
 
@@ -46,8 +53,35 @@ def test_weights_are_those_of_the_source_however_many_are_read_at_a_time(
     try:
         for name in reversed(names):
             np.testing.assert_array_equal(weights.tensor(name).numpy(), source.weight(name))
+        found = weights.tensors_of(names[::-1])
+        assert sorted(found) == sorted(names)
+        for name, values in found.items():
+            np.testing.assert_array_equal(values.numpy(), source.weight(name))
     finally:
         weights.close()
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(0, 1 << 32))
+def test_matrices_of_one_shape_become_f32_together_with_the_bits_of_each(
+    count: int, rows: int, columns: int, seed: int
+) -> None:
+    """Whether blocks of 4 x 3 fill them or not."""
+    random = torch.Generator().manual_seed(seed)
+    given = [
+        DeviceMatrix(
+            torch.randn(rows, columns, generator=random).to(torch.float8_e4m3fn).view(torch.uint8),
+            torch.rand(-(-rows // 4), -(-columns // 3), generator=random),
+            (4, 3),
+        )
+        for _ in range(count)
+    ]
+    together = values_of(given)
+    assert len(together) == count and all(values.is_contiguous() for values in together)
+    for matrix, values in zip(given, together, strict=True):
+        assert torch.equal(matrix.values(), values)
+        for (row, column), value in np.ndenumerate(values.numpy()):
+            code = matrix.codes[row, column].view(torch.float8_e4m3fn).float()
+            assert value == code * matrix.scales[row // 4, column // 3]
 
 
 class Other:
