@@ -20,9 +20,11 @@ from ...lloyd.constants import GROUP
 from ...lloyd.encode import ENCODED
 from ...lloyd.group_fit import Rotated
 from ...lloyd.hessian.row import RowHessian
+from ...lloyd.row_blocks import RowAnswers
 from ..runtime.host import Backend, Buffer
-from .fitting import Fitting
+from .fitting import Fitting, coupled
 from .hessians import DenseFactors, Hessian, Hessians
+from .shares import Answers, Shares
 from .space import Space
 from .work import Work
 
@@ -50,6 +52,7 @@ class DeviceEncoder:
         self._signs = backend.upload(np.stack([SIGNS1, SIGNS2]))
         self._hessians = Hessians(backend, self._space, self._signs)
         self._fitting = Fitting(backend, self._space, self._signs)
+        self._answers = Shares()
         self._recorded: dict[tuple[object, ...], Callable[[], None] | None] = {}
         self._moves = 0
 
@@ -65,11 +68,13 @@ class DeviceEncoder:
         hessian: RowHessian | None = None,
         gain: float = 1.0,
         out: U8 | None = None,
+        answers: RowAnswers | None = None,
     ) -> U8:
         """Payload u8 [R · K / 256 · group_bytes] of weights f32 [R, K], K a multiple of 256, stored in a rotated form.
 
         `fit` is exact or hessian; without a Hessian the latter does what the former does. `out` u8 of the payload's
-        size receives it, if given. Raises BackendError for any other fit, TypeError for a format without rotation.
+        size receives it, if given. `answers` say how rows answer each other under a Hessian, in blocks of multiples of
+        16. Raises BackendError for any other fit, TypeError for a format without rotation.
         """
         if fit not in ("exact", "hessian"):
             raise BackendError(f"the fit {fit!r} does not run on a device")
@@ -79,7 +84,8 @@ class DeviceEncoder:
         given = self._space.put("weights", np.ascontiguousarray(form.folded(weights), np.float32))
         work = self._begin(given, fmt, self._scale(form.scale, weights.shape[1]))
         if fit == "hessian" and hessian is not None:
-            self._fit(work, self._hessians.load(hessian), gain)
+            there = None if answers is None else self._answers.of(answers, self._space.put)
+            self._fit(work, self._hessians.load(hessian), gain, there)
         else:
             self._fitting.initial(work, 0, [True] * work.groups)
             self._fitting.nearest(work)
@@ -93,18 +99,20 @@ class DeviceEncoder:
         hessian: RowHessian | DenseFactors,
         gain: float = 1.0,
         beside: int = 1,
+        answers: Answers | None = None,
     ) -> Coded:
         """Encode weights f32 [R, K] that the device holds, folded already, under a Hessian; scale f32 [K] is the AWQ
         scale of the columns. The weights may be several matrices `beside` each other, as `Work` has them, if groups of
         each are coupled: the factors then follow each other as the groups do, and what groups answer is [g, beside, …].
 
-        Raises TypeError for a format without rotation.
+        `answers` say how rows answer each other. Raises TypeError for a format without rotation.
         """
         work = self._begin(weights, _rotated(fmt), scale, beside)
+        there = None if answers is None else self._answers.of(answers, self._space.keep)
         if isinstance(hessian, DenseFactors):
-            self._fit(work, self._hessians.given(hessian), gain)
+            self._fit(work, self._hessians.given(hessian), gain, there)
         else:
-            self._fit(work, self._hessians.load(hessian), gain)
+            self._fit(work, self._hessians.load(hessian), gain, there)
         return self._packed(work)
 
     def _scale(self, scale: F32 | None, columns: int) -> Buffer:
@@ -127,20 +135,20 @@ class DeviceEncoder:
         self._fitting.launch("pack", grid, args, work.fmt)
         return Coded(payload, work.params, work.codes)
 
-    def _fit(self, work: Work, h: Hessian, gain: float) -> None:
-        """Codes and stored levels of all groups under their Hessians.
+    def _fit(self, work: Work, h: Hessian, gain: float, answers: Answers | None = None) -> None:
+        """Codes and stored levels of all rows under their Hessians.
 
         Where groups answer each other, of which there is one matrix for each but the first, that takes hundreds of
         launches, which are the same for every matrix of a shape. The first such matrix takes all memory and loads all
         kernels, and the second one is recorded.
         """
-        if not (h.dense and len(h.answers) == work.own - 1):
-            self._fitting.groups(work, h, gain)
-            return
 
         def whole() -> None:
-            self._fitting.whole_rows(work, h, gain)
+            self._fitting.fit(work, h, gain, answers)
 
+        if not coupled(work, h):
+            whole()
+            return
         if self._moves != self._space.moves:
             self._recorded.clear()
             self._moves = self._space.moves
@@ -151,6 +159,7 @@ class DeviceEncoder:
             h.matrix,
             *h.answers,
             *((h.coupling.lines, h.coupling.inverses) if h.coupling else ()),
+            *(share for _, share in answers or ()),
         )
         key = (
             work.fmt.name,

@@ -76,6 +76,27 @@ KERNEL(PRODUCT_THREADS) answer_errors(float* __restrict__ out, const float* __re
   }
 }
 
+// out = rows + share · errors: rows and out f32 [count, 256·groups], share f32 [count, before], `before` a multiple of 16, and
+// errors f32 [before, 256·groups]. Sums begin with the rows. Grid (tiles of rows, of columns).
+KERNEL(PRODUCT_THREADS) answer_rows(float* __restrict__ out, const float* __restrict__ rows, const float* __restrict__ share,
+                                    const float* __restrict__ errors, int count, int before, int groups) {
+  LDS(ProductTiles, tiles, 1);
+  const int row = blockIdx.x * PRODUCT_ROWS, column = blockIdx.y * PRODUCT_COLUMNS;
+  const int64_t width = (int64_t)groups * GROUP;
+  float sums[SIDE][SIDE];
+  for (int i = 0; i < SIDE; i++) {
+    const float* mine = rows + min(row + tile_row(i), count - 1) * width + column;
+    for (int j = 0; j < SIDE; j++) sums[i][j] = -mine[tile_column(j)];
+  }
+  subtract_products(sums, tiles[0], share + (int64_t)min(row + (int)threadIdx.x, count - 1) * before, errors + column, width,
+                    before);
+  for (int i = 0; i < SIDE; i++) {
+    if (row + tile_row(i) >= count) continue;
+    float* mine = out + (row + tile_row(i)) * width + column;
+    for (int j = 0; j < SIDE; j++) mine[tile_column(j)] = -sums[i][j];
+  }
+}
+
 // Of dense H f32 [groups, 256, 256]: the sum of all elements one after the other, f32 [groups], that of its rows, and 1 / H_cc,
 // both f32 [groups, 256]. Grid (groups).
 KERNEL(GROUP) dense_sums(float* __restrict__ totals, float* __restrict__ ones, float* __restrict__ inverse,

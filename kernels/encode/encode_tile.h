@@ -97,10 +97,11 @@ struct ProductTiles {                // what a block works on: a run of PRODUCT_
   Quad errors[PRODUCT_DEPTH * PRODUCT_ROWS / 4], factors[PRODUCT_DEPTH * PRODUCT_COLUMNS / 4];
 };
 
-// sums[i][j] -= Σ_b factors[b][tile_column(j)] · errors[tile_row(i)][b], b from 0 to 255. `error` is 256 floats of the tile's row
-// threadIdx.x; `factors` begins at the tile's first column, its rows are `pitch` floats apart.
+// sums[i][j] -= Σ_b factors[b][tile_column(j)] · errors[tile_row(i)][b], b from 0 to depth - 1, depth a multiple of
+// PRODUCT_DEPTH. `error` is `depth` floats of the tile's row threadIdx.x; `factors` begins at the tile's first column, its rows
+// are `pitch` floats apart.
 DEVICE void subtract_products(float (&sums)[SIDE][SIDE], ProductTiles& tiles, const float* error, const float* factors,
-                              int64_t pitch) {
+                              int64_t pitch, int depth = GROUP) {
   constexpr int QUADS = PRODUCT_DEPTH / 4;
   const int t = threadIdx.x;
   const float* mine = factors + t / 4 * pitch + t % 4 * PRODUCT_DEPTH;
@@ -110,7 +111,7 @@ DEVICE void subtract_products(float (&sums)[SIDE][SIDE], ProductTiles& tiles, co
     error_next[q] = load_quad(error + 4 * q);
     factor_next[q] = load_quad(mine + 4 * q);
   }
-  for (int at = 0; at < GROUP; at += PRODUCT_DEPTH) {
+  for (int at = 0; at < depth; at += PRODUCT_DEPTH) {
     __syncthreads();
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
@@ -121,7 +122,7 @@ DEVICE void subtract_products(float (&sums)[SIDE][SIDE], ProductTiles& tiles, co
       tiles.factors[t * QUADS + q] = factor_next[q];
     }
     __syncthreads();
-    if (at + PRODUCT_DEPTH < GROUP) {
+    if (at + PRODUCT_DEPTH < depth) {
 #pragma unroll
       for (int q = 0; q < QUADS; q++) {
         error_next[q] = load_quad(error + at + PRODUCT_DEPTH + 4 * q);

@@ -27,11 +27,17 @@ from ..runtime.block_table import BLOCK_THREADS, WAVE
 from ..runtime.host import Argument, Backend, Buffer
 from .geometry import DESCENT_WAVES, KMEANS_ROWS, PRODUCT_SIDE, TILE, dense_waves, refit_waves
 from .hessians import Coupling, Hessian
+from .shares import Answers
 from .space import Space
 from .work import Work, kept_of
 
 FROM_WEIGHTS, FROM_SUMS, GIVEN = range(3)
 """Where the pull of a descent comes from; encode_fit.hip knows the numbers."""
+
+
+def coupled(work: Work, h: Hessian) -> bool:
+    """Whether groups answer each other: there is a matrix for each group but the first."""
+    return h.dense and len(h.answers) == work.own - 1
 
 
 class Fitting:
@@ -64,6 +70,31 @@ class Fitting:
         self._round(work, 0, work.groups, fitted=False)
         grid = (work.count, work.groups)
         self.launch("nearest", grid, (work.codes, work.rows, work.params, work.groups, 0), work.fmt)
+
+    def fit(self, work: Work, h: Hessian, gain: float, answers: Answers | None) -> None:
+        """Codes and stored levels of all rows under their Hessians; where there are `answers`, block by block."""
+        if answers is None:
+            self._fit_rows(work, h, gain)
+            return
+        most = max(rows.stop - rows.start for rows, _ in answers)
+        aims = self._space.take("aims", (most, work.rows.shape[1]), np.float32)
+        missed = self._space.take("missed", work.rows.shape, np.float32)
+        for rows, share in answers:
+            mine = aimed = work.part(rows)
+            if rows.start:
+                aimed = replace(mine, rows=aims.rows(0, mine.count))
+                grid = (mine.blocks(PRODUCT_SIDE), mine.rows.shape[1] // PRODUCT_SIDE)
+                before = missed.rows(0, rows.start)
+                given = (aimed.rows, mine.rows, share, before, mine.count, rows.start, work.groups)
+                self.launch("answer_rows", grid, given)
+            self._fit_rows(aimed, h, gain)
+            self._missed(mine, missed.rows(rows.start, rows.stop), 0, work.groups)
+
+    def _fit_rows(self, work: Work, h: Hessian, gain: float) -> None:
+        if coupled(work, h):
+            self.whole_rows(work, h, gain)
+        else:
+            self.groups(work, h, gain)
 
     def groups(self, work: Work, h: Hessian, gain: float) -> None:
         """All groups under their Hessians, where none answers the errors of others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,17 @@ class Work:
     def own(self) -> int:
         """The groups of one matrix."""
         return self.groups // self.beside
+
+    def part(self, rows: slice) -> Work:
+        """Some rows of it, in the same memory."""
+        start, stop = rows.start, rows.stop
+        return replace(
+            self,
+            count=stop - start,
+            rows=self.rows.rows(start, stop),
+            params=self.params.rows(start, stop),
+            codes=self.codes.rows(start, stop),
+        )
 
     def blocks(self, rows: int) -> int:
         """Blocks of so many rows."""

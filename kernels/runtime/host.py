@@ -170,7 +170,8 @@ class Backend(ABC):
                 f"{source.dtype}[{source.size}] cannot be copied to {target.dtype}[{target.size}]"
             )
         where = target.address, source.address, source.nbytes
-        self._do(lambda: self._copy(*where))
+        if source.nbytes:
+            self._do(lambda: self._copy(*where))
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What `work` launches and copies between buffers: none of it happens now, and all of it at each call of what

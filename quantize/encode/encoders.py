@@ -14,6 +14,7 @@ from ...formats.errors import BackendError
 from ...formats.hfq.stored import StoredForm
 from ...lloyd.encode import Fit, encode_rotated
 from ...lloyd.hessian.row import RowHessian
+from ...lloyd.row_blocks import RowAnswers, encode_blocks
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -27,7 +28,8 @@ class MatrixTask:
 
     `hessian` is that of the rows in the stored basis, for the fit `hessian`; without one that fit is `exact`. `gain`
     is how far levels go from least squares, 0, to unbiased ones, 1. `stored` gives what `form.to_stored` makes of the
-    weights, where several tasks have that in common; it is asked only where that is done on the CPU.
+    weights, where several tasks have that in common; it is asked only where that is done on the CPU. `answers` say how
+    the rows answer each other, None where they do not; nothing is folded then.
     """
 
     weights: F32
@@ -36,6 +38,7 @@ class MatrixTask:
     hessian: RowHessian | None = None
     gain: float = 0.0
     stored: Callable[[], F32] | None = None
+    answers: RowAnswers | None = None
 
 
 class Encoder(Protocol):
@@ -70,7 +73,8 @@ CPU = CpuEncoder()
 def encode_matrix(task: MatrixTask) -> U8:
     """The payload u8 [R · K / 256 · group_bytes] of one matrix, encoded by the loops of lloyd."""
     rows = task.form.to_stored(task.weights) if task.stored is None else task.stored()
-    return encode_rotated(rows, task.form.format, task.fit, task.hessian, task.gain)
+    given = task.form.format, task.fit, task.hessian, task.gain
+    return encode_rotated(rows, *given) if task.answers is None else encode_blocks(rows, task.answers, *given)
 
 
 def torch_device(device: str, asked: bool) -> str:

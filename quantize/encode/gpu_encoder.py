@@ -56,7 +56,9 @@ class _Stream:
     def _encode(self, tasks: Sequence[MatrixTask], outs: Sequence[U8]) -> None:
         self._encoder.bring([task.hessian for task in tasks if task.hessian is not None])
         for task, out in zip(tasks, outs, strict=True):
-            self._encoder.encode(task.weights, task.form, task.fit, task.hessian, task.gain, out)
+            self._encoder.encode(
+                task.weights, task.form, task.fit, task.hessian, task.gain, out, task.answers
+            )
 
     def run(self, work: Callable[[DeviceEncoder], T]) -> T:
         """What some work returns that is done on the stream's thread with its encoder."""

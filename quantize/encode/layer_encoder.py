@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from ...awq.importance import Importance, LayerImportance
 from ...awq.own_moments import WithRows
-from ...awq.row_answers import encode_answering
 from ...awq.scale import down_fold
 from ...formats.blocks import AffineFormat, LloydFormat
 from ...formats.checkpoint.source import Source
@@ -205,10 +204,6 @@ class LayerEncoder(PreparedLayer):
 
     def _encode_down(self, w2: F32, form: StoredForm, hessian: RowHessian) -> U8:
         """The payload u8 [bytes] of w2 f32 [hidden, intermediate]; its rows answer each other where it is known how."""
-
-        def encode(rows: F32) -> tuple[U8, F32]:
-            (payload,) = self.encoder.encode([MatrixTask(rows, form, self.fit, hessian, self.gain)])
-            return payload, form.decode(payload, rows.shape)
-
         answers = self.importance.answers if isinstance(self.importance, WithRows) else None
-        return np.concatenate(encode_answering(w2, answers, encode))
+        task = MatrixTask(w2, form, self.fit, hessian, self.gain, answers=answers)
+        return self.encoder.encode([task])[0]

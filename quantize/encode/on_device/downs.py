@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....awq.row_answers import encode_answering
 from ....formats.blocks import Format
-from .beside import each
-from .rounding import Rounder, Under, unrotated
+from .rounding import Answers, Rounder, Under
 
 U8 = NDArray[np.uint8]
 
@@ -44,23 +41,9 @@ def round_downs(
     downs: Sequence[Down],
     fmt: Format,
     gain: float,
-    shares: Sequence[tuple[slice, Tensor]] | None,
+    answers: Answers | None,
     rounder: Rounder,
 ) -> list[U8]:
-    """The payload u8 [bytes] of each; its rows answer each other as `shares` of `KeptOnDevice` say, where there are
-    any.
-    """
-    under = [down.under for down in downs]
-    scale = torch.stack([u.scale for u in under])[:, None]
-
-    def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
-        payloads, values = rounder.encode(rows, fmt, under, gain)
-        return payloads, unrotated(values) / scale
-
-    def multiply(share: Tensor, errors: Tensor) -> Tensor:
-        return each(
-            partial(torch.mm, share), errors, errors.new_empty(len(errors), len(share), errors.shape[2])
-        )
-
-    given = torch.stack([down.weights for down in downs])
-    return list(rounder.fetch(torch.cat(encode_answering(given, shares, encode, multiply), dim=1)))
+    """The payload u8 [bytes] of each; its rows answer each other where it is known how."""
+    weights = torch.stack([down.weights for down in downs])
+    return list(rounder.fetch(rounder.payloads(weights, fmt, [down.under for down in downs], gain, answers)))

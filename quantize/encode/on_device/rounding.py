@@ -7,7 +7,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Protocol
 
@@ -23,11 +23,16 @@ from ....kernels.encode.device_encoder import Coded, DeviceEncoder
 from ....kernels.encode.hessians import DenseFactors
 from ....kernels.runtime.host import Backend, Buffer
 from ....lloyd.hessian.row import RowHessian
+from ....lloyd.row_blocks import RowAnswers
 from ..encoders import Encoder, MatrixTask
 from .beside import apart, are_alike, beside, each, factors_beside
 from .factors import Factors, borrowed
 
 U8 = NDArray[np.uint8]
+
+
+Answers = tuple[tuple[slice, Tensor], ...]
+"""How rows answer each other: `awq.row_answers.RowAnswers` on a device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +54,12 @@ class Rounder(Protocol):
         """
         ...
 
+    def payloads(
+        self, matrices: Tensor, fmt: Format, under: Sequence[Under], gain: float, answers: Answers | None
+    ) -> Tensor:
+        """The payloads alone, of matrices whose rows answer each other, where there are `answers`."""
+        ...
+
     def fetch(self, payloads: Tensor) -> U8:
         """Payloads u8 [n, bytes] in the machine's memory."""
         ...
@@ -59,34 +70,58 @@ class Streamed:
     """Rounds on the stream of a device's encoder, to which torch has switched."""
 
     encoder: DeviceEncoder
-    _last: dict[tuple[Factors, ...], DenseFactors] = field(default_factory=dict)
 
     def encode(
         self, matrices: Tensor, fmt: Format, under: Sequence[Under], gain: float
     ) -> tuple[Tensor, Tensor]:
         """As `Rounder.encode`. Nothing waits for the device. Matrices go side by side where they can."""
-        if len(matrices) > 1 and not are_alike([u.hessian for u in under]):
+        if not _side_by_side(under):
             made = [self.encode(m[None], fmt, [u], gain) for m, u in zip(matrices, under, strict=True)]
             return torch.cat([payload for payload, _ in made]), torch.cat([values for _, values in made])
-        backend, device = self.encoder.backend, matrices.device
-        count, rows, width = matrices.shape
+        coded, count, groups = (
+            self._coded(matrices, fmt, under, gain),
+            len(matrices),
+            matrices.shape[2] // GROUP,
+        )
+        values = _decoded(coded, fmt, matrices.device)
+        return _payloads(coded, count, groups, matrices.device), apart(values, count, groups)
+
+    def payloads(
+        self, matrices: Tensor, fmt: Format, under: Sequence[Under], gain: float, answers: Answers | None
+    ) -> Tensor:
+        """As `Rounder.payloads`, in the way of `encode`."""
+        if not _side_by_side(under):
+            pairs = zip(matrices, under, strict=True)
+            return torch.cat([self.payloads(m[None], fmt, [u], gain, answers) for m, u in pairs])
+        coded = self._coded(matrices, fmt, under, gain, answers)
+        return _payloads(coded, len(matrices), matrices.shape[2] // GROUP, matrices.device)
+
+    def _coded(
+        self,
+        matrices: Tensor,
+        fmt: Format,
+        under: Sequence[Under],
+        gain: float,
+        answers: Answers | None = None,
+    ) -> Coded:
+        """Matrices f32 [n, R, K] side by side as the encoder holds them."""
+        backend = self.encoder.backend
         weights, scale = beside(matrices), beside(torch.stack([u.scale for u in under]))
         given, columns = borrowed(backend, weights), borrowed(backend, scale)
-        coded = self.encoder.encode_here(given, fmt, columns, self._brought(under), gain, count)
-        payload, values = _tensor(coded.payload, device).clone().view(rows, -1), _decoded(coded, fmt, device)
-        return apart(payload, count, width // GROUP).flatten(1), apart(values, count, width // GROUP)
+        shares = None
+        if answers is not None:
+            shares = [(rows, borrowed(backend, share)) for rows, share in answers]
+        return self.encoder.encode_here(
+            given, fmt, columns, self._brought(under), gain, len(matrices), shares
+        )
 
     def _brought(self, under: Sequence[Under]) -> DenseFactors | RowHessian:
-        """The Hessians for the kernels, the same object as long as they are asked for: they are brought once for all
-        blocks of rows.
-        """
+        """The Hessians for the kernels."""
         if isinstance(first := under[0].hessian, RowHessian):
             return first
-        key = tuple(u.hessian for u in under if isinstance(u.hessian, Factors))
-        if key not in self._last:
-            self._last.clear()
-            self._last[key] = factors_beside(key).on(self.encoder.backend)
-        return self._last[key]
+        return factors_beside([u.hessian for u in under if isinstance(u.hessian, Factors)]).on(
+            self.encoder.backend
+        )
 
     def fetch(self, payloads: Tensor) -> U8:
         """As `Rounder.fetch`."""
@@ -104,20 +139,41 @@ class ThroughMemory:
         self, matrices: Tensor, fmt: Format, under: Sequence[Under], gain: float
     ) -> tuple[Tensor, Tensor]:
         """As `Rounder.encode`."""
+        payloads = self.payloads(matrices, fmt, under, gain, None)
+        values = np.stack([fmt.decode(payload) for payload in self.fetch(payloads)])
+        return payloads, torch.from_numpy(values.reshape(matrices.shape)).to(matrices.device)
+
+    def payloads(
+        self, matrices: Tensor, fmt: Format, under: Sequence[Under], gain: float, answers: Answers | None
+    ) -> Tensor:
+        """As `Rounder.payloads`."""
+        shares: RowAnswers | None = None
+        if answers is not None:
+            shares = [(rows, share.cpu().numpy()) for rows, share in answers]
 
         def task(matrix: Tensor, given: Under) -> MatrixTask:
             hessian = given.hessian.on_cpu() if isinstance(given.hessian, Factors) else given.hessian
             form = StoredForm(fmt, given.scale.cpu().numpy())
-            return MatrixTask(matrix.cpu().numpy(), form, "hessian", hessian, gain)
+            return MatrixTask(matrix.cpu().numpy(), form, "hessian", hessian, gain, answers=shares)
 
-        payloads = np.stack(self.encoder.encode([task(m, u) for m, u in zip(matrices, under, strict=True)]))
-        values = np.stack([fmt.decode(payload) for payload in payloads]).reshape(matrices.shape)
-        return torch.from_numpy(payloads), torch.from_numpy(values).to(matrices.device)
+        done = self.encoder.encode([task(m, u) for m, u in zip(matrices, under, strict=True)])
+        return torch.from_numpy(np.stack(done))
 
     def fetch(self, payloads: Tensor) -> U8:
         """As `Rounder.fetch`."""
         fetched: U8 = payloads.numpy()
         return fetched
+
+
+def _side_by_side(under: Sequence[Under]) -> bool:
+    """Whether matrices can be rounded in the same launches."""
+    return len(under) == 1 or are_alike([u.hessian for u in under])
+
+
+def _payloads(coded: Coded, count: int, groups: int, device: torch.device) -> Tensor:
+    """The payloads u8 [count, bytes] of so many matrices of so many groups, in memory of their own."""
+    rows = _tensor(coded.payload, device).clone().view(coded.codes.shape[0], -1)
+    return apart(rows, count, groups).reshape(count, -1)
 
 
 def on_stream(backend: Backend, device: torch.device) -> AbstractContextManager[object]:

@@ -15,9 +15,11 @@ from mq_quant.formats.fwht import rotate, unrotate
 from mq_quant.formats.hfq.stored import StoredForm
 from mq_quant.kernels.encode.device_encoder import DeviceEncoder
 from mq_quant.kernels.encode.hessians import DenseFactors
+from mq_quant.kernels.encode.shares import Shares
 from mq_quant.lloyd.encode import ENCODED, encode_rotated
 from mq_quant.lloyd.group_fit import expand
 from mq_quant.lloyd.hessian.row import RowHessian, from_moment, from_weights
+from mq_quant.lloyd.row_blocks import RowAnswers, encode_blocks
 
 FORMATS = ENCODED
 K = 512
@@ -246,3 +248,42 @@ def test_matrices_side_by_side_give_the_bytes_of_each(encoder, fmt, groups):
         got = backend.download(coded.payload).reshape(21, groups, count, -1)
         for n in range(count):
             np.testing.assert_array_equal(got[:, :, n].reshape(-1), want[n])
+
+
+def row_answers(sizes: tuple[int, ...], seed: int) -> RowAnswers:
+    random, stops = np.random.default_rng(seed), np.cumsum(sizes).tolist()
+    return [
+        (slice(stop - size, stop), random.normal(0, 0.05, (size, stop - size)).astype(np.float32))
+        for size, stop in zip(sizes, stops, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["dense", "unequal"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_rows_that_answer_each_other_give_the_bytes_of_the_cpu(encoder, fmt, kind):
+    """Several times, since launches are recorded; of other answers, and of more rows than a tile of a product has."""
+    hessian, scale = hessian_of(kind), np.linspace(0.5, 2, K, dtype=np.float32)
+    for seed, sizes in enumerate([(16, 16, 16), (16, 16, 16), (80, 7)]):
+        answers = row_answers(sizes, seed)
+        for again in range(3):
+            weights = unrotate(heavy_rows(sum(sizes), K, seed + again))
+            want = encode_blocks(rotate(weights * scale), answers, fmt, "hessian", hessian, 0.5)
+            form = StoredForm(fmt, scale)
+            got = encoder.encode(weights, form, "hessian", hessian, 0.5, answers=answers)
+            np.testing.assert_array_equal(got, want)
+
+
+def test_answers_are_brought_once_for_as_long_as_they_are_asked_for(encoder):
+    brought = []
+
+    def bring(name, share):
+        brought.append(name)
+        return encoder.backend.upload(share)
+
+    shares, first, second = Shares(), row_answers((16, 16), 0), row_answers((16, 16), 1)
+    for answers in (first, first, second, list(second), first):
+        found = shares.of(answers, bring)
+        for (rows, here), (wanted, share) in zip(found, answers, strict=True):
+            assert rows == wanted
+            np.testing.assert_array_equal(encoder.backend.download(here), share)
+    assert brought == ["share 0", "share 1"] * 3

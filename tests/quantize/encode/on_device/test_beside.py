@@ -69,6 +69,27 @@ def test_rounding_side_by_side_gives_the_bytes_of_each_alone(fmt, kind):
         assert torch.equal(values, meant)
 
 
+@pytest.mark.parametrize("kind", ["alike", "one is white"])
+def test_rows_of_matrices_side_by_side_answer_as_those_of_each_alone(kind):
+    matrices = torch.randn(3, 48, 512, generator=torch.Generator().manual_seed(0))
+    hessians = [factors(512, n) for n in range(3)]
+    if kind != "alike":
+        hessians[1] = white(512)
+    under = [Under(torch.full((512,), s), h) for s, h in zip((1.0, 2.0, 0.5), hessians, strict=True)]
+    answers = tuple(
+        (slice(n, n + 16), torch.randn(16, n, generator=torch.Generator().manual_seed(n)) / 16)
+        for n in (0, 16, 32)
+    )
+    pairs = list(zip(matrices, under, strict=True))
+    memory = ThroughMemory(CPU)
+    wanted = torch.cat([memory.payloads(m[None], MQ2_LLOYD, [u], 0.9, answers) for m, u in pairs])
+    assert not torch.equal(wanted, memory.payloads(matrices, MQ2_LLOYD, under, 0.9, None))
+    with open_backend("cpu") as backend:
+        streamed = Streamed(DeviceEncoder(backend))
+        for _ in range(3):
+            assert torch.equal(streamed.payloads(matrices, MQ2_LLOYD, under, 0.9, answers), wanted)
+
+
 def test_a_product_of_each_does_not_depend_on_those_beside_it():
     given, share = torch.randn(3, 40, 512), torch.randn(24, 40)
     found = each(partial(torch.mm, share), given, torch.empty(3, 24, 512))
