@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,13 @@ class DenseFactors:
     f32 [G, 256, 256], and what a RowHessian calls `answers`, of all groups but the first, and `coupling`, each matrix
     transposed.
 
-    An answer is f32 [g, 256, 256], `lines` f32 [G, G, 256, 256], `blocks` what is on their diagonal, `inverses` f32
-    [G, 256, 256].
+    Answers, f32 [g, 256, 256], lie one after the other in one buffer; `lines` are f32 [G, G, 256, 256], `blocks` what
+    is on their diagonal, `inverses` f32 [G, 256, 256].
     """
 
     matrix: Buffer
     feedback: Buffer
-    answers: tuple[Buffer, ...]
+    answers: Buffer
     blocks: Buffer | None = None
     lines: Buffer | None = None
     inverses: Buffer | None = None
@@ -115,7 +116,7 @@ class Hessians:
         return self._last[1]
 
     def _brought(self, factors: DenseFactors) -> Hessian:
-        answers = tuple(self._space.keep(f"answer {n} given", a) for n, a in enumerate(factors.answers))
+        answers = _of_groups(self._space.keep("answers given", factors.answers), factors.matrix.shape[0])
         found = replace(self._given("given", factors.matrix, factors.feedback), answers=answers)
         if factors.blocks is None or factors.lines is None or factors.inverses is None:
             return found
@@ -217,3 +218,11 @@ class Hessians:
 def _transposed(matrices: F32) -> F32:
     """Matrices f32 [..., 256, 256], each transposed."""
     return np.ascontiguousarray(np.swapaxes(matrices, -1, -2))
+
+
+def _of_groups(answers: Buffer, groups: int) -> tuple[Buffer, ...]:
+    """The answers of each group but the first, of matrices side by side that have so many groups together."""
+    own = 1 + 2 * answers.shape[0] // groups
+    beside = groups // own
+    starts = [beside * g * (g - 1) // 2 for g in range(1, own + 1)]
+    return tuple(answers.rows(start, stop) for start, stop in pairwise(starts))

@@ -48,7 +48,7 @@ def factors_beside(hessians: Sequence[Factors]) -> Factors:
     return Factors(
         _in_turns([h.matrix for h in hessians]),
         _in_turns([h.feedback for h in hessians]),
-        tuple(_in_turns(answers) for answers in zip(*(h.answers for h in hessians), strict=True)),
+        _in_turns([h.answers for h in hessians]),
         Coupled(
             _in_turns([c.blocks for c in couplings]),
             torch.stack([c.lines for c in couplings], 2).flatten(1, 2),
@@ -60,5 +60,5 @@ def factors_beside(hessians: Sequence[Factors]) -> Factors:
 
 
 def _in_turns(of_groups: Sequence[Tensor]) -> Tensor:
-    """Matrices [G, 256, 256] of several as one [G · n, 256, 256]: the first of each, then the second of each."""
+    """Matrices [m, 256, 256] of several as one [m · n, 256, 256]: the first of each, then the second of each."""
     return torch.stack(list(of_groups), 1).flatten(0, 1)

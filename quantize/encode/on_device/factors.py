@@ -31,13 +31,13 @@ class Coupled(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Factors:
     """The factors of G groups in torch, f32: `matrix` and `feedback` [G, 256, 256], and for each group but the first an
-    answer [g, 256, 256], transposed. There is no coupling where there is one group only, or where a block cannot be
-    factored.
+    answer [g, 256, 256], transposed, one after the other in `answers`. There is no coupling where there is one group
+    only, or where a block cannot be factored.
     """
 
     matrix: Tensor
     feedback: Tensor
-    answers: tuple[Tensor, ...]
+    answers: Tensor
     coupling: Coupled | None
     notes: tuple[str, ...] = ()
 
@@ -51,7 +51,7 @@ class Factors:
         return DenseFactors(
             borrowed(backend, self.matrix),
             borrowed(backend, self.feedback),
-            tuple(borrowed(backend, answer) for answer in self.answers),
+            borrowed(backend, self.answers),
             *(() if self.coupling is None else (borrowed(backend, t) for t in self.coupling)),
         )
 
@@ -61,7 +61,7 @@ class Factors:
         first = np.empty((0, GROUP, GROUP), np.float32)
         return RowHessian(
             factors=tuple(GroupHessian(matrix, feedback, _DENSE) for matrix, feedback in groups),
-            answers=(first, *map(_transposed, self.answers)),
+            answers=(first, *map(_transposed, torch.split(self.answers, list(range(1, len(self.matrix)))))),
             coupling=self.coupling
             and Coupling(*map(_transposed, (self.coupling.lines, self.coupling.inverses))),
             notes=self.notes,
@@ -98,7 +98,7 @@ def factors_of(moment: Tensor) -> Factors | RowHessian:
     return RowHessian(from_weights(np.ones(len(moment))).weights, notes=(UNUSABLE_MOMENT,))
 
 
-_Found = tuple[Tensor, Tensor, tuple[Tensor, ...], Coupled | None]
+_Found = tuple[Tensor, Tensor, Tensor, Coupled | None]
 
 
 def _factored(h: Tensor) -> tuple[_Found | None, bool]:
@@ -107,7 +107,7 @@ def _factored(h: Tensor) -> tuple[_Found | None, bool]:
     blocks = _diagonal_blocks(h)
     roots, broken = torch.linalg.cholesky_ex(blocks)
     made = _of_groups(lower.flip(0, 1))
-    usable = torch.stack([answer.isfinite().all() for answer in (made[1], *made[2])]).all()
+    usable = torch.stack([part.isfinite().all() for part in made[1:]]).all()
     sound = (h.isfinite().all(), (failed == 0) & usable, (broken == 0).all())
     finite, factored, coupled = torch.stack(sound).tolist()  # the one wait for the device
     if not (finite and factored):
@@ -115,16 +115,16 @@ def _factored(h: Tensor) -> tuple[_Found | None, bool]:
     return (*made, _coupled(h, blocks, roots) if len(blocks) > 1 and coupled else None), True
 
 
-def _of_groups(upper: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _of_groups(upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Matrix, feedback and answers of each group from V f64 [K, K], upper triangular, with V Vᵀ = H."""
     own = _diagonal_blocks(upper)
     inverse = torch.linalg.solve_triangular(own, eye(GROUP, own.device).expand_as(own), upper=True)
     feedback = (inverse / inverse.diagonal(dim1=1, dim2=2)[:, :, None]).mT.float().contiguous()
-    narrow, minus = upper.float(), -inverse.float()
-    answers = tuple(
-        (narrow[: g * GROUP, g * GROUP : (g + 1) * GROUP] @ minus[g]).view(g, GROUP, GROUP)
-        for g in range(1, len(own))
-    )
+    columns, minus = upper.float().split(GROUP, 1), (-inverse.float()).unbind()
+    before = range(1, len(minus))
+    answers = feedback.new_empty(sum(before), GROUP, GROUP)
+    for g, out in zip(before, torch.split(answers, list(before)), strict=True):
+        torch.mm(columns[g][: g * GROUP], minus[g], out=out.view(-1, GROUP))
     return _mean_one(symmetric(own @ own.mT)), feedback, answers
 
 

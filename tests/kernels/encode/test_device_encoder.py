@@ -183,7 +183,7 @@ def test_factors_on_the_device_give_the_bytes_of_those_that_were_brought_there(e
         factors = DenseFactors(
             backend.upload(np.stack([f.matrix for f in hessian.factors])),
             backend.upload(np.stack([f.feedback for f in hessian.factors])),
-            tuple(backend.upload(turned(a)) for a in hessian.answers[1:]),
+            backend.upload(turned(np.concatenate(hessian.answers[1:]))),
             backend.upload(np.stack([lines[g] for g, lines in enumerate(hessian.coupling.lines)])),
             backend.upload(turned(hessian.coupling.lines)),
             backend.upload(turned(hessian.coupling.inverses)),
@@ -229,8 +229,8 @@ def test_matrices_side_by_side_give_the_bytes_of_each(encoder, fmt, groups):
                 [np.stack([f.feedback for f in h.factors]) for h in hessians],
             )
         ),
-        tuple(
-            backend.upload(in_turns([turned(h.answers[g]) for h in hessians], 1)) for g in range(1, groups)
+        backend.upload(
+            in_turns([turned(np.concatenate(h.answers)) for h in hessians], 1).reshape(-1, 256, 256)
         ),
     )
     if coupled:
