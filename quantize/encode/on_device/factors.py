@@ -120,7 +120,7 @@ def _of_groups(upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     own = _diagonal_blocks(upper)
     inverse = torch.linalg.solve_triangular(own, eye(GROUP, own.device).expand_as(own), upper=True)
     feedback = (inverse / inverse.diagonal(dim1=1, dim2=2)[:, :, None]).mT.float().contiguous()
-    columns, minus = upper.float().split(GROUP, 1), (-inverse.float()).unbind()
+    columns, minus = torch.split(upper.float(), GROUP, 1), (-inverse.float()).unbind()
     before = range(1, len(minus))
     answers = feedback.new_empty(sum(before), GROUP, GROUP)
     for g, out in zip(before, torch.split(answers, list(before)), strict=True):
