@@ -7,10 +7,9 @@ left out, and a note says so.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,8 @@ from ...formats.statistics.row_file import NOBODY
 from ...formats.statistics.triangles import pack_correlation, pack_moment
 from ...verify.model.device_weights import brought
 from ...verify.model.reference import Observer, Routing
-from ..spec.calibration_sizes import CHUNK
+from ..spec.calibration_sizes import BLOCK, CHUNK
+from .sums import packed, second_moment, second_moments, squares, usable
 
 ATTENTION = {"q_proj": (0, "attn.in"), "o_proj": (1, "attn.out")}
 """Row of attn.counts and tensor of each input; k_proj and v_proj see what q_proj sees."""
@@ -34,8 +34,9 @@ ATTENTION = {"q_proj": (0, "attn.in"), "o_proj": (1, "attn.out")}
 class LayerMoments(Observer):
     """Gathers the tensors of one layer's file; `arrays` when the layer has run, `notes` on what was left out.
 
-    With `keep_rows` the inputs of the experts are kept too, on their device. Experts may run on other devices; the sums
-    of so many of them `at_once` wait there until they are added on the first one, in their order.
+    With `keep_rows` the inputs of the experts are kept too, on their device. Experts may run on other devices. What
+    down of so many of them `at_once` sees waits there, of fewer where they have many rows, until its sums are added on
+    the first device, in the order of the experts.
     """
 
     def __init__(
@@ -52,21 +53,21 @@ class LayerMoments(Observer):
         }
         self._gate_up: Tensor | None = None
         self._pooled: Tensor | None = None
-        self._waiting: list[Tensor] = []
-        self._energies: list[Tensor] = []
+        self._together = CHUNK * min(at_once, BLOCK)
+        self._waiting: dict[int, Tensor] = {}
+        self._down_seen: list[_Down] = []
         self._first = torch.device("cpu")
         self._all_finite = False
         self._attended: dict[str, list[_Attended]] = defaultdict(list)
-        self._seen: dict[int, _Seen] = {}
+        self._gate_up_seen: dict[int, _GateUp] = {}
 
     def dense(self, layer: int, projection: str, inputs: Tensor) -> None:
         if projection not in ATTENTION:
             return
-        good = _usable(inputs)
+        good = usable(inputs)
         self._attended[projection].append(_Attended(len(inputs), good.sum(0), squares(inputs, good)))
 
     def routed(self, layer: int, inputs: Tensor, routing: Routing) -> None:
-        self._finish_attention()
         rows = self._finite(inputs, "the input of the experts")
         self._all_finite, self._first = len(rows) == len(inputs), inputs.device
         if self.keep_rows:
@@ -81,7 +82,8 @@ class LayerMoments(Observer):
         self._gate_up = packed(second_moment(rows) / len(rows))
 
     def _finish_attention(self) -> None:
-        """What attention saw, once the layer is behind it."""
+        """What attention saw, once the layer has run: to ask sooner would be to wait for it."""
+        later, self.notes = self.notes, []
         for projection, parts in self._attended.items():
             row, name = ATTENTION[projection]
             rows, count = sum(part.rows for part in parts), int(np.sum(_fetched([p.count for p in parts])))
@@ -89,56 +91,70 @@ class LayerMoments(Observer):
             self.arrays["attn.counts"][row] = count
             total = reduce(np.add, _fetched([part.squares for part in parts]))
             self.arrays[f"{name}.diagonal"][:] = total / max(count, 1)
-        self._attended.clear()
+        self.notes += later
 
     def expert(self, layer: int, expert: int, tokens: Tensor, inputs: Tensor, product: Tensor) -> None:
-        """Nothing here waits for a GPU, so that it is never idle between two experts. Torch is called as seldom as can
-        be: each call hands the interpreter on, which beside encoders takes longer than the work of a GPU.
-        """
+        """Nothing here waits for a GPU, so that it is never idle between two experts."""
         seen = inputs if self._all_finite else self._finite(inputs, None)
-        good = _usable(product)
-        total = second_moment(torch.where(good, product, 0))
-        self._seen[expert] = _Seen(len(seen), squares(seen), good)
-        if self.down != "pooled" and (count := int(good.sum())):
-            self.arrays["down.moment"][expert] = (
-                pack_correlation if self.down == "compact" else pack_moment
-            )((total / count).cpu().numpy())
-        self._waiting.append(total)
-        if len(self._waiting) == self._at_once:
+        self._gate_up_seen[expert] = _GateUp(len(seen), squares(seen))
+        self._waiting[expert] = product
+        rows = sum(map(len, self._waiting.values()))
+        if len(self._waiting) == self._at_once or rows >= self._at_once * CHUNK:
             self._add()
 
     def _add(self) -> None:
-        """Add the sums that wait, and keep the diagonal of each."""
-        if not self._waiting:
-            return
-        there = [brought(total, self._first) for total in self._waiting]
-        self._waiting.clear()
-        self._energies.append(torch.stack([total.diagonal() for total in there]))
-        for total in there:
-            self._pooled = total if self._pooled is None else self._pooled.add_(total)
+        """Add the second moments of what waits."""
+        waiting, self._waiting = self._waiting, {}
+        totals: dict[int, Tensor] = {}
+        for experts in _by_device(waiting):
+            sizes = [len(waiting[e]) for e in experts]
+            found, finite = second_moments([waiting[e] for e in experts], self._together)
+            found = brought(found, self._first)
+            self._down_seen.append(_Down(experts, sizes, finite, found.diagonal(dim1=1, dim2=2).clone()))
+            totals |= zip(experts, found.unbind(), strict=True)
+            if self.down != "pooled":
+                self._keep(experts, found, torch.split(finite, sizes))
+        for e in waiting:
+            self._pooled = totals[e].clone() if self._pooled is None else self._pooled.add_(totals[e])
+
+    def _keep(self, experts: Sequence[int], totals: Tensor, finite: Sequence[Tensor]) -> None:
+        """Keep the moments of some experts, whose rows were `finite` or not."""
+        pack = pack_correlation if self.down == "compact" else pack_moment
+        for e, total, good in zip(experts, totals, finite, strict=True):
+            if count := int(good.sum()):
+                self.arrays["down.moment"][e] = pack((total / count).cpu().numpy())
 
     def finish(self) -> Arrays:
         """All tensors of the layer's file, once the layer has run; CalibrationError where down saw no row."""
-        arrays, order, seen = self.arrays, [*self._seen], [*self._seen.values()]
         self._add()
+        self._finish_attention()
+        arrays = self.arrays
         if self._gate_up is not None:
             arrays["gate_up.moment"][:] = self._gate_up.cpu().numpy()
-        if order:
-            above = np.array([s.gate_up_count for s in seen])
-            finite = _fetched([s.finite for s in seen])
-            below = np.array([run.sum() for run in finite])
-            arrays["gate_up.counts"][order], arrays["down.counts"][order] = above, below
-            arrays["gate_up.diagonal"][order] = _means(
-                np.stack(_fetched([s.gate_up_squares for s in seen])), above
-            )
-            arrays["down.diagonal"][order] = _means(torch.cat(self._energies).cpu().numpy(), below)
-            for e, run, count in zip(order, finite, below.tolist(), strict=True):
-                self._note_bad(len(run) - count, len(run), f"expert {e}, the input of down")
+        if self._gate_up_seen:
+            self._finish_experts()
         count = int(arrays["down.counts"].sum())
         if not count or self._pooled is None:
             raise CalibrationError(f"layer {self.layer}: no expert's down projection saw finite activations")
         arrays["down.pooled"][:] = packed(self._pooled / count).cpu().numpy()
         return arrays
+
+    def _finish_experts(self) -> None:
+        """What is known of each expert's inputs, once all have run."""
+        arrays, experts, seen = self.arrays, [*self._gate_up_seen], [*self._gate_up_seen.values()]
+        above = np.array([s.count for s in seen])
+        arrays["gate_up.counts"][experts] = above
+        arrays["gate_up.diagonal"][experts] = _means(np.stack(_fetched([s.squares for s in seen])), above)
+        finite = _fetched([some.finite for some in self._down_seen])
+        sums = _fetched([some.squares for some in self._down_seen])
+        rows: dict[int, int] = {}
+        for some, good, energies in zip(self._down_seen, finite, sums, strict=True):
+            below = np.array([run.sum() for run in np.split(good, np.cumsum(some.sizes)[:-1])])
+            arrays["down.counts"][some.experts] = below
+            arrays["down.diagonal"][some.experts] = _means(energies, below)
+            rows |= zip(some.experts, some.sizes, strict=True)
+        for e in experts:
+            self._note_bad(rows[e] - int(arrays["down.counts"][e]), rows[e], f"expert {e}, the input of down")
 
     @property
     def unseen(self) -> list[int]:
@@ -147,7 +163,7 @@ class LayerMoments(Observer):
 
     def _finite(self, rows: Tensor, what: str | None) -> Tensor:
         """The rows whose energy is finite in f32; the others are counted in a note."""
-        good = _usable(rows)
+        good = usable(rows)
         bad = len(rows) - int(good.sum())
         if what:
             self._note_bad(bad, len(rows), what)
@@ -170,23 +186,37 @@ class _Attended:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What one expert saw, on its device: the number of tokens of gate and up with their Σ x² f64 [hidden], and which
-    rows of down are `finite`, bool [n, 1].
+class _GateUp:
+    """What gate and up of one expert saw, on its device: the number of tokens, and their Σ x² f64 [hidden]."""
+
+    count: int
+    squares: Tensor
+
+
+@dataclass(frozen=True)
+class _Down:
+    """What down of some experts saw, of so many rows each: which of all rows are finite, bool [n, 1], and the Σ x² of
+    these, f64 [experts, I].
     """
 
-    gate_up_count: int
-    gate_up_squares: Tensor
+    experts: Sequence[int]
+    sizes: Sequence[int]
     finite: Tensor
+    squares: Tensor
+
+
+def _by_device(values: Mapping[int, Tensor]) -> Iterable[list[int]]:
+    """The keys of tensors that lie on one device, for each device."""
+    found: dict[torch.device, list[int]] = defaultdict(list)
+    for n, value in values.items():
+        found[value.device].append(n)
+    return found.values()
 
 
 def _fetched(values: Sequence[Tensor]) -> list[NDArray[Any]]:
     """Tensors as arrays, in one copy from each device, which it waits for. Only their lengths may differ."""
-    by_device: dict[torch.device, list[int]] = {}
-    for n, value in enumerate(values):
-        by_device.setdefault(value.device, []).append(n)
     found: dict[int, NDArray[Any]] = {}
-    for places in by_device.values():
+    for places in _by_device(dict(enumerate(values))):
         joined = torch.cat([values[n] for n in places]).cpu().numpy()
         found |= zip(places, np.split(joined, np.cumsum([len(values[n]) for n in places])[:-1]), strict=True)
     return [found[n] for n in range(len(values))]
@@ -197,40 +227,6 @@ def _means(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.f
     return sums / np.maximum(counts, 1)[:, None]
 
 
-def _usable(rows: Tensor) -> Tensor:
-    """Whether f32 holds the energy of each row of f32 [n, K], and so its root, bool [n, 1]."""
-    finite: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True) < torch.inf
-    return finite
-
-
-def _chunks(rows: Tensor) -> Sequence[Tensor]:
-    """Some rows after others."""
-    return torch.split(rows, CHUNK) if len(rows) > CHUNK else (rows,)
-
-
 def _without(inputs: Tensor, ids: Tensor) -> Tensor:
     """Experts i64 [n, k] of each token, NOBODY where its inputs [n, H] are not finite."""
-    return ids.masked_fill(~_usable(inputs), NOBODY)
-
-
-def packed(moment: Tensor) -> Tensor:
-    """What `pack_moment` makes of a moment f64 [k, k], where that is: f32 [k(k+1)/2]."""
-    rows, columns = torch.triu_indices(len(moment), len(moment), device=moment.device)
-    return moment.float()[rows, columns]
-
-
-def second_moment(rows: Tensor) -> Tensor:
-    """Σ x xᵀ over rows [n, K], f64 [K, K], where the rows are. Only what is not below the diagonal is used of it."""
-    total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for chunk in _chunks(rows):
-        wide = chunk.double()
-        total.addmm_(wide.T, wide)
-    return total
-
-
-def squares(rows: Tensor, good: Tensor | None = None) -> Tensor:
-    """Σ x² over rows [n, K], or over those that are `good`, bool [n, 1]; f64 [K], where the rows are."""
-    parts: Iterable[Tensor] = _chunks(rows)
-    if good is not None:
-        parts = map(torch.where, _chunks(good), parts, repeat(rows.new_zeros(())))
-    return reduce(torch.add, (torch.float_power(part, 2).sum(0) for part in parts))
+    return ids.masked_fill(~usable(inputs), NOBODY)

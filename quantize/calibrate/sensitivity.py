@@ -36,8 +36,8 @@ from ..write.in_order import InOrder
 from ..write.journal import CALIBRATION, Journal
 from ..write.stream_folder import StreamFolder
 from .layer_pass import beside_others, layers_in_turn, run_source, with_others
-from .moments import packed, second_moment
 from .sensitivity_files import damaged_file, first_tokens, write_sensitivity
+from .sums import packed, second_moment
 from .tokens import Tokens
 
 F32 = NDArray[np.float32]

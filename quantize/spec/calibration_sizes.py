@@ -17,6 +17,8 @@ BASE_MEMORY = 900 << 20
 """Bytes that the interpreter and its libraries take."""
 CHUNK = 4096
 """Rows of activations turned to f64 at a time by a calibration."""
+BLOCK = 4
+"""So many times as many are, where they are what down of several experts sees on a GPU."""
 USUAL_TOKENS = 128 * 512
 GPU_TOKENS = 1024 * 512
 """Tokens that a build calibrates on where nothing else is asked, on a CPU and on a GPU that has room for them."""
@@ -138,7 +140,8 @@ def gpu_bytes(config: ModelConfig, tokens: int) -> int:
     """
     expert = 3 * config.hidden_size * config.intermediate_size
     weights = (2.2 * config.num_local_experts + (4 + 1) * ROUND) * expert
-    return round(weights + GPU_ROWS * 4 * tokens * config.hidden_size)
+    block = (2 * 4 + 4 + 4 + 8) * BLOCK * CHUNK * config.intermediate_size
+    return round(weights + block + GPU_ROWS * 4 * tokens * config.hidden_size)
 
 
 def layers_bytes(config: ModelConfig, tokens: int, layers: int) -> int:

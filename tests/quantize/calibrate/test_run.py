@@ -35,8 +35,9 @@ from mq_quant.formats.statistics.moment_folder import IMATRIX, MANIFEST
 from mq_quant.formats.statistics.triangles import pack_moment, unpack_correlation, unpack_moment
 from mq_quant.quantize.calibrate.folder import JOURNAL, hidden_file
 from mq_quant.quantize.calibrate.layer_pass import open_device
-from mq_quant.quantize.calibrate.moments import LayerMoments, packed, second_moment, squares
+from mq_quant.quantize.calibrate.moments import LayerMoments
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
+from mq_quant.quantize.calibrate.sums import packed, second_moment, squares
 from mq_quant.quantize.calibrate.tokens import check_tokens, read_tokens, tokenize
 from mq_quant.quantize.spec.calibration_sizes import calibration_sizes
 from mq_quant.verify.model.reference import Observer, Routing, layer_by_layer, layer_forward
@@ -407,7 +408,7 @@ def test_experts_without_a_token_are_named(tmp_path: Path) -> None:
 
 
 def test_sums_over_many_chunks_are_exact_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mq_quant.quantize.calibrate.moments.CHUNK", 3)
+    monkeypatch.setattr("mq_quant.quantize.calibrate.sums.CHUNK", 3)
     x = torch.randint(-8, 9, (10, 5), generator=torch.Generator().manual_seed(0)).float()
     total = second_moment(x)
     assert (total == x.double().T @ x.double()).all()
