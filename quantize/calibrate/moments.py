@@ -7,7 +7,7 @@ left out, and a note says so.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -22,7 +22,7 @@ from ...formats.minimax import ModelConfig
 from ...formats.statistics.moment_file import Arrays, DownForm, layer_tensors
 from ...formats.statistics.row_file import NOBODY
 from ...formats.statistics.triangles import pack_correlation, pack_moment
-from ...verify.model.device_weights import brought
+from ...verify.model.device_weights import brought, by_device
 from ...verify.model.reference import Observer, Routing
 from ..spec.calibration_sizes import BLOCK, CHUNK
 from .sums import packed, second_moment, second_moments, squares, usable
@@ -106,7 +106,7 @@ class LayerMoments(Observer):
         """Add the second moments of what waits."""
         waiting, self._waiting = self._waiting, {}
         totals: dict[int, Tensor] = {}
-        for experts in _by_device(waiting):
+        for experts in by_device(waiting):
             sizes = [len(waiting[e]) for e in experts]
             found, finite = second_moments([waiting[e] for e in experts], self._together)
             found = brought(found, self._first)
@@ -205,18 +205,10 @@ class _Down:
     squares: Tensor
 
 
-def _by_device(values: Mapping[int, Tensor]) -> Iterable[list[int]]:
-    """The keys of tensors that lie on one device, for each device."""
-    found: dict[torch.device, list[int]] = defaultdict(list)
-    for n, value in values.items():
-        found[value.device].append(n)
-    return found.values()
-
-
 def _fetched(values: Sequence[Tensor]) -> list[NDArray[Any]]:
     """Tensors as arrays, in one copy from each device, which it waits for. Only their lengths may differ."""
     found: dict[int, NDArray[Any]] = {}
-    for places in _by_device(dict(enumerate(values))):
+    for places in by_device(dict(enumerate(values))):
         joined = torch.cat([values[n] for n in places]).cpu().numpy()
         found |= zip(places, np.split(joined, np.cumsum([len(values[n]) for n in places])[:-1]), strict=True)
     return [found[n] for n in range(len(values))]

@@ -58,7 +58,7 @@ def squares(rows: Tensor, good: Tensor | None = None) -> Tensor:
     """Σ x² over rows [n, K], or over those that are `good`, bool [n, 1]; f64 [K]."""
     parts: Iterable[Tensor] = _chunks(rows)
     if good is not None:
-        parts = map(torch.where, _chunks(good), parts, repeat(rows.new_zeros(())))
+        parts = map(torch.where, _chunks(good), parts, repeat(0))
     return reduce(torch.add, (torch.float_power(part, 2).sum(0) for part in parts))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ...formats.minimax import ModelConfig
-from .device_weights import DeviceWeights, brought
+from .device_weights import DeviceWeights, all_brought
 from .lanes import NO_LANES, Lanes
 from .reference import (
     Matrices,
@@ -162,8 +162,10 @@ def _experts_backward(
                 place = weights.place(e) if isinstance(weights, DeviceWeights) else 0
                 with lanes.lane(devices[place], n // len(devices)):
                     found[e] = run(e, place, placed.get(e) or load_expert(weights, layer, e, inputs))
-        back = {e: [brought(part, inputs.device) for part in made] for e, made in found.items()}
-        for e, (of_x, of_share) in back.items():
-            of_inputs.index_add_(0, there[0].tokens[e], of_x)
-            of_shares[taken[e]] = of_share[:, 0]
+        of_x, of_share = (
+            all_brought({e: made[n] for e, made in found.items()}, inputs.device) for n in range(2)
+        )
+        for e in some:
+            of_inputs.index_add_(0, there[0].tokens[e], of_x[e])
+            of_shares[taken[e]] = of_share[e][:, 0]
     return of_inputs, of_shares.view_as(shares)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -45,6 +45,27 @@ def brought(values: Tensor, device: torch.device) -> Tensor:
     return values if values.device == device else values.to(device)
 
 
+def all_brought(values: Mapping[int, Tensor], device: torch.device) -> dict[int, Tensor]:
+    """Values [n, ...] on a device, by their keys. Those of another device travel in one piece: for each copy the two
+    wait for each other.
+    """
+    found: dict[int, Tensor] = {}
+    for keys in by_device(values):
+        parts = [values[key] for key in keys]
+        if parts[0].device != device and len(parts) > 1:
+            parts = [*torch.split(torch.cat(parts).to(device), [len(part) for part in parts])]
+        found |= {key: brought(part, device) for key, part in zip(keys, parts, strict=True)}
+    return found
+
+
+def by_device(values: Mapping[int, Tensor]) -> Iterable[list[int]]:
+    """The keys of values that lie on one device, for each device."""
+    found: dict[torch.device, list[int]] = defaultdict(list)
+    for key, value in values.items():
+        found[value.device].append(key)
+    return found.values()
+
+
 def page_locked(nbytes: int) -> Tensor:
     """Page-locked memory u8 [nbytes], from which a GPU copies without holding up other threads.
 
@@ -79,7 +100,7 @@ class DeviceMatrix:
 
     def to(self, device: torch.device) -> DeviceMatrix:
         """The same on a device, for what this thread asks of it next."""
-        return DeviceMatrix(self.codes.to(device), self.scales.to(device), self.block)
+        return DeviceMatrix(brought(self.codes, device), brought(self.scales, device), self.block)
 
     def values(self) -> Tensor:
         """The values f32 [..., R, C]."""

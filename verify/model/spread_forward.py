@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...formats.minimax import ModelConfig, expert_name, layer_inventory
-from .device_weights import DeviceWeights, brought
+from .device_weights import DeviceWeights, all_brought
 from .lanes import NO_LANES, Lanes
 from .reference import SILENT, Matrices, Observer, Routing, attention, by_expert, into_experts, run_expert
 
@@ -143,8 +143,9 @@ def _run(matrices: Matrices, layer: int, expert: int, seen: Routed, observer: Ob
 
 def _add(out: Tensor, tokens: Sequence[Tensor], made: Mapping[int, Tensor]) -> None:
     """Add to out [n, H] what experts made for their tokens, [m, H] each. All of it travels before any is added."""
-    for e, rows in {e: brought(rows, out.device) for e, rows in made.items()}.items():
-        out.index_add_(0, tokens[e], rows)
+    here = all_brought(made, out.device)
+    for e in made:
+        out.index_add_(0, tokens[e], here[e])
 
 
 def rounds(sizes: Sequence[int], devices: int) -> Iterator[list[int]]:

@@ -18,6 +18,7 @@ from mq_quant.verify.model import device_weights
 from mq_quant.verify.model.device_weights import (
     DeviceMatrix,
     DeviceWeights,
+    all_brought,
     laid_out,
     lay_out,
     places,
@@ -82,6 +83,23 @@ def test_matrices_of_one_shape_become_f32_together_with_the_bits_of_each(
         for (row, column), value in np.ndenumerate(values.numpy()):
             code = matrix.codes[row, column].view(torch.float8_e4m3fn).float()
             assert value == code * matrix.scales[row // 4, column // 3]
+
+
+def test_values_are_brought_to_a_device_by_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is copied to where it lies; of another device all is copied at once."""
+    nowhere, here = torch.device("meta"), torch.device("cpu")
+    given = {7: torch.ones(2, 3), 1: torch.ones(4, 3, device=nowhere), 5: torch.ones(1, 3)}
+    copies: list[tuple[int, ...]] = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, d: copies.append(tuple(t.shape)) or to(t, d))
+    found = all_brought(given, nowhere)
+    assert found[1] is given[1] and copies == [(3, 3)]
+    assert {key: len(value) for key, value in found.items()} == {7: 2, 1: 4, 5: 1}
+    assert {value.device for value in found.values()} == {nowhere}
+    few = {key: given[key] for key in (5, 7)}
+    assert all(value is few[key] for key, value in all_brought(few, here).items())
+    assert all_brought({1: given[1], 5: given[5]}, nowhere)[5].device == nowhere
+    assert copies == [(3, 3), (1, 3)] and all_brought({}, here) == {}
 
 
 class Other:
