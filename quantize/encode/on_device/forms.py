@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....formats.hfq.stored import StoredForm
+from .transfer import sent
 
 F32 = NDArray[np.float32]
 
 
 def columns_of(form: StoredForm, width: int, device: torch.device) -> Tensor:
     """What multiplies the columns, f32 [width]."""
-    return _there(np.ones(width, np.float32) if form.scale is None else form.scale, device)
+    return torch.ones(width, device=device) if form.scale is None else _there(form.scale, device)
 
 
 def folded(form: StoredForm, weights: Tensor) -> Tensor:
@@ -28,4 +29,5 @@ def unfolded(form: StoredForm, weights: Tensor) -> Tensor:
 
 
 def _there(array: F32, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    """A vector on a device, for what this thread asks of it next; nothing waits for the device."""
+    return sent(np.ascontiguousarray(array), device)
