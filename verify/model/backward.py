@@ -154,7 +154,7 @@ def _experts_backward(
             out = run_expert(matrices, x)[1] * share
         return torch.autograd.grad(out, (x, share), behind[place][tokens])
 
-    for some in rounds(sizes, len(devices)):
+    def run_together(some: Sequence[int]) -> dict[int, tuple[Tensor, ...]]:
         placed = experts_of(weights, layer, some) if isinstance(weights, DeviceWeights) else {}
         found = {}
         with lanes.opened():
@@ -162,6 +162,10 @@ def _experts_backward(
                 place = weights.place(e) if isinstance(weights, DeviceWeights) else 0
                 with lanes.lane(devices[place], n // len(devices)):
                     found[e] = run(e, place, placed.get(e) or load_expert(weights, layer, e, inputs))
+        return found
+
+    for some in rounds(sizes, len(devices)):
+        found = run_together(some)
         of_x, of_share = (
             all_brought({e: made[n] for e, made in found.items()}, inputs.device) for n in range(2)
         )

@@ -67,13 +67,7 @@ def spread_forward(
     there, _, sizes = routed(devices, cfg, inputs, routing)
     out = torch.zeros_like(inputs)
     for some in rounds(sizes, len(devices)):
-        matrices, made = experts_of(weights, layer, some), {}
-        with lanes.opened():
-            for n, e in enumerate(some):
-                place = weights.place(e)
-                with lanes.lane(devices[place], n // len(devices)):
-                    made[e] = _run(matrices[e], layer, e, there[place], observer)
-        _add(out, there[0].tokens, made)
+        _add(out, there[0].tokens, _round(weights, layer, some, there, observer, lanes))
     return hidden + out.view_as(hidden)
 
 
@@ -131,6 +125,24 @@ def experts_of(weights: DeviceWeights, layer: int, some: Sequence[int]) -> dict[
     names = {e: [expert_name(layer, e, w) for w in ("w1", "w3", "w2")] for e in some}
     found = weights.tensors_of([name for of_one in names.values() for name in of_one])
     return {e: (found[w1], found[w3], found[w2]) for e, (w1, w3, w2) in names.items()}
+
+
+def _round(
+    weights: DeviceWeights,
+    layer: int,
+    some: Sequence[int],
+    there: Sequence[Routed],
+    observer: Observer,
+    lanes: Lanes,
+) -> dict[int, Tensor]:
+    """What some experts add to the streams of their tokens, where they lie; nothing else of them stays."""
+    matrices, made = experts_of(weights, layer, some), {}
+    with lanes.opened():
+        for n, e in enumerate(some):
+            place = weights.place(e)
+            with lanes.lane(weights.devices[place], n // len(weights.devices)):
+                made[e] = _run(matrices[e], layer, e, there[place], observer)
+    return made
 
 
 def _run(matrices: Matrices, layer: int, expert: int, seen: Routed, observer: Observer) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -133,6 +134,27 @@ def test_the_way_back_has_the_bits_of_one_device_too(
         assert len(asked) == len(experts) == 3 * 7
         assert {weights.place(e) for e in experts} == set(range(devices))
         weights.close()
+
+
+def test_matrices_of_one_round_are_held_at_a_time(
+    source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EXPERTS", 2)
+    weights, hidden = sent(source, 1), entering(source)
+    given_of, held, rounds = weights.tensors_of, list[weakref.ref[Tensor]](), list[int]()
+
+    def noted(names: Sequence[str]) -> dict[str, Tensor]:
+        assert not any(tensor() is not None for tensor in held)
+        found = given_of(names)
+        held[:] = map(weakref.ref, found.values())
+        rounds.append(len(names) // 3)
+        return found
+
+    monkeypatch.setattr(weights, "tensors_of", noted)
+    spread_forward(weights, source.config, 0, hidden)
+    layer_backward(weights, source.config, 0, hidden, torch.ones_like(hidden))
+    weights.close()
+    assert rounds == [2, 2, 2, 1] * 2
 
 
 class Noting(Lanes):
