@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from threadpoolctl import ThreadpoolController
@@ -19,7 +20,7 @@ def one_blas_thread() -> Iterator[None]:
     libraries = [
         (library, library.num_threads)
         for library in ThreadpoolController().lib_controllers
-        if library.user_api == "blas" and not {"torch", "torch.libs"} & set(Path(library.filepath).parts)
+        if library.user_api == "blas" and not _is_of_torch(Path(library.filepath))
     ]
     try:
         for library, _ in libraries:
@@ -28,3 +29,14 @@ def one_blas_thread() -> Iterator[None]:
     finally:
         for library, before in libraries:
             library.set_num_threads(before)
+
+
+def _is_of_torch(library: Path) -> bool:
+    """Whether a library came with torch. Its path alone does not say that: a whole environment may lie in a folder of
+    the name torch.
+    """
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    package = Path(found.origin).resolve().parent
+    return any(library.resolve().is_relative_to(home) for home in (package, package.with_name("torch.libs")))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mq_quant.lloyd.hessian.row import from_moment
+from mq_quant.quantize.encode import blas
 from mq_quant.quantize.encode.blas import one_blas_thread
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -40,3 +44,32 @@ def test_the_threads_come_back_whatever_happens(allowed: int) -> None:
         assert blas_threads() == {1}
         raise RuntimeError("broken")
     assert blas_threads() == {allowed}
+
+
+@dataclass
+class Library:
+    """What threadpoolctl says of a library, and what was asked of it."""
+
+    filepath: str
+    user_api: str = "blas"
+    num_threads: int = 8
+    asked: list[int] = field(default_factory=list)
+
+    def set_num_threads(self, count: int) -> None:
+        self.asked.append(count)
+
+
+def test_only_what_came_with_torch_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the whole environment lies in a folder of that name."""
+    packages = tmp_path / "torch" / "env" / "site-packages"
+    places = ("numpy.libs", "scipy.libs", "torch/lib", "torch.libs")
+    numpy_s, scipy_s, *torch_s = (Library(str(packages / place / "libblas.so")) for place in places)
+    openmp = Library(str(packages / "numpy.libs" / "libgomp.so"), "openmp")
+    loaded = SimpleNamespace(lib_controllers=[numpy_s, scipy_s, *torch_s, openmp])
+    monkeypatch.setattr(blas, "ThreadpoolController", lambda: loaded)
+    spec = SimpleNamespace(origin=str(packages / "torch" / "__init__.py"))
+    monkeypatch.setattr(blas, "find_spec", lambda name: spec if name == "torch" else None)
+    with one_blas_thread():
+        assert numpy_s.asked == scipy_s.asked == [1]
+    assert numpy_s.asked == scipy_s.asked == [1, 8]
+    assert not any(library.asked for library in (*torch_s, openmp))
