@@ -51,7 +51,7 @@ class LayerMoments(Observer):
         self.arrays: Arrays = {
             name: np.zeros(shape, self._names[dtype]) for name, (dtype, shape) in tensors.items()
         }
-        self._gate_up: Tensor | None = None
+        self._gate_up_rows: Tensor | None = None
         self._pooled: Tensor | None = None
         self._together = CHUNK * min(at_once, BLOCK)
         self._waiting: dict[int, Tensor] = {}
@@ -79,7 +79,7 @@ class LayerMoments(Observer):
                 hint="the checkpoint is damaged, or the tokens are not text of its tokenizer",
             )
         self.arrays["gate_up.tokens"][0] = len(rows)
-        self._gate_up = packed(second_moment(rows) / len(rows))
+        self._gate_up_rows = rows
 
     def _finish_attention(self) -> None:
         """What attention saw, once the layer has run: to ask sooner would be to wait for it."""
@@ -129,8 +129,9 @@ class LayerMoments(Observer):
         self._add()
         self._finish_attention()
         arrays = self.arrays
-        if self._gate_up is not None:
-            arrays["gate_up.moment"][:] = self._gate_up.cpu().numpy()
+        if self._gate_up_rows is not None:
+            moment = second_moment(self._gate_up_rows) / len(self._gate_up_rows)
+            arrays["gate_up.moment"][:] = packed(moment).cpu().numpy()
         if self._gate_up_seen:
             self._finish_experts()
         count = int(arrays["down.counts"].sum())

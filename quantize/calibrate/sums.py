@@ -45,13 +45,19 @@ def second_moments(some: Sequence[Tensor], together: int = CHUNK) -> tuple[Tenso
     totals = some[0].new_zeros(len(some), width, width, dtype=torch.float64)
     of_each = totals.unbind()
     for block in _blocks(some, together):
-        rows, sizes = _joined([chunk for _, chunk in block]), [len(chunk) for _, chunk in block]
-        finite.append(usable(rows))
-        wide = torch.where(finite[-1], rows, 0).double()
-        pairs = zip(torch.split(wide.T, sizes, 1), torch.split(wide, sizes), strict=True)
-        for (n, _), (across, down) in zip(block, pairs, strict=True):
-            of_each[n].addmm_(across, down)
+        finite.append(_add_usable([chunk for _, chunk in block], [of_each[n] for n, _ in block]))
     return totals, _joined(finite)
+
+
+def _add_usable(chunks: list[Tensor], totals: Sequence[Tensor]) -> Tensor:
+    """Add Σ x xᵀ over the usable rows of each chunk to its total; returns which rows of all these are usable."""
+    rows, sizes = _joined(chunks), [len(chunk) for chunk in chunks]
+    finite = usable(rows)
+    wide = torch.where(finite, rows, 0).double()
+    pairs = zip(torch.split(wide.T, sizes, 1), torch.split(wide, sizes), strict=True)
+    for total, (across, down) in zip(totals, pairs, strict=True):
+        total.addmm_(across, down)
+    return finite
 
 
 def squares(rows: Tensor, good: Tensor | None = None) -> Tensor:

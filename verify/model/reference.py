@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -208,8 +209,9 @@ def by_expert(ids: Tensor, count: int) -> tuple[Tensor, list[int]]:
     """Places in ids i64 [n, k], read row by row, sorted by the expert that stands there, i64 [n · k]; and how many each
     expert has. Those of one expert ascend.
     """
-    flat = ids.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=count).tolist()
+    ordered, order = ids.flatten().sort(stable=True)
+    ends = torch.searchsorted(ordered, torch.arange(count, device=ids.device), right=True).tolist()
+    return order, [end - start for start, end in pairwise([0, *ends])]
 
 
 def choices_by_expert(ids: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
