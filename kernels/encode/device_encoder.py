@@ -6,8 +6,9 @@ group. A `DeviceEncoder` belongs to the thread that opened its back end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from ...lloyd.row_blocks import RowAnswers
 from ..runtime.host import Backend, Buffer
 from .fitting import Fitting, coupled
 from .hessians import DenseFactors, Hessian, Hessians
+from .recordings import Recordings
 from .shares import Answers, Shares
 from .space import Space
 from .work import Work
@@ -53,8 +55,7 @@ class DeviceEncoder:
         self._hessians = Hessians(backend, self._space, self._signs)
         self._fitting = Fitting(backend, self._space, self._signs)
         self._answers = Shares()
-        self._recorded: dict[tuple[object, ...], Callable[[], None] | None] = {}
-        self._moves = 0
+        self._recordings = Recordings(backend, self._space)
 
     def bring(self, hessians: Sequence[RowHessian]) -> None:
         """Bring the Hessians of one call to the device together, those that are not there yet."""
@@ -139,19 +140,13 @@ class DeviceEncoder:
         """Codes and stored levels of all rows under their Hessians.
 
         Where groups answer each other, of which there is one matrix for each but the first, that takes hundreds of
-        launches, which are the same for every matrix of a shape. The first such matrix takes all memory and loads all
-        kernels, and the second one is recorded.
+        launches, which are the same for every matrix of a shape, and so they are recorded. The first two of the blocks
+        that answer each other do all that the others do.
         """
-
-        def whole() -> None:
-            self._fitting.fit(work, h, gain, answers)
-
+        fit = partial(self._fitting.fit, work, h, gain)
         if not coupled(work, h):
-            whole()
+            fit(answers)
             return
-        if self._moves != self._space.moves:
-            self._recorded.clear()
-            self._moves = self._space.moves
         places = (
             work.rows,
             work.params,
@@ -161,22 +156,10 @@ class DeviceEncoder:
             *((h.coupling.lines, h.coupling.inverses) if h.coupling else ()),
             *(share for _, share in answers or ()),
         )
-        key = (
-            work.fmt.name,
-            work.count,
-            work.groups,
-            work.beside,
-            gain,
-            h.white,
-            *(b.address for b in places),
-        )
-        if key not in self._recorded:
-            whole()
-            self._recorded[key] = None
-            return
-        again = self._recorded[key] or self.backend.record(whole)
-        self._recorded[key] = again
-        again()
+        shape = (work.fmt.name, work.count, work.groups, work.beside, gain, h.white)
+        key = (*shape, *(b.address for b in places))
+        part = partial(fit, answers[:2]) if answers is not None and len(answers) > 2 else None
+        self._recordings.run(key, partial(fit, answers), part)
 
 
 def _rotated(fmt: Format) -> Rotated:
