@@ -102,16 +102,17 @@ _Found = tuple[Tensor, Tensor, Tensor, Coupled | None]
 
 
 def _factored(h: Tensor) -> tuple[_Found | None, bool]:
-    """The factors of h f64 [K, K], None where it is not positive definite; and whether its numbers are finite."""
+    """The factors of h f64 [K, K], None where it is not positive definite; and whether its numbers are finite. Waits
+    for the device once where it is.
+    """
     lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     blocks = _diagonal_blocks(h)
     roots, broken = torch.linalg.cholesky_ex(blocks)
     made = _of_groups(lower.flip(0, 1))
-    usable = torch.stack([part.isfinite().all() for part in made[1:]]).all()
-    sound = (h.isfinite().all(), (failed == 0) & usable, (broken == 0).all())
-    finite, factored, coupled = torch.stack(sound).tolist()  # the one wait for the device
-    if not (finite and factored):
-        return None, finite
+    usable = [part.isfinite().all() for part in made[1:]]  # not so where h is not finite
+    *factored, coupled = torch.stack([failed == 0, *usable, (broken == 0).all()]).tolist()
+    if not all(factored):
+        return None, bool(h.isfinite().all())
     return (*made, _coupled(h, blocks, roots) if len(blocks) > 1 and coupled else None), True
 
 
@@ -122,16 +123,16 @@ def _of_groups(upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     feedback = (inverse / inverse.diagonal(dim1=1, dim2=2)[:, :, None]).mT.float().contiguous()
     columns, minus = torch.split(upper.float(), GROUP, 1), (-inverse.float()).unbind()
     before = range(1, len(minus))
-    answers = feedback.new_empty(sum(before), GROUP, GROUP)
-    for g, out in zip(before, torch.split(answers, list(before)), strict=True):
-        torch.mm(columns[g][: g * GROUP], minus[g], out=out.view(-1, GROUP))
-    return _mean_one(symmetric(own @ own.mT)), feedback, answers
+    answers = feedback.new_empty(sum(before) * GROUP, GROUP)
+    for g, out in zip(before, torch.split(answers, [g * GROUP for g in before]), strict=True):
+        torch.mm(columns[g][: g * GROUP], minus[g], out=out)
+    return _mean_one(symmetric(own @ own.mT)), feedback, answers.view(-1, GROUP, GROUP)
 
 
 def _diagonal_blocks(h: Tensor) -> Tensor:
     """The blocks [G, 256, 256] on the diagonal of h [K, K]."""
-    groups = len(h) // GROUP
-    return h.view(groups, GROUP, groups, GROUP).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    down, across = h.stride()
+    return h.as_strided((len(h) // GROUP, GROUP, GROUP), (GROUP * (down + across), down, across)).contiguous()
 
 
 def _mean_one(matrices: Tensor) -> Tensor:
