@@ -31,9 +31,10 @@ from mq_quant.formats.minimax import ModelConfig
 from mq_quant.kernels.encode.device_encoder import DeviceEncoder
 from mq_quant.kernels.runtime.host import Backend, open_backend
 from mq_quant.quantize.encode.encoders import CPU, Encoder, MatrixTask
-from mq_quant.quantize.encode.gpu_encoder import STREAMS, GpuEncoder
+from mq_quant.quantize.encode.gpu_encoder import GpuEncoder
 from mq_quant.quantize.encode.layer_encoder import LayerEncoder
 from mq_quant.quantize.encode.prepared_layer import FitSettings, hessian_of
+from mq_quant.quantize.spec.calibration_sizes import GPU_STREAMS
 from numpy.typing import NDArray
 
 FORMATS = ("MQ2-Lloyd", "MQ3-Lloyd", "MQ4", "MQ6")
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=HIDDEN)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="threads that ask")
-    parser.add_argument("--streams", type=int, default=STREAMS, help="streams of the device")
+    parser.add_argument("--streams", type=int, default=GPU_STREAMS, help="streams of the device")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
     parser.add_argument("--kernels", action="store_true", help="time every kernel instead")
     parser.add_argument("--no-slice", action="store_true")

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...kernels.encode.device_encoder import DeviceEncoder
+from ...kernels.runtime.drivers import gpu_memory
 from ...kernels.runtime.host import Backend, devices, open_backend
+from ..spec.calibration_sizes import GPU_STREAMS, gpu_streams
 from .encoders import CPU, MatrixTask
 
 U8 = NDArray[np.uint8]
 T = TypeVar("T")
 
-STREAMS = 8
-"""Command streams of a GPU, each with its own thread: while one copies, another computes."""
 ALIGNMENT = 256
 """Bytes to which the places of matrices and payloads in page-locked memory are aligned."""
 
@@ -80,7 +80,7 @@ class GpuEncoder:
     wait with its matrices in page-locked memory.
     """
 
-    def __init__(self, *opens: Callable[[], Backend], streams: int = STREAMS) -> None:
+    def __init__(self, *opens: Callable[[], Backend], streams: int = GPU_STREAMS) -> None:
         self._all: list[_Stream] = []
         try:
             alike = [open_it for open_it in opens if self._add(open_it)]
@@ -184,7 +184,8 @@ def open_gpus(device: str) -> GpuEncoder:
     """
     name, _, number = device.partition(":")
     found = [int(number)] if number else range(max(1, devices(_vendor(name))))
-    return GpuEncoder(*(partial(open_gpu, name, index=n) for n in found))
+    opens = (partial(open_gpu, name, index=n) for n in found)
+    return GpuEncoder(*opens, streams=gpu_streams(gpu_memory()))
 
 
 def _vendor(device: str) -> str:

@@ -30,6 +30,10 @@ GPU_ROWS = 15.5
 """How often a layer's stream lies on a GPU in f32 while the layer runs and its experts are rounded."""
 ROUND = 8
 """Experts whose matrices lie on a GPU in f32 at once, with a copy of their codes, while the layer runs."""
+GPU_STREAMS, SMALL_GPU = 8, 30 * 10**9
+"""Streams of a GPU in which experts are rounded at a time; half of them where it has less memory than so many bytes."""
+BESIDE = 4
+"""Experts whose downs are rounded side by side in a stream."""
 _BYTES = {"F32": 4, "F16": 2, "I64": 8}
 
 
@@ -133,20 +137,36 @@ def measuring_sizes(
     return EvaluationSizes(tokens, memory, 2 * streams * stream)
 
 
+def gpu_streams(memory: int) -> int:
+    """In how many streams of a GPU of so many bytes of memory experts are rounded; 0 bytes where that is not known."""
+    return GPU_STREAMS // 2 if 0 < memory < SMALL_GPU else GPU_STREAMS
+
+
+def stream_bytes(config: ModelConfig) -> int:
+    """Bytes of a GPU's memory that the encoder of a stream takes for its own: rows of some downs side by side and what
+    they miss, what rounding keeps of gate and up, sixteen numbers for each weight, and the Hessians' factors.
+    """
+    h, i = config.hidden_size, config.intermediate_size
+    return h * i * (4 * (2 * BESIDE + 16) + 10) + 8 * h * h
+
+
 def gpu_bytes(config: ModelConfig, tokens: int) -> int:
     """Bytes of a GPU's memory that a build takes which calibrates itself on so many tokens.
 
-    A layer of M2.7 took 19.5 GiB at 65,536 tokens and 99 GiB at 524,288 (`benchmarks/layer_pass.py`).
+    A layer of M2.7 took 19.5 GiB of torch's memory at 65,536 tokens and 99 GiB at 524,288 (`benchmarks/layer_pass.py`),
+    to which comes what the encoder takes.
     """
     expert = 3 * config.hidden_size * config.intermediate_size
     weights = (2.2 * config.num_local_experts + (4 + 1) * ROUND) * expert
     block = (2 * 4 + 4 + 4 + 8) * BLOCK * CHUNK * config.intermediate_size
-    return round(weights + block + GPU_ROWS * 4 * tokens * config.hidden_size)
+    rows = GPU_ROWS * 4 * tokens * config.hidden_size
+    return round(weights + block + rows + GPU_STREAMS * stream_bytes(config))
 
 
 def layers_bytes(config: ModelConfig, tokens: int, layers: int) -> int:
     """Bytes of a GPU's memory that such a build takes with so many layers there, one of which is encoded."""
-    return round((0.4 + 0.6 * layers) * gpu_bytes(config, tokens))
+    encoder = GPU_STREAMS * stream_bytes(config)
+    return round((0.4 + 0.6 * layers) * (gpu_bytes(config, tokens) - encoder)) + encoder
 
 
 def usual_tokens(config: ModelConfig, device: str) -> int:

@@ -18,6 +18,7 @@ from ....formats.minimax import PROJECTIONS, expert_name
 from ....kernels.encode.device_encoder import DeviceEncoder
 from ....lloyd.hessian.row import RowHessian
 from ....verify.model.device_weights import wait_for
+from ...spec.calibration_sizes import BESIDE
 from ..encoders import Encoder
 from ..gpu_encoder import GpuEncoder
 from ..layer_encoder import F32, U8, EncodedExpert, LayerEncoder
@@ -38,7 +39,7 @@ T = TypeVar("T")
 class DeviceLayerEncoder(LayerEncoder):
     """A `LayerEncoder` whose importance is a `KeptOnDevice`."""
 
-    together = 4
+    together = BESIDE
     importance: KeptOnDevice
 
     @classmethod
