@@ -81,10 +81,12 @@ def layer_share(rows: F32, layer: Whitening) -> float:
     seen, products = len(x), np.zeros((len(x), len(x)), np.float32)
     add_pairs(x, products)
     energy = np.diag(products).astype(np.float64)
-    pairs = 2 * (np.square(products).sum(dtype=np.float64) - np.square(energy).sum())
+    np.square(products, out=products)
+    pairs = 2 * (products.sum(dtype=np.float64) - np.square(energy).sum())
     own = float(pairs) / max(seen * (seen - 1), 1)
     divide(x, layer.lower, transposed=True)
-    cross = (float(energy.sum()) - layer.floor * float(np.square(x).sum(dtype=np.float64))) / seen
+    np.square(x, out=x)
+    cross = (float(energy.sum()) - layer.floor * float(x.sum(dtype=np.float64))) / seen
     noise = max(float(np.square(energy).mean()) - own, 0.0) / count
     distance = max(own - 2 * cross + layer.energy, 0.0)
     return noise / (noise + distance) if noise + distance > 0 else 1.0

@@ -105,8 +105,13 @@ def unrotate(y: NDArray[np.float32]) -> NDArray[np.float32]:
     return _apply(y, SIGNS2, SIGNS1 / np.float32(16))
 
 
-def rotate_moment(moment: NDArray[np.float64]) -> None:
-    """Make of a symmetric M f64 [256·k, 256·k] R M Rᵀ, in f64 and for each pair of groups."""
-    assert moment.dtype == np.float64 and moment.flags.c_contiguous
-    _transform(moment.reshape(-1, GROUP), SIGNS1, SIGNS2 / np.float32(16))
-    _transform_columns(moment, SIGNS1, SIGNS2 / np.float32(16), np.empty((GROUP, COLUMNS)))
+def rotate_rows(matrix: NDArray[np.float64]) -> None:
+    """Make of M f64 [n, 256·k] M Rᵀ, in f64 and for each group of columns."""
+    assert matrix.dtype == np.float64 and matrix.flags.c_contiguous
+    _transform(matrix.reshape(-1, GROUP), SIGNS1, SIGNS2 / np.float32(16))
+
+
+def rotate_columns(matrix: NDArray[np.float64]) -> None:
+    """Make of M f64 [256·k, n], n a multiple of 8, R M, in f64 and for each group of rows."""
+    assert matrix.dtype == np.float64 and matrix.flags.c_contiguous
+    _transform_columns(matrix, SIGNS1, SIGNS2 / np.float32(16), np.empty((GROUP, COLUMNS)))

@@ -29,33 +29,37 @@ def encode_blocks(
     """As `encode_rotated` of rotated rows f32 [R, K], whose blocks answer each other. Errors are those of the rotated
     basis: whoever rotates and scales columns does the same to every row, so that the same shares hold there.
     """
-    payloads, missed = [], np.empty_like(rows)
+    payloads, missed = [], block_of(rows.size // LANES).reshape(strips(rows).shape)
     for block, share in answers:
         mine, target = rows[block], np.empty_like(rows[block])
         answer_rows(mine, share, missed, target)
         payload = encode_rotated(target, fmt, fit, hessian, gain)
-        missed[block] = mine - fmt.decode(payload).reshape(mine.shape)
+        np.subtract(strips(mine), strips(fmt.decode(payload).reshape(mine.shape)), out=missed[:, block])
         payloads.append(payload)
     return np.concatenate(payloads)
 
 
+def strips(rows: F32) -> F32:
+    """A view f32 [K / 16, R, 16] of rows f32 [R, K]: sixteen columns of all rows follow each other."""
+    return rows.reshape(len(rows), -1, LANES).swapaxes(0, 1)
+
+
 @compiled
 def answer_rows(rows, share, errors, targets):
-    """targets f32 [R, K] = rows + share · errors, for share f32 [R, n] and the first n of the errors f32 [N, K].
+    """targets f32 [R, K] = rows + share · errors, for share f32 [R, n] and the first n rows of the errors.
 
-    K is a multiple of 16. Each sum begins with the row, and is taken in the order of the errors.
+    Those lie as strips f32 [K / 16, N, 16], one after another. Each sum begins with the row, and is taken in the order
+    of the errors.
     """
     count, before = share.shape
     factors = np.zeros((-(-count // PANEL) * PANEL, before + LANES), np.float32)
     factors[:count, :before] = share
-    strip, out = block_of(GROUP), block_of(PANEL)
+    out = block_of(PANEL)
     targets[:] = -rows
     for first in range(0, before, GROUP):
         depth = min(GROUP, before - first)
         for column in range(0, rows.shape[1], LANES):
-            for b in range(depth):
-                for i in range(LANES):
-                    strip[b, i] = errors[first + b, column + i]
+            strip = errors[column // LANES, first:]
             for r in range(0, count, PANEL):
                 for n in range(min(PANEL, count - r)):
                     for i in range(LANES):

@@ -23,6 +23,8 @@ from ...formats.lapack import cholesky, invert_lower
 from ..constants import EXTRA_DAMPING, GROUP, INDEPENDENT, LONE, WHOLE
 from .group import UNUSABLE, GroupHessian, bounded, from_bounded, nearly_equal
 
+STRIP = 64
+"""Rows of a moment that are read backwards at a time."""
 UNUSABLE_MOMENT = "second moment is not usable: rounded to nearest"
 
 
@@ -129,8 +131,10 @@ def reversed_factor(
     What is below the diagonal is of no meaning. V is a view: rows and columns of h lie in memory in reversed order, in
     which V is the usual lower factor.
     """
-    reverse = np.empty(h.shape)
-    np.divide(h[::-1, ::-1], mean, out=reverse)
+    backwards, reverse = h[::-1, ::-1], np.empty(h.shape)
+    for start in range(0, len(h), STRIP):  # up to the diagonal: what lies above is never touched
+        stop = start + STRIP
+        np.divide(backwards[start:stop, :stop], mean, out=reverse[start:stop, :stop])
     reverse[np.diag_indices_from(reverse)] += damping
     return reverse[::-1, ::-1] if cholesky(reverse) else None
 

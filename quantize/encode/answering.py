@@ -24,17 +24,19 @@ CHUNK = 4096
 
 def silu(x: F32) -> F32:
     """x · sigmoid(x), f32, without overflow."""
-    grown = np.exp(-np.maximum(x, np.float32(-80)))
-    out: F32 = np.empty_like(x)
-    np.divide(x, grown + np.float32(1), out=out)
+    out = np.maximum(x, np.float32(-80))
+    np.negative(out, out=out)
+    np.exp(out, out=out)
+    out += np.float32(1)
+    np.divide(x, out, out=out)
     return out
 
 
 def product(inputs: F32, w1: F32, w3: F32) -> F32:
     """What w2 sees of inputs f32 [n, hidden]: silu(x·w1ᵀ) · (x·w3ᵀ), f32 [n, intermediate]."""
     gate: F32 = inputs @ w1.T
-    up: F32 = inputs @ w3.T
-    out: F32 = np.multiply(silu(gate), up)
+    out = silu(gate)
+    out *= inputs @ w3.T
     return out
 
 
@@ -69,5 +71,6 @@ def answering_down(w2: F32, there: F32, here: F32) -> F32:
     change, factor = lost.astype(np.float32), within.astype(np.float32)
     divide(change, factor)
     divide(change, factor, transposed=True)
-    fitted: F32 = w2 + w2 @ change
+    fitted: F32 = w2 @ change
+    fitted += w2
     return fitted

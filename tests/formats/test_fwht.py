@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mq_quant.formats.errors import WeightError
-from mq_quant.formats.fwht import SIGNS1, SIGNS2, rotate, rotate_moment, unrotate
+from mq_quant.formats.fwht import SIGNS1, SIGNS2, rotate, rotate_columns, rotate_rows, unrotate
 from rotation import matrix
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/encode_vectors.npz")
@@ -105,5 +105,6 @@ def test_a_moment_is_rotated_on_both_sides() -> None:
     x = random.standard_normal((40, 512))
     moment = x.T @ x
     both, got = np.kron(np.eye(2), R), moment.copy()
-    rotate_moment(got)
+    rotate_rows(got)
+    rotate_columns(got)
     np.testing.assert_allclose(got, both @ moment @ both.T, atol=1e-12 * np.abs(moment).max(), rtol=0)

@@ -10,7 +10,7 @@ from lanes_problem import heavy_rows
 from mq_quant.formats.blocks import MQ2_LLOYD, MQ3_LLOYD, MQ4
 from mq_quant.lloyd.encode import encode_rotated
 from mq_quant.lloyd.hessian.row import from_weights
-from mq_quant.lloyd.row_blocks import RowAnswers, answer_rows, encode_blocks
+from mq_quant.lloyd.row_blocks import RowAnswers, answer_rows, encode_blocks, strips
 
 FORMATS = [pytest.param(fmt, id=fmt.name) for fmt in (MQ2_LLOYD, MQ3_LLOYD, MQ4)]
 WIDTH = 512
@@ -35,7 +35,7 @@ def test_a_target_is_a_row_and_its_share_of_errors_before_it(
         for shape in ((count, 16 * wide), (count, before), (before + 3, 16 * wide))
     )
     targets = np.empty_like(rows)
-    answer_rows(rows, share, errors, targets)
+    answer_rows(rows, share, np.ascontiguousarray(strips(errors)), targets)
     want = rows + share.astype(np.float64) @ errors[:before]
     np.testing.assert_allclose(targets, want, atol=1e-5 * (1 + np.abs(share).sum(1).max()))
 
@@ -45,7 +45,7 @@ def test_sums_are_taken_in_the_order_of_the_errors() -> None:
     rows, errors = np.zeros((2, 16), np.float32), np.ones((3, 16), np.float32)
     share = np.array([[1, 1e8, -1e8], [1e8, -1e8, 1]], np.float32)
     targets = np.empty_like(rows)
-    answer_rows(rows, share, errors, targets)
+    answer_rows(rows, share, np.ascontiguousarray(strips(errors)), targets)
     assert targets[0].tolist() == [0.0] * 16 and targets[1].tolist() == [1.0] * 16
 
 
@@ -57,7 +57,7 @@ def test_every_block_aims_at_what_answers_the_blocks_before_it(fmt) -> None:
     at = 0
     for block, share in answers:
         target = np.empty_like(rows[block])
-        answer_rows(np.ascontiguousarray(rows[block]), share, missed, target)
+        answer_rows(rows[block], share, np.ascontiguousarray(strips(missed)), target)
         want = encode_rotated(target, fmt, "hessian", HESSIAN, 0.5)
         np.testing.assert_array_equal(payload[at : at + len(want)], want)
         at += len(want)
