@@ -23,6 +23,7 @@ def test_every_kernel_of_the_sources_is_found():
             "multiply_rows",
             "widen_codes",
             "answer_errors",
+            "answer_rows",
             "diagonal_hessian",
         ),
         *("dense_sums", "spread_levels_f32", "level_gradients_f32"),
