@@ -43,7 +43,9 @@ class ImatrixLayer:
     def inputs(self, expert: int) -> None:
         """An imatrix keeps no rows."""
 
-    def from_rows(self, expert: int, projection: str, rows: NDArray[np.float32]) -> Importance:
+    def from_rows(
+        self, expert: int, projection: str, rows: NDArray[np.float32], sums: NDArray[Any] | None = None
+    ) -> Importance:
         """The importance of one matrix; rows that were not kept add nothing."""
         return self.of(expert, projection)
 

@@ -101,8 +101,13 @@ class LayerImportance(Protocol):
         """The rows f32 [n, hidden] that one expert sees, where they were kept: `from_rows` knows more of them."""
         ...
 
-    def from_rows(self, expert: int, projection: str, rows: NDArray[np.float32]) -> Importance:
-        """The importance of one matrix whose inputs are these rows f32 [n, K]."""
+    def from_rows(
+        self, expert: int, projection: str, rows: NDArray[np.float32], sums: NDArray[Any] | None = None
+    ) -> Importance:
+        """The importance of one matrix whose inputs are these rows f32 [n, K].
+
+        `sums` [K, K], whose lower triangle counts, are the sums of rowsᵀ · rows, where the caller has them.
+        """
         ...
 
     def gate_up_energy(self) -> F64:

@@ -12,6 +12,7 @@ place of the identity and with pairs of different tokens in place of the biased 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from .importance import F64, Importance
 from .row_answers import RowAnswers
 
 F32 = NDArray[np.float32]
+Sums = F32 | F64
+"""Σ x xᵀ [K, K] in the lower triangle, zeros above it."""
 compiled = compiler(Path(__file__))
 
 FLOOR = 0.01
@@ -92,21 +95,33 @@ def layer_share(rows: F32, layer: Whitening) -> float:
     return noise / (noise + distance) if noise + distance > 0 else 1.0
 
 
+def pieces(rows: F32, kept: NDArray[np.bool_] | None = None) -> Iterator[F32]:
+    """Rows f32 [n, K], CHUNK of them at a time, and of these the `kept` ones; one piece at least."""
+    for start in range(0, max(len(rows), 1), CHUNK):
+        piece = rows[start : start + CHUNK]
+        yield np.ascontiguousarray(piece if kept is None else piece[kept[start : start + CHUNK]])
+
+
+def summed(rows: F32, kept: NDArray[np.bool_] | None = None) -> Sums:
+    """Σ x xᵀ [K, K] over the `kept` ones of rows f32 [n, K]. Sums of a piece are f32, sums of several pieces f64."""
+    wide: Sums | None = None
+    for piece in pieces(rows, kept):
+        part = np.zeros((rows.shape[1],) * 2, np.float32)
+        add_products(piece, part)
+        wide = part if wide is None else wide + part.astype(np.float64)
+    assert wide is not None
+    return wide
+
+
 def own_moment(rows: F32) -> F64:
-    """E[x xᵀ] f64 [K, K] over rows f32 [n, K], exactly symmetric; sums of 4096 rows are f32, sums of those f64."""
-    return blended(rows, np.zeros((rows.shape[1],) * 2), 0.0)
+    """E[x xᵀ] f64 [K, K] over rows f32 [n, K], exactly symmetric."""
+    return blended(summed(rows), len(rows), np.zeros((rows.shape[1],) * 2), 0.0)
 
 
-def blended(rows: F32, prior: F64, share: float) -> F64:
-    """(1 - share) · E[x xᵀ] + share · prior, f64 [K, K], exactly symmetric; `prior` is so."""
-    sums, out = np.zeros(prior.shape, np.float32), np.empty(prior.shape)
-    add_products(np.ascontiguousarray(rows[:CHUNK]), sums)
-    wide: F32 | F64 = sums
-    for start in range(CHUNK, len(rows), CHUNK):
-        part = np.zeros(prior.shape, np.float32)
-        add_products(np.ascontiguousarray(rows[start : start + CHUNK]), part)
-        wide = wide + part.astype(np.float64)
-    blend(wide, (1 - share) / max(len(rows), 1), prior, share, out)
+def blended(sums: Sums, count: int, prior: F64, share: float) -> F64:
+    """(1 - share) · E[x xᵀ] + share · prior, f64 [K, K], exactly symmetric as `prior`, of the sums of `count` rows."""
+    out = np.empty(prior.shape)
+    blend(sums, (1 - share) / max(count, 1), prior, share, out)
     return out
 
 
@@ -123,15 +138,15 @@ def blend(sums, own, prior, share, out):  # type: ignore[no-untyped-def]
                     out[j, i] = out[i, j]
 
 
-def mixed(rows: F32, prior: Importance, white: Whitening | None) -> Importance:
+def mixed(rows: F32, prior: Importance, white: Whitening | None, sums: Sums | None = None) -> Importance:
     """The importance of one expert's matrix from the rows f32 [n, K] that it saw, drawn toward a prior with a moment.
 
-    `white` is the whitening of the prior's moment.
+    `white` is the whitening of the prior's moment; `sums` are those of `rows`, where they are known.
     """
     assert prior.moment is not None
     share, moment = 1.0 if white is None else layer_share(rows, white), prior.moment
     if share < 1:
-        moment = blended(rows, prior.moment, share)
+        moment = blended(summed(rows) if sums is None else sums, len(rows), prior.moment, share)
     return Importance(np.diag(moment).copy(), moment, float(len(rows)))
 
 
@@ -184,14 +199,14 @@ class OwnMoments(WithRows):
         """The rows f32 [n, hidden] that one expert's gate and up see."""
         return self.kept.of(expert)
 
-    def from_rows(self, expert: int, projection: str, rows: F32) -> Importance:
-        """The importance of one matrix whose inputs are these rows f32 [n, K]."""
+    def from_rows(self, expert: int, projection: str, rows: F32, sums: Sums | None = None) -> Importance:
+        """The importance of one matrix whose inputs are these rows f32 [n, K]; `sums` as in `mixed`."""
         prior = self.of(expert, projection)
         if projection != "w2":
-            return mixed(rows, prior, self.gate_up)
+            return mixed(rows, prior, self.gate_up, sums)
         assert prior.moment is not None
         own_prior = prior.moment is not self.gathered.down_pooled
-        return mixed(rows, prior, whitening(prior.moment) if own_prior else self.down)
+        return mixed(rows, prior, whitening(prior.moment) if own_prior else self.down, sums)
 
 
 def with_rows(gathered: CalibratedLayer, kept: ExpertRows, answers: RowAnswers | None = None) -> OwnMoments:

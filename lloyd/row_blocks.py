@@ -14,7 +14,7 @@ from .encode import Fit, encode_rotated
 from .group_fit import F32, U8
 from .hessian.row import RowHessian
 from .loops import compiled
-from .simd.lanes import PANEL, block_of, product
+from .simd.lanes import PANEL, block_of, lined_up_room, product
 from .simd.vec import LANES
 
 RowAnswers = Sequence[tuple[slice, F32]]
@@ -29,7 +29,7 @@ def encode_blocks(
     """As `encode_rotated` of rotated rows f32 [R, K], whose blocks answer each other. Errors are those of the rotated
     basis: whoever rotates and scales columns does the same to every row, so that the same shares hold there.
     """
-    payloads, missed = [], block_of(rows.size // LANES).reshape(strips(rows).shape)
+    payloads, missed = [], lined_up_room(*strips(rows).shape)
     for block, share in answers:
         mine, target = rows[block], np.empty_like(rows[block])
         answer_rows(mine, share, missed, target)

@@ -9,14 +9,14 @@ from .constants import GROUP
 from .group_fit import F32, GroupFit, Rotated, expand, fit_group
 from .hessian.row import RowHessian
 from .loops import compiled
-from .simd.lanes import PANEL, block_of, gather, product, scatter_at
+from .simd.lanes import PANEL, block_of, gather, lined_up_room, product, scatter_at
 from .simd.vec import LANES
 
 
 def fit_whole_rows(rows: F32, fmt: Rotated, hessian: RowHessian) -> list[GroupFit]:
     """Every group of rows f32 [R, K] in turn, each answers the errors of earlier ones; and then all those of all."""
     tiles, groups = -(-len(rows) // LANES), len(hessian.groups)
-    errors = block_of(groups * tiles * GROUP).reshape(groups, tiles, GROUP, LANES)
+    errors = lined_up_room(groups, tiles, GROUP, LANES)
     fits, targets, coupled = [], np.empty((len(rows), GROUP), np.float32), hessian.coupling is not None
     for g, (factored, answer) in enumerate(zip(hessian.groups, hessian.answers, strict=True)):
         answer_errors(rows, g * GROUP, errors, answer, targets)

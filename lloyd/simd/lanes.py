@@ -5,7 +5,10 @@ All functions are compiled and work in place.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ..constants import GROUP
 from ..loops import compiled
@@ -21,6 +24,14 @@ def block_of(count):
     flat = np.zeros((count + 1) * LANES, np.float32)
     skip = -(flat.ctypes.data // flat.itemsize) % LANES
     return flat[skip : skip + count * LANES].reshape(count, LANES)
+
+
+def lined_up_room(*shape: int) -> NDArray[np.float32]:
+    """An f32 array, not yet filled, that begins at a cache line. It is numpy's, who asks for large pages."""
+    count = math.prod(shape)
+    flat = np.empty(count + LANES, np.float32)
+    skip = -(flat.ctypes.data // flat.itemsize) % LANES
+    return flat[skip : skip + count].reshape(shape)
 
 
 @compiled

@@ -11,15 +11,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.lapack import add_products, cholesky, divide
+from ...awq.own_moments import Sums, pieces, summed
+from ...formats.lapack import cholesky, divide
 
 F32 = NDArray[np.float32]
 
 RIDGE = 5.0
 """λ = 5 · K / n for K inputs and n tokens. On held-out tokens of two models the best λ was about 0.1 at 51 tokens per
 input, 0.5 at 10 and 3 at 1.6."""
-CHUNK = 4096
-"""Rows whose products are summed in f32."""
 
 
 def silu(x: F32) -> F32:
@@ -40,26 +39,25 @@ def product(inputs: F32, w1: F32, w3: F32) -> F32:
     return out
 
 
-def answering_down(w2: F32, there: F32, here: F32) -> F32:
+def answering_down(w2: F32, there: F32, here: F32, sums: Sums | None = None) -> F32:
     """w2 f32 [hidden, K] fitted so that it makes of `here` f32 [n, K] what the source's w2 makes of `there`.
 
     Both are the inputs of w2 for the same tokens: `there` from the source's gate and up, `here` from rounded ones. Rows
-    that are not finite are left out; without others w2 stays as it is.
+    that are not finite are left out; without others w2 stays as it is. `sums` are those of `here`, where they are
+    known.
     """
     width = w2.shape[1]
     finite = np.isfinite(there.sum(axis=1) + here.sum(axis=1))
     count = int(finite.sum())
     if not count:
         return w2
-    lost, within = np.zeros((width, width)), np.zeros((width, width))
-    for start in range(0, len(there), CHUNK):
-        a, b = there[start : start + CHUNK], here[start : start + CHUNK]
-        if count < len(there):
-            a, b = (rows[finite[start : start + CHUNK]] for rows in (a, b))
+    kept = finite if count < len(there) else None
+    lost = np.zeros((width, width))
+    for a, b in zip(pieces(there, kept), pieces(here, kept), strict=True):
         lost += (a - b).T @ b
-        part = np.zeros((width, width), np.float32)
-        add_products(b, part)
-        within += part
+    if sums is None or kept is not None:
+        sums = summed(here, kept)
+    within = sums.astype(np.float64)
     energy = float(np.trace(within)) / width
     if not (np.isfinite(lost).all() and np.isfinite(within).all() and energy > 0):
         return w2

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...awq.importance import Importance, LayerImportance
-from ...awq.own_moments import WithRows
+from ...awq.own_moments import WithRows, summed
 from ...awq.scale import down_fold
 from ...formats.blocks import AffineFormat, LloydFormat
 from ...formats.checkpoint.source import Source
@@ -147,7 +147,9 @@ class LayerEncoder(PreparedLayer):
             """What w2 sees of the rounded matrices, and w2 fitted to that."""
             there = once.one("seen", lambda: product(inputs, weights["w1"], weights["w3"]))
             here = product(inputs, *(forms[p].decode(payloads[p], w.shape) for p, w in gate_and_up.items()))
-            return importance.from_rows(expert, "w2", here), answering_down(weights["w2"], there, here)
+            sums = summed(here)
+            own = importance.from_rows(expert, "w2", here, sums)
+            return own, answering_down(weights["w2"], there, here, sums)
 
         rounded = (*above, self.formats["w1"].name, self.formats["w3"].name)
         seen, fitted = once.one(("fitted", rounded), fit_down)

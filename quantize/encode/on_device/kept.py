@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,9 @@ class KeptOnDevice(WithRows):
         seen: NDArray[np.float32] = self.seen(expert).cpu().numpy()
         return seen
 
-    def from_rows(self, expert: int, projection: str, rows: NDArray[np.float32]) -> Importance:
+    def from_rows(
+        self, expert: int, projection: str, rows: NDArray[np.float32], sums: NDArray[Any] | None = None
+    ) -> Importance:
         """The importance of one matrix whose inputs are these rows f32 [n, K]."""
         there = torch.from_numpy(np.require(rows, requirements=["C", "W"])).to(self.rows.device)
         moment = self.mixed(expert, projection, there).cpu().numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from mq_quant.awq.own_moments import summed
 from mq_quant.quantize.encode.answering import answering_down, product, silu
 
 HIDDEN, WIDTH = 40, 24
@@ -53,6 +54,18 @@ def test_rows_that_are_not_finite_are_left_out(rng: np.random.Generator) -> None
     np.testing.assert_allclose(
         answering_down(w2, there, here), answering_down(w2, there[good], here[good]), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["finite", "a row not finite"])
+@pytest.mark.parametrize("count", [3000, 5000])
+def test_known_sums_give_the_same_bits(count: int, bad: bool, rng: np.random.Generator) -> None:
+    w1, w3, w2 = weights(rng)
+    there, here = products(rng.standard_normal((count, HIDDEN)).astype(np.float32), w1, w3)
+    if bad:
+        here[count - 1, 2] = np.nan
+    want = answering_down(w2, there, here)
+    assert np.isfinite(want).all()
+    np.testing.assert_array_equal(answering_down(w2, there, here, summed(here)), want)
 
 
 @pytest.mark.parametrize("size", [1e-17, 1e17])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,11 +51,11 @@ class Kept(ImatrixLayer):
     def inputs(self, expert: int) -> np.ndarray | None:  # type: ignore[override]
         return self.rows
 
-    def from_rows(self, expert: int, projection: str, rows: np.ndarray) -> Importance:
+    def from_rows(self, expert: int, projection: str, rows: np.ndarray, sums: Any = None) -> Importance:
         self.asked.append((projection, len(rows)))
         prior = self.of(expert, projection)
         assert prior.moment is not None
-        return mixed(rows, prior, whitening(prior.moment))
+        return mixed(rows, prior, whitening(prior.moment), sums)
 
 
 def layer(rows: np.ndarray | None) -> Kept:
@@ -136,8 +137,8 @@ class Answering(WithRows):
     def inputs(self, expert: int) -> np.ndarray | None:  # type: ignore[override]
         return self.gathered.rows
 
-    def from_rows(self, expert: int, projection: str, rows: np.ndarray) -> Importance:
-        return self.gathered.from_rows(expert, projection, rows)
+    def from_rows(self, expert: int, projection: str, rows: np.ndarray, sums: Any = None) -> Importance:
+        return self.gathered.from_rows(expert, projection, rows, sums)
 
 
 def gradients() -> np.ndarray:
