@@ -136,8 +136,10 @@ class LayerEncoder(PreparedLayer):
         above = (*self._basis, self.damping("w1"))
 
         def hessian_above() -> RowHessian:
-            own = once.one("own", lambda: importance.from_rows(expert, "w1", inputs))
-            return hessian_of(self._damped("w1", own), forms["w1"].scale)
+            def own() -> Importance:
+                return importance.from_rows(expert, "w1", inputs)
+
+            return hessian_of(self._damped("w1", once.one("own", own)), forms["w1"].scale)
 
         gate_up = once.one(("gate and up", above), hessian_above)
         gate_and_up = {p: weights[p] for p in ("w1", "w3")}

@@ -64,7 +64,9 @@ def hessian_of(importance: Importance, scale: F32 | None) -> RowHessian:
     """The Hessian of rows that see these inputs divided by scale f32 [K] (None: by ones)."""
     if importance.moment is None:
         return from_weights(importance.channel_weights(scale))
-    return from_moment(importance.rotated_moment(scale))
+    rotated = importance.rotated_moment(scale)
+    del importance  # A moment that nobody else holds makes room for the factor, which is as large.
+    return from_moment(rotated)
 
 
 def some_rows(rows: int) -> slice:
