@@ -53,9 +53,8 @@ def cost_factor(sensitivity: Sensitivity) -> F64 | None:
     mean = float(np.trace(moment)) / width if np.isfinite(moment).all() else 0.0
     if not mean > 0:
         return None
-    room = np.empty_like(
-        moment
-    )  # all that is written goes here: new memory takes longer than what is done in it
+    # All that is written goes to one place: to fetch new memory takes longer than what is done in it.
+    room = np.empty_like(moment)
     share = min(max(CAUTION * _noise_share(sensitivity, room), DAMPING), 1.0)
     # The factor of the matrix read backwards is V, read backwards: V is lower, and G = Vᵀ V.
     np.multiply(moment[::-1, ::-1], (1 - share) / mean, out=room)

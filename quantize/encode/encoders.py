@@ -29,7 +29,7 @@ class MatrixTask:
     `hessian` is that of the rows in the stored basis, for the fit `hessian`; without one that fit is `exact`. `gain`
     is how far levels go from least squares, 0, to unbiased ones, 1. `stored` gives what `form.to_stored` makes of the
     weights, where several tasks have that in common; it is asked only where that is done on the CPU. `answers` say how
-    the rows answer each other, None where they do not; nothing is folded then.
+    the rows answer each other under a Hessian, None where they do not; nothing is folded then.
     """
 
     weights: F32

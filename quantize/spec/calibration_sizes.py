@@ -18,7 +18,7 @@ BASE_MEMORY = 900 << 20
 CHUNK = 4096
 """Rows of activations turned to f64 at a time by a calibration."""
 BLOCK = 4
-"""So many times as many are, where they are what down of several experts sees on a GPU."""
+"""How many times CHUNK rows are turned to f64 at a time, where they are what down of several experts sees on a GPU."""
 USUAL_TOKENS = 128 * 512
 GPU_TOKENS = 1024 * 512
 """Tokens that a build calibrates on where nothing else is asked, on a CPU and on a GPU that has room for them."""
@@ -156,17 +156,22 @@ def gpu_bytes(config: ModelConfig, tokens: int) -> int:
     A layer of M2.7 took 19.5 GiB of torch's memory at 65,536 tokens and 99 GiB at 524,288 (`benchmarks/layer_pass.py`),
     to which comes what the encoder takes.
     """
-    expert = 3 * config.hidden_size * config.intermediate_size
-    weights = (2.2 * config.num_local_experts + (4 + 1) * ROUND) * expert
-    block = (2 * 4 + 4 + 4 + 8) * BLOCK * CHUNK * config.intermediate_size
-    rows = GPU_ROWS * 4 * tokens * config.hidden_size
-    return round(weights + block + rows + GPU_STREAMS * stream_bytes(config))
+    return round(_layer_bytes(config, tokens)) + GPU_STREAMS * stream_bytes(config)
 
 
 def layers_bytes(config: ModelConfig, tokens: int, layers: int) -> int:
     """Bytes of a GPU's memory that such a build takes with so many layers there, one of which is encoded."""
-    encoder = GPU_STREAMS * stream_bytes(config)
-    return round((0.4 + 0.6 * layers) * (gpu_bytes(config, tokens) - encoder)) + encoder
+    here = (0.4 + 0.6 * layers) * _layer_bytes(config, tokens)
+    return round(here) + GPU_STREAMS * stream_bytes(config)
+
+
+def _layer_bytes(config: ModelConfig, tokens: int) -> float:
+    """Bytes of torch's memory on a GPU with one layer there, which is run and then encoded."""
+    expert = 3 * config.hidden_size * config.intermediate_size
+    weights = (2.2 * config.num_local_experts + (4 + 1) * ROUND) * expert
+    # What down sees: twice a block waits in f32; a block lies joined, without what is not finite, and in f64.
+    block = (2 * 4 + 4 + 4 + 8) * BLOCK * CHUNK * config.intermediate_size
+    return weights + block + GPU_ROWS * 4 * tokens * config.hidden_size
 
 
 def usual_tokens(config: ModelConfig, device: str) -> int:

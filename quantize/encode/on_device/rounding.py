@@ -78,11 +78,8 @@ class Streamed:
         if not _side_by_side(under):
             made = [self.encode(m[None], fmt, [u], gain) for m, u in zip(matrices, under, strict=True)]
             return torch.cat([payload for payload, _ in made]), torch.cat([values for _, values in made])
-        coded, count, groups = (
-            self._coded(matrices, fmt, under, gain),
-            len(matrices),
-            matrices.shape[2] // GROUP,
-        )
+        count, groups = len(matrices), matrices.shape[2] // GROUP
+        coded = self._coded(matrices, fmt, under, gain)
         values = _decoded(coded, fmt, matrices.device)
         return _payloads(coded, count, groups, matrices.device), apart(values, count, groups)
 
