@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +22,8 @@ from ...lloyd.group_fit import Rotated
 from ...lloyd.hessian.row import RowHessian
 from ...lloyd.row_blocks import RowAnswers
 from ..runtime.host import Backend, Buffer
-from .fitting import Fitting, coupled
-from .hessians import DenseFactors, Hessian, Hessians
-from .recordings import Recordings
+from .fitting import Fitting
+from .hessians import DenseFactors, Hessians
 from .shares import Answers, Shares
 from .space import Space
 from .work import Work
@@ -55,7 +53,6 @@ class DeviceEncoder:
         self._hessians = Hessians(backend, self._space, self._signs)
         self._fitting = Fitting(backend, self._space, self._signs)
         self._answers = Shares()
-        self._recordings = Recordings(backend, self._space)
 
     def bring(self, hessians: Sequence[RowHessian]) -> None:
         """Bring the Hessians of one call to the device together, those that are not there yet."""
@@ -86,7 +83,7 @@ class DeviceEncoder:
         work = self._begin(given, fmt, self._scale(form.scale, weights.shape[1]))
         if fit == "hessian" and hessian is not None:
             there = None if answers is None else self._answers.of(answers, self._space.put)
-            self._fit(work, self._hessians.load(hessian), gain, there)
+            self._fitting.fit(work, self._hessians.load(hessian), gain, there)
         else:
             self._fitting.initial(work, 0, [True] * work.groups)
             self._fitting.nearest(work)
@@ -111,9 +108,9 @@ class DeviceEncoder:
         work = self._begin(weights, _rotated(fmt), scale, beside)
         there = None if answers is None else self._answers.of(answers, self._space.keep)
         if isinstance(hessian, DenseFactors):
-            self._fit(work, self._hessians.given(hessian), gain, there)
+            self._fitting.fit(work, self._hessians.given(hessian), gain, there)
         else:
-            self._fit(work, self._hessians.load(hessian), gain, there)
+            self._fitting.fit(work, self._hessians.load(hessian), gain, there)
         return self._packed(work)
 
     def _scale(self, scale: F32 | None, columns: int) -> Buffer:
@@ -135,31 +132,6 @@ class DeviceEncoder:
         grid, args = (work.groups * work.count,), (payload, work.params, work.codes)
         self._fitting.launch("pack", grid, args, work.fmt)
         return Coded(payload, work.params, work.codes)
-
-    def _fit(self, work: Work, h: Hessian, gain: float, answers: Answers | None = None) -> None:
-        """Codes and stored levels of all rows under their Hessians.
-
-        Where groups answer each other, of which there is one matrix for each but the first, that takes hundreds of
-        launches, which are the same for every matrix of a shape, and so they are recorded. The first two of the blocks
-        that answer each other do all that the others do.
-        """
-        fit = partial(self._fitting.fit, work, h, gain)
-        if not coupled(work, h):
-            fit(answers)
-            return
-        places = (
-            work.rows,
-            work.params,
-            work.codes,
-            h.matrix,
-            *h.answers,
-            *((h.coupling.lines, h.coupling.inverses) if h.coupling else ()),
-            *(share for _, share in answers or ()),
-        )
-        shape = (work.fmt.name, work.count, work.groups, work.beside, gain, h.white)
-        key = (*shape, *(b.address for b in places))
-        part = partial(fit, answers[:2]) if answers is not None and len(answers) > 2 else None
-        self._recordings.run(key, partial(fit, answers), part)
 
 
 def _rotated(fmt: Format) -> Rotated:

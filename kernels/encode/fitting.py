@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from ..runtime.block_table import BLOCK_THREADS, WAVE
 from ..runtime.host import Argument, Backend, Buffer
 from .geometry import DESCENT_WAVES, KMEANS_ROWS, PRODUCT_SIDE, TILE, dense_waves, refit_waves
 from .hessians import Coupling, Hessian
+from .recordings import Recordings
 from .shares import Answers
 from .space import Space
 from .work import Work, kept_of
@@ -46,6 +48,7 @@ class Fitting:
     def __init__(self, backend: Backend, space: Space, signs: Buffer) -> None:
         """`signs` f32 [2, 256] are those of the rotation."""
         self._backend, self._space, self._signs = backend, space, signs
+        self._recordings = Recordings(backend, space)
         self._shakes = backend.upload(SIGNS.reshape(len(SIGNS) // SWEEPS, -1))
         self._both_ends, self._one_end = (
             backend.upload(np.array(ends, np.float32)) for ends in (BOTH_ENDS, ONE_END)
@@ -76,25 +79,50 @@ class Fitting:
         if answers is None:
             self._fit_rows(work, h, gain)
             return
-        most = max(rows.stop - rows.start for rows, _ in answers)
-        aims = self._space.take("aims", (most, work.rows.shape[1]), np.float32)
         missed = self._space.take("missed", work.rows.shape, np.float32)
         for rows, share in answers:
-            mine = aimed = work.part(rows)
+            mine = work.part(rows)
+            block = self._block(mine, max(some.stop - some.start for some, _ in answers))
             if rows.start:
-                aimed = replace(mine, rows=aims.rows(0, mine.count))
                 grid = (mine.blocks(PRODUCT_SIDE), mine.rows.shape[1] // PRODUCT_SIDE)
                 before = missed.rows(0, rows.start)
-                given = (aimed.rows, mine.rows, share, before, mine.count, rows.start, work.groups)
+                given = (block.rows, mine.rows, share, before, mine.count, rows.start, work.groups)
                 self.launch("answer_rows", grid, given)
-            self._fit_rows(aimed, h, gain)
-            self._missed(mine, missed.rows(rows.start, rows.stop), 0, work.groups)
+            else:
+                self._backend.copy(block.rows, mine.rows)
+            self._fit_rows(block, h, gain)
+            self._backend.copy(mine.params, block.params)
+            self._backend.copy(mine.codes, block.codes)
+            if rows.stop < work.count:
+                self._missed(mine, missed.rows(rows.start, rows.stop), 0, work.groups)
+
+    def _block(self, part: Work, most: int) -> Work:
+        """Room for some rows of a matrix, and for their params and codes: the same memory for all its blocks, of which
+        none has more than `most` rows, so that they have one recording.
+        """
+
+        def room(name: str, given: Buffer) -> Buffer:
+            return self._space.take(name, (most, *given.shape[1:]), given.dtype).rows(0, part.count)
+
+        return replace(
+            part,
+            rows=room("rows of a block", part.rows),
+            params=room("params of a block", part.params),
+            codes=room("codes of a block", part.codes),
+        )
 
     def _fit_rows(self, work: Work, h: Hessian, gain: float) -> None:
-        if coupled(work, h):
-            self.whole_rows(work, h, gain)
-        else:
+        """Where groups answer each other, that takes hundreds of launches, which are the same for every matrix of a
+        shape, and so they are recorded.
+        """
+        if not coupled(work, h):
             self.groups(work, h, gain)
+            return
+        coupling = (h.coupling.lines, h.coupling.inverses) if h.coupling else ()
+        places = (work.rows, work.params, work.codes, h.matrix, *h.answers, *coupling)
+        shape = (work.fmt.name, work.count, work.groups, work.beside, gain, h.white)
+        key = (*shape, *(buffer.address for buffer in places))
+        self._recordings.run(key, partial(self.whole_rows, work, h, gain))
 
     def groups(self, work: Work, h: Hessian, gain: float) -> None:
         """All groups under their Hessians, where none answers the errors of others."""

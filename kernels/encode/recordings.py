@@ -1,4 +1,4 @@
-"""What an encoder asks of its device for every matrix of a shape, recorded once and done again from the recording."""
+"""What an encoder asks of its device for every matrix of a shape, recorded once and done from the recording."""
 
 from __future__ import annotations
 
@@ -15,25 +15,16 @@ class Recordings:
 
     def __init__(self, backend: Backend, space: Space) -> None:
         self._backend, self._space, self._moves = backend, space, space.moves
-        self._known: dict[Hashable, Callable[[], None] | None] = {}
+        self._known: dict[Hashable, Callable[[], None]] = {}
 
-    def run(self, key: Hashable, whole: Callable[[], None], part: Callable[[], None] | None = None) -> None:
-        """Do the `whole`, which takes memory and loads kernels when it is done first, and is recorded when it is done
-        again. Where a `part` of it takes the same memory and loads the same kernels, that is done first, so that the
-        whole is recorded at once.
-        """
-        self._forget_moved()
-        if key not in self._known:
-            (part or whole)()
-            self._forget_moved()
-            self._known[key] = None
-            if part is None:
-                return
-        again = self._known[key] or self._backend.record(whole)
-        self._known[key] = again
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Do some work, which is recorded when it is asked for first."""
+        again = self._known.get(key) if self._moves == self._space.moves else None
+        while again is None:
+            if self._moves != self._space.moves:
+                self._known.clear()
+                self._moves = self._space.moves
+            made = self._backend.record(work)
+            if self._moves == self._space.moves:  # else it names memory that is gone
+                again = self._known[key] = made
         again()
-
-    def _forget_moved(self) -> None:
-        if self._moves != self._space.moves:
-            self._known.clear()
-            self._moves = self._space.moves

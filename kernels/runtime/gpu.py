@@ -153,6 +153,9 @@ class GpuBackend(Backend):
         explain.restype = ctypes.c_char_p
         return (explain(ctypes.c_int(status)) or b"unknown error").decode()
 
+    def _ready(self, kernel: Kernel) -> None:
+        self._function(kernel)
+
     def _function(self, kernel: Kernel) -> ctypes.c_void_p:
         function = self._functions.get(kernel)
         if function is None:
@@ -218,7 +221,7 @@ class GpuBackend(Backend):
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """As `Backend.record` says: one graph, which the driver launches at once. The default stream keeps a list.
 
-        Every kernel of it must have run before, since code cannot be loaded while launches are recorded.
+        The steps are listed first, which loads code and takes memory: neither can be done while the driver records.
         """
         if self._stream.value is None:
             return super().record(work)

@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ...formats.errors import BackendError
 from .block_table import MAX_LDS, MAX_THREADS, WAVE
-from .sources import Kernel, Parameter, Sources
+from .sources import Kernel, Parameter, Sources, our_sources
 
 _INTEGERS = {np.dtype(np.int32): (ctypes.c_int32, 31), np.dtype(np.int64): (ctypes.c_int64, 63)}
 
@@ -92,7 +92,7 @@ class Backend(ABC):
         return cls.devices() > 0
 
     def __init__(self, sources: Sources | None = None) -> None:
-        self.sources = sources or Sources()
+        self.sources = sources or our_sources()
         self._steps: list[Callable[[], None]] | None = None
 
     def __enter__(self) -> Self:
@@ -118,7 +118,6 @@ class Backend(ABC):
 
     def alloc(self, shape: Sequence[int], dtype: DTypeLike) -> Buffer:
         """A buffer of undefined content; BackendError where the device has too little memory."""
-        self._refuse_while_recording("memory is taken")
         kind = np.dtype(dtype)
         memory, address = self._alloc(max(1, math.prod(shape) * kind.itemsize))
         return Buffer(self, memory, address, tuple(int(n) for n in shape), kind)
@@ -128,15 +127,18 @@ class Backend(ABC):
         return Buffer(self, memory, address, tuple(int(n) for n in shape), np.dtype(dtype))
 
     def upload(self, array: NDArray[Any]) -> Buffer:
-        """A buffer with the content, shape and dtype of `array`."""
+        """A buffer with the content, shape and dtype of `array`; no launch so far can have used it."""
         buffer = self.alloc(array.shape, array.dtype)
-        self.write(buffer, array)
+        self._write(buffer, array)
         return buffer
 
     def write(self, buffer: Buffer, array: NDArray[Any], offset: int = 0) -> None:
         """Copy `array` into a buffer of its dtype, from element `offset` of the flat buffer on."""
         self._own(buffer)
         self._refuse_while_recording("arrays are copied")
+        self._write(buffer, array, offset)
+
+    def _write(self, buffer: Buffer, array: NDArray[Any], offset: int = 0) -> None:
         if array.dtype != buffer.dtype or offset < 0 or offset + array.size > buffer.size:
             raise BackendError(
                 f"{array.dtype}[{array.size}] does not fit a buffer of {buffer.dtype}[{buffer.size}] at {offset}"
@@ -177,7 +179,8 @@ class Backend(ABC):
         """What `work` launches and copies between buffers: none of it happens now, and all of it at each call of what
         is returned.
 
-        The buffers must live as long. BackendError where `work` takes memory, or copies from or to arrays.
+        The buffers must live as long. BackendError where `work` copies from arrays to buffers that were there before,
+        or from buffers to arrays.
         """
         self._refuse_while_recording("another recording begins")
         steps: list[Callable[[], None]] = []
@@ -230,7 +233,11 @@ class Backend(ABC):
         if lds < 0 or (lds > MAX_LDS and lds > self.lds_for_copies(kernel)):
             raise BackendError(f"kernel {kernel.label} was given {lds} bytes of LDS, of {MAX_LDS}")
         if math.prod(full_grid):
+            self._ready(kernel)
             self._do(lambda: self._dispatch(kernel, full_grid, full_block, values, lds))
+
+    def _ready(self, kernel: Kernel) -> None:  # noqa: B027
+        """Have a kernel's code on the device, where that takes a step of its own."""
 
     def _value(self, kernel: Kernel, parameter: Parameter, value: Argument) -> Any:
         if parameter.pointer:

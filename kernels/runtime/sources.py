@@ -11,7 +11,7 @@ import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,12 @@ class Sources:
 
     def path(self, file: str) -> Path:
         """Where a source or header of that name is: below the folder, else among our own."""
-        places = (path for folder in (self.folder, FOLDER) for path in folder.rglob(file))
-        return next(places, self.folder / file)
+        return self._paths.get(file, self.folder / file)
+
+    @cached_property
+    def _paths(self) -> dict[str, Path]:
+        """Every file by its name."""
+        return {path.name: path for folder in (FOLDER, self.folder) for path in folder.rglob("*")}
 
     def text(self, file: str) -> str:
         """The source of a module with our own headers in place, each once."""
@@ -174,6 +178,14 @@ class Sources:
         for kernel in self.kernels.values():
             out[kernel.module] = (*out.get(kernel.module, ()), kernel)
         return out
+
+
+@cache
+def our_sources() -> Sources:
+    """The kernels of this package, read once for all back ends."""
+    found = Sources()
+    assert found.kernels
+    return found
 
 
 def _maker(header: str) -> Any:

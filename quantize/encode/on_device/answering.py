@@ -9,11 +9,12 @@ from torch.nn import functional as F  # noqa: N812
 from ....awq.own_moments import CHUNK
 from ..answering import RIDGE
 from .moments import eye
+from .products import multiply
 
 
 def product(inputs: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     """What w2 sees of inputs f32 [n, hidden]: silu(x·w1ᵀ) · (x·w3ᵀ), f32 [n, intermediate]."""
-    return F.silu(inputs @ w1.mT) * (inputs @ w3.mT)
+    return F.silu(multiply(inputs, w1.mT)) * multiply(inputs, w3.mT)
 
 
 def answering_down(w2: Tensor, there: Tensor, here: Tensor) -> Tensor:
@@ -27,8 +28,8 @@ def answering_down(w2: Tensor, there: Tensor, here: Tensor) -> Tensor:
     across, within = (torch.zeros(width, width, dtype=torch.float64, device=w2.device) for _ in range(2))
     for a, b, good in zip(*(torch.split(rows, CHUNK) for rows in (there, here, finite)), strict=True):
         a, b = (torch.where(good[:, None], rows, 0) for rows in (a, b))
-        across += a.mT @ b
-        within += b.mT @ b
+        across += multiply(a.mT, b)
+        within += multiply(b.mT, b)
     energy = within.diagonal().mean()
     tie = RIDGE * width / count.clamp_min(1) * energy
     usable = (count > 0) & across.isfinite().all() & within.isfinite().all() & (energy > 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ....awq.own_moments import CHUNK, FLOOR, SAMPLE
 from ....formats.fwht import GROUP, rotate
+from .products import multiply
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def own_moment(rows: Tensor) -> Tensor:
     """E[x xᵀ] f64 [K, K] over rows f32 [n, K], exactly symmetric; sums of CHUNK rows are f32, sums of those f64."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in torch.split(rows, CHUNK):
-        total += part.mT @ part
+        total += multiply(part.mT, part)
     return symmetric(total) / max(len(rows), 1)
 
 

@@ -160,11 +160,24 @@ def test_what_is_recorded_happens_at_each_call_and_not_before(cpu):
     assert cpu.download(x)[0] == cpu.download(y)[0] == 6
 
 
-@pytest.mark.parametrize("what", ["memory is taken", "arrays are copied", "another recording begins"])
-def test_a_recording_takes_no_memory_and_no_arrays(cpu, what):
+def test_memory_that_is_taken_while_launches_are_recorded_holds_what_it_was_given(cpu):
+    x, taken = cpu.upload(np.ones(8, np.float32)), []
+
+    def work():
+        taken.append(cpu.upload(np.full(8, 2, np.float32)))
+        ops.add(cpu, x, taken[0])
+
+    again = cpu.record(work)
+    assert cpu.download(x)[0] == 1 and cpu.download(taken[0])[0] == 2
+    again()
+    again()
+    assert cpu.download(x)[0] == 5
+
+
+@pytest.mark.parametrize("what", ["arrays are copied", "another recording begins"])
+def test_a_recording_takes_no_arrays(cpu, what):
     x = cpu.upload(np.zeros(8, np.float32))
     does = {
-        "memory is taken": lambda: cpu.alloc((8,), np.float32),
         "arrays are copied": lambda: cpu.write(x, np.ones(8, np.float32)),
         "another recording begins": lambda: cpu.record(lambda: None),
     }[what]
