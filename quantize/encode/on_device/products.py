@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-WORTH = 1 << 34
+WORTH = 1 << 35
 """Multiplications from which on a product takes longer than it takes to split its matrices."""
 ROWS = 1 << 14
 """Rows that are split at a time: their parts take as much memory again and half of that."""
