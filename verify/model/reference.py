@@ -9,7 +9,7 @@ importances and second moments are gathered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
@@ -56,6 +56,8 @@ class Routing:
 
 Matrices = tuple[Tensor, Tensor, Tensor]
 """w1, w3 and w2 of an expert."""
+Linear = Callable[[Tensor, Tensor], Tensor]
+"""x · weightsᵀ of rows x and weights."""
 
 
 class Observer:
@@ -240,11 +242,13 @@ def add_expert(
     return tokens, x, product
 
 
-def run_expert(matrices: Matrices, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What w2 of an expert with these matrices sees of rows [m, H], [m, I], and what it makes of it, [m, H]."""
+def run_expert(matrices: Matrices, x: Tensor, linear: Linear = F.linear) -> tuple[Tensor, Tensor]:
+    """What w2 of an expert with these matrices sees of rows [m, H], [m, I], and what it makes of it, [m, H]; `linear`
+    multiplies rows by a transposed matrix.
+    """
     w1, w3, w2 = matrices
-    product = F.silu(F.linear(x, w1)) * F.linear(x, w3)
-    return product, F.linear(product, w2)
+    product = F.silu(linear(x, w1)) * linear(x, w3)
+    return product, linear(product, w2)
 
 
 def before_experts(

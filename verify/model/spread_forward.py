@@ -17,6 +17,7 @@ from torch import Tensor
 from ...formats.minimax import ModelConfig, expert_name, layer_inventory
 from .device_weights import DeviceWeights, all_brought
 from .lanes import NO_LANES, Lanes
+from .products import linear
 from .reference import SILENT, Matrices, Observer, Routing, attention, by_expert, into_experts, run_expert
 
 TOKENS = 1 << 13
@@ -148,7 +149,7 @@ def _round(
 def _run(matrices: Matrices, layer: int, expert: int, seen: Routed, observer: Observer) -> Tensor:
     """What an expert adds to the streams of its tokens, [m, H], where its matrices lie."""
     x = seen.inputs[seen.tokens[expert]]
-    product, made = run_expert(matrices, x)
+    product, made = run_expert(matrices, x, linear)
     observer.expert(layer, expert, seen.tokens[expert], x, product)
     return made.mul_(seen.shares[expert])
 

@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ....awq.own_moments import CHUNK
+from ....verify.model.products import linear, multiply
 from ..answering import RIDGE
 from .moments import eye
-from .products import multiply
 
 
 def product(inputs: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     """What w2 sees of inputs f32 [n, hidden]: silu(x·w1ᵀ) · (x·w3ᵀ), f32 [n, intermediate]."""
-    return F.silu(multiply(inputs, w1.mT)) * multiply(inputs, w3.mT)
+    return F.silu(linear(inputs, w1)) * linear(inputs, w3)
 
 
 def answering_down(w2: Tensor, there: Tensor, here: Tensor) -> Tensor:

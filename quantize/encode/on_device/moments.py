@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....awq.own_moments import CHUNK, FLOOR, SAMPLE
 from ....formats.fwht import GROUP, rotate
-from .products import multiply
+from ....verify.model.products import multiply
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mq_quant.quantize.encode.on_device import products
-from mq_quant.quantize.encode.on_device.products import in_parts, multiply
+from mq_quant.verify.model import products
+from mq_quant.verify.model.products import in_parts, linear, multiply
 
 SHAPES = [(3, 7, 5), (64, 300, 32), (1, 1, 1)]
 
@@ -38,6 +38,11 @@ def test_a_small_product_and_one_without_tensor_cores_are_those_of_f32():
     a, b, *_ = pair(64, 300, 32)
     assert torch.equal(multiply(a, b), a @ b)
     assert torch.equal(multiply(a.T[:, :0], b[:0]), torch.zeros(300, 32))
+
+
+def test_a_linear_layer_multiplies_by_the_transposed():
+    a, b, *_ = pair(64, 300, 32)
+    assert torch.equal(linear(a, b.T), torch.nn.functional.linear(a, b.T))
 
 
 @pytest.mark.parametrize("rows", [products.ROWS, 2 * products.ROWS + 3])

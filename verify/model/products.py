@@ -28,6 +28,11 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return made[0] if len(made) == 1 else torch.cat(made)
 
 
+def linear(x: Tensor, weights: Tensor) -> Tensor:
+    """x · weightsᵀ f32 [n, R] of x f32 [n, K] and weights f32 [R, K], as `multiply` has it."""
+    return multiply(x, weights.mT)
+
+
 def in_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices bf16 [m, 3k] and [3k, n] whose product is that of a f32 [m, k] and b f32 [k, n]."""
     (high, low), (high_b, low_b) = _split(a), _split(b)
@@ -35,7 +40,7 @@ def in_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _split(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bf16 whose sum is the value f32; both are infinite or none where that is."""
+    """Two bf16 whose sum is the value f32, but for 2⁻¹⁶ of it, and which is not finite where that is not."""
     high = values.bfloat16()
     return high, (values - high).bfloat16()
 
