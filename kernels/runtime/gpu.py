@@ -88,8 +88,18 @@ class GpuBackend(Backend):
 
     driver: Driver
 
-    def __init__(self, sources: Sources | None = None, own_stream: bool = False, index: int = 0) -> None:
+    def __init__(
+        self,
+        sources: Sources | None = None,
+        own_stream: bool = False,
+        index: int = 0,
+        make_room: Callable[[], None] | None = None,
+    ) -> None:
+        """`make_room` gives back what else of this process holds memory of the device in reserve; it is called where
+        the device has too little.
+        """
         super().__init__(sources)
+        self._make_room = make_room
         self.index = index
         library = load_library(self.driver.libraries)
         if library is None:
@@ -174,13 +184,26 @@ class GpuBackend(Backend):
         if idle := self._pool.get(size):
             address = idle.pop()
         else:
-            pointer = ctypes.c_void_p()
-            self.call(self.driver.alloc, ctypes.byref(pointer), ctypes.c_size_t(size))
-            address = int(pointer.value or 0)
+            address = self._taken(size)
             self._held[address] = size
         owner = _Allocation()
         weakref.finalize(owner, self._release, address).atexit = False
         return owner, address
+
+    def _taken(self, size: int) -> int:
+        """The address of so many bytes of the device's memory."""
+        pointer = ctypes.c_void_p()
+        taking = (self.driver.alloc, ctypes.byref(pointer), ctypes.c_size_t(size))
+        status = self.library.call(*taking)
+        if status and self._make_room is not None:
+            self._make_room()
+            status = self.library.call(*taking)
+        if status:
+            raise BackendError(
+                f"{self._device_name()} has no {size:,} bytes of memory left: {self._explain(status)} ({status})",
+                hint="close what else uses the GPU, or calibrate on fewer tokens",
+            )
+        return int(pointer.value or 0)
 
     def _release(self, address: int) -> None:
         """Free a piece of memory; keep a small one for the next buffer, which need not wait in one stream."""

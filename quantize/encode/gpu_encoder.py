@@ -175,7 +175,15 @@ def open_gpu(device: str, own_stream: bool = True, index: int = 0) -> Backend:
     """The back end of `hip`, or of `cuda`, which is HIP's where there is only an AMD GPU, for the GPU of this number;
     BackendError without one.
     """
-    return open_backend(_vendor(device), own_stream=own_stream, index=index)
+    return open_backend(_vendor(device), own_stream=own_stream, index=index, make_room=give_back_reserve)
+
+
+def give_back_reserve() -> None:
+    """Give back what torch holds of the GPUs' memory for tensors to come."""
+    import torch  # which takes a second, and is needed where memory is short
+
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def open_gpus(device: str) -> GpuEncoder:
