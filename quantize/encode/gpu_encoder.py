@@ -182,8 +182,7 @@ def give_back_reserve() -> None:
     """Give back what torch holds of the GPUs' memory for tensors to come."""
     import torch  # which takes a second, and is needed where memory is short
 
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def open_gpus(device: str) -> GpuEncoder:
