@@ -44,7 +44,12 @@ class ImatrixLayer:
         """An imatrix keeps no rows."""
 
     def from_rows(
-        self, expert: int, projection: str, rows: NDArray[np.float32], sums: NDArray[Any] | None = None
+        self,
+        expert: int,
+        projection: str,
+        rows: NDArray[np.float32],
+        sums: NDArray[Any] | None = None,
+        room: F64 | None = None,
     ) -> Importance:
         """The importance of one matrix; rows that were not kept add nothing."""
         return self.of(expert, projection)

@@ -50,8 +50,11 @@ class Importance:
             d = d / np.square(scale.astype(np.float64))
         return np.asarray(d, np.float64)
 
-    def rotated_moment(self, scale: NDArray[np.float32] | None = None, damping: float | None = None) -> F64:
-        """The damped second moment f64 [K, K] of R·(x/s), where R rotates each group of 256 and s f32 [K] is the scale.
+    def rotated_moment(
+        self, scale: NDArray[np.float32] | None = None, damping: float | None = None, room: F64 | None = None
+    ) -> F64:
+        """The damped second moment f64 [K, K] of R·(x/s), where R rotates each group of 256 and s f32 [K] is the scale;
+        in `room`, which may be that of the moment itself.
 
         Where no moment was gathered it is that of `channel_weights`. A moment is not tempered: that loses more in its
         small eigenvalues than it gains.
@@ -62,7 +65,7 @@ class Importance:
         else:
             given, kept, added = self.moment, 1 - share, share * self.diagonal.mean()
         inverse = np.ones(len(given)) if scale is None else 1.0 / scale.astype(np.float64)
-        full = np.empty_like(given)
+        full = square(len(given), room)
         for start in range(0, len(full), STRIP):
             rows = slice(start, start + STRIP)
             strip = np.multiply(given[rows], kept, out=full[rows])
@@ -72,6 +75,11 @@ class Importance:
             rotate_rows(strip)
         rotate_columns(full)
         return full
+
+
+def square(width: int, room: F64 | None = None) -> F64:
+    """An f64 [width, width], not yet filled: the beginning of `room` f64 [n], or new memory."""
+    return np.empty((width, width)) if room is None else room[: width * width].reshape(width, width)
 
 
 @runtime_checkable
@@ -102,11 +110,17 @@ class LayerImportance(Protocol):
         ...
 
     def from_rows(
-        self, expert: int, projection: str, rows: NDArray[np.float32], sums: NDArray[Any] | None = None
+        self,
+        expert: int,
+        projection: str,
+        rows: NDArray[np.float32],
+        sums: NDArray[Any] | None = None,
+        room: F64 | None = None,
     ) -> Importance:
         """The importance of one matrix whose inputs are these rows f32 [n, K].
 
-        `sums` [K, K], whose lower triangle counts, are the sums of rowsᵀ · rows, where the caller has them.
+        `sums` [K, K], whose lower triangle counts, are the sums of rowsᵀ · rows, where the caller has them. Its moment
+        may lie in `room` f64 [K² or more].
         """
         ...
 

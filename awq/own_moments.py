@@ -23,7 +23,7 @@ from ..formats.jit import compiler
 from ..formats.lapack import add_pairs, add_products, cholesky, divide, invert_lower
 from ..formats.statistics.row_file import ExpertRows
 from .from_moments import CalibratedLayer
-from .importance import F64, Importance
+from .importance import F64, Importance, square
 from .row_answers import RowAnswers
 
 F32 = NDArray[np.float32]
@@ -118,9 +118,11 @@ def own_moment(rows: F32) -> F64:
     return blended(summed(rows), len(rows), np.zeros((rows.shape[1],) * 2), 0.0)
 
 
-def blended(sums: Sums, count: int, prior: F64, share: float) -> F64:
-    """(1 - share) · E[x xᵀ] + share · prior, f64 [K, K], exactly symmetric as `prior`, of the sums of `count` rows."""
-    out = np.empty(prior.shape)
+def blended(sums: Sums, count: int, prior: F64, share: float, room: F64 | None = None) -> F64:
+    """(1 - share) · E[x xᵀ] + share · prior, f64 [K, K], exactly symmetric as `prior`, of the sums of `count` rows; in
+    `room`, where there is one.
+    """
+    out = square(len(prior), room)
     blend(sums, (1 - share) / max(count, 1), prior, share, out)
     return out
 
@@ -138,15 +140,18 @@ def blend(sums, own, prior, share, out):  # type: ignore[no-untyped-def]
                     out[j, i] = out[i, j]
 
 
-def mixed(rows: F32, prior: Importance, white: Whitening | None, sums: Sums | None = None) -> Importance:
+def mixed(
+    rows: F32, prior: Importance, white: Whitening | None, sums: Sums | None = None, room: F64 | None = None
+) -> Importance:
     """The importance of one expert's matrix from the rows f32 [n, K] that it saw, drawn toward a prior with a moment.
 
-    `white` is the whitening of the prior's moment; `sums` are those of `rows`, where they are known.
+    `white` is the whitening of the prior's moment; `sums` are those of `rows`, where they are known; a moment of its
+    own lies in `room`, where there is one.
     """
     assert prior.moment is not None
     share, moment = 1.0 if white is None else layer_share(rows, white), prior.moment
     if share < 1:
-        moment = blended(summed(rows) if sums is None else sums, len(rows), prior.moment, share)
+        moment = blended(summed(rows) if sums is None else sums, len(rows), prior.moment, share, room)
     return Importance(np.diag(moment).copy(), moment, float(len(rows)))
 
 
@@ -199,14 +204,16 @@ class OwnMoments(WithRows):
         """The rows f32 [n, hidden] that one expert's gate and up see."""
         return self.kept.of(expert)
 
-    def from_rows(self, expert: int, projection: str, rows: F32, sums: Sums | None = None) -> Importance:
-        """The importance of one matrix whose inputs are these rows f32 [n, K]; `sums` as in `mixed`."""
+    def from_rows(
+        self, expert: int, projection: str, rows: F32, sums: Sums | None = None, room: F64 | None = None
+    ) -> Importance:
+        """The importance of one matrix whose inputs are these rows f32 [n, K]; `sums` and `room` as in `mixed`."""
         prior = self.of(expert, projection)
         if projection != "w2":
-            return mixed(rows, prior, self.gate_up, sums)
+            return mixed(rows, prior, self.gate_up, sums, room)
         assert prior.moment is not None
         own_prior = prior.moment is not self.gathered.down_pooled
-        return mixed(rows, prior, whitening(prior.moment) if own_prior else self.down, sums)
+        return mixed(rows, prior, whitening(prior.moment) if own_prior else self.down, sums, room)
 
 
 def with_rows(gathered: CalibratedLayer, kept: ExpertRows, answers: RowAnswers | None = None) -> OwnMoments:

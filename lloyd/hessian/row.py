@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from ...formats.lapack import cholesky, invert_lower
 from ..constants import EXTRA_DAMPING, GROUP, INDEPENDENT, LONE, WHOLE
+from ..loops import compiled
 from .group import UNUSABLE, GroupHessian, bounded, from_bounded, nearly_equal
 
-STRIP = 64
-"""Rows of a moment that are read backwards at a time."""
 UNUSABLE_MOMENT = "second moment is not usable: rounded to nearest"
 
 
@@ -105,21 +104,27 @@ def counted(notes: Sequence[str], groups: int) -> tuple[str, ...]:
 
 
 def from_moment(moment: NDArray[np.float64]) -> RowHessian:
-    """From a damped second moment in the stored basis, f64 [K, K].
+    """From a damped second moment in the stored basis, f64 [K, K], which stays as it is.
 
     A moment that cannot be factored is damped further, and in the end replaced by the identity; `notes` says which.
     """
-    ones = np.ones((len(moment) // GROUP, GROUP))
-    white = RowHessian(ones, notes=(UNUSABLE_MOMENT,))
+    return from_fresh_moment(moment.copy)
+
+
+def from_fresh_moment(make: Callable[[], NDArray[np.float64]]) -> RowHessian:
+    """As `from_moment` of what `make` gives, which is overwritten. It is asked anew before each further damping."""
+    moment = make()
+    white = RowHessian(np.ones((len(moment) // GROUP, GROUP)), notes=(UNUSABLE_MOMENT,))
     mean = float(np.trace(moment)) / len(moment) if np.isfinite(moment).all() else 0.0
     if not mean > 0:
         return white
     for extra in EXTRA_DAMPING:
-        factor = reversed_factor(moment, mean, extra)
+        given = make() if extra else moment
+        coupling, factor = coupling_of(given, extra * mean), reversed_factor(given, mean, extra)
         found = None if factor is None else _from_factor(factor)
         if found is not None:
             notes = (f"second moment damped by a further {extra:g}",) if extra else ()
-            return replace(found, coupling=coupling_of(moment, extra * mean), notes=notes)
+            return replace(found, coupling=coupling, notes=notes)
     return white
 
 
@@ -128,21 +133,26 @@ def reversed_factor(
 ) -> NDArray[np.float64] | None:
     """V f64 [K, K], upper triangular, with V Vᵀ = h / mean + damping · I; None where that is not positive definite.
 
-    What is below the diagonal is of no meaning. V is a view: rows and columns of h lie in memory in reversed order, in
-    which V is the usual lower factor.
+    What is below the diagonal is of no meaning. V is a view of h, which is overwritten: its rows and columns lie there
+    in reversed order, in which V is the usual lower factor.
     """
-    backwards, reverse = h[::-1, ::-1], np.empty(h.shape)
-    for start in range(0, len(h), STRIP):  # up to the diagonal: what lies above is never touched
-        stop = start + STRIP
-        np.divide(backwards[start:stop, :stop], mean, out=reverse[start:stop, :stop])
-    reverse[np.diag_indices_from(reverse)] += damping
-    return reverse[::-1, ::-1] if cholesky(reverse) else None
+    diagonal = np.diag(h)[::-1] / mean + damping
+    reverse(h, mean)
+    np.fill_diagonal(h, diagonal)
+    return h[::-1, ::-1] if cholesky(h) else None
+
+
+@compiled
+def reverse(h, mean):
+    """Below its diagonal, h f64 [K, K] becomes h / mean read backwards, which is what lies above the diagonal."""
+    last = len(h) - 1
+    for i in range(1, len(h)):
+        for j in range(i):
+            h[i, j] = h[last - i, last - j] / mean
 
 
 def coupling_of(h: NDArray[np.float64], damping: float = 0.0) -> Coupling | None:
-    """The coupling of a positive definite h + damping · I, f64 [K, K]; None for one group, or where a block cannot be
-    factored.
-    """
+    """The coupling of h + damping · I, f64 [K, K]; None for one group, or where a block cannot be factored."""
     groups = len(h) // GROUP
     if groups == 1:
         return None
@@ -153,15 +163,17 @@ def coupling_of(h: NDArray[np.float64], damping: float = 0.0) -> Coupling | None
         block = line[:, g * GROUP : (g + 1) * GROUP].copy()
         block[np.diag_indices_from(block)] += damping
         mean = float(np.trace(block)) / GROUP
+        if not mean > 0:
+            return None
         block /= mean
+        by_group = line.reshape(GROUP, groups, GROUP).transpose(1, 0, 2)
+        np.divide(by_group, mean, out=lines[g], casting="same_kind")
+        lines[g, g] = block
         factor = reversed_factor(block)
         if factor is None:
             return None
         upper = _inverted(factor)
         inverses[g] = upper.T @ -upper
-        by_group = line.reshape(GROUP, groups, GROUP).transpose(1, 0, 2)
-        np.divide(by_group, mean, out=lines[g], casting="same_kind")
-        lines[g, g] = block
     return Coupling(lines, inverses)
 
 

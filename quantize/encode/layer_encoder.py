@@ -23,7 +23,7 @@ from ...formats.errors import MqError, WeightError
 from ...formats.fwht import GROUP
 from ...formats.hfq.stored import StoredForm
 from ...formats.minimax import expert_name
-from ...lloyd.hessian.row import RowHessian
+from ...lloyd.hessian.row import RowHessian, from_fresh_moment
 from .answering import answering_down, product
 from .encoders import MatrixTask
 from .once import ALONE, Once, attempt, once_for
@@ -32,6 +32,7 @@ from .prepared_layer import PreparedLayer, hessian_of
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
 OWN_DAMPING = {4: 0.1, 8: 0.1, 16: 0.05, 64: 0.05}
@@ -118,7 +119,10 @@ class LayerEncoder(PreparedLayer):
             hessians = {"w1": above, "w3": above, "w2": below}
             payloads = self._encode(weights, forms, hessians, basis, once)
         else:
-            payloads, hessians = self._answered(self.importance, expert, weights, forms, inputs, once)
+            with self._rooms.taken() as room:
+                payloads, hessians = self._answered(
+                    self.importance, expert, weights, forms, inputs, once, room
+                )
         for p, payload in payloads.items():
             check_levels(names[p], self.formats[p], payload)
         return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
@@ -131,15 +135,21 @@ class LayerEncoder(PreparedLayer):
         forms: Mapping[str, StoredForm],
         inputs: F32,
         once: Once,
+        room: F64,
     ) -> tuple[dict[str, U8], dict[str, RowHessian]]:
-        """Payloads and Hessians of an expert that saw these inputs f32 [n, hidden]: w2 answers the others."""
+        """Payloads and Hessians of an expert that saw these inputs f32 [n, hidden]: w2 answers the others. Moments and
+        their factors are made in `room`.
+        """
         above = (*self._basis, self.damping("w1"))
 
         def hessian_above() -> RowHessian:
             def own() -> Importance:
-                return importance.from_rows(expert, "w1", inputs)
+                return importance.from_rows(expert, "w1", inputs, room=None if once.keeps else room)
 
-            return hessian_of(self._damped("w1", once.one("own", own)), forms["w1"].scale)
+            def rotated() -> F64:
+                return self._damped("w1", once.one("own", own)).rotated_moment(forms["w1"].scale, room=room)
+
+            return from_fresh_moment(rotated)
 
         gate_up = once.one(("gate and up", above), hessian_above)
         gate_and_up = {p: weights[p] for p in ("w1", "w3")}
@@ -156,7 +166,9 @@ class LayerEncoder(PreparedLayer):
         rounded = (*above, self.formats["w1"].name, self.formats["w3"].name)
         seen, fitted = once.one(("fitted", rounded), fit_down)
         below = (*rounded, self.damping("w2"))
-        down = once.one(("down", below), lambda: hessian_of(self._damped("w2", seen), forms["w2"].scale))
+        down = once.one(
+            ("down", below), lambda: hessian_of(self._damped("w2", seen), forms["w2"].scale, room)
+        )
         payloads["w2"] = once.one(
             ("w2", self.formats["w2"].name, below), lambda: self._encode_down(fitted, forms["w2"], down)
         )

@@ -18,6 +18,11 @@ T = TypeVar("T")
 class Once(Protocol):
     """Makes results, or hands out those that were made under the same key. For one thread."""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether results are handed out again, so that nobody may write over them."""
+        ...
+
     def one(self, key: Hashable, make: Callable[[], T]) -> T:
         """The result of this key."""
         ...
@@ -29,6 +34,8 @@ class Once(Protocol):
 
 class Alone:
     """For a single file, of which no result is asked for twice: nothing is kept."""
+
+    keeps = False
 
     def one(self, key: Hashable, make: Callable[[], T]) -> T:
         """As `Once.one`."""
@@ -44,6 +51,8 @@ ALONE = Alone()
 
 class Together:
     """For several files: results are kept as long as it lives."""
+
+    keeps = True
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, Any] = {}

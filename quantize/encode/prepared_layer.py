@@ -19,13 +19,15 @@ from ...formats.blocks import F16_FORMAT, Format
 from ...formats.hfq.stored import StoredLayer
 from ...formats.minimax import ModelConfig, expert_name
 from ...lloyd.encode import Fit
-from ...lloyd.hessian.row import RowHessian, from_moment, from_weights
+from ...lloyd.hessian.row import RowHessian, from_fresh_moment, from_weights
 from ..spec.recipe import Recipe
 from .encoders import CPU, Encoder, MatrixTask
 from .once import ALONE, Once
+from .rooms import Rooms
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
 ALPHA_GRID = (0.0, 0.15, 0.3, 0.5)
@@ -60,13 +62,13 @@ def fit_settings(recipe: Recipe) -> FitSettings:
     )
 
 
-def hessian_of(importance: Importance, scale: F32 | None) -> RowHessian:
-    """The Hessian of rows that see these inputs divided by scale f32 [K] (None: by ones)."""
+def hessian_of(importance: Importance, scale: F32 | None, room: F64 | None = None) -> RowHessian:
+    """The Hessian of rows that see these inputs divided by scale f32 [K] (None: by ones). It is made in `room` f64 [K²
+    or more], of which nothing is kept, or in new memory.
+    """
     if importance.moment is None:
         return from_weights(importance.channel_weights(scale))
-    rotated = importance.rotated_moment(scale)
-    del importance  # A moment that nobody else holds makes room for the factor, which is as large.
-    return from_moment(rotated)
+    return from_fresh_moment(partial(importance.rotated_moment, scale, room=room))
 
 
 def some_rows(rows: int) -> slice:
@@ -118,6 +120,7 @@ class PreparedLayer:
         self.encoder = encoder
         self.fit: Fit = "exact" if importance is None and settings.fit == "hessian" else settings.fit
         self.gain = 1 - LONE_NOISE / config.num_experts_per_tok if settings.gain else 0.0
+        self._rooms = Rooms(max(config.hidden_size, config.intermediate_size) ** 2)
         self._ready: Prepared | None = None
 
     @property

@@ -73,3 +73,16 @@ def test_inputs_are_left_alone() -> None:
     moment = np.eye(256)
     Importance(np.ones(256), moment).rotated_moment(np.full(256, 2, np.float32))
     np.testing.assert_array_equal(moment, np.eye(256))
+
+
+def test_a_moment_is_turned_where_it_lies() -> None:
+    random = np.random.default_rng(3)
+    x = random.standard_normal((700, 512))
+    moment, scale = x.T @ x / len(x), np.float32(np.geomspace(0.3, 3, 512))
+    want = Importance(np.diag(moment).copy(), moment).rotated_moment(scale)
+    room = np.full(512 * 512 + 7, np.nan)
+    lying = room[: 512 * 512].reshape(512, 512)
+    lying[:] = moment
+    got = Importance(np.diag(moment).copy(), lying).rotated_moment(scale, room=room)
+    assert got.base is room and np.isnan(room[-7:]).all()
+    np.testing.assert_array_equal(got, want)

@@ -67,7 +67,12 @@ class KeptOnDevice(WithRows):
         return seen
 
     def from_rows(
-        self, expert: int, projection: str, rows: NDArray[np.float32], sums: NDArray[Any] | None = None
+        self,
+        expert: int,
+        projection: str,
+        rows: NDArray[np.float32],
+        sums: NDArray[Any] | None = None,
+        room: NDArray[np.float64] | None = None,
     ) -> Importance:
         """The importance of one matrix whose inputs are these rows f32 [n, K]."""
         there = torch.from_numpy(np.require(rows, requirements=["C", "W"])).to(self.rows.device)

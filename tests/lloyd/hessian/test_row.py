@@ -14,6 +14,7 @@ from mq_quant.lloyd.hessian import row
 from mq_quant.lloyd.hessian.group import GroupHessian, from_diagonal
 from mq_quant.lloyd.hessian.row import (
     RowHessian,
+    from_fresh_moment,
     from_moment,
     from_weights,
     reversed_factor,
@@ -83,7 +84,7 @@ def test_only_ratios_matter(size: float) -> None:
 
 def test_the_reversed_factor() -> None:
     h = moment(512)
-    factor = reversed_factor(h, 2.0, 0.5)
+    factor = reversed_factor(h.copy(), 2.0, 0.5)
     assert factor is not None
     upper = np.triu(factor)
     np.testing.assert_allclose(upper @ upper.T, h / 2 + 0.5 * np.eye(512), atol=1e-12 * np.abs(h).max())
@@ -136,6 +137,29 @@ def test_further_damping_is_part_of_the_coupling() -> None:
     assert found is not None
     want = (h[:256, :256] + 1e-3 * np.eye(256)) / 1.001
     np.testing.assert_allclose(found.lines[0, 0], want, atol=1e-6)
+
+
+def test_a_moment_that_may_be_overwritten_is_asked_for_before_each_damping() -> None:
+    for h in (moment(512), np.ones((512, 512)), np.full((512, 512), np.nan)):
+        room, asked = np.empty((512, 512)), []
+
+        def made(h: np.ndarray = h, room: np.ndarray = room, asked: list[None] = asked) -> np.ndarray:
+            asked.append(None)
+            room[:] = h
+            return room
+
+        want, got = from_moment(h), from_fresh_moment(made)
+        room[:] = np.nan  # nothing of it is kept
+        assert got.notes == want.notes and len(asked) == (1 if "further" not in str(want.notes) else 2)
+        for a, b in zip(want.groups, got.groups, strict=True):
+            np.testing.assert_array_equal(a.matrix, b.matrix)
+            np.testing.assert_array_equal(a.feedback, b.feedback)
+        for a, b in zip(want.answers, got.answers, strict=True):
+            np.testing.assert_array_equal(a, b)
+        if want.coupling is not None:
+            assert got.coupling is not None
+            np.testing.assert_array_equal(want.coupling.lines, got.coupling.lines)
+            np.testing.assert_array_equal(want.coupling.inverses, got.coupling.inverses)
 
 
 def test_one_group_is_coupled_to_none() -> None:

@@ -51,11 +51,13 @@ class Kept(ImatrixLayer):
     def inputs(self, expert: int) -> np.ndarray | None:  # type: ignore[override]
         return self.rows
 
-    def from_rows(self, expert: int, projection: str, rows: np.ndarray, sums: Any = None) -> Importance:
+    def from_rows(
+        self, expert: int, projection: str, rows: np.ndarray, sums: Any = None, room: Any = None
+    ) -> Importance:
         self.asked.append((projection, len(rows)))
         prior = self.of(expert, projection)
         assert prior.moment is not None
-        return mixed(rows, prior, whitening(prior.moment), sums)
+        return mixed(rows, prior, whitening(prior.moment), sums, room)
 
 
 def layer(rows: np.ndarray | None) -> Kept:
@@ -137,8 +139,10 @@ class Answering(WithRows):
     def inputs(self, expert: int) -> np.ndarray | None:  # type: ignore[override]
         return self.gathered.rows
 
-    def from_rows(self, expert: int, projection: str, rows: np.ndarray, sums: Any = None) -> Importance:
-        return self.gathered.from_rows(expert, projection, rows, sums)
+    def from_rows(
+        self, expert: int, projection: str, rows: np.ndarray, sums: Any = None, room: Any = None
+    ) -> Importance:
+        return self.gathered.from_rows(expert, projection, rows, sums, room)
 
 
 def gradients() -> np.ndarray:
