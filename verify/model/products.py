@@ -1,7 +1,9 @@
 """Products of f32 matrices on tensor cores, which multiply bf16 ten times as fast as a GPU multiplies f32.
 
 An f32 is the sum of two bf16, but for 2⁻¹⁶ of it, so that a product of two f32 is that of their high parts and those of
-one high part and one low part. All three are one product of matrices three times as deep, whose sums are f32.
+one high part and one low part. All three are one product of matrices three times as deep, whose sums are f32: it is
+wrong by 2⁻¹⁴ of the sum of what it adds up at worst. So large products are made where there are such units; others have
+the precision of f32.
 """
 
 from __future__ import annotations
@@ -17,32 +19,42 @@ ROWS = 1 << 14
 """Rows that are split at a time: their parts take as much memory again and half of that."""
 
 
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a · b f32 [m, n] of a f32 [m, k] and b f32 [k, n]. Where it is large and there are tensor cores, it is wrong by
-    2⁻¹⁴ of the sum of what it adds up at worst; else it has the precision of f32.
-    """
-    (m, k), n = a.shape, b.shape[1]
-    if m * n * k < WORTH or not _has_tensor_cores(a.device):
-        return a @ b
-    made = [torch.mm(*in_parts(some, b), out_dtype=torch.float32) for some in torch.split(a, ROWS)]
+def linear(x: Tensor, weights: Tensor) -> Tensor:
+    """x · weightsᵀ f32 [n, R] of x f32 [n, K] and weights f32 [R, K]."""
+    if not _splits(x, len(x) * weights.numel()):
+        return x @ weights.mT
+    across = in_parts(weights, 1, low=1).mT
+    made = [_on_tensor_cores(in_parts(some, 1, low=2), across) for some in torch.split(x, ROWS)]
     return made[0] if len(made) == 1 else torch.cat(made)
 
 
-def linear(x: Tensor, weights: Tensor) -> Tensor:
-    """x · weightsᵀ f32 [n, R] of x f32 [n, K] and weights f32 [R, K], as `multiply` has it."""
-    return multiply(x, weights.mT)
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ · b f32 [K, M] of a f32 [n, K] and b f32 [n, M]."""
+    if not _splits(a, a.numel() * b.shape[1]):
+        return a.mT @ b
+    return _on_tensor_cores(in_parts(a, 0, low=2).mT, in_parts(b, 0, low=1))
 
 
-def in_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices bf16 [m, 3k] and [3k, n] whose product is that of a f32 [m, k] and b f32 [k, n]."""
-    (high, low), (high_b, low_b) = _split(a), _split(b)
-    return torch.cat([high, high, low], 1), torch.cat([high_b, low_b, high_b])
+def in_parts(values: Tensor, axis: int, low: int) -> Tensor:
+    """A matrix f32 in three parts that follow each other on an axis, bf16: what is left of it is at the place `low`, 1
+    or 2, and its high part at the others.
+    """
+    shape = [3 * n if at == axis else n for at, n in enumerate(values.shape)]
+    parts = values.new_empty(shape, dtype=torch.bfloat16)
+    high, *others = parts.chunk(3, axis)
+    high.copy_(values)
+    torch.sub(values, high, out=others[low - 1])
+    others[2 - low].copy_(high)
+    return parts
 
 
-def _split(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bf16 whose sum is the value f32, but for 2⁻¹⁶ of it, and which is not finite where that is not."""
-    high = values.bfloat16()
-    return high, (values - high).bfloat16()
+def _splits(values: Tensor, multiplications: int) -> bool:
+    return multiplications >= WORTH and _has_tensor_cores(values.device)
+
+
+def _on_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
+    """a · b f32 of bf16."""
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 @cache

@@ -7,14 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ....awq.own_moments import CHUNK
-from ....verify.model.products import linear, multiply
+from ....verify.model.products import inner, linear
 from ..answering import RIDGE
 from .moments import eye
 
 
 def product(inputs: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     """What w2 sees of inputs f32 [n, hidden]: silu(x·w1ᵀ) · (x·w3ᵀ), f32 [n, intermediate]."""
-    return F.silu(linear(inputs, w1)) * linear(inputs, w3)
+    gate, up = linear(inputs, torch.cat([w1, w3])).chunk(2, 1)
+    return F.silu(gate) * up
 
 
 def answering_down(w2: Tensor, there: Tensor, here: Tensor) -> Tensor:
@@ -28,8 +29,8 @@ def answering_down(w2: Tensor, there: Tensor, here: Tensor) -> Tensor:
     across, within = (torch.zeros(width, width, dtype=torch.float64, device=w2.device) for _ in range(2))
     for a, b, good in zip(*(torch.split(rows, CHUNK) for rows in (there, here, finite)), strict=True):
         a, b = (torch.where(good[:, None], rows, 0) for rows in (a, b))
-        across += multiply(a.mT, b)
-        within += multiply(b.mT, b)
+        across += inner(a, b)
+        within += inner(b, b)
     energy = within.diagonal().mean()
     tie = RIDGE * width / count.clamp_min(1) * energy
     usable = (count > 0) & across.isfinite().all() & within.isfinite().all() & (energy > 0)

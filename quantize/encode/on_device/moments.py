@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....awq.own_moments import CHUNK, FLOOR, SAMPLE
 from ....formats.fwht import GROUP, rotate
-from ....verify.model.products import multiply
+from ....verify.model.products import inner
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def own_moment(rows: Tensor) -> Tensor:
     """E[x xᵀ] f64 [K, K] over rows f32 [n, K], exactly symmetric; sums of CHUNK rows are f32, sums of those f64."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in torch.split(rows, CHUNK):
-        total += multiply(part.mT, part)
+        total += inner(part, part)
     return symmetric(total) / max(len(rows), 1)
 
 
