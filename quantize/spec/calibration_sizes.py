@@ -26,7 +26,7 @@ SENSITIVITY_TOKENS = 64 * 512
 """Tokens from which what errors behind each layer cost is found."""
 SENSITIVITY_LENGTH = 512
 """Tokens of a sequence, for an estimate."""
-GPU_ROWS = 15.5
+GPU_ROWS = 13
 """How often a layer's stream lies on a GPU in f32 while the layer runs and its experts are rounded."""
 ROUND = 8
 """Experts whose matrices lie on a GPU in f32 at once, with a copy of their codes, while the layer runs."""
@@ -151,27 +151,24 @@ def stream_bytes(config: ModelConfig) -> int:
 
 
 def gpu_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of a GPU's memory that a build takes which calibrates itself on so many tokens.
-
-    A layer of M2.7 took 19.5 GiB of torch's memory at 65,536 tokens and 99 GiB at 524,288 (`benchmarks/layer_pass.py`),
-    to which comes what the encoder takes.
-    """
-    return round(_layer_bytes(config, tokens)) + GPU_STREAMS * stream_bytes(config)
+    """Bytes of a GPU's memory that a build takes which calibrates itself on so many tokens, with one layer there."""
+    return layers_bytes(config, tokens, 1)
 
 
 def layers_bytes(config: ModelConfig, tokens: int, layers: int) -> int:
-    """Bytes of a GPU's memory that such a build takes with so many layers there, one of which is encoded."""
-    here = (0.4 + 0.6 * layers) * _layer_bytes(config, tokens)
-    return round(here) + GPU_STREAMS * stream_bytes(config)
+    """Bytes of a GPU's memory that such a build takes with so many layers there, one of which is encoded.
 
-
-def _layer_bytes(config: ModelConfig, tokens: int) -> float:
-    """Bytes of torch's memory on a GPU with one layer there, which is run and then encoded."""
+    Of torch's memory one layer of M2.7 took 19.2 GiB at 65,536 tokens and 77.6 at 524,288, and two took 24.0 and 88.4
+    (`benchmarks/layer_pass.py`, one H200). To that comes what the encoder takes.
+    """
     expert = 3 * config.hidden_size * config.intermediate_size
-    weights = (2.2 * config.num_local_experts + (4 + 1) * ROUND) * expert
+    stream = 4 * tokens * config.hidden_size
+    weights = (2.5 * config.num_local_experts + (4 + 1) * ROUND) * expert
     # What down sees: twice a block waits in f32; a block lies joined, without what is not finite, and in f64.
     block = (2 * 4 + 4 + 4 + 8) * BLOCK * CHUNK * config.intermediate_size
-    return weights + block + GPU_ROWS * 4 * tokens * config.hidden_size
+    another = 1.2 * (config.num_local_experts * expert + stream)
+    here = weights + block + GPU_ROWS * stream + (layers - 1) * another
+    return round(here) + GPU_STREAMS * stream_bytes(config)
 
 
 def usual_tokens(config: ModelConfig, device: str) -> int:

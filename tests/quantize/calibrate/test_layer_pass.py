@@ -33,7 +33,7 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (1, 16)).astype(np.int32)
 
 @pytest.mark.parametrize(
     ("gpus", "gib", "held"),
-    [(1, 141, 2), (2, 141, 3), (4, 141, 3), (8, 141, 3), (1, 24, 1), (4, 24, 1), (8, 44, 2)],
+    [(1, 141, 2), (2, 141, 3), (8, 141, 3), (1, 24, 1), (4, 32, 1), (1, 40, 2), (8, 36, 2), (8, 44, 3)],
 )
 def test_several_gpus_hold_more_layers_where_they_have_room(
     monkeypatch: pytest.MonkeyPatch, gpus: int, gib: int, held: int
