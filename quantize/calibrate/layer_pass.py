@@ -69,7 +69,7 @@ def layers_held(config: ModelConfig, tokens: int, devices: Sequence[torch.device
     if devices[0].type != "cuda":
         return most
     _, total = torch.cuda.mem_get_info(devices[0])
-    return max(n for n in range(1, most + 1) if n == 1 or layers_bytes(config, tokens, n) < 0.9 * total)
+    return max(n for n in range(1, most + 1) if n == 1 or layers_bytes(config, tokens, n) < 0.85 * total)
 
 
 def beside_others(devices: Sequence[torch.device]) -> Callable[[], AbstractContextManager[object]]:
