@@ -140,7 +140,7 @@ class CalibrationFolder:
         expected = self.journal.done[f"layer.{layer - 1}"]["hidden"]
         if not path.is_file() or UnchangedFile(path, CalibrationError).sha256() != expected:
             raise ResumeError("is not as the earlier run left it", file=path, hint=_RESTART)
-        return np.fromfile(path, "<f4").reshape(tuple(shape)).astype(np.float32)
+        return np.fromfile(path, "<f4").reshape(tuple(shape)).astype(np.float32, copy=False)
 
     def write_layer(self, layer: int, arrays: Arrays) -> dict[str, Any]:
         """Make one layer's file durable; returns its {bytes, sha256} for `finish_layer`."""

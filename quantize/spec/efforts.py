@@ -40,7 +40,7 @@ CPU_CORE = Rates(f32=6.0e10, f64=2.5e10, by_imatrix=16e6, by_moments=3.3e6, trai
 """Measured on one core of an AMD EPYC with AVX-512: rounding at M2.7's width (`python benchmarks/whole_row.py`),
 training on a model of 47 million weights.
 """
-GPU = Rates(f32=1.95e13, f64=5e13, by_imatrix=1.9e9, by_moments=4.9e8, training=2.8e13)
+GPU = Rates(f32=3.2e13, f64=5e13, by_imatrix=1.9e9, by_moments=5.0e8, training=2.8e13)
 """Measured on one NVIDIA H200 at M2.7's width, on 65,536 and 524,288 tokens: `python benchmarks/layer_pass.py` and
 `benchmarks/tune_layer.py`.
 """
