@@ -30,14 +30,16 @@ KIND = "loops"
 serialized: Any = dumps
 
 
-def compiler(*sources: Path) -> Callable[[Any], Any]:
+def compiler(*sources: Path, inlined: bool = False) -> Callable[[Any], Any]:
     """A decorator that compiles a function when it is first called, and releases the interpreter's lock while it runs.
 
-    `sources` are the files, and the folders of files, that the compiled code may come from.
+    `sources` are the files, and the folders of files, that the compiled code may come from. An `inlined` function
+    becomes part of the code of each caller, and counts no references to arrays: its caller holds those that it is
+    given, and it makes none.
     """
 
     def compiled(function: Any) -> Any:
-        dispatcher: Any = numba.njit(nogil=True)(function)
+        dispatcher: Any = numba.njit(nogil=True, forceinline=inlined, _nrt=not inlined)(function)
         dispatcher._cache = MachineCode(function, sources)
         return dispatcher
 

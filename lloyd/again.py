@@ -10,6 +10,7 @@ it is kept where it costs less.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +31,8 @@ from .dense.tile import (
 )
 from .group_fit import F32, SIGNS, GroupFit, Rotated, expand
 from .hessian.row import Coupling
-from .loops import compiled
-from .simd.lanes import PANEL, block_of, gather, product
+from .loops import compiled, inlined
+from .simd.lanes import PANEL, block_of, copy, gather, product
 from .simd.vec import LANES, fma, load, splat, store, tree, where_eq
 
 
@@ -72,6 +73,18 @@ def error_tiles(rows, column, levels, codes, errors):
                 block[i, r] = 0.0
 
 
+class Standing(NamedTuple):
+    """What stands of sixteen rows: a block of lanes of codes, blocks of rows of pulls and of the values that the codes
+    stand for, levels [K, 16], and line [2, 16] as in Tile.
+    """
+
+    codes: F32
+    pulls: F32
+    rows: F32
+    levels: F32
+    line: F32
+
+
 @compiled
 def fit_group_again(errors, group, lines, inverse, signs, turn, sweeps, count, params_io, codes_io, gains):
     """One warm round, with the shakes of `turn`, for a group whose stored levels, or (zero, scale), are params_io f32
@@ -83,45 +96,54 @@ def fit_group_again(errors, group, lines, inverse, signs, turn, sweeps, count, p
     """
     grid = params_io.shape[1] == 2
     dense, t = dense_of(lines[group], signs, grid), tile_for(count, grid)
-    codes, pulls, standing = block_of(GROUP), block_of(GROUP), block_of(GROUP)
-    levels, line = block_of(count), block_of(2)
+    old = Standing(block_of(GROUP), block_of(GROUP), block_of(GROUP), block_of(count), block_of(2))
     for first in range(0, codes_io.shape[0], LANES):
-        gather(codes_io, first, 0, codes)
+        gather(codes_io, first, 0, old.codes)
         gather_rows(codes_io, first, 0, t.codes)
-        gather_params(params_io, first, grid, t)
-        levels[:], line[:] = t.levels, t.line
         pull_tile(errors, first // LANES, lines, t.more)
-        decoded(t.levels, codes, t.lanes)
-        to_rows(t.lanes, np.float32(1), standing)
-        for i in range(0, GROUP, PANEL):
-            product(t.lanes, i, inverse, i, t.more, GROUP)
-        to_rows(t.lanes, np.float32(1), t.y)
-        to_rows(t.more, np.float32(1), pulls)
-        add_up(dense, codes, t)
-        t.ys[:] = pulls
-        for r in range(LANES):
-            add_decoded(dense, t, r, np.float32(1), t.ys, r * BLOCKS)
+        fit_tile_again(dense, t, old, first, inverse, turn, sweeps, params_io, codes_io, gains)
+
+
+@inlined
+def fit_tile_again(dense, t, old, first, inverse, turn, sweeps, params_io, codes_io, gains):
+    """The sixteen rows from `first` on of `fit_group_again`. Codes are in old.codes and t.codes, pulls in t.more."""
+    count = old.levels.shape[0]
+    gather_params(params_io, first, dense.grid, t)
+    copy(t.levels, 0, count, old.levels, 0)
+    copy(t.line, 0, 2, old.line, 0)
+    decoded(t.levels, old.codes, t.lanes)
+    to_rows(t.lanes, np.float32(1), old.rows)
+    for i in range(0, GROUP, PANEL):
+        product(t.lanes, i, inverse, i, t.more, GROUP)
+    to_rows(t.lanes, np.float32(1), t.y)
+    to_rows(t.more, np.float32(1), old.pulls)
+    add_up(dense, old.codes, t)
+    copy(old.pulls, 0, GROUP, t.ys, 0)
+    for r in range(LANES):
+        add_decoded(dense, t, r, np.float32(1), t.ys, r * BLOCKS)
+        begin(dense, t, r)
+        copy(old.pulls, r * BLOCKS, BLOCKS, t.pull, 0)
+        warm_round(dense, t, r, turn, sweeps, SHAKE)
+    refit(dense, t)
+    to_stored(dense.grid, t)
+    for r in range(min(LANES, codes_io.shape[0] - first)):
+        settle(dense, t, r)
+        fall = splat(np.float32(0))
+        for b in range(BLOCKS):
+            at = r * BLOCKS + b
+            fall = fma(load(t.row, b) - load(old.rows, at), load(old.pulls, at) + load(t.pull, b), fall)
+        if not tree(fall) > 0:
+            for k in range(count):
+                t.levels[k, r] = old.levels[k, r]
+            t.line[0, r], t.line[1, r] = old.line[0, r], old.line[1, r]
+            for i in range(GROUP):
+                t.codes[r * BLOCKS + i // LANES, i % LANES] = codes_io[first + r, i]
             begin(dense, t, r)
-            t.pull[:] = pulls[r * BLOCKS : (r + 1) * BLOCKS]
-            warm_round(dense, t, r, turn, sweeps, SHAKE)
-        refit(dense, t)
-        to_stored(grid, t)
-        for r in range(min(LANES, codes_io.shape[0] - first)):
-            settle(dense, t, r)
-            fall = splat(np.float32(0))
-            for b in range(BLOCKS):
-                at = r * BLOCKS + b
-                fall = fma(load(t.row, b) - load(standing, at), load(pulls, at) + load(t.pull, b), fall)
-            if not tree(fall) > 0:
-                t.levels[:, r], t.line[:, r] = levels[:, r], line[:, r]
-                for i in range(GROUP):
-                    t.codes[r * BLOCKS + i // LANES, i % LANES] = codes_io[first + r, i]
-                begin(dense, t, r)
-            scatter_row(t, r, params_io, codes_io, first + r)
-            gains[first + r] = gain_of(t, r)
+        scatter_row(t, r, params_io, codes_io, first + r)
+        gains[first + r] = gain_of(t, r)
 
 
-@compiled
+@inlined
 def pull_tile(errors, tile, lines, out):
     """out = Σ_r H_gr e_r, a block of lanes, from errors f32 [G, tiles, 256, 16] and the H_gr, lines f32 [G, 256, 256],
     in the order of groups.
@@ -135,7 +157,7 @@ def pull_tile(errors, tile, lines, out):
         store(out, i, minus * load(out, i))
 
 
-@compiled
+@inlined
 def decoded(levels, codes, out):
     """out [256, 16] = levels [K, 16] by codes [256, 16]."""
     for i in range(GROUP):

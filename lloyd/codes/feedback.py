@@ -10,18 +10,18 @@ from __future__ import annotations
 import numpy as np
 
 from ..constants import GROUP
-from ..loops import compiled
-from ..simd.lanes import PANEL, assign, product
+from ..loops import compiled, inlined
+from ..simd.lanes import PANEL, assign, copy, product
 from ..simd.vec import fma, load, splat, store, where_eq
 
 
-@compiled
+@inlined
 def feedback(y, factor, levels, mids, codes, work, errors):
     """Round y [256, 16] to levels [K, 16], each column's error moving the targets of the later ones.
 
     Writes codes [256, 16]; `work` and `errors` f32 [256, 16] are scratch.
     """
-    work[:] = y
+    copy(y, 0, GROUP, work, 0)
     for first in range(0, GROUP, PANEL):
         product(work, first, factor, first, errors, first)
         for j in range(first, first + PANEL):

@@ -11,7 +11,7 @@ import numpy as np
 from ..codes.descent import BLOCKS, CODE
 from ..constants import GROUP
 from ..levels.refit import multiply, solve, solve_grid
-from ..loops import compiled
+from ..loops import compiled, inlined
 from ..simd.vec import LANES, first_outside, fma, load, splat, store, tree, where_eq
 from .tile import to_rows
 
@@ -50,7 +50,7 @@ def members(codes, order, bounds):
             places[k, r] += 1
 
 
-@compiled
+@inlined
 def row_sums(matrix, ones, order, bounds, sums):
     """sums f32 [16 · K · 16, 16]: for each lane and code, the sum of the matrix's rows on its list, in its order; for
     code K / 2, which most columns have, what the others leave of `ones` f32 [16, 16], the sum of all rows.
@@ -104,7 +104,7 @@ def add_up(dense, codes, t):
     row_sums(dense.matrix, dense.ones, order, bounds, t.sums)
 
 
-@compiled
+@inlined
 def follow(dense, t, r):
     """Let the sums and codes of row r follow the columns that have moved in t.row, ascending."""
     count, at, half = t.levels.shape[0], r * BLOCKS, splat(np.float32(0.5))
@@ -129,7 +129,7 @@ def follow(dense, t, r):
         store(t.codes, at + b, new)
 
 
-@compiled
+@inlined
 def equations(dense, t, r):
     """Row r's gram [n, n, 16] (of a codebook the lower part) and rhs [n, 16], K a multiple of 4."""
     count, at = t.levels.shape[0], r * BLOCKS
@@ -166,7 +166,7 @@ def equations(dense, t, r):
             t.gram[k + 3, m, r] = tree(s3)
 
 
-@compiled
+@inlined
 def refit(dense, t):
     """Move the levels of a tile to where its equations have them."""
     if dense.grid:

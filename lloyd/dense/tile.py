@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..codes.descent import BLOCKS, CODE, HIGH, LOW, Codebook, Columns
 from ..constants import F16_MAX, GROUP
-from ..loops import compiled
+from ..loops import compiled, inlined
 from ..simd.lanes import block_of, lined_up
 from ..simd.vec import LANES, fma, load, splat, store, where_eq
 
@@ -107,7 +107,7 @@ def tile_for(count, grid):
     )
 
 
-@compiled
+@inlined
 def to_rows(lanes, sign, rows):
     """The block of rows that is `sign` times a block of lanes."""
     for b in range(BLOCKS):
@@ -116,7 +116,7 @@ def to_rows(lanes, sign, rows):
                 rows[r * BLOCKS + b, lane] = sign * lanes[b * LANES + lane, r]
 
 
-@compiled
+@inlined
 def gather_rows(rows, first, column, block):
     """block of rows = rows[first:first+16, column:column+256] of any type; rows beyond the last one become 0."""
     count = min(LANES, rows.shape[0] - first)
@@ -128,7 +128,7 @@ def gather_rows(rows, first, column, block):
             block[i, lane] = 0.0
 
 
-@compiled
+@inlined
 def gather_params(params, first, grid, t):
     """Levels, and zero and scale, of a tile from params f32 [R, n], the levels or (zero, scale) of each row."""
     for r in range(min(LANES, params.shape[0] - first)):
@@ -141,14 +141,14 @@ def gather_params(params, first, grid, t):
         even(t)
 
 
-@compiled
+@inlined
 def even(t):
     """Levels of a grid from its zero and scale."""
     for k in range(t.levels.shape[0]):
         store(t.levels, k, load(t.line, 0) + load(t.line, 1) * splat(np.float32(k)))
 
 
-@compiled
+@inlined
 def scatter_row(t, r, params, codes, at):
     """Row r of a tile becomes row `at` of params f32 [R, n]; codes u8 [R, 256] get those of t.row."""
     for n in range(params.shape[1]):
@@ -157,7 +157,7 @@ def scatter_row(t, r, params, codes, at):
         codes[at, i] = np.uint8(t.row[CODE + i // LANES, i % LANES])
 
 
-@compiled
+@inlined
 def to_stored(grid, t):
     """Round levels to what the file holds: f16, or zero and scale of the line through a grid's first and last level."""
     if not grid:
@@ -170,7 +170,7 @@ def to_stored(grid, t):
     even(t)
 
 
-@compiled
+@inlined
 def round_halves(values):
     """Round f32 values [n, 16] to the nearest f16, ties to even; those beyond its range become its largest."""
     bits = values.view(np.int32)
@@ -191,7 +191,7 @@ def round_halves(values):
                 bits[k, r] = (found + np.int32(0xFFF) + ((found >> 13) & np.int32(1))) & np.int32(~0x1FFF)
 
 
-@compiled
+@inlined
 def begin(dense, t, r):
     """Row r of a tile becomes the one that descends: its levels, its codes, and the bounds of its targets."""
     count, book, at = t.levels.shape[0], t.book, r * BLOCKS
@@ -223,7 +223,7 @@ def begin(dense, t, r):
         store(t.row, HIGH + b, high)
 
 
-@compiled
+@inlined
 def add_decoded(dense, t, r, sign, block, at):
     """block[at + b] += sign · H · (what row r stands for), b from 0 to 15, from the sums over rows of H."""
     count = t.levels.shape[0]
@@ -238,7 +238,7 @@ def add_decoded(dense, t, r, sign, block, at):
         store(block, at + b, value)
 
 
-@compiled
+@inlined
 def pull_of(dense, t, r):
     """The pull H · (y - q) of row r."""
     for b in range(BLOCKS):

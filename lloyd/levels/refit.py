@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..constants import GROUP, PIVOT_FLOOR, POSED_FLOOR, RIDGE
-from ..loops import compiled
+from ..loops import compiled, inlined
 from ..simd.lanes import PANEL, product
 from ..simd.vec import fma, load, root, splat, store, where_eq, where_gt
 
@@ -31,7 +31,7 @@ def signed(block, signs, out):
         store(out, i, load(block, i) * splat(signs[i]))
 
 
-@compiled
+@inlined
 def multiply(matrix, block, out):
     """out [256, 16] = -matrix · block."""
     out[:] = 0.0
@@ -63,7 +63,7 @@ def normal_equations(ys, basis, weights, gram, rhs):
             store(gram[k], m, weighted_dot(weights, basis[k], basis[m]))
 
 
-@compiled
+@inlined
 def solve(gram, rhs, levels):
     """Solve gram c = rhs in every lane for levels [K, 16], tied to the old ones by a small ridge; gram and rhs are
     overwritten.
@@ -108,7 +108,7 @@ def solve(gram, rhs, levels):
         store(levels, k, where_gt(good, zero, load(rhs, k), load(levels, k)))
 
 
-@compiled
+@inlined
 def solve_grid(gram, rhs, levels, line):
     """Fit levels [K, 16] of an evenly spaced grid from gram [2, 2, 16] and rhs [2, 16] of the columns (1, code).
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..constants import GROUP
-from ..loops import compiled
+from ..loops import compiled, inlined
 from .vec import LANES, fma, load, splat, store, where_gt
 
 PANEL = 8
@@ -46,7 +46,7 @@ def lined_up(matrix):
     return copy
 
 
-@compiled
+@inlined
 def gather(rows, first, column, block):
     """Copy rows[first:first+16, column:column+256] (f32) into block; lanes beyond the last row become 0."""
     count = min(LANES, rows.shape[0] - first)
@@ -58,6 +58,13 @@ def gather(rows, first, column, block):
             block[i, r] = 0.0
 
 
+@inlined
+def copy(source, first, count, out, at):
+    """out[at + i] = source[first + i] for i < count, of two blocks."""
+    for i in range(count):
+        store(out, at + i, load(source, first + i))
+
+
 @compiled
 def scatter(block, rows, first):
     """Copy block into rows [R, 256] of any type, leaving out lanes beyond the last row."""
@@ -66,7 +73,7 @@ def scatter(block, rows, first):
             rows[first + r, i] = rows.dtype.type(block[i, r])
 
 
-@compiled
+@inlined
 def scatter_at(block, rows, first, column):
     """Copy block into rows[first:first+16, column:column+256] (f32), leaving out lanes beyond the last row."""
     for r in range(min(LANES, rows.shape[0] - first)):
@@ -74,7 +81,7 @@ def scatter_at(block, rows, first, column):
             rows[first + r, column + i] = block[i, r]
 
 
-@compiled
+@inlined
 def product(out, at, factors, row, errors, count):
     """out[at + n] -= Σ_b factors[row + n, b] · errors[b] for b < count, ascending, and n in 0..7, in 16 lanes.
 
@@ -151,7 +158,7 @@ def sort_lanes(block):
         merged *= 2
 
 
-@compiled
+@inlined
 def midpoints(levels, mids):
     """mids [K-1, 16] halfway between neighbouring levels [K, 16]."""
     half = splat(np.float32(0.5))
@@ -159,7 +166,7 @@ def midpoints(levels, mids):
         store(mids, k, half * (load(levels, k) + load(levels, k + 1)))
 
 
-@compiled
+@inlined
 def assign(target, levels, mids, codes, i):
     """The level nearest to `target` (16 lanes), of two the lower one; its index goes to codes[i]."""
     value = load(levels, 0)
