@@ -38,8 +38,10 @@ def compiler(*sources: Path, inlined: bool = False) -> Callable[[Any], Any]:
     given, and it makes none.
     """
 
+    options: dict[str, Any] = {"forceinline": True, "_nrt": False} if inlined else {}
+
     def compiled(function: Any) -> Any:
-        dispatcher: Any = numba.njit(nogil=True, forceinline=inlined, _nrt=not inlined)(function)
+        dispatcher: Any = numba.njit(nogil=True, **options)(function)
         dispatcher._cache = MachineCode(function, sources)
         return dispatcher
 
