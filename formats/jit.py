@@ -38,7 +38,8 @@ def compiler(*sources: Path, inlined: bool = False) -> Callable[[Any], Any]:
     given, and it makes none.
     """
 
-    options: dict[str, Any] = {"forceinline": True, "_nrt": False} if inlined else {}
+    # Both are said in either case: what is not said is taken over from the caller that is compiled at the time.
+    options: dict[str, Any] = {"forceinline": inlined, "_nrt": not inlined}
 
     def compiled(function: Any) -> Any:
         dispatcher: Any = numba.njit(nogil=True, **options)(function)

@@ -100,3 +100,43 @@ def test_without_any_place_code_is_compiled_each_time(monkeypatch: pytest.Monkey
 def test_the_sources_of_the_room_are_all_of_it() -> None:
     names = {path.name for path in jit._files((Path(loops.__file__).parent,))}
     assert {"loops.py", "constants.py", "group.py", "vec.py", "descent.py", "kmeans.py"} <= names
+
+
+INLINED = """
+import sys
+from pathlib import Path
+import numpy as np
+from mq_quant.formats.jit import compiler
+compiled, inlined = (compiler(Path(sys.argv[1]), inlined=choice) for choice in (False, True))
+
+@compiled
+def total(x):
+    room = np.empty((3, 5), np.int16)
+    room[:] = x[0]
+    return room.sum()
+
+@inlined
+def add(x, by):
+    for i in range(len(x)):
+        x[i] += by + 0 * total(x)
+
+@compiled
+def twice(x):
+    add(x, 1)
+    add(x, 2)
+
+numbers = np.arange(3)
+twice(numbers)
+print(numbers)
+"""
+
+
+def test_functions_that_an_inlined_loop_calls_may_make_arrays(source: Path, settings: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INLINED, str(source)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[3 4 5]\n"
