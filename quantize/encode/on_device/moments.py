@@ -90,7 +90,13 @@ def rotated_moment(moment: Tensor, damping: float, scale: Tensor | None = None) 
 
 def symmetric(full: Tensor) -> Tensor:
     """Matrices [..., n, n] whose lower triangle is that of the upper one."""
-    return torch.triu(full) + torch.triu(full, 1).mT
+    return torch.where(_below(full.shape[-1], full.device), full.mT, full)
+
+
+@cache
+def _below(width: int, device: torch.device) -> Tensor:
+    """Which of [width, width] lie below the diagonal, bool."""
+    return torch.ones(width, width, dtype=torch.bool, device=device).tril(-1)
 
 
 @cache
