@@ -131,7 +131,11 @@ def follow(dense, t, r):
 
 @inlined
 def equations(dense, t, r):
-    """Row r's gram [n, n, 16] (of a codebook the lower part) and rhs [n, 16], K a multiple of 4."""
+    """Row r's gram [n, n, 16] (of a codebook the lower part) and rhs [n, 16], K a multiple of 4.
+
+    Sums over the columns of a code leave the others out, which is as if these added zeros: a sum that begins with zero
+    never becomes -0.
+    """
     count, at = t.levels.shape[0], r * BLOCKS
     zero = splat(np.float32(0))
     if dense.grid:
@@ -145,25 +149,29 @@ def equations(dense, t, r):
         t.rhs[0, r], t.rhs[1, r] = tree(b0), tree(b1)
         t.gram[0, 0, r], t.gram[1, 0, r], t.gram[1, 1, r] = dense.total, tree(g10), tree(g11)
         return
-    for m in range(count):
-        this = splat(np.float32(m))
-        right = zero
+    for m in range(0, count, 2):
+        this, following = splat(np.float32(m)), splat(np.float32(m + 1))
+        r0, r1 = zero, zero
         for b in range(BLOCKS):
-            right = right + where_eq(load(t.codes, at + b), this, load(t.ys, at + b), zero)
-        t.rhs[m, r] = tree(right)
+            codes, ys = load(t.codes, at + b), load(t.ys, at + b)
+            r0 = where_eq(codes, this, r0 + ys, r0)
+            r1 = where_eq(codes, following, r1 + ys, r1)
+        t.rhs[m, r], t.rhs[m + 1, r] = tree(r0), tree(r1)
         for k in range(m - m % 4, count, 4):
-            s0, s1, s2, s3 = zero, zero, zero, zero
+            a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
             first = (r * count + k) * BLOCKS
             for b in range(BLOCKS):
                 codes = load(t.codes, at + b)
-                s0 = s0 + where_eq(codes, this, load(t.sums, first + b), zero)
-                s1 = s1 + where_eq(codes, this, load(t.sums, first + BLOCKS + b), zero)
-                s2 = s2 + where_eq(codes, this, load(t.sums, first + 2 * BLOCKS + b), zero)
-                s3 = s3 + where_eq(codes, this, load(t.sums, first + 3 * BLOCKS + b), zero)
-            t.gram[k, m, r] = tree(s0)
-            t.gram[k + 1, m, r] = tree(s1)
-            t.gram[k + 2, m, r] = tree(s2)
-            t.gram[k + 3, m, r] = tree(s3)
+                s0, s1 = load(t.sums, first + b), load(t.sums, first + BLOCKS + b)
+                s2, s3 = load(t.sums, first + 2 * BLOCKS + b), load(t.sums, first + 3 * BLOCKS + b)
+                a0, b0 = where_eq(codes, this, a0 + s0, a0), where_eq(codes, following, b0 + s0, b0)
+                a1, b1 = where_eq(codes, this, a1 + s1, a1), where_eq(codes, following, b1 + s1, b1)
+                a2, b2 = where_eq(codes, this, a2 + s2, a2), where_eq(codes, following, b2 + s2, b2)
+                a3, b3 = where_eq(codes, this, a3 + s3, a3), where_eq(codes, following, b3 + s3, b3)
+            t.gram[k, m, r], t.gram[k, m + 1, r] = tree(a0), tree(b0)
+            t.gram[k + 1, m, r], t.gram[k + 1, m + 1, r] = tree(a1), tree(b1)
+            t.gram[k + 2, m, r], t.gram[k + 2, m + 1, r] = tree(a2), tree(b2)
+            t.gram[k + 3, m, r], t.gram[k + 3, m + 1, r] = tree(a3), tree(b3)
 
 
 @inlined
