@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ...formats.fwht import draw_signs
 from ..constants import GROUP, MOST_ENERGY, SHAKE_SEED
-from ..loops import compiled, inlined
+from ..loops import compiled
 from ..simd.vec import LANES, count_gt, first_outside, fma, load, pick, root, splat, store, where_gt
 
 BLOCKS = GROUP // LANES
@@ -74,7 +74,7 @@ def heat(errors, pull, share, out):
     store(out, 0, splat(share) * root(where_gt(energy, nothing, energy, nothing)))
 
 
-@inlined
+@compiled
 def sweep_row(row, pull, book, columns, first, sweeps, shift):
     """Sweeps number first to first + sweeps over one row, whose `row` and pull f32 [16, 16] are kept up to date.
 

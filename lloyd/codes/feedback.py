@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from ..constants import GROUP
-from ..loops import compiled, inlined
+from ..loops import compiled
 from ..simd.lanes import PANEL, assign, copy, product
 from ..simd.vec import fma, load, splat, store, where_eq
 
 
-@inlined
+@compiled
 def feedback(y, factor, levels, mids, codes, work, errors):
     """Round y [256, 16] to levels [K, 16], each column's error moving the targets of the later ones.
 
