@@ -3,8 +3,8 @@
     python benchmarks/cpu_expert.py
     python benchmarks/cpu_expert.py --tier mq3-lloyd --rows 512 --profile 25
 
-One thread encodes the expert as a build does: its own moment drawn toward the layer's, factors, gate and up, what down
-sees of them, down's answer, and down, whose rows answer each other. Weights and inputs are random, the inputs
+One thread of a pool encodes the expert as a build does: its own moment drawn toward the layer's, factors, gate and up,
+what down sees of them, down's answer, and down, whose rows answer each other. Weights and inputs are random, the inputs
 correlated. Time is that of the thread, so that other work on the machine matters little. `hours` are those of all
 experts of the model on `--cores` cores.
 """
@@ -16,6 +16,7 @@ import cProfile
 import json
 import pstats
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,19 @@ def layer_of(source: Any, count: int, alone: bool = False) -> OwnMoments:
     return OwnMoments(layer, answers, kept, whitening(above), whitening(below))
 
 
+def timed(made: LayerEncoder, expert: int, source: Any, profile: cProfile.Profile | None) -> float:
+    """Seconds of this thread that an expert takes; a profile, where there is one, says where they go."""
+    began = time.thread_time()
+    if profile is not None:
+        profile.enable()
+    ((done,),) = LayerEncoder.encode_together([made], [expert], source)
+    if profile is not None:
+        profile.disable()
+    if isinstance(done, MqError):
+        raise done
+    return time.thread_time() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,17 +130,12 @@ def main() -> None:
         with one_blas_thread():
             made = LayerEncoder(shape, 0, layer, used, fit_settings(recipe))
             made.prepare({name: source.weight(name) for name in made.needs_samples()})
-            spent = []
-            for expert in range(args.repeats + 1):
-                profile = cProfile.Profile(time.thread_time)
-                began = time.thread_time()
-                if args.profile and expert == args.repeats:
-                    profile.enable()
-                ((done,),) = LayerEncoder.encode_together([made], [expert], source)
-                profile.disable()
-                spent.append(time.thread_time() - began)
-                if isinstance(done, MqError):
-                    raise done
+            profile = cProfile.Profile(time.thread_time)
+            with ThreadPoolExecutor(1) as pool:  # a thread's memory is not that of the main thread
+                spent = []
+                for expert in range(args.repeats + 1):
+                    watched = profile if args.profile and expert == args.repeats else None
+                    spent.append(pool.submit(timed, made, expert, source, watched).result())
         best = min(spent[1:])
         hours = best * EXPERTS * LAYERS / args.cores / 3600
         print(json.dumps({"tier": tier, "thread_seconds": round(best, 2), "hours": round(hours, 2)}))
