@@ -36,8 +36,8 @@ class Rates:
     training: float
 
 
-CPU_CORE = Rates(f32=6.0e10, f64=2.5e10, by_imatrix=16e6, by_moments=3.3e6, training=1.6e10)
-"""Measured on one core of an AMD EPYC with AVX-512: rounding at M2.7's width (`python benchmarks/whole_row.py`),
+CPU_CORE = Rates(f32=6.0e10, f64=2.5e10, by_imatrix=16e6, by_moments=3.8e6, training=1.6e10)
+"""Measured on one core of an AMD EPYC with AVX-512: rounding at M2.7's width (`python benchmarks/cpu_expert.py`),
 training on a model of 47 million weights.
 """
 GPU = Rates(f32=3.2e13, f64=5e13, by_imatrix=1.9e9, by_moments=5.0e8, training=2.8e13)
