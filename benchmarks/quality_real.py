@@ -113,10 +113,12 @@ class Statistics(ImatrixLayer):
     def inputs(self, expert: int) -> Any:
         return self.rows
 
-    def from_rows(self, expert: int, projection: str, rows: np.ndarray, sums: Any = None) -> Importance:
+    def from_rows(
+        self, expert: int, projection: str, rows: np.ndarray, sums: Any = None, room: Any = None
+    ) -> Importance:
         prior = self.of(expert, projection)
         assert prior.moment is not None
-        return mixed(rows, prior, whitening(prior.moment), sums)
+        return mixed(rows, prior, whitening(prior.moment), sums, room)
 
     def of(self, expert: int, projection: str) -> Importance:
         moment = self.moments[projection]
