@@ -80,9 +80,10 @@ class Fitting:
             self._fit_rows(work, h, gain)
             return
         missed = self._space.take("missed", work.rows.shape, np.float32)
+        most = max(rows.stop - rows.start for rows, _ in answers)
         for rows, share in answers:
             mine = work.part(rows)
-            block = self._block(mine, max(some.stop - some.start for some, _ in answers))
+            block = self._block(mine, most)
             if rows.start:
                 grid = (mine.blocks(PRODUCT_SIDE), mine.rows.shape[1] // PRODUCT_SIDE)
                 before = missed.rows(0, rows.start)

@@ -180,7 +180,7 @@ def open_gpu(device: str, own_stream: bool = True, index: int = 0) -> Backend:
 
 def give_back_reserve() -> None:
     """Give back what torch holds of the GPUs' memory for tensors to come."""
-    import torch  # which takes a second, and is needed where memory is short
+    import torch  # here, since that takes a second and only a GPU that is full needs it
 
     torch.cuda.empty_cache()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,9 @@ class Rooms:
     @contextmanager
     def taken(self) -> Iterator[F64]:
         """An array that nobody else has meanwhile."""
-        room = None
-        with suppress(IndexError):
+        try:
             room = self._free.pop()
-        if room is None:
+        except IndexError:
             room = np.empty(self._values)
         try:
             yield room
