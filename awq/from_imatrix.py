@@ -40,20 +40,6 @@ class ImatrixLayer:
     def shared(self) -> None:
         """An imatrix knows no moment."""
 
-    def inputs(self, expert: int) -> None:
-        """An imatrix keeps no rows."""
-
-    def from_rows(
-        self,
-        expert: int,
-        projection: str,
-        rows: NDArray[np.float32],
-        sums: NDArray[Any] | None = None,
-        room: F64 | None = None,
-    ) -> Importance:
-        """The importance of one matrix; rows that were not kept add nothing."""
-        return self.of(expert, projection)
-
     def gate_up_energy(self) -> F64:
         """Σ over experts of the summed squares at gate and up, f64 [hidden]."""
         return summed_energy(self.diagonals, self.counts)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..formats.errors import CalibrationError
 from ..formats.minimax import ModelConfig
@@ -60,20 +59,6 @@ class CalibratedLayer:
     def shared(self) -> Importance:
         """The importance that w1 and w3 of all experts share."""
         return self.gate_up
-
-    def inputs(self, expert: int) -> None:
-        """A folder keeps no rows."""
-
-    def from_rows(
-        self,
-        expert: int,
-        projection: str,
-        rows: NDArray[np.float32],
-        sums: NDArray[Any] | None = None,
-        room: F64 | None = None,
-    ) -> Importance:
-        """The importance of one matrix; rows that were not kept add nothing."""
-        return self.of(expert, projection)
 
     def gate_up_energy(self) -> F64:
         """Σ over experts of the summed squares at gate and up, f64 [hidden]; the imatrix's where tokens are few."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.fwht import rotate_columns, rotate_rows
+from .row_answers import RowAnswers
 
 F64 = NDArray[np.float64]
 
@@ -105,8 +106,22 @@ class LayerImportance(Protocol):
         """The importance of one matrix."""
         ...
 
-    def inputs(self, expert: int) -> NDArray[np.float32] | None:
-        """The rows f32 [n, hidden] that one expert sees, where they were kept: `from_rows` knows more of them."""
+    def gate_up_energy(self) -> F64:
+        """Σ over experts of the summed squares at gate and up, f64 [hidden]: what the shared AWQ scale follows."""
+        ...
+
+
+@runtime_checkable
+class LayerWithRows(LayerImportance, Protocol):
+    """The same of a layer whose experts' inputs were kept, so that each of them has moments of its own."""
+
+    @property
+    def answers(self) -> RowAnswers | None:
+        """How rows of down answer each other, None where they do not."""
+        ...
+
+    def inputs(self, expert: int) -> NDArray[np.float32]:
+        """The rows f32 [n, hidden] that one expert's gate and up see."""
         ...
 
     def from_rows(
@@ -122,10 +137,6 @@ class LayerImportance(Protocol):
         `sums` [K, K], whose lower triangle counts, are the sums of rowsᵀ · rows, where the caller has them. Its moment
         may lie in `room` f64 [K² or more].
         """
-        ...
-
-    def gate_up_energy(self) -> F64:
-        """Σ over experts of the summed squares at gate and up, f64 [hidden]: what the shared AWQ scale follows."""
         ...
 
 

@@ -101,24 +101,10 @@ def load(path: Path | None) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Statistics(ImatrixLayer):
-    """One MLP's importances, gate and up padded with channels that nothing flows through.
-
-    `rows` f32 [tokens, 768] are the inputs of gate and up, where they were kept.
-    """
+    """One MLP's importances, gate and up padded with channels that nothing flows through."""
 
     moments: dict[str, np.ndarray]
     whole: bool
-    rows: np.ndarray | None = None
-
-    def inputs(self, expert: int) -> Any:
-        return self.rows
-
-    def from_rows(
-        self, expert: int, projection: str, rows: np.ndarray, sums: Any = None, room: Any = None
-    ) -> Importance:
-        prior = self.of(expert, projection)
-        assert prior.moment is not None
-        return mixed(rows, prior, whitening(prior.moment), sums, room)
 
     def of(self, expert: int, projection: str) -> Importance:
         moment = self.moments[projection]
@@ -131,6 +117,24 @@ class Statistics(ImatrixLayer):
         energy = super().gate_up_energy()
         seen = energy > 0
         return np.where(seen, energy, np.exp(np.log(energy[seen]).mean()))
+
+
+@dataclass(frozen=True)
+class StatisticsWithRows(Statistics):
+    """The same where the inputs of gate and up were kept, f32 [tokens, 768]."""
+
+    rows: np.ndarray
+    answers: None = None
+
+    def inputs(self, expert: int) -> np.ndarray:
+        return self.rows
+
+    def from_rows(
+        self, expert: int, projection: str, rows: np.ndarray, sums: Any = None, room: Any = None
+    ) -> Importance:
+        prior = self.of(expert, projection)
+        assert prior.moment is not None
+        return mixed(rows, prior, whitening(prior.moment), sums, room)
 
 
 def gather(model: Any, tokens: np.ndarray) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
@@ -172,7 +176,9 @@ def importance(
 ) -> Statistics:
     diagonals = {p: np.diag(m)[None].copy() for p, m in moments.items()}
     counts = {p: np.full(1, float(count)) for p in moments}
-    return Statistics(layer, diagonals, counts, (), moments, whole, rows)
+    if rows is None:
+        return Statistics(layer, diagonals, counts, (), moments, whole)
+    return StatisticsWithRows(layer, diagonals, counts, (), moments, whole, rows)
 
 
 def padded(weight: F32) -> F32:

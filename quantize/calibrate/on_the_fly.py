@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...awq.from_imatrix import ImatrixModel
 from ...awq.from_moments import calibration_record, coverage_of
-from ...awq.importance import LayerImportance
+from ...awq.importance import LayerWithRows
 from ...awq.own_moments import with_rows
 from ...formats.checkpoint.source import Source
 from ...formats.errors import OutputError
@@ -220,7 +220,7 @@ class GatheredImportance:
         self._residents.leave(layer)
         self._end(layer)
 
-    def layer(self, layer: int) -> LayerImportance:
+    def layer(self, layer: int) -> LayerWithRows:
         """The importances of a layer that was begun and is not ended."""
         if self.stays:
             return self._residents.importance(layer)

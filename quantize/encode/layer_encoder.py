@@ -14,8 +14,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...awq.importance import Importance, LayerImportance
-from ...awq.own_moments import WithRows, summed
+from ...awq.importance import Importance, LayerWithRows
+from ...awq.own_moments import summed
+from ...awq.row_answers import RowAnswers
 from ...awq.scale import down_fold
 from ...formats.blocks import AffineFormat, LloydFormat
 from ...formats.checkpoint.source import Source
@@ -110,7 +111,10 @@ class LayerEncoder(PreparedLayer):
         if self.importance is None or self.fit != "hessian":
             hessians: dict[str, RowHessian] = {}
             payloads = self._encode(weights, forms, hessians, basis, once)
-        elif (inputs := self.importance.inputs(expert)) is None:
+        elif isinstance(self.importance, LayerWithRows):
+            with self._rooms.taken() as room:
+                payloads, hessians = self._answered(self.importance, expert, weights, forms, once, room)
+        else:
             gate_up, down = (self.importance.of(expert, p) for p in ("w1", "w2"))
             above = self._prepared.shared or once.one(
                 ("gate and up", basis), lambda: hessian_of(gate_up, forms["w1"].scale)
@@ -118,28 +122,23 @@ class LayerEncoder(PreparedLayer):
             below = once.one(("down", basis), lambda: hessian_of(down, fold))
             hessians = {"w1": above, "w3": above, "w2": below}
             payloads = self._encode(weights, forms, hessians, basis, once)
-        else:
-            with self._rooms.taken() as room:
-                payloads, hessians = self._answered(
-                    self.importance, expert, weights, forms, inputs, once, room
-                )
         for p, payload in payloads.items():
             check_levels(names[p], self.formats[p], payload)
         return EncodedExpert(payloads, {p: list(h.notes) for p, h in hessians.items() if h.notes})
 
     def _answered(
         self,
-        importance: LayerImportance,
+        importance: LayerWithRows,
         expert: int,
         weights: Mapping[str, F32],
         forms: Mapping[str, StoredForm],
-        inputs: F32,
         once: Once,
         room: F64,
     ) -> tuple[dict[str, U8], dict[str, RowHessian]]:
-        """Payloads and Hessians of an expert that saw these inputs f32 [n, hidden]: w2 answers the others. Moments and
-        their factors are made in `room`.
+        """Payloads and Hessians of an expert whose inputs were kept: w2 answers the others. Moments and their factors
+        are made in `room`.
         """
+        inputs = importance.inputs(expert)
         above = (*self._basis, self.damping("w1"))
 
         def hessian_above() -> RowHessian:
@@ -170,7 +169,8 @@ class LayerEncoder(PreparedLayer):
             ("down", below), lambda: hessian_of(self._damped("w2", seen), forms["w2"].scale, room)
         )
         payloads["w2"] = once.one(
-            ("w2", self.formats["w2"].name, below), lambda: self._encode_down(fitted, forms["w2"], down)
+            ("w2", self.formats["w2"].name, below),
+            lambda: self._encode_down(fitted, forms["w2"], down, importance.answers),
         )
         return payloads, {"w1": gate_up, "w3": gate_up, "w2": down}
 
@@ -211,15 +211,14 @@ class LayerEncoder(PreparedLayer):
         """The payload u8 [bytes] of w2 f32 [hidden, intermediate] alone, rounded under the moment of its inputs `seen`
         f32 [n, intermediate], as `encode_expert` does with w2 that it has fitted to them. Nothing is folded.
         """
-        assert self.importance is not None
+        assert isinstance(self.importance, LayerWithRows)
         fmt, form = self.formats["w2"], self.stored.form("w2")
         own = self._damped("w2", self.importance.from_rows(expert, "w2", seen))
-        payload = self._encode_down(w2, form, hessian_of(own, form.scale))
+        payload = self._encode_down(w2, form, hessian_of(own, form.scale), self.importance.answers)
         check_levels(expert_name(self.layer, expert, "w2"), fmt, payload)
         return payload
 
-    def _encode_down(self, w2: F32, form: StoredForm, hessian: RowHessian) -> U8:
-        """The payload u8 [bytes] of w2 f32 [hidden, intermediate]; its rows answer each other where it is known how."""
-        answers = self.importance.answers if isinstance(self.importance, WithRows) else None
+    def _encode_down(self, w2: F32, form: StoredForm, hessian: RowHessian, answers: RowAnswers | None) -> U8:
+        """The payload u8 [bytes] of w2 f32 [hidden, intermediate], whose rows answer each other as `answers` says."""
         task = MatrixTask(w2, form, self.fit, hessian, self.gain, answers=answers)
         return self.encoder.encode([task])[0]

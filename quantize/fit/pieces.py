@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...awq.importance import LayerImportance
+from ...awq.importance import LayerImportance, LayerWithRows
 from ...formats.blocks import BY_NAME
 from ...formats.minimax import ModelConfig, expert_name
 from ...verify.model.reference import Weights
@@ -83,7 +83,8 @@ class LayerPieces:
             pair: decoded(made, made.encode_expert(expert, *plain, once).payloads, plain, once)
             for pair, made in self._encoders.items()
         }
-        inputs = self.importance.inputs(expert)
+        importance = self.importance
+        inputs = importance.inputs(expert) if isinstance(importance, LayerWithRows) else None
         there = None if inputs is None else product(inputs, plain.w1, plain.w3)
         out = {SOURCE: plain}
         for choice in self.choices:

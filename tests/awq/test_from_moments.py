@@ -13,7 +13,7 @@ from calibration_fixtures import CONFIG, COUNTS, SOURCE, moment_of, set_key, wri
 from hypothesis import given
 from hypothesis import strategies as st
 from mq_quant.awq.from_moments import MOMENT_PRIOR, CalibratedModel, load_calibration
-from mq_quant.awq.importance import LayerImportance
+from mq_quant.awq.importance import LayerImportance, LayerWithRows
 from mq_quant.formats.errors import CalibrationError
 from mq_quant.formats.minimax import ModelConfig
 from mq_quant.formats.statistics.moment_file import layer_file, triangle
@@ -84,7 +84,7 @@ def test_compact_moments_are_close_and_their_diagonal_exact(tmp_path: Path, mode
 
 def test_a_layer_is_what_the_encoder_takes_from_an_imatrix_too(model: CalibratedModel) -> None:
     layer = model.layer(0)
-    assert isinstance(layer, LayerImportance)
+    assert isinstance(layer, LayerImportance) and not isinstance(layer, LayerWithRows)
     expected = 2 * COUNTS[0].sum() * np.diag(moment_of(100)).astype(np.float32)
     np.testing.assert_allclose(layer.gate_up_energy(), expected, rtol=1e-6)
 

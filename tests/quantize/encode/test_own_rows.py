@@ -12,8 +12,8 @@ import pytest
 import small_model
 from mq_quant.awq.from_imatrix import ImatrixLayer
 from mq_quant.awq.importance import Importance, LayerImportance
-from mq_quant.awq.own_moments import WithRows, mixed, own_moment, whitening
-from mq_quant.awq.row_answers import Sensitivity, cost_factor, row_answers
+from mq_quant.awq.own_moments import mixed, own_moment, whitening
+from mq_quant.awq.row_answers import RowAnswers, Sensitivity, cost_factor, row_answers
 from mq_quant.formats.blocks import MQ2_LLOYD, MQ3_LLOYD, Format
 from mq_quant.formats.errors import WeightError
 from mq_quant.formats.minimax import expert_name, parse_config
@@ -38,17 +38,23 @@ def inputs(count: int, seed: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Kept(ImatrixLayer):
-    """One expert whose layer sees white inputs, and itself `rows`, which were kept or not."""
-
-    rows: np.ndarray | None = None
-    asked: list[tuple[str, int]] = field(default_factory=list)
+class White(ImatrixLayer):
+    """A layer of one expert that sees white inputs."""
 
     def of(self, expert: int, projection: str) -> Importance:
         width = SHAPES[projection][1]
         return Importance(np.ones(width), np.eye(width), 1e6)
 
-    def inputs(self, expert: int) -> np.ndarray | None:  # type: ignore[override]
+
+@dataclass(frozen=True)
+class Kept(White):
+    """The same, whose expert saw `rows` itself, which were kept; `answers` as `LayerWithRows` says."""
+
+    rows: np.ndarray
+    answers: RowAnswers | None = None
+    asked: list[tuple[str, int]] = field(default_factory=list)
+
+    def inputs(self, expert: int) -> np.ndarray:
         return self.rows
 
     def from_rows(
@@ -60,9 +66,13 @@ class Kept(ImatrixLayer):
         return mixed(rows, prior, whitening(prior.moment), sums, room)
 
 
-def layer(rows: np.ndarray | None) -> Kept:
+def white() -> White:
     energies = {p: np.ones((1, shape[1])) for p, shape in SHAPES.items()}
-    return Kept(1, energies, {p: np.ones(1) for p in SHAPES}, (), rows)
+    return White(1, energies, {p: np.ones(1) for p in SHAPES}, ())
+
+
+def layer(rows: np.ndarray, answers: RowAnswers | None = None) -> Kept:
+    return Kept(**vars(white()), rows=rows, answers=answers)
 
 
 def encode(importance: LayerImportance, **settings: float) -> tuple[LayerEncoder, EncodedExpert]:
@@ -82,7 +92,7 @@ def lost(made: LayerEncoder, done: EncodedExpert, fold: np.ndarray | None = None
 
 
 def test_outputs_on_other_tokens_come_much_nearer_than_under_the_layers_moment() -> None:
-    assert lost(*encode(layer(inputs(ROWS, 5)))) < 0.6 * lost(*encode(layer(None)))
+    assert lost(*encode(layer(inputs(ROWS, 5)))) < 0.6 * lost(*encode(white()))
 
 
 def test_down_is_rounded_under_what_rounded_gate_and_up_give() -> None:
@@ -95,7 +105,7 @@ def test_an_expert_that_saw_nothing_is_rounded_under_the_layers_moment() -> None
     _, nothing = encode(layer(np.empty((0, HIDDEN), np.float32)))
     assert nothing.payloads.keys() == SHAPES.keys()
     few = lost(*encode(layer(inputs(2, 5))))
-    assert few < 1.2 * lost(*encode(layer(None)))
+    assert few < 1.2 * lost(*encode(white()))
 
 
 def test_a_fold_changes_nothing_but_rounding() -> None:
@@ -126,25 +136,6 @@ def test_with_many_rows_the_mixture_is_their_own_moment() -> None:
     np.testing.assert_allclose(got.moment, own_moment(rows), rtol=0.1, atol=0.1)
 
 
-@dataclass(frozen=True)
-class Answering(WithRows):
-    """The same layer, where it is known what errors behind it cost."""
-
-    gathered: Kept  # type: ignore[assignment]
-
-    @property
-    def shared(self) -> None:  # type: ignore[override]
-        return None
-
-    def inputs(self, expert: int) -> np.ndarray | None:  # type: ignore[override]
-        return self.gathered.rows
-
-    def from_rows(
-        self, expert: int, projection: str, rows: np.ndarray, sums: Any = None, room: Any = None
-    ) -> Importance:
-        return self.gathered.from_rows(expert, projection, rows, sums, room)
-
-
 def gradients() -> np.ndarray:
     """E[g gᵀ] of gradients behind the layer, most of which lie in a few directions."""
     g = inputs(4000, 31)
@@ -153,10 +144,9 @@ def gradients() -> np.ndarray:
     return found
 
 
-def answering(g: np.ndarray | None) -> Answering:
-    return Answering(
-        layer(inputs(ROWS, 5)), None if g is None else row_answers(cost_factor(Sensitivity(g, 10**6)))
-    )
+def answering(g: np.ndarray | None) -> Kept:
+    """The same layer, where it is known what errors behind it cost."""
+    return layer(inputs(ROWS, 5), None if g is None else row_answers(cost_factor(Sensitivity(g, 10**6))))
 
 
 def cost(made: LayerEncoder, done: EncodedExpert, g: np.ndarray) -> float:
@@ -179,14 +169,14 @@ def test_down_whose_rows_answer_each_other_costs_less() -> None:
 
 
 def test_without_a_direction_that_costs_more_every_byte_is_the_same() -> None:
-    even = encode(answering(np.eye(HIDDEN) / HIDDEN))[1]  # type: ignore[arg-type]
+    even = encode(answering(np.eye(HIDDEN) / HIDDEN))[1]
     for other in (layer(inputs(ROWS, 5)), answering(None), answering(np.zeros((HIDDEN, HIDDEN)))):
-        found = encode(other)[1]  # type: ignore[arg-type]
+        found = encode(other)[1]
         assert all(np.array_equal(even.payloads[p], found.payloads[p]) for p in SHAPES)
 
 
 def test_rows_that_answer_each_other_have_the_same_bytes_on_any_number_of_threads() -> None:
-    made, done = encode(answering(gradients()))  # type: ignore[arg-type]
+    made, done = encode(answering(gradients()))
     with ThreadPoolExecutor(3) as pool:
         again = list(pool.map(lambda _: made.encode_expert(0, **WEIGHTS), range(3)))
     assert all(np.array_equal(done.payloads["w2"], other.payloads["w2"]) for other in again)
@@ -197,7 +187,7 @@ def test_a_down_that_no_level_holds_is_refused_by_name(large: float) -> None:
     """However large what its first rows miss is for those that answer them."""
     w2 = WEIGHTS["w2"].copy()
     w2[3] *= np.float32(large)
-    made, _ = encode(answering(gradients()))  # type: ignore[arg-type]
+    made, _ = encode(answering(gradients()))
     with pytest.raises(WeightError, match="level") as refused:
         made.encode_expert(0, WEIGHTS["w1"], WEIGHTS["w3"], w2)
     assert refused.value.tensor == expert_name(1, 0, "w2")
@@ -206,5 +196,5 @@ def test_a_down_that_no_level_holds_is_refused_by_name(large: float) -> None:
 def test_down_alone_answers_too() -> None:
     """As a measurement rounds it."""
     seen = product(inputs(ROWS, 5), WEIGHTS["w1"], WEIGHTS["w3"])
-    payloads = [encode(answering(g))[0].encode_down(0, WEIGHTS["w2"], seen) for g in (None, gradients())]  # type: ignore[arg-type]
+    payloads = [encode(answering(g))[0].encode_down(0, WEIGHTS["w2"], seen) for g in (None, gradients())]
     assert payloads[0].shape == payloads[1].shape and not np.array_equal(*payloads)

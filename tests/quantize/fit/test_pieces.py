@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mq_quant.awq.importance import LayerImportance
+from mq_quant.awq.importance import LayerWithRows
 from mq_quant.formats.blocks import BY_NAME
 from mq_quant.formats.checkpoint.local import open_checkpoint
 from mq_quant.formats.errors import WeightError
@@ -32,7 +32,7 @@ CHOICES = (Choice("MQ2-Lloyd", None), Choice(None, "MQ4"), MIXED)
 
 
 @pytest.fixture
-def gathered(small: Path, tokens: Path, tmp_path: Path) -> Iterator[LayerImportance]:
+def gathered(small: Path, tokens: Path, tmp_path: Path) -> Iterator[LayerWithRows]:
     source = open_checkpoint(small)
     found = GatheredImportance(source, np.load(tokens).astype(np.int32))
     found.open(tmp_path / "moments")
@@ -41,7 +41,7 @@ def gathered(small: Path, tokens: Path, tmp_path: Path) -> Iterator[LayerImporta
         yield found.layer(0)
 
 
-def test_both_projections_are_those_of_a_build(small: Path, gathered: LayerImportance) -> None:
+def test_both_projections_are_those_of_a_build(small: Path, gathered: LayerWithRows) -> None:
     """In formats that differ from each other, which is where down is rounded on its own."""
     source = open_checkpoint(small)
     pieces = LayerPieces(source.config, 0, gathered, CHOICES, SETTINGS, source)
@@ -59,7 +59,7 @@ def test_both_projections_are_those_of_a_build(small: Path, gathered: LayerImpor
             np.testing.assert_array_equal(getattr(made[SOURCE], name), getattr(plain, name))
 
 
-def test_a_piece_leaves_the_other_projection_unrounded(small: Path, gathered: LayerImportance) -> None:
+def test_a_piece_leaves_the_other_projection_unrounded(small: Path, gathered: LayerWithRows) -> None:
     source = open_checkpoint(small)
     made = LayerPieces(source.config, 0, gathered, CHOICES, SETTINGS, source).expert(0)
     plain, above, below = made[SOURCE], made[CHOICES[0]], made[CHOICES[1]]
@@ -67,7 +67,6 @@ def test_a_piece_leaves_the_other_projection_unrounded(small: Path, gathered: La
     np.testing.assert_array_equal(below.w3, plain.w3)
     np.testing.assert_array_equal(above.w1, made[MIXED].w1)
     inputs = gathered.inputs(0)
-    assert inputs is not None
     wanted = product(inputs, plain.w1, plain.w3) @ plain.w2.T
     here = product(inputs, above.w1, above.w3)
     answered, not_answered = (float(np.square(here @ w2.T - wanted).sum()) for w2 in (above.w2, plain.w2))
@@ -76,7 +75,7 @@ def test_a_piece_leaves_the_other_projection_unrounded(small: Path, gathered: La
 
 
 @pytest.fixture
-def on_device(small: Path, tokens: Path, tmp_path: Path) -> Iterator[LayerImportance]:
+def on_device(small: Path, tokens: Path, tmp_path: Path) -> Iterator[LayerWithRows]:
     """What is gathered on a GPU, here on the CPU."""
     found = GatheredImportance(
         open_checkpoint(small), np.load(tokens).astype(np.int32), stays=True, ahead=False
@@ -88,7 +87,7 @@ def on_device(small: Path, tokens: Path, tmp_path: Path) -> Iterator[LayerImport
         yield found.layer(0)
 
 
-def test_on_a_device_they_are_those_of_a_build_there(small: Path, on_device: LayerImportance) -> None:
+def test_on_a_device_they_are_those_of_a_build_there(small: Path, on_device: LayerWithRows) -> None:
     """On the streams of a GPU's encoder, here of the CPU's back end, and by the usual encoder."""
     source = open_checkpoint(small)
     formats = {"w1": BY_NAME["MQ2-Lloyd"], "w3": BY_NAME["MQ2-Lloyd"], "w2": BY_NAME["MQ4"]}
@@ -105,9 +104,10 @@ def test_on_a_device_they_are_those_of_a_build_there(small: Path, on_device: Lay
 
 
 def test_on_a_device_they_are_nearly_those_of_the_usual_way(
-    small: Path, gathered: LayerImportance, on_device: LayerImportance
+    small: Path, gathered: LayerWithRows, on_device: LayerWithRows
 ) -> None:
     """Sums in another order round a few weights to a neighbouring level."""
+    assert isinstance(gathered, LayerWithRows) and isinstance(on_device, LayerWithRows)
     source = open_checkpoint(small)
     usual = LayerPieces(source.config, 0, gathered, CHOICES, SETTINGS, source).expert(0)
     there = DevicePieces(source.config, 0, on_device, CHOICES, SETTINGS, source).expert(0)
