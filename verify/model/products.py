@@ -29,22 +29,28 @@ def linear(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀ · b f32 [K, M] of a f32 [n, K] and b f32 [n, M]."""
+    """aᵀ · b f32 [K, M] of a f32 [n, K] and b f32 [n, M]; the same tensor twice is split once."""
     if not _splits(a, a.numel() * b.shape[1]):
         return a.mT @ b
+    if a is b:
+        both = in_parts(a, 0, low=2, count=4)  # all but the last are those of a, all but the first those of b
+        return _on_tensor_cores(both[: 3 * len(a)].mT, both[len(a) :])
     return _on_tensor_cores(in_parts(a, 0, low=2).mT, in_parts(b, 0, low=1))
 
 
-def in_parts(values: Tensor, axis: int, low: int) -> Tensor:
-    """A matrix f32 in three parts that follow each other on an axis, bf16: what is left of it is at the place `low`, 1
-    or 2, and its high part at the others.
+def in_parts(values: Tensor, axis: int, low: int, count: int = 3) -> Tensor:
+    """A matrix f32 in `count` parts that follow each other on an axis, bf16: what is left of it is at the place `low`,
+    from 1 on, and its high part at the others.
     """
-    shape = [3 * n if at == axis else n for at, n in enumerate(values.shape)]
+    shape = [count * n if at == axis else n for at, n in enumerate(values.shape)]
     parts = values.new_empty(shape, dtype=torch.bfloat16)
-    high, *others = parts.chunk(3, axis)
+    high, *others = parts.chunk(count, axis)
     high.copy_(values)
-    torch.sub(values, high, out=others[low - 1])
-    others[2 - low].copy_(high)
+    for place, other in enumerate(others, 1):
+        if place == low:
+            torch.sub(values, high, out=other)
+        else:
+            other.copy_(high)
     return parts
 
 

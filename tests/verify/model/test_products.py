@@ -49,6 +49,22 @@ def test_parts_have_the_product_of_the_whole(tensor_cores, shape, spread):
     assert tensor_cores == [(m, 3 * k)] * 2
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_tensor_twice_is_split_once_into_the_parts_of_two(tensor_cores, monkeypatch, shape):
+    x, split = pair(*shape)[0].T.contiguous(), []
+
+    def counted(values, *args, **kwargs):
+        split.append(values)
+        return in_parts(values, *args, **kwargs)
+
+    monkeypatch.setattr(products, "in_parts", counted)
+    monkeypatch.setattr(products, "_on_tensor_cores", lambda a, b: (a, b))
+    once, twice = inner(x, x), inner(x, x.clone())
+    assert len(split) == 1 + 2
+    for got, want in zip(once, twice, strict=True):
+        assert torch.equal(got, want) and got.stride() == want.stride()
+
+
 def test_high_parts_alone_are_far_from_it():
     a, b, want, added = pair(64, 300, 32)
     assert ((a.bfloat16().double() @ b.bfloat16().double().T - want).abs() > 2**-9 * added).any()
@@ -91,3 +107,5 @@ def test_a_gpu_multiplies_as_its_parts_say():
     for got in (linear(a.cuda(), b.cuda()), inner(a.T.cuda(), b.T.cuda())):
         assert ((got.cpu() - want).abs() <= NEAR * added).all()
     assert torch.equal(linear(a.cuda(), b.cuda()), linear(a.cuda(), b.cuda()))
+    x = a.T.contiguous().cuda()
+    assert torch.equal(inner(x, x), inner(x, x.clone()))
