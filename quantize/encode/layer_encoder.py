@@ -24,12 +24,12 @@ from ...formats.errors import MqError, WeightError
 from ...formats.fwht import GROUP
 from ...formats.hfq.stored import StoredForm
 from ...formats.minimax import expert_name
-from ...lloyd.hessian.row import RowHessian, from_fresh_moment
+from ...lloyd.hessian.row import RowHessian
 from .answering import answering_down, product
 from .encoders import MatrixTask
 from .once import ALONE, Once, attempt, once_for
 from .overflow import check_levels
-from .prepared_layer import PreparedLayer, hessian_of
+from .prepared_layer import PreparedLayer, hessian_of, hessian_of_fresh
 
 F16 = NDArray[np.float16]
 F32 = NDArray[np.float32]
@@ -141,16 +141,12 @@ class LayerEncoder(PreparedLayer):
         inputs = importance.inputs(expert)
         above = (*self._basis, self.damping("w1"))
 
-        def hessian_above() -> RowHessian:
-            def own() -> Importance:
-                return importance.from_rows(expert, "w1", inputs, room=None if once.keeps else room)
+        def own() -> Importance:
+            free = None if once.keeps else room
+            made = once.one("own", lambda: importance.from_rows(expert, "w1", inputs, room=free))
+            return self._damped("w1", made)
 
-            def rotated() -> F64:
-                return self._damped("w1", once.one("own", own)).rotated_moment(forms["w1"].scale, room=room)
-
-            return from_fresh_moment(rotated)
-
-        gate_up = once.one(("gate and up", above), hessian_above)
+        gate_up = once.one(("gate and up", above), lambda: hessian_of_fresh(own, forms["w1"].scale, room))
         gate_and_up = {p: weights[p] for p in ("w1", "w3")}
         payloads = self._encode(gate_and_up, forms, {"w1": gate_up, "w3": gate_up}, above, once)
 

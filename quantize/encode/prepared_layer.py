@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,7 +68,16 @@ def hessian_of(importance: Importance, scale: F32 | None, room: F64 | None = Non
     """
     if importance.moment is None:
         return from_weights(importance.channel_weights(scale))
-    return from_fresh_moment(partial(importance.rotated_moment, scale, room=room))
+    return hessian_of_fresh(lambda: importance, scale, room)
+
+
+def hessian_of_fresh(
+    make: Callable[[], Importance], scale: F32 | None, room: F64 | None = None
+) -> RowHessian:
+    """The same of what `make` gives, with a moment that may lie in `room` too: it is asked anew before each further
+    damping.
+    """
+    return from_fresh_moment(lambda: make().rotated_moment(scale, room=room))
 
 
 def some_rows(rows: int) -> slice:

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import small_model
 from mq_quant.awq.from_imatrix import ImatrixLayer
-from mq_quant.awq.importance import Importance, LayerImportance
+from mq_quant.awq.importance import Importance, LayerImportance, square
 from mq_quant.awq.own_moments import mixed, own_moment, whitening
 from mq_quant.awq.row_answers import RowAnswers, Sensitivity, cost_factor, row_answers
 from mq_quant.formats.blocks import MQ2_LLOYD, MQ3_LLOYD, Format
 from mq_quant.formats.errors import WeightError
 from mq_quant.formats.minimax import expert_name, parse_config
 from mq_quant.lloyd.encode import ENCODED
+from mq_quant.quantize.encode import layer_encoder
 from mq_quant.quantize.encode.answering import product
 from mq_quant.quantize.encode.layer_encoder import OWN_DAMPING, EncodedExpert, LayerEncoder
+from mq_quant.quantize.encode.once import Together
 from mq_quant.quantize.encode.prepared_layer import FitSettings
 
 HIDDEN, INTER, ROWS = 512, 256, 3000
@@ -134,6 +136,30 @@ def test_with_many_rows_the_mixture_is_their_own_moment() -> None:
     got = mixed(rows, shared, whitening(np.eye(HIDDEN)))
     assert got.moment is not None
     np.testing.assert_allclose(got.moment, own_moment(rows), rtol=0.1, atol=0.1)
+
+
+@dataclass(frozen=True)
+class OneWay(Kept):
+    """Inputs all point one way, so that the moment has no factor before it is damped further."""
+
+    def from_rows(
+        self, expert: int, projection: str, rows: np.ndarray, sums: Any = None, room: Any = None
+    ) -> Importance:
+        moment = square(SHAPES[projection][1], room)
+        moment[:] = 1
+        return Importance(np.diag(moment).copy(), moment, 1e6)
+
+
+def test_a_moment_is_damped_further_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one file it lies in the room in which it is factored, for several in memory of its own."""
+    monkeypatch.setattr(layer_encoder, "OWN_DAMPING", dict.fromkeys(OWN_DAMPING, 0.0))
+    made, alone = encode(OneWay(**vars(layer(inputs(9, 5)))))
+    assert {p: "damped by a further" in note for p, (note,) in alone.notes.items()} == dict.fromkeys(
+        SHAPES, True
+    )
+    together = made.encode_expert(0, **WEIGHTS, once=Together())
+    assert together.notes == alone.notes
+    assert all(np.array_equal(alone.payloads[p], together.payloads[p]) for p in SHAPES)
 
 
 def gradients() -> np.ndarray:
