@@ -30,6 +30,7 @@ from ...formats.statistics.row_file import ExpertRows, open_rows, row_file
 from ...formats.unchanged import UnchangedFile
 from ..write.atomic import write_atomic
 from ..write.journal import CALIBRATION, Journal, Signature
+from ..write.stream_folder import read_stream
 
 JOURNAL = "journal"
 STATE = "state.json"
@@ -134,13 +135,10 @@ class CalibrationFolder:
         before = self.journal.done.get(f"layer.{layer - 1}")
         return before is not None and _holds(self.path / hidden_file(layer), before["hidden"])
 
-    def hidden(self, layer: int, shape: Sequence[int]) -> NDArray[np.float32]:
+    def hidden(self, layer: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """The residual stream f32 that enters a layer, as saved; ResumeError where it is damaged."""
-        path = self.path / hidden_file(layer)
         expected = self.journal.done[f"layer.{layer - 1}"]["hidden"]
-        if not path.is_file() or UnchangedFile(path, CalibrationError).sha256() != expected:
-            raise ResumeError("is not as the earlier run left it", file=path, hint=_RESTART)
-        return np.fromfile(path, "<f4").reshape(tuple(shape)).astype(np.float32, copy=False)
+        return read_stream(self.path / hidden_file(layer), shape, expected, _RESTART)
 
     def write_layer(self, layer: int, arrays: Arrays) -> dict[str, Any]:
         """Make one layer's file durable; returns its {bytes, sha256} for `finish_layer`."""

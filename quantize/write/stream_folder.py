@@ -60,21 +60,14 @@ class StreamFolder:
 
     def load(self, name: str, layer: int, shape: tuple[int, ...], sha256: object) -> F32:
         """The stream that enters a layer, as it was saved with this hash; ResumeError where it is gone or damaged."""
-        path, out = self._file(name, layer), np.empty(shape, "<f4")
-        fill = partial(_filled, out.reshape(-1).data.cast("B"))
-        if not path.is_file() or UnchangedFile(path, ResumeError).read(fill) != sha256:
-            raise self._damaged(path)
-        return out.astype(np.float32, copy=False)
+        return read_stream(self._file(name, layer), shape, sha256, self._hint)
 
     def mapped(self, name: str, layer: int, shape: tuple[int, ...], sha256: object) -> F32:
         """The same, of which only what is used comes into memory."""
         path = self._file(name, layer)
         if not path.is_file() or UnchangedFile(path, ResumeError).sha256() != sha256:
-            raise self._damaged(path)
+            raise _damaged(path, self._hint)
         return np.memmap(path, "<f4", "r", shape=shape)
-
-    def _damaged(self, path: Path) -> ResumeError:
-        return ResumeError("is not as the earlier run left it", file=path, hint=self._hint)
 
     def drop(self, name: str, layer: int) -> None:
         """Remove what enters a layer."""
@@ -93,6 +86,19 @@ class StreamFolder:
         self.clear()
         with contextlib.suppress(OSError):
             self.path.rmdir()
+
+
+def read_stream(path: Path, shape: tuple[int, ...], sha256: object, hint: str) -> F32:
+    """The stream of a file that was saved with this hash; ResumeError with this hint where it is gone or damaged."""
+    out = np.empty(shape, "<f4")
+    fill = partial(_filled, out.reshape(-1).data.cast("B"))
+    if not path.is_file() or UnchangedFile(path, ResumeError).read(fill) != sha256:
+        raise _damaged(path, hint)
+    return out.astype(np.float32, copy=False)
+
+
+def _damaged(path: Path, hint: str) -> ResumeError:
+    return ResumeError("is not as the earlier run left it", file=path, hint=hint)
 
 
 def _filled(out: memoryview, file: BufferedReader) -> str | None:

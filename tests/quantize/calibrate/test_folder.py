@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mq_quant.formats.errors import InUseError, OutputError, ResumeError
 from mq_quant.formats.statistics.moment_folder import MANIFEST
-from mq_quant.quantize.calibrate.folder import JOURNAL, CalibrationFolder, discard_folder
+from mq_quant.quantize.calibrate.folder import JOURNAL, CalibrationFolder, discard_folder, hidden_file
 from mq_quant.quantize.write.journal import read_journal
 
 SIGNATURE = {"tokens.sha256": "a"}
@@ -111,3 +112,19 @@ def test_discarding_follows_no_link_and_keeps_what_is_not_ours(tmp_path: Path) -
     (path / "photo.jpg").write_bytes(b"precious")
     discard_folder(path)
     assert contents(path) == {"photo.jpg": b"precious"}
+
+
+def test_a_stream_comes_back_as_it_was_saved_or_is_refused(tmp_path: Path) -> None:
+    stream = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    with CalibrationFolder(tmp_path / "calib", SIGNATURE) as out:
+        out.finish_layer(0, [stream.reshape(-1).data.cast("B")], {"sha256": "0" * 64})
+        np.testing.assert_array_equal(out.hidden(1, stream.shape), stream)
+        file = out.path / hidden_file(1)
+        good = file.read_bytes()
+        for wrong in (good[:-1], good + b"\0", b"\1" + good[1:], None):
+            file.unlink() if wrong is None else file.write_bytes(wrong)
+            with pytest.raises(
+                ResumeError, match=f"{file.name}: is not as the earlier run left it"
+            ) as refused:
+                out.hidden(1, stream.shape)
+            assert "--restart" in str(refused.value.hint)
