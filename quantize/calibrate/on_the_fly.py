@@ -103,6 +103,7 @@ class GatheredImportance:
         """Devices over which the experts of a layer are spread; the rest of the model runs on the first one."""
         self.stays = self.device.type != "cpu" if stays is None else stays
         self._dropping: Future[None] | None = None
+        self._target: tuple[int, NDArray[np.float32]] | None = None
         self._held = layers_held(self.config, tokens.size, self.devices) if ahead and self.stays else 1
         self._layers = SourceLayers(source, tokens, self.devices, self.stays, keep_outputs, self._error_costs)
         self._residents = Residents(self._run, beside_others(self.devices), self._held)
@@ -174,6 +175,7 @@ class GatheredImportance:
 
     def close(self) -> None:
         """Let go of the folder, which stays for the next run."""
+        self._target = None
         if self._out is not None:
             with suppress(Exception):  # the layer is run again
                 self._settle()
@@ -189,6 +191,7 @@ class GatheredImportance:
 
     def begin_layer(self, layer: int) -> None:
         """Have one layer's moments ready, and no others: nothing may need those of an earlier layer any more."""
+        self._target = None
         self._settle()
         if not self.stays:
             self._restart_if_damaged(layer)
@@ -234,9 +237,14 @@ class GatheredImportance:
         return (*self.tokens.shape, self.config.hidden_size)
 
     def target(self, layer: int) -> NDArray[np.float32]:
-        """The source's stream f32 behind a layer, until the next layer is begun; ResumeError where it is damaged."""
+        """The source's stream f32 behind a layer, until the next layer is begun; ResumeError where it is damaged.
+
+        It is read once for all files that are built together.
+        """
         self._settle()
-        return self._folder.hidden(layer + 1, self.shape)
+        if self._target is None or self._target[0] != layer:
+            self._target = layer, self._folder.hidden(layer + 1, self.shape)
+        return self._target[1]
 
     def finish(self) -> dict[str, Any]:
         """What a file made with it says of it, as it would of the folder of `calibrate`; all layers must be through."""

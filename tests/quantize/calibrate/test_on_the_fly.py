@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import expert_name
 from mq_quant.quantize.calibrate import layer_pass as gather
 from mq_quant.quantize.calibrate import sensitivity, sensitivity_files, source_layers
-from mq_quant.quantize.calibrate.folder import JOURNAL
+from mq_quant.quantize.calibrate.folder import JOURNAL, hidden_file
+from mq_quant.quantize.calibrate.on_the_fly import GatheredImportance
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.calibrate.sensitivity import JOURNAL as SENSITIVITY_JOURNAL
 from mq_quant.quantize.calibrate.sensitivity_files import sensitivity_file
@@ -171,6 +173,18 @@ def test_an_imatrix_stands_behind_it_too(run: Run, source: Path, whole: bytes, t
     backed = OnTheFly(TokenRequest(tokens=source / "tokens.npy"), imatrix=source / "imatrix.gguf")
     assert any("imatrix behind them" in note for note in run(statistics=backed).fallbacks)
     assert (tmp_path / "out").read_bytes() != whole
+
+
+def test_the_stream_behind_a_layer_is_read_once_for_all_files(source: Path, tmp_path: Path) -> None:
+    found = GatheredImportance(open_checkpoint(source), TOKENS)
+    found.open(tmp_path / "moments")
+    with closing(found):
+        for layer in (0, 1):
+            found.begin_layer(layer)
+            stream = found.target(layer)
+            want = np.fromfile(tmp_path / "moments" / hidden_file(layer + 1), np.float32)
+            np.testing.assert_array_equal(stream.reshape(-1), want)
+            assert found.target(layer) is stream
 
 
 def test_moments_of_one_layer_lie_on_the_disk_at_a_time(run: Run, source: Path, tmp_path: Path) -> None:
