@@ -8,11 +8,11 @@ from pathlib import Path
 from ...formats.errors import OutputError
 from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig
-from ...formats.own_file import disk_errors, free_bytes
 from ...verify.against_source import check_dimensions
 from ...verify.evaluate.saved_reference import reference_bytes
 from ...verify.model.hfq_weights import check_shapes
 from ..spec.calibration_sizes import evaluation_sizes
+from ..write.outputs import check_output, check_work_fits
 from .reference import Reference, config_of
 
 
@@ -31,10 +31,7 @@ def check_outputs(
 ) -> None:
     """OutputError where an output exists, has no folder, or the work does not fit on its disk. Touches nothing."""
     for path in filter(None, (output, saved)):
-        if not path.parent.is_dir():
-            raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
-        if path.exists() and not (force and path.is_file()):
-            raise OutputError("exists already", file=path, hint="give --force to replace it, or another name")
+        check_output(path, force)
     if saved is not None and reference.source is None:
         raise OutputError(
             "there is nothing to save: the source is not run",
@@ -45,11 +42,4 @@ def check_outputs(
     needed = evaluation_sizes(config, positions, files + (reference.source is not None)).disk_bytes
     needed += reference.source.disk_bytes() if reference.source else 0
     needed += reference_bytes(positions, config.vocab_size) if saved is not None else 0
-    with disk_errors(output):
-        free = free_bytes(output.parent)
-    if free is not None and free < needed:
-        raise OutputError(
-            f"the work needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free",
-            file=output,
-            hint="free some space, give --output on another disk, or ask for less with --sequences",
-        )
+    check_work_fits(output, needed, "--sequences")

@@ -1,4 +1,4 @@
-"""What is settled before a measurement begins: its tokens, what it takes, and outputs that cannot be written."""
+"""What is settled before a measurement begins: its tokens and what it takes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...formats.checkpoint.source import Source
-from ...formats.errors import OutputError, TokenError
-from ...formats.own_file import disk_errors, free_bytes
+from ...formats.errors import TokenError
 from ...texts import CALIBRATION_SHA256
 from ..calibrate.tokens import EVALUATION, TokenRequest, Tokens, load_tokens, read_tokens
 from ..pipeline.statistics import ImatrixFile, MomentFolder, OnTheFly, Statistics, effort_of
@@ -142,19 +141,3 @@ def cost_of(
         memory, disk = max(memory, before), max(meanwhile, disk + stays)
     spent = measuring_hours(config, effort, tokens, judged, len(EXPERT_NAMES), jobs, device, sensitive)
     return MeasureCost(tokens, judged, memory, disk, round(spent, 4))
-
-
-def check_output(path: Path, force: bool, needed: int) -> None:
-    """OutputError where the output exists, has no folder, or the work does not fit on its disk. Touches nothing."""
-    if not path.parent.is_dir():
-        raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
-    if path.exists() and not (force and path.is_file()):
-        raise OutputError("exists already", file=path, hint="give --force to replace it, or another name")
-    with disk_errors(path):
-        free = free_bytes(path.parent)
-    if free is not None and free < needed:
-        raise OutputError(
-            f"the work needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free",
-            file=path,
-            hint="free some space, give --output on another disk, or ask for less with --held-out",
-        )

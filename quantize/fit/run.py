@@ -32,9 +32,10 @@ from ..spec.provenance import code, flatten, program
 from ..spec.recipe import Recipe
 from ..write.atomic import write_atomic
 from ..write.journal import MEASUREMENT, Journal
+from ..write.outputs import check_output, check_work_fits
 from ..write.partial_file import CALIBRATION, beside
 from ..write.stream_folder import StreamFolder
-from .before import WHOLES, Texts, check_output, cost_of
+from .before import WHOLES, Texts, cost_of
 from .found import Found, measurement_of
 from .heads import divergences
 from .measurement import EXPERT_NAMES, Measurement
@@ -117,7 +118,8 @@ def losses_of(
     """
     began, device, config = time.monotonic(), open_device(options.device), source.config
     needed = cost_of(source, texts, statistics, options.jobs).disk_bytes + source.disk_bytes()
-    check_output(options.output, options.force, needed)
+    check_output(options.output, options.force)
+    check_work_fits(options.output, needed, "--held-out")
     imatrix = open_imatrix(imatrix_path(recipe, statistics), config)
     check_pin(recipe, statistics, imatrix)
     files = source.fingerprint(options.watch)

@@ -20,10 +20,10 @@ from mq_quant.formats.errors import CheckError, OutputError, ResumeError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import awq_scale_name
 from mq_quant.quantize.calibrate.tokens import TokenRequest
-from mq_quant.quantize.evaluate import checks
 from mq_quant.quantize.evaluate.reference import Reference, of_file
 from mq_quant.quantize.evaluate.result import Evaluation, read_evaluation
 from mq_quant.quantize.tiny.tokenizer import tokenizer_json
+from mq_quant.quantize.write import outputs
 from mq_quant.texts import EVALUATION_SHA256
 from mq_quant.verify.model.hfq_weights import DecodedFile
 from mq_quant.verify.model.metrics import Divergence
@@ -200,7 +200,7 @@ def test_outputs_are_kept_and_a_full_disk_is_refused_before_any_work(
     assert (tmp_path / "out.json").read_text() == "mine"
     with pytest.raises(OutputError, match="its folder does not exist"):
         evaluate([made("mq2")], name="no/out.json")
-    monkeypatch.setattr(checks, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(outputs, "free_bytes", lambda folder: 1000)
     with pytest.raises(OutputError, match=r"its disk has 0\.0 GB free"):
         evaluate([made("mq2")], name="new.json")
     assert not list(tmp_path.glob("*partial*"))

@@ -231,7 +231,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_any_work(
         measured()
     with pytest.raises(OutputError, match="its folder does not exist"):
         measured("no/m.json")
-    monkeypatch.setattr("mq_quant.quantize.fit.before.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("mq_quant.quantize.write.outputs.free_bytes", lambda _: 1000)
     with pytest.raises(OutputError, match=r"the work needs .* and its disk has"):
         measured("n.json")
     monkeypatch.undo()
