@@ -11,7 +11,7 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import coverage, emit, gigabytes, listed, note, paragraph, resumable
+from .console import coverage, gigabytes, listed, note, paragraph, resumable, show
 from .fitting import build_told, fit_request
 from .progress import Progress
 from .several import asked_tiers, folder_of, show_results
@@ -229,10 +229,11 @@ def build(
                 return build_file(chosen, statistics(chosen), options(encoder, accept), changes, asked_part)
 
         if wanted is not None:
-            finish = partial(_show, build_told(wanted, write_recipe, make), as_json, quiet)
+            finish = partial(show, build_told(wanted, write_recipe, make), as_json, quiet, _render_build)
         elif folder is None:
             (name,) = names or (None,)
-            finish = partial(_show, make(choose_recipe(name, recipe, source, revision)), as_json, quiet)
+            result = make(choose_recipe(name, recipe, source, revision))
+            finish = partial(show, result, as_json, quiet, _render_build)
         else:
             recipes = [choose_recipe(name, recipe, source, revision) for name in names or (None,)]
             same = one_effort(recipes, [statistics(chosen) for chosen in recipes])
@@ -240,11 +241,6 @@ def build(
                 made = build_files(recipes, folder, same, options(encoder), changes)
             finish = partial(show_results, made, as_json, quiet)
     finish()
-
-
-def _show(result: BuildResult, as_json: bool, quiet: bool) -> None:
-    if as_json or not quiet:
-        emit(result, as_json, _render_build, finished=True)
 
 
 def _render_build(result: BuildResult) -> str:

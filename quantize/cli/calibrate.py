@@ -11,7 +11,7 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import coverage, emit, gigabytes, listed, note, resumable
+from .console import coverage, emit, gigabytes, listed, note, resumable, show
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def calibrate(
                 first = equal_parts(opened.config.num_hidden_layers, streams)
                 how = StateOptions(first, device, force, restart, lies_here(opened), progress)
                 state = make_state(opened, ids, output, how)
-                if as_json or not quiet:
-                    emit(state, as_json, _render_state, finished=True)
+                show(state, as_json, quiet, _render_state)
                 return
             sizes = calibration_sizes(opened.config, ids.size, down)
             if dry_run:
@@ -126,8 +125,7 @@ def calibrate(
                 watch=progress,
             )
             result = run(opened, ids, output, options)
-    if as_json or not quiet:
-        emit(result, as_json, _render, finished=True)
+    show(result, as_json, quiet, _render)
 
 
 def _render_sizes(sizes: CalibrationSizes) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import emit, note
+from .console import note, show
 from .evaluate import Files
 from .progress import Progress
 
@@ -60,8 +60,7 @@ def card(
         result = write_card(files, output, options, progress)
     for text in result.notes:
         note(text)
-    if as_json or not quiet:
-        emit(result, as_json, _render, finished=True)
+    show(result, as_json, quiet, _render)
 
 
 def _render(result: CardResult) -> str:

@@ -60,6 +60,12 @@ def emit(result: R, as_json: bool, render: Callable[[R], str], *, finished: bool
         note(problem)
 
 
+def show(result: R, as_json: bool, quiet: bool, render: Callable[[R], str]) -> None:
+    """Print the result of finished work, unless it is to be quiet; `--json` asks for it all the same."""
+    if as_json or not quiet:
+        emit(result, as_json, render, finished=True)
+
+
 def json_text(document: dict[str, Any]) -> str:
     """A document as strict JSON on one line. Numbers that JSON lacks become null, unprintable characters escapes."""
     try:

@@ -11,7 +11,7 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import emit, gigabytes, note, resumable, table
+from .console import gigabytes, note, resumable, show, table
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -117,8 +117,7 @@ def evaluate(
             write_pictures(pictures, pictures_of(result.files))
     for text_of_note in result.notes:
         note(text_of_note)
-    if as_json or not quiet:
-        emit(result, as_json, _render, finished=True)
+    show(result, as_json, quiet, _render)
     result.raise_if_broken()
 
 

@@ -11,7 +11,7 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import emit, gigabytes
+from .console import emit, gigabytes, show
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ def _make(out: Path, backend: opt.Backend, force: bool, quiet: bool, as_json: bo
 
         with open_backend(backend) as device:
             made = write_kit(out, device, force=force, watch=progress)
-    if as_json or not quiet:
-        emit(made, as_json, _render_made, finished=True)
+    show(made, as_json, quiet, _render_made)
 
 
 def _check(kit: Path, results: Path, backend: opt.Backend, quiet: bool, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import duration, emit, gigabytes, note, resumable, table
+from .console import duration, emit, gigabytes, note, resumable, show, table
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ def measure(
                 note(_render_cost(cost))
             options = MeasureOptions(output, device, workers, encoder, force, restart, progress)
             result = run(chosen, opened, texts, statistics, options)
-    if as_json or not quiet:
-        emit(result, as_json, _render, finished=True)
+    show(result, as_json, quiet, _render)
 
 
 def _render_cost(cost: MeasureCost) -> str:

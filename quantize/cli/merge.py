@@ -10,7 +10,7 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import emit, gigabytes, resumable
+from .console import gigabytes, resumable, show
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def merge(
         resumable("the same command continues the merge, with --restart it begins anew"),
     ):
         result = merge_parts(parts, output, force, restart, progress)
-    if as_json or not quiet:
-        emit(result, as_json, _render, finished=True)
+    show(result, as_json, quiet, _render)
 
 
 def _render(result: MergeResult) -> str:

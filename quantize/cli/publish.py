@@ -10,7 +10,7 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import emit, gigabytes, note, resumable, table
+from .console import emit, gigabytes, note, resumable, show, table
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def publish(
         if not force:
             listing.raise_if_bad()
         result = upload(listing, UploadOptions(public, message), progress)
-    if as_json or not quiet:
-        emit(result, as_json, _render, finished=True)
+    show(result, as_json, quiet, _render)
 
 
 def _render_listing(result: Listing) -> str:

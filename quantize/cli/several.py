@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ...formats.text import printable
-from .console import complain, coverage, emit, gigabytes, listed, paragraph, table
+from .console import complain, coverage, gigabytes, listed, paragraph, show, table
 
 if TYPE_CHECKING:
     from ..pipeline.tiers import TierResult, TierResults
@@ -45,8 +45,7 @@ def folder_of(tiers: Sequence[str], output: Path | None, folder: Path | None, al
 
 def show_results(results: TierResults, as_json: bool, quiet: bool) -> None:
     """Print what became of each tier; the errors of those that failed follow on stderr, and set the exit code."""
-    if as_json or not quiet:
-        emit(results, as_json, lambda made: "\n".join(_rendered(made)), finished=True)
+    show(results, as_json, quiet, lambda made: "\n".join(_rendered(made)))
     for each in results.failed:
         assert each.error is not None
         complain(each.error, as_json)

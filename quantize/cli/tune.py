@@ -11,7 +11,7 @@ import typer
 
 from ...formats.text import printable
 from . import options as opt
-from .console import emit, gigabytes, resumable, table
+from .console import gigabytes, resumable, show, table
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def tune(
                 watch=progress,
             )
             result = tune_file(file, opened, ids, options)
-    if as_json or not quiet:
-        emit(result, as_json, _render, finished=True)
+    show(result, as_json, quiet, _render)
 
 
 def _render(result: TuneResult) -> str:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from mq_quant.quantize.cli.console import amount, duration, emit, gigabytes, resumable, table
+from mq_quant.quantize.cli.console import amount, duration, emit, gigabytes, resumable, show, table
 from mq_quant.quantize.cli.guard import INTERRUPTED, InterruptError
 
 
@@ -105,6 +105,17 @@ def test_numbers_that_json_lacks_are_null(value: float, capsys: pytest.CaptureFi
 def test_text_for_people_holds_no_control_character_but_line_ends(capsys: pytest.CaptureFixture[str]) -> None:
     emit(Said({}), False, lambda _: "one\n\x1b[31mtwo\r")
     assert capsys.readouterr().out == "one\n\\x1b[31mtwo\\r\n"
+
+
+@pytest.mark.parametrize(
+    ("as_json", "quiet", "printed"),
+    [(False, False, "text\n"), (False, True, ""), (True, False, '{"a": 1}\n'), (True, True, '{"a": 1}\n')],
+)
+def test_a_quiet_command_says_nothing_but_json_that_was_asked_for(
+    as_json: bool, quiet: bool, printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(Said({"a": 1}), as_json, quiet, lambda _: "text")
+    assert capsys.readouterr().out == printed
 
 
 def test_a_cell_of_a_table_stays_on_its_line() -> None:
