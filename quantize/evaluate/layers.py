@@ -5,7 +5,7 @@ Streams lie on the disk between layers, one for each model, so memory holds two 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,8 +22,7 @@ from ...verify.model.layer_model import Behind, LayerModel, TorchModel
 from ...verify.model.metrics import LayerFigures, layer_figures
 from ..calibrate.layer_pass import EMBED
 from ..calibrate.run import Reading, weights_of
-from ..write.journal import Journal
-from ..write.stream_folder import StreamFolder
+from ..write.layer_streams import LayerStreams
 
 SOURCE = "source"
 END = ("model.norm.weight", "lm_head.weight")
@@ -81,22 +80,16 @@ class Models:
 
 @dataclass(frozen=True)
 class LayersRun:
-    """Models on their way through the layers. The journal holds a line for each layer that all models have passed."""
+    """Models on their way through the layers, each with its stream."""
 
     models: Models
     tokens: NDArray[np.integer]
-    journal: Journal
-    streams: StreamFolder
+    streams: LayerStreams
     watch: Watch
-
-    @property
-    def done(self) -> int:
-        """Layers that all models have passed."""
-        return len(self.journal.done)
 
     def run(self) -> int:
         """Take all models through the layers that are left; returns how many an earlier run had passed."""
-        config, first, count = self.models.config, self.done, len(self.models.by_name)
+        config, first, count = self.models.config, self.streams.done, len(self.models.by_name)
         weights = [weights_of(list(layer_inventory(config, n))) for n in range(config.num_hidden_layers)]
         self.watch.begin("layers", count * sum(weights), "weights", count * sum(weights[:first]))
         if self.models.source is not None:
@@ -108,9 +101,8 @@ class LayersRun:
     def heads(self) -> dict[str, Head]:
         """Every model with the stream behind its last layer, of which only what is used comes into memory."""
         count = self.models.config.num_hidden_layers
-        hashes = self._hashes(count)
         return {
-            name: Head(model, Mapped(self.streams.mapped(name, count, self._shape, hashes[name])))
+            name: Head(model, Mapped(self.streams.mapped(name, count)))
             for name, model in self.models.by_name.items()
         }
 
@@ -118,16 +110,8 @@ class LayersRun:
         """What was found of one file layer by layer; nothing where the source was not run."""
         if self.models.source is None:
             return ()
-        records = [self.journal.done[_unit(n)] for n in range(self.done)]
+        records = [self.streams.record(n) for n in range(self.streams.done)]
         return tuple(LayerFigures(**record["figures"][file]) for record in records)
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return (*self.tokens.shape, self.models.config.hidden_size)
-
-    def _hashes(self, layer: int) -> Mapping[str, str]:
-        hashes: Mapping[str, str] = self.journal.done[_unit(layer - 1)]["streams"] if layer else {}
-        return hashes
 
     def _layer(self, layer: int, weights: int) -> None:
         hashes: dict[str, str] = {}
@@ -135,7 +119,7 @@ class LayersRun:
         reference: Behind | None = None
         for name, model in self.models.by_name.items():
             behind = model.layer(layer, self._enter(name, model, layer))
-            hashes[name] = self.streams.save(name, layer + 1, behind.stream.numpy())
+            hashes[name] = self.streams.folder.save(name, layer + 1, behind.stream.numpy())
             if name == SOURCE:
                 reference = behind
                 continue
@@ -143,14 +127,12 @@ class LayersRun:
                 found = layer_figures(layer, reference.stream, behind.stream, reference.ids, behind.ids)
                 figures.append(asdict(found))
             self.watch.advance(weights, f"layer {layer}")
-        self.journal.record(_unit(layer), "", streams=hashes, figures=figures)
-        for name in hashes:
-            self.streams.drop(name, layer)
+        self.streams.end_layer(layer, hashes, figures=figures)
 
     def _enter(self, name: str, model: LayerModel, layer: int) -> Tensor:
         if layer == 0:
             return model.embed(self.tokens)
-        return torch.from_numpy(self.streams.load(name, layer, self._shape, self._hashes(layer)[name]))
+        return torch.from_numpy(self.streams.load(name, layer))
 
 
 @dataclass(frozen=True)
@@ -161,7 +143,3 @@ class Mapped:
 
     def __getitem__(self, sequence: int) -> Tensor:
         return torch.from_numpy(np.array(self.stream[sequence]))
-
-
-def _unit(layer: int) -> str:
-    return f"layer.{layer}"

@@ -7,8 +7,8 @@ and the same command continues after the last layer that all models have passed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from ...formats.errors import CheckError
 from ...formats.hfq import HfqFile, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.machine import peak_rss
-from ...formats.own_file import disk_errors
 from ...formats.strictjson import compact
 from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
@@ -32,16 +31,15 @@ from ...verify.model.metrics import FEWEST, LayerFigures, Positions
 from ..calibrate.layer_pass import device_record, open_device
 from ..spec.provenance import code, flatten, program
 from ..write.atomic import write_atomic
-from ..write.journal import EVALUATION, Journal
+from ..write.journal import EVALUATION
+from ..write.layer_streams import layer_streams
 from ..write.partial_file import beside
-from ..write.stream_folder import StreamFolder
 from .checks import check_models, check_outputs
 from .layers import SOURCE, LayersRun, Models, SourceModel, file_name
 from .reference import Reference, config_of
 from .result import EvaluatedFile, Evaluation
 
 WORK = ".partial.evaluation"
-JOURNAL = "journal"
 RESTART = "give --restart to begin the evaluation anew"
 
 
@@ -78,8 +76,11 @@ def evaluate_files(paths: Sequence[Path], reference: Reference, options: Evaluat
             "code": code(),
             "files": [_identity(file) for file in files],
         }
-        journal, streams = stack.enter_context(_work(options, dict(flatten(signature))))
-        layers = LayersRun(models, reference.tokens, journal, streams, options.watch)
+        work, shape = beside(options.output, WORK), (*reference.tokens.shape, config.hidden_size)
+        streams = stack.enter_context(
+            layer_streams(work, shape, EVALUATION, dict(flatten(signature)), options.restart, RESTART)
+        )
+        layers = LayersRun(models, reference.tokens, streams, options.watch)
         resumed = layers.run()
         found = _heads(layers, reference, options)
         for file in unchanged:
@@ -100,27 +101,8 @@ def evaluate_files(paths: Sequence[Path], reference: Reference, options: Evaluat
             peak_rss_bytes=peak_rss(),
         )
         write_atomic(options.output, [memoryview(compact(result.as_json()) + b"\n")])
-        journal.done.clear()
+        streams.finish()
     return result
-
-
-@contextmanager
-def _work(options: EvaluateOptions, signature: dict[str, Any]) -> Iterator[tuple[Journal, StreamFolder]]:
-    """The locked folder beside the output; it goes where nothing is left to continue."""
-    folder = beside(options.output, WORK)
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-    journal = Journal(folder / JOURNAL, EVALUATION)
-    try:
-        streams = StreamFolder(folder, journal.begin(signature, options.restart), RESTART)
-        try:
-            yield journal, streams
-        finally:
-            if not journal.done:
-                journal.remove()
-                streams.discard()
-    finally:
-        journal.close()
 
 
 def _heads(layers: LayersRun, reference: Reference, options: EvaluateOptions) -> list[Positions]:

@@ -38,14 +38,13 @@ def divergences(run: StreamsRun) -> dict[str, NDArray[np.float64]]:
     Raises CheckError where predictions are not numbers.
     """
     config, count = run.plan.config, run.plan.config.num_hidden_layers
-    hashes = run.hashes(count)
     exact, stored = (SharedHead(TorchModel(w, config, run.device)) for w in (run.source, run.rest))
 
     def head(name: str) -> Head:
-        stream = Mapped(run.folder.mapped(name, count, run.shape, hashes[name]))
+        stream = Mapped(run.streams.mapped(name, count))
         return Head(exact if name == START else stored, stream)
 
-    names = [name for name in hashes if name != START]
+    names = [name for name in run.streams.hashes(count) if name != START]
     found: dict[str, NDArray[np.float64]] = {}
     groups = [names[low : low + TOGETHER] for low in range(0, len(names), TOGETHER)]
     run.watch.begin("next tokens", len(groups) * config.vocab_size, "tokens")

@@ -17,7 +17,6 @@ from ...awq.importance import ModelImportance
 from ...formats.checkpoint.source import Source
 from ...formats.machine import peak_rss
 from ...formats.minimax import layer_inventory
-from ...formats.own_file import disk_errors
 from ...formats.watch import UNWATCHED, Watch
 from ..calibrate.folder import discard_folder
 from ..calibrate.layer_pass import EMBED, device_record, make_room, open_device
@@ -31,10 +30,10 @@ from ..pipeline.statistics import OnTheFly, Statistics, check_pin, effort_of, fi
 from ..spec.provenance import code, flatten, program
 from ..spec.recipe import Recipe
 from ..write.atomic import write_atomic
-from ..write.journal import MEASUREMENT, Journal
+from ..write.journal import MEASUREMENT
+from ..write.layer_streams import LayerStreams, layer_streams
 from ..write.outputs import check_output, check_work_fits
 from ..write.partial_file import CALIBRATION, beside
-from ..write.stream_folder import StreamFolder
 from .before import WHOLES, Texts, cost_of
 from .found import Found, measurement_of
 from .heads import divergences
@@ -47,7 +46,6 @@ from .streams import Streams, StreamsRun, weights_of_expert
 TIER = "mq4"
 """The tier whose way of rounding, and of storing all but experts, is taken: in these all tiers are alike."""
 WORK = ".partial.measurement"
-JOURNAL = "journal"
 RESTART = "give --restart to begin the measurement anew"
 
 
@@ -146,17 +144,18 @@ def losses_of(
         **device_record(device),
         **found.signature,
     }
+    shape = (*texts.judging.shape, config.hidden_size)
     with (
-        _work(options, dict(flatten(signature))) as (journal, folder),
+        _work(options, shape, dict(flatten(signature))) as streams,
         _gathering(gathered, beside(options.output, CALIBRATION), options.watch),
     ):
         rest = RestWeights(source, recipe)
-        run = StreamsRun(source, rest, plan, texts.judging, device, journal, folder, options.watch)
-        resumed = run.done
+        run = StreamsRun(source, rest, plan, texts.judging, device, streams, options.watch)
+        resumed = streams.done
         with one_blas_thread():
             _layers(run, recipe, found.model, gathered, options)
         yield Found(divergences(run), files, found.stated, resumed, round(time.monotonic() - began, 3))
-        journal.done.clear()
+        streams.finish()
 
 
 def _layers(
@@ -167,7 +166,7 @@ def _layers(
     options: MeasureOptions,
 ) -> None:
     """Take the streams through the layers that are left; each weight of the source is let go with its layer."""
-    config, source, first = run.plan.config, run.source, run.done
+    config, source, first = run.plan.config, run.source, run.streams.done
     each = config.num_local_experts * weights_of_expert(config)
     layers = {n: [spec.name for spec in layer_inventory(config, n)] for n in range(config.num_hidden_layers)}
     names = [name for n in range(first, config.num_hidden_layers) for name in layers[n]]
@@ -188,31 +187,24 @@ def _layers(
 
 
 @contextmanager
-def _work(options: MeasureOptions, signature: dict[str, Any]) -> Iterator[tuple[Journal, StreamFolder]]:
-    """The locked folder beside the output; it goes, as that of the calibration, where nothing is left to continue.
+def _work(
+    options: MeasureOptions, shape: tuple[int, ...], signature: dict[str, Any]
+) -> Iterator[LayerStreams]:
+    """The streams beside the output; the folder of the calibration goes with theirs.
 
     What errors behind layers cost stays besides where no layer was measured yet: it is found before.
     """
     folder, moments = beside(options.output, WORK), beside(options.output, CALIBRATION)
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-    journal = Journal(folder / JOURNAL, MEASUREMENT)
-    try:
-        anew = journal.begin(signature, options.restart)
-        streams = StreamFolder(folder, anew, RESTART)
-        if anew:
+    with layer_streams(folder, shape, MEASUREMENT, signature, options.restart, RESTART) as streams:
+        if not streams.done:
             discard_folder(moments, but_sensitivities=not options.restart)
         ended = False
         try:
-            yield journal, streams
+            yield streams
             ended = True
         finally:
-            if not journal.done:
-                journal.remove()
-                streams.discard()
+            if not streams.done:
                 discard_folder(moments, but_sensitivities=not ended)
-    finally:
-        journal.close()
 
 
 @contextmanager

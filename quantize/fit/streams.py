@@ -34,8 +34,7 @@ from ...verify.model.reference import (
 from ..calibrate.layer_pass import layer_weights
 from ..calibrate.tokens import Tokens
 from ..spec.calibration_sizes import stream_group
-from ..write.journal import Journal
-from ..write.stream_folder import StreamFolder
+from ..write.layer_streams import LayerStreams
 from .pieces import SOURCE, Choice, LayerPieces, Matrices, in_order
 from .rest import RestLayer, RestWeights
 
@@ -90,49 +89,31 @@ class Entered:
 
 @dataclass(frozen=True)
 class StreamsRun:
-    """The streams on their way through the layers. The journal holds a line for each layer that all have passed."""
+    """The streams of a plan on their way through the layers."""
 
     source: Source
     rest: RestWeights
     plan: Streams
     tokens: Tokens
     device: torch.device
-    journal: Journal
-    folder: StreamFolder
+    streams: LayerStreams
     watch: Watch
-
-    @property
-    def done(self) -> int:
-        """Layers that all streams have passed."""
-        return len(self.journal.done)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[sequences, length, hidden] of each stream."""
-        return (*self.tokens.shape, self.plan.config.hidden_size)
-
-    def hashes(self, layer: int) -> Mapping[str, str]:
-        """The SHA-256 of each stream that enters a layer, by its name."""
-        found: Mapping[str, str] = self.journal.done[_unit(layer - 1)]["streams"] if layer else {}
-        return found
 
     def pass_layer(self, layer: int, pieces: LayerPieces, jobs: int) -> None:
         """Take every stream through a layer, and make what is behind it durable."""
         saved: dict[str, str] = {}
         with torch.inference_mode(), layer_weights(self.source, (self.device,), layer) as weights:
             for name, behind in self._rounded(layer, weights, pieces, jobs):
-                saved[name] = self.folder.save(name, layer + 1, behind.cpu().numpy())
+                saved[name] = self.streams.folder.save(name, layer + 1, behind.cpu().numpy())
             for name, behind in self._later(layer, RestLayer(self.rest, weights, self.device)):
-                saved[name] = self.folder.save(name, layer + 1, behind.cpu().numpy())
+                saved[name] = self.streams.folder.save(name, layer + 1, behind.cpu().numpy())
         self.rest.forget()
-        self.journal.record(_unit(layer), "", streams=saved)
-        for name in saved:
-            self.folder.drop(name, layer)
+        self.streams.end_layer(layer, saved)
 
     def _enter(self, name: str, layer: int) -> Tensor:
         if layer == 0:
             return embed(self.source if name == START else self.rest, self.tokens)
-        return torch.from_numpy(self.folder.load(name, layer, self.shape, self.hashes(layer)[name]))
+        return torch.from_numpy(self.streams.load(name, layer))
 
     def _rounded(
         self, layer: int, weights: Weights | TensorWeights, pieces: LayerPieces, jobs: int
@@ -197,7 +178,3 @@ class StreamsRun:
 def weights_of_expert(config: ModelConfig) -> int:
     """Weights of one expert."""
     return 3 * config.hidden_size * config.intermediate_size
-
-
-def _unit(layer: int) -> str:
-    return f"layer.{layer}"

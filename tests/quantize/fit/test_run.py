@@ -25,11 +25,12 @@ from mq_quant.quantize.evaluate.run import EvaluateOptions, evaluate_files
 from mq_quant.quantize.fit import run as fit_run
 from mq_quant.quantize.fit import streams
 from mq_quant.quantize.fit.measurement import Measurement, Projection, read_measurement
-from mq_quant.quantize.fit.run import JOURNAL, WORK, MeasureResult
+from mq_quant.quantize.fit.run import WORK, MeasureResult
 from mq_quant.quantize.pipeline.build import BuildResult
 from mq_quant.quantize.pipeline.statistics import ImatrixFile, OnTheFly
 from mq_quant.quantize.spec.places import open_place
 from mq_quant.quantize.write.journal import MEASUREMENT, Journal
+from mq_quant.quantize.write.layer_streams import JOURNAL
 from mq_quant.quantize.write.partial_file import CALIBRATION
 from mq_quant.verify.model.device_weights import DeviceWeights
 from mq_quant.verify.model.hfq_weights import DecodedFile
