@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...verify.model.metrics import DivergenceSummary
     from ..evaluate.reference import Reference
     from ..evaluate.result import Evaluation
-    from ..spec.calibration_sizes import EvaluationSizes
+    from ..spec.calibration_sizes import WorkSizes
 
 Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="HFQ files.", show_default=False)]
 
@@ -121,7 +121,7 @@ def evaluate(
     result.raise_if_broken()
 
 
-def _render_sizes(sizes: EvaluationSizes) -> str:
+def _render_sizes(sizes: WorkSizes) -> str:
     return (
         f"{sizes.tokens:,} tokens: memory about {gigabytes(sizes.memory_bytes)}, "
         f"disk {gigabytes(sizes.disk_bytes)} while it works"

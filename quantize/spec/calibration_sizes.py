@@ -53,8 +53,8 @@ class CalibrationSizes:
 
 
 @dataclass(frozen=True)
-class InlineSizes:
-    """Bytes that a build which calibrates itself takes: of memory at its peak, and of disk beside its output."""
+class WorkSizes:
+    """Bytes that work on `tokens` tokens takes: of memory at its peak, and of disk beside its output."""
 
     tokens: int
     memory_bytes: int
@@ -68,46 +68,39 @@ def calibration_sizes(config: ModelConfig, tokens: int, down: DownForm) -> Calib
     """What a calibration on so many tokens takes, with down's moments kept in this form."""
     from ...formats.statistics.moment_file import layer_tensors
 
-    h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
+    h, i = config.hidden_size, config.intermediate_size
     stream = 4 * tokens * h
-    attention = 2 * stream + 4 * tokens * (3 * config.q_dim + 2 * config.kv_dim)
-    busiest = min(tokens, 8 * -(-tokens * config.num_experts_per_tok // e))
-    expert = 4 * busiest * (2 * h + 3 * i) + 4 * 6 * h * i
     moments = 8 * 3 * (h * h + 2 * i * i) + 8 * CHUNK * max(h, i)
     layer = sum(_BYTES[dtype] * math.prod(shape) for dtype, shape in layer_tensors(config, down).values())
     table = 8 * config.vocab_size * h
-    running = stream + max(attention, 3 * stream + expert + moments) + layer
+    running = stream + _passing_bytes(config, tokens, moments) + layer
     memory = BASE_MEMORY + max(table + 2 * stream, running)
     return CalibrationSizes(tokens, memory, layer, layer * config.num_hidden_layers, stream)
 
 
-@dataclass(frozen=True)
-class EvaluationSizes:
-    """Bytes that an evaluation of so many models takes: of memory at its peak, and of disk beside its output."""
+def _passing_bytes(config: ModelConfig, tokens: int, moments: int = 0) -> int:
+    """Bytes of memory that a layer takes in which a stream of so many tokens is, besides that stream: of its attention,
+    or of the busiest expert and of `moments` that are gathered.
+    """
+    h, i = config.hidden_size, config.intermediate_size
+    stream = 4 * tokens * h
+    attention = 2 * stream + 4 * tokens * (3 * config.q_dim + 2 * config.kv_dim)
+    busiest = min(tokens, 8 * -(-tokens * config.num_experts_per_tok // config.num_local_experts))
+    expert = 4 * busiest * (2 * h + 3 * i) + 4 * 6 * h * i
+    return max(attention, 3 * stream + expert + moments)
 
-    tokens: int
-    memory_bytes: int
-    disk_bytes: int
 
-    def as_json(self) -> dict[str, int]:
-        return asdict(self)
-
-
-def evaluation_sizes(config: ModelConfig, tokens: int, models: int) -> EvaluationSizes:
+def evaluation_sizes(config: ModelConfig, tokens: int, models: int) -> WorkSizes:
     """What running `models` models on so many tokens takes, the source among them where it runs.
 
     Memory is that of one layer of one model, as a calibration has it without its moments, the source's stream behind
     the layer, and some rows of the vocabulary of each model at the head. The streams before and behind a layer lie on
     the disk.
     """
-    h, i, e = config.hidden_size, config.intermediate_size, config.num_local_experts
-    stream = 4 * tokens * h
-    attention = 2 * stream + 4 * tokens * (3 * config.q_dim + 2 * config.kv_dim)
-    busiest = min(tokens, 8 * -(-tokens * config.num_experts_per_tok // e))
-    expert = 4 * busiest * (2 * h + 3 * i) + 4 * 6 * h * i
-    layer = 3 * stream + max(attention, 3 * stream + expert)
-    head = 4 * HEAD_ROWS * h * (models + 1) + stream
-    return EvaluationSizes(tokens, BASE_MEMORY + max(layer, head), 2 * models * stream)
+    stream = 4 * tokens * config.hidden_size
+    layer = 3 * stream + _passing_bytes(config, tokens)
+    head = 4 * HEAD_ROWS * config.hidden_size * (models + 1) + stream
+    return WorkSizes(tokens, BASE_MEMORY + max(layer, head), 2 * models * stream)
 
 
 STREAMS_AT_ONCE = 1 << 30
@@ -119,9 +112,7 @@ def stream_group(config: ModelConfig, tokens: int) -> int:
     return max(1, STREAMS_AT_ONCE // (12 * 4 * tokens * config.hidden_size))
 
 
-def measuring_sizes(
-    config: ModelConfig, tokens: int, formats: int, wholes: int, jobs: int
-) -> EvaluationSizes:
+def measuring_sizes(config: ModelConfig, tokens: int, formats: int, wholes: int, jobs: int) -> WorkSizes:
     """What measuring each piece in so many formats takes, on so many tokens, besides a calibration.
 
     Memory is that of the streams that are at one layer, and of an expert in all formats for each of the jobs. Streams
@@ -134,7 +125,7 @@ def measuring_sizes(
     rounded = stream * (4 * begun + departing) + round(held * expert) * (jobs + 1)
     memory = BASE_MEMORY + max(rounded, STREAMS_AT_ONCE, 12 * stream)
     streams = begun + departing * config.num_hidden_layers
-    return EvaluationSizes(tokens, memory, 2 * streams * stream)
+    return WorkSizes(tokens, memory, 2 * streams * stream)
 
 
 def gpu_streams(memory: int) -> int:
@@ -218,7 +209,7 @@ def inline_sizes(
     tuned: int = 0,
     ahead: int = 0,
     sensitive: bool = False,
-) -> InlineSizes:
+) -> WorkSizes:
     """What a build that calibrates itself takes, where its encoding alone takes `build_bytes` of memory.
 
     What the experts of one layer see lies on the disk, with the residual streams before and after it, and those of each
@@ -237,4 +228,4 @@ def inline_sizes(
     if sensitive:
         before, meanwhile, stays = sensitivity_sizes(config, tokens)
         memory, disk = max(memory, before), max(meanwhile, disk + stays)
-    return InlineSizes(tokens, memory, disk)
+    return WorkSizes(tokens, memory, disk)
