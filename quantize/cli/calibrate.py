@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,12 +95,11 @@ def calibrate(
         from ..calibrate.state import StateOptions, equal_parts, make_state
         from ..calibrate.tokens import TokenRequest, load_tokens
         from ..spec.calibration_sizes import calibration_sizes
-        from ..spec.places import choose_recipe, open_place
+        from ..spec.places import checked_place, choose_recipe
 
         chosen = choose_recipe(tier, recipe, source) if propagate == "quantised" else None
         asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
-        with closing(open_place(source, revision, shard_cache, output.parent)) as opened:
-            opened.validate()
+        with checked_place(source, revision, shard_cache, output.parent) as opened:
             ids = load_tokens(opened, asked)
             if streams:
                 first = equal_parts(opened.config.num_hidden_layers, streams)

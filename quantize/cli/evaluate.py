@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,7 +89,7 @@ def evaluate(
         from ..evaluate.reference import config_of, of_checkpoint, of_file
         from ..evaluate.run import EvaluateOptions, evaluate_files
         from ..spec.calibration_sizes import evaluation_sizes
-        from ..spec.places import local_folder, open_place
+        from ..spec.places import checked_place, local_folder
         from ..write.inputs import check_no_input
 
         inputs = [*files, reference, text, tokens, local_folder(source) if source else None]
@@ -102,8 +102,7 @@ def evaluate(
         else:
             assert source is not None
             asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
-            opened = stack.enter_context(closing(open_place(source, revision, shard_cache, output.parent)))
-            opened.validate()
+            opened = stack.enter_context(checked_place(source, revision, shard_cache, output.parent))
             against = of_checkpoint(opened, asked, opened.fingerprint(progress))
         if not (quiet or as_json):
             with open_hfq(files[0]) as first:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,7 +96,7 @@ def measure(
         from ..fit.before import cost_of, measuring_statistics, texts_of
         from ..fit.run import TIER, MeasureOptions
         from ..fit.run import measure as run
-        from ..spec.places import choose_recipe, local_folder, open_place
+        from ..spec.places import checked_place, choose_recipe, local_folder
         from ..write.inputs import check_no_input
 
         chosen = choose_recipe(None if recipe else TIER, recipe, source, revision)
@@ -107,10 +106,9 @@ def measure(
         inputs = [recipe, text, tokens, judge_tokens, local_folder(place.address), imatrix, calibration]
         check_no_input(output, inputs)
         with (
-            closing(open_place(place.address, place.revision, shard_cache, output.parent)) as opened,
+            checked_place(place.address, place.revision, shard_cache, output.parent) as opened,
             open_encoder(device) as encoder,
         ):
-            opened.validate()
             texts = texts_of(opened, asked, judge_tokens, held_out, effort == "calibrated")
             cost = cost_of(opened, texts, statistics, workers, device)
             if dry_run:

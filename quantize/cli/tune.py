@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,13 +62,12 @@ def tune(
     ):
         from ...formats.machine import cores
         from ..calibrate.tokens import TokenRequest, load_tokens
-        from ..spec.places import open_place
+        from ..spec.places import checked_place
         from ..tune.file import TuneOptions, tune_file
         from ..tune.layer import TuneSettings
 
         asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
-        with closing(open_place(source, revision, shard_cache, place.parent)) as opened:
-            opened.validate()
+        with checked_place(source, revision, shard_cache, place.parent) as opened:
             ids = load_tokens(opened, asked)
             options = TuneOptions(
                 output=place,

@@ -7,7 +7,6 @@ hashes, where that is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from ..spec.layer_hashes import (
     layer_hash,
     read_table,
 )
-from ..spec.places import choose_recipe, open_place
+from ..spec.places import checked_place, choose_recipe
 from ..spec.recipe import tiers
 from ..write.atomic import write_atomic
 
@@ -107,8 +106,7 @@ def regenerate(wanted: Wanted, watch: Watch = UNWATCHED) -> Regeneration:
     recipes = [choose_recipe(tier, None, wanted.source, wanted.revision) for tier in names]
     model, place = recipes[0].model, recipes[0].model.place
     statistics = ImatrixFile(wanted.imatrix) if wanted.imatrix else None
-    with closing(open_place(place.address, place.revision, wanted.shard_cache, Path())) as opened:
-        opened.validate()
+    with checked_place(place.address, place.revision, wanted.shard_cache, Path()) as opened:
         layers = _layers(wanted.layers, opened.config.num_hidden_layers)
         source = HeldSource(opened)
         specs = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from ...formats.watch import UNWATCHED, Watch
 from ..encode.prepared_layer import FitSettings, fit_settings
 from ..spec.hooks import nothing
 from ..spec.metadata import SideFiles, template, totals_of
-from ..spec.places import open_place, side_files
+from ..spec.places import checked_place, side_files
 from ..spec.plan import Plan, PlannedTensor, make_plan, plan_tensors
 from ..spec.provenance import code, flatten, program
 from ..spec.recipe import Awq, Fit, Recipe
@@ -178,8 +178,7 @@ def open_builds(
     """
     recipes = [changes.apply(recipe, statistics) for recipe in recipes]
     where = recipes[0].model.place
-    with closing(open_place(where.address, where.revision, shard_cache, scratch)) as source:
-        source.validate()
+    with checked_place(where.address, where.revision, shard_cache, scratch) as source:
         hash_source(source, watch)
         yield resolve_all(recipes, statistics, source, check, watch)
 

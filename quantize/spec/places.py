@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,16 @@ def open_place(place: str, revision: str | None, shard_cache: int, scratch: Path
     if folder is not None:
         return open_folder(folder)
     return open_hub(place, revision, shard_cache, scratch=scratch)
+
+
+@contextmanager
+def checked_place(
+    place: str, revision: str | None, shard_cache: int, scratch: Path | None
+) -> Iterator[Checkpoint]:
+    """The same with its inventory checked, until the end of the block; raises the errors of `Source.validate`."""
+    with closing(open_place(place, revision, shard_cache, scratch)) as opened:
+        opened.validate()
+        yield opened
 
 
 def model_files(model: Model) -> ModelFiles:

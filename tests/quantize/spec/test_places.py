@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from mq_quant.formats.errors import CheckpointError, ConfigError, RecipeError
 from mq_quant.formats.hfq.layout import METADATA_LIMIT
-from mq_quant.quantize.spec.places import choose_recipe, local_folder, model_files, side_files
+from mq_quant.quantize.spec import places
+from mq_quant.quantize.spec.places import checked_place, choose_recipe, local_folder, model_files, side_files
 from mq_quant.quantize.spec.recipe import load_tier
 
 MINE = """
@@ -77,6 +79,27 @@ def test_a_file_is_not_taken_for_a_repository(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(CheckpointError, match="is a file, not a checkpoint's folder") as e:
         local_folder("model/a.safetensors")
     assert e.value.hint == "give model"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_checked_source_is_closed_whatever_its_inventory_says(
+    broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+
+    class Opened:
+        def validate(self) -> None:
+            did.append("validate")
+            if broken:
+                raise CheckpointError("lacks a tensor")
+
+        def close(self) -> None:
+            did.append("close")
+
+    monkeypatch.setattr(places, "open_place", lambda *given: Opened())
+    with pytest.raises(CheckpointError) if broken else nullcontext(), checked_place("x", None, 2, None):
+        did.append("work")
+    assert did == ["validate", *([] if broken else ["work"]), "close"]
 
 
 def test_config_alone_is_enough_to_plan(small: Path, tmp_path: Path) -> None:
