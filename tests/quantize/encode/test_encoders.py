@@ -18,9 +18,9 @@ from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.encode import gpu_encoder
 from mq_quant.quantize.encode.encoders import CPU, MatrixTask, open_encoder
 from mq_quant.quantize.encode.gpu_encoder import GpuEncoder
-from mq_quant.quantize.pipeline import build_spec
 from mq_quant.quantize.pipeline.build import BuildResult
 from mq_quant.quantize.pipeline.statistics import NoStatistics
+from mq_quant.quantize.spec import places
 
 Run = Callable[..., BuildResult]
 
@@ -129,7 +129,7 @@ def test_what_a_device_lacks_is_said_before_anything_is_read(
 
     monkeypatch.setattr(gpu_encoder, "devices", lambda kind: 0)
     monkeypatch.setattr(gpu_encoder, "open_backend", missing)
-    monkeypatch.setattr(build_spec, "open_place", lambda *_: pytest.fail("the source was opened"))
+    monkeypatch.setattr(places, "open_place", lambda *_: pytest.fail("the source was opened"))
     with pytest.raises(SystemExit) as stopped:
         main(["build", "--tier", "mq2", "--source", str(small), "--device", name])
     assert stopped.value.code == 2

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from mq_quant.formats.errors import CheckpointError, ImatrixError, OutputError, RecipeError
-from mq_quant.quantize.pipeline import build_spec
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.build_spec import RecipeChanges, open_build
 from mq_quant.quantize.pipeline.statistics import (
@@ -18,6 +17,7 @@ from mq_quant.quantize.pipeline.statistics import (
     NoStatistics,
     Statistics,
 )
+from mq_quant.quantize.spec import places
 from mq_quant.quantize.spec.places import choose_recipe
 from mq_quant.quantize.spec.recipe import ImatrixRef, Recipe, load_tier, parse_recipe
 
@@ -44,7 +44,7 @@ def test_a_source_that_does_not_pass_its_check_is_closed(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Broken()
-    monkeypatch.setattr(build_spec, "open_place", lambda *_: source)
+    monkeypatch.setattr(places, "open_place", lambda *_: source)
     with pytest.raises(CheckpointError, match="is broken"), open_build(recipe):
         pass
     assert source.closed
@@ -54,14 +54,14 @@ def test_a_source_is_closed_after_any_later_error(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[bool] = []
-    real = build_spec.open_place
+    real = places.open_place
 
     def watched(*arguments: Any) -> Any:
         source = real(*arguments)
         monkeypatch.setattr(source, "close", lambda: closed.append(True))
         return source
 
-    monkeypatch.setattr(build_spec, "open_place", watched)
+    monkeypatch.setattr(places, "open_place", watched)
     with pytest.raises(ImatrixError), open_build(recipe, ImatrixFile(tmp_path / "none")):
         pass
     assert closed == [True]
@@ -128,7 +128,7 @@ def test_a_plain_build_refuses_what_needs_statistics(changes: RecipeChanges, rec
 def test_an_output_that_cannot_be_is_refused_before_the_source_is_opened(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_spec, "open_place", lambda *_: pytest.fail("the source was opened"))
+    monkeypatch.setattr(places, "open_place", lambda *_: pytest.fail("the source was opened"))
     (tmp_path / "there").write_bytes(b"precious")
     for name, problem in (
         ("there", "exists already"),
