@@ -31,7 +31,7 @@ from ...formats.text import shown
 from ...formats.watch import UNWATCHED, Watch
 from ...texts import CALIBRATION_SHA256
 from ..calibrate.tokens import TokenRequest
-from ..pipeline.build_spec import BuildSpec, open_build
+from ..pipeline.build_spec import BuildSpec, open_builds
 from ..pipeline.encoding import Encoded
 from ..pipeline.statistics import ImatrixFile, MomentFolder, NoStatistics, OnTheFly, Statistics
 from ..pipeline.turns import LayersInTurn, Turns
@@ -201,7 +201,7 @@ def reproduce(
     record = provenance(path)
     recipe = recorded_recipe(record, path, inputs)
     statistics = _statistics(record, path, inputs)
-    with open_build(recipe, statistics, watch=watch) as spec, open_hfq(path) as file:
+    with open_builds([recipe], statistics, watch=watch) as (spec,), open_hfq(path) as file:
         check_inputs(record, spec, path)
         if [t.meta() for t in spec.plan.tensors] != [_meta(e) for e in file.entries]:
             raise CheckError("its tensors are not those that its recipe gives", file=path)

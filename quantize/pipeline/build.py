@@ -27,7 +27,7 @@ from ..spec.recipe import Recipe
 from ..write.inputs import check_no_input
 from ..write.partial_file import CALIBRATION, TUNING, Destination, PartialFile, beside
 from ..write.stream_folder import StreamFolder
-from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_build, output_name
+from .build_spec import UNCHANGED, BuildSpec, RecipeChanges, open_builds, output_name
 from .encoding import Encoded
 from .notes import Notes, with_notes
 from .parts import LayerRange, PartLayout, sealed
@@ -282,7 +282,7 @@ def build_file(
 
     Without `statistics` the recipe's own imatrix is used.
 
-    The final name appears only when every byte is written and synced. Raises the errors of `open_build` and `Build`,
+    The final name appears only when every byte is written and synced. Raises the errors of `open_builds` and `Build`,
     before any work where the inputs show what is wrong.
     """
     name = default_name(recipe, part)
@@ -302,8 +302,8 @@ def build_file(
     def check(sizes: Sequence[int], besides: int) -> None:
         options.check(name, sum(sizes) if part is None else 0, besides)
 
-    opened = open_build(
-        recipe,
+    opened = open_builds(
+        [recipe],
         statistics,
         changes,
         check=check,
@@ -312,7 +312,7 @@ def build_file(
         watch=options.watch,
         hash_source=options.cluster.hash_source if options.cluster else nothing,
     )
-    with opened as spec, Build(spec, options, part) as build:
+    with opened as (spec,), Build(spec, options, part) as build:
         for sentence in spec.notes:
             options.on_note(sentence)
         return run_builds({0: build}, beside(options.destination(name).path, CALIBRATION), options)[0]

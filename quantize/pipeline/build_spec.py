@@ -132,33 +132,6 @@ def output_name(recipe: Recipe) -> str:
 
 
 @contextmanager
-def open_build(
-    recipe: Recipe,
-    statistics: Statistics | None = None,
-    changes: RecipeChanges = UNCHANGED,
-    *,
-    check: SpaceCheck | None = None,
-    shard_cache: int = 2,
-    scratch: Path | None = None,
-    watch: Watch = UNWATCHED,
-    hash_source: SourceHook = nothing,
-) -> Iterator[BuildSpec]:
-    """`open_builds` of one recipe."""
-    opened = open_builds(
-        [recipe],
-        statistics,
-        changes,
-        check=check,
-        shard_cache=shard_cache,
-        scratch=scratch,
-        watch=watch,
-        hash_source=hash_source,
-    )
-    with opened as (spec,):
-        yield spec
-
-
-@contextmanager
 def open_builds(
     recipes: Sequence[Recipe],
     statistics: Statistics | None = None,

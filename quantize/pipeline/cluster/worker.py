@@ -141,8 +141,8 @@ _HERE = _Workplace()
 
 
 def _open(job: bytes, gpu: int | None, stack: ExitStack) -> _Opened:
-    """Open a job, until the stack is closed; the errors of `open_build` and `open_encoder`, and ClusterError where this
-    node sees other inputs than the driver.
+    """Open a job, until the stack is closed; the errors of `open_builds` and `open_encoder`, and ClusterError where
+    this node sees other inputs than the driver.
     """
     given: Job = pickle.loads(job)
     place, statistics = given.recipe.model.place, given.statistics

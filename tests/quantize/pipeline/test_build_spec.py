@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mq_quant.formats.errors import CheckpointError, ImatrixError, OutputError, RecipeError
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
-from mq_quant.quantize.pipeline.build_spec import RecipeChanges, open_build
+from mq_quant.quantize.pipeline.build_spec import RecipeChanges, open_builds
 from mq_quant.quantize.pipeline.statistics import (
     ImatrixFile,
     MomentFolder,
@@ -45,7 +45,7 @@ def test_a_source_that_does_not_pass_its_check_is_closed(
 ) -> None:
     source = Broken()
     monkeypatch.setattr(places, "open_place", lambda *_: source)
-    with pytest.raises(CheckpointError, match="is broken"), open_build(recipe):
+    with pytest.raises(CheckpointError, match="is broken"), open_builds([recipe]):
         pass
     assert source.closed
 
@@ -62,7 +62,7 @@ def test_a_source_is_closed_after_any_later_error(
         return source
 
     monkeypatch.setattr(places, "open_place", watched)
-    with pytest.raises(ImatrixError), open_build(recipe, ImatrixFile(tmp_path / "none")):
+    with pytest.raises(ImatrixError), open_builds([recipe], ImatrixFile(tmp_path / "none")):
         pass
     assert closed == [True]
 
@@ -73,11 +73,14 @@ def test_an_imatrix_that_is_not_the_pinned_one_is_refused(recipe: Recipe, small:
         return recipe.model_copy(update={"model": recipe.model.model_copy(update={"imatrix": ref})})
 
     stated = hashlib.sha256((small / "imatrix.gguf").read_bytes()).hexdigest()
-    with pytest.raises(ImatrixError, match="pins the imatrix"), open_build(pinned("0" * 64)):
+    with pytest.raises(ImatrixError, match="pins the imatrix"), open_builds([pinned("0" * 64)]):
         pass
-    with open_build(pinned("0" * 64), ImatrixFile(small / "imatrix.gguf")):
+    with open_builds([pinned("0" * 64)], ImatrixFile(small / "imatrix.gguf")):
         """Another one that is given on purpose is taken."""
-    with open_build(pinned(stated)) as spec, open_build(recipe, ImatrixFile(small / "imatrix.gguf")) as plain:
+    with (
+        open_builds([pinned(stated)]) as (spec,),
+        open_builds([recipe], ImatrixFile(small / "imatrix.gguf")) as (plain,),
+    ):
         assert spec.plan.digest() == plain.plan.digest()
         assert "sha256" not in spec.recipe.resolved()["model"]["imatrix"]
     with pytest.raises(RecipeError, match="sha256"):
@@ -91,7 +94,7 @@ def test_an_imatrix_that_is_not_the_pinned_one_is_refused(recipe: Recipe, small:
 
 
 def test_the_signature_names_arguments_inputs_and_the_code(recipe: Recipe, small: Path) -> None:
-    with open_build(recipe, ImatrixFile(small / "imatrix.gguf")) as spec:
+    with open_builds([recipe], ImatrixFile(small / "imatrix.gguf")) as (spec,):
         keys = set(spec.signature)
     assert {"recipe.tier", "recipe.fit", "recipe.awq.alpha", "plan", "program", "imatrix.sha256"} <= keys
     assert {"code.sources", "code.numpy", "code.numba", "code.scipy"} <= keys

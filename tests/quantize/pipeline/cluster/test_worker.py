@@ -17,7 +17,7 @@ import hub_server
 import pytest
 from mq_quant.quantize.encode.encoders import Encoder
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
-from mq_quant.quantize.pipeline.build_spec import BuildSpec, open_build
+from mq_quant.quantize.pipeline.build_spec import BuildSpec, open_builds
 from mq_quant.quantize.pipeline.cluster import delivery, worker
 from mq_quant.quantize.pipeline.cluster.delivery import Target, marker_of
 from mq_quant.quantize.pipeline.cluster.job import Answer, Job, Shard, Slice
@@ -46,7 +46,7 @@ class Given:
 @pytest.fixture
 def given(source: Path, tmp_path: Path) -> Iterator[Given]:
     recipe = choose_recipe("mq2", None, str(source))
-    with open_build(recipe, ImatrixFile(source / "imatrix.gguf"), CHANGES) as spec:
+    with open_builds([recipe], ImatrixFile(source / "imatrix.gguf"), CHANGES) as (spec,):
         yield job_of(spec, tmp_path)
     worker._HERE.close()
 
@@ -171,7 +171,7 @@ def test_a_worker_streams_its_own_shards_and_leaves_none(
     monkeypatch.setattr(worker.tempfile, "tempdir", str(scratch))
     recipe = choose_recipe("mq2", None, hub_server.REPO)
     made = build_file(recipe, NoStatistics(), RunOptions(tmp_path / "one")).path.read_bytes()
-    with open_build(recipe, NoStatistics(), scratch=tmp_path) as spec:
+    with open_builds([recipe], NoStatistics(), scratch=tmp_path) as (spec,):
         given = job_of(spec, tmp_path)
     job, start = pickle.dumps(given.job), spec.plan.data_offset
     for piece in given.slices:
