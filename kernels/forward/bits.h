@@ -85,9 +85,9 @@ struct BitDot {
   static constexpr int PLANES = 24, TILES = PLANES / 8, WORDS = 8;    // bits of x, tiles of 8 of them, words of a plane
   static constexpr int UNIT = PLANES * WORDS, STAGE = UNIT + 8;       // words of LDS that a group of x takes
   static constexpr int ROWS = Format::ROWS, TEAM = GROUP / Format::SLICE, SETS = Format::SETS;
-  static constexpr int AT_ONCE = 1;    // groups that are multiplied at once
-  // Stages of the ring that are being filled at a time. Found best on an H200: with rows that take longer, fewer.
-  static constexpr int UNDER_WAY = SETS > 3 ? 1 : 2;
+  // Found best on an H200: groups that are multiplied at once, stages of the ring that are being filled at a time, and those that
+  // are asked for before x has come, or -1 where that does not matter.
+  static constexpr int AT_ONCE = SETS > 3 ? 1 : 3, UNDER_WAY = 2, AT_FIRST = SETS > 3 ? 2 : -1;
   static constexpr bool SHIFTS = false;    // whether rows that meet in a bank are put apart
   static constexpr int TOP = 21;    // the largest element's power of two, in units
   static constexpr float HIGH = 12582912.0f;    // 1.5 · 2^23: f32 from 2^23 to 2^24 are whole numbers
@@ -109,6 +109,19 @@ struct BitDot {
       highest[f] = has && part == 3 ? weight[f] ^ NEGATIVE << 16 : weight[f];
     }
   }
+
+  // Where a lane reads of a group of x in LDS.
+  struct Staged {
+    const uint8_t* planes;
+    const float* unit;
+    explicit DEVICE_MEMBER Staged(const float* group)
+        : planes(reinterpret_cast<const uint8_t*>(group + lane() / TEAM * WORDS + 2 * (lane() % TEAM))),
+          unit(group + UNIT + 2 * (lane() % TEAM)) {}
+    DEVICE_MEMBER void move(int groups) {
+      planes += groups * STAGE * sizeof(float);
+      unit += groups * STAGE;
+    }
+  };
 
   static DEVICE_MEMBER void load_x(const float* x, int i, float (&v)[PER_LANE]) { Format::load_x(x, i, v); }
 
@@ -163,8 +176,9 @@ struct BitDot {
     }
   }
 
-  DEVICE_MEMBER void add(const typename Format::Raw (&raw)[ROWS], const float* staged, const float*) {
-    const int column = lane() / TEAM, part = lane() % TEAM;
+  DEVICE_MEMBER void add(const typename Format::Raw (&raw)[ROWS], const float* staged, const float*) { add(raw, Staged(staged)); }
+
+  DEVICE_MEMBER void add(const typename Format::Raw (&raw)[ROWS], const Staged& staged) {
     uint32_t a[2][SETS], b[2][SETS];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -173,10 +187,8 @@ struct BitDot {
     }
     uint32_t x[TILES][2];
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      read_words(reinterpret_cast<const uint8_t*>(staged + (8 * tile + column) * WORDS + 2 * part), x[tile]);
-    }
-    Sums codes[TILES] = {};    // of rows `column` and column + 8, codes 2 · part and 2 · part + 1
+    for (int tile = 0; tile < TILES; tile++) read_words(staged.planes + tile * 8 * WORDS * sizeof(float), x[tile]);
+    Sums codes[TILES] = {};    // of rows `code` and code + 8, codes 2 · part and 2 · part + 1
 #pragma unroll
     for (int f = 0; f < SETS; f += 2) {    // two sets at once; the unit is quickest where its left factor stays
       uint32_t upper[TILES][2], lower[TILES][2];
@@ -199,7 +211,7 @@ struct BitDot {
         }
       }
     }
-    const float unit = staged[UNIT + 2 * part], none = staged[UNIT + 2 * part + 1];
+    const float unit = staged.unit[0], none = staged.unit[1];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float level[2], product = 0.0f;

@@ -111,8 +111,7 @@ struct ByteDot {
   static constexpr int ROWS = 1, TEAM = 4, DIGITS = 4, PAIRS = 4;    // pairs of words of a half
   static constexpr int UNIT = GROUP * DIGITS / 4, STAGE = UNIT + 4;  // words of LDS that a group of x takes
   static constexpr int DIGIT = 1 << 8;    // what the next digit counts
-  static constexpr int AT_ONCE = 3;    // groups that are multiplied at once
-  static constexpr int UNDER_WAY = 2;    // stages of the ring that are being filled at a time; found best on an H200
+  static constexpr int AT_ONCE = 3, UNDER_WAY = 2, AT_FIRST = -1;    // as in bits.h; found best on an H200
   static constexpr bool SHIFTS = true;    // whether rows that meet in a bank are put apart
   static constexpr int TOP = 29;    // the largest element's power of two, in units
   float sum[ROWS] = {};
@@ -152,7 +151,19 @@ struct ByteDot {
     }
   }
 
-  DEVICE_MEMBER void add(const typename Format::Raw (&raw)[ROWS], const float* staged, const float*) {
+  // Where a lane reads of a group of x in LDS.
+  struct Staged {
+    const uint8_t* digits;
+    const float* unit;
+    explicit DEVICE_MEMBER Staged(const float* group)
+        : digits(reinterpret_cast<const uint8_t*>(group + 4 * lane())), unit(group + UNIT) {}
+    DEVICE_MEMBER void move(int groups) {
+      digits += groups * STAGE * sizeof(float);
+      unit += groups * STAGE;
+    }
+  };
+
+  DEVICE_MEMBER void add(const typename Format::Raw (&raw)[ROWS], const Staged& staged) {
     const int part = lane() % TEAM;
     float product = 0.0f;
     Counts counts;
@@ -162,7 +173,7 @@ struct ByteDot {
       uint32_t a[4], x[2];
       Format::bytes(raw[0], pair, a[0], a[2]);
       Format::bytes(raw[0], PAIRS + pair, a[1], a[3]);
-      read_words(reinterpret_cast<const uint8_t*>(staged + (pair / 2 * WAVE + lane()) * 4 + pair % 2 * 2), x);
+      read_words(staged.digits + (pair / 2 * WAVE * 4 + pair % 2 * 2) * sizeof(float), x);
       multiply_bytes(counts, a[0], a[1], a[2], a[3], x[0], x[1]);
       if (pair % Format::RUN == Format::RUN - 1) {
         const int whole = part < 2 ? counts.v[0] + DIGIT * counts.v[1] : counts.v[2] + DIGIT * counts.v[3];
@@ -170,10 +181,8 @@ struct ByteDot {
       }
     }
     product *= part % 2 ? (float)(DIGIT * DIGIT) : 1.0f;
-    if (part == 0) product = fmaf(Format::zero(raw[0]), staged[UNIT + 2], product);
-    sum[0] += product * staged[UNIT] * staged[UNIT + 1];
+    if (part == 0) product = fmaf(Format::zero(raw[0]), staged.unit[2], product);
+    sum[0] += product * staged.unit[0] * staged.unit[1];
   }
-
-  DEVICE_MEMBER float total() { return team_total<TEAM>(sum); }
 };
 #endif

@@ -11,8 +11,8 @@ CHUNK = 12
 MATRIX_THREADS = 128
 """Threads of a block that decodes, or multiplies one matrix."""
 WAVES = 12
-"""Waves of a block that multiply experts' rows which are streamed through LDS; one more wave copies them."""
-EXPERT_THREADS = 32 * (WAVES + 1)
+"""Waves of a block that multiply experts' rows which are streamed through LDS; one more copies, and one adds up."""
+EXPERT_THREADS = 32 * (WAVES + 2)
 """Threads of a block that multiplies experts' matrices, at most."""
 DIRECT_THREADS = 384
 """The same where no rows are streamed."""
@@ -28,7 +28,9 @@ SHARE = 6
 """Groups of a row that a wave multiplies, at most, of rows that are streamed. Found best on an H200."""
 MOST_RUNS = 4
 """Runs in a stage of the ring where a wave has all groups of a run. Where waves share a run, a stage has fewer."""
-MOST_STAGES = 16
+AT_FIRST = 2
+"""Stages that are asked for before x has come."""
+MOST_STAGES = 12
 """Stages of the ring, at most."""
 CONFLICT, SHIFTED, SHIFT = 64, 4, 16
 """Rows of a multiple of CONFLICT bytes meet in the banks of LDS: each SHIFTED of them are put SHIFT bytes further."""
@@ -42,6 +44,7 @@ CONSTANTS: Mapping[str, Number] = {
     "ATTENTION_THREADS": ATTENTION_THREADS,
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
     "SHARE": SHARE,
+    "AT_FIRST": AT_FIRST,
     "MOST_STAGES": MOST_STAGES,
     "MOST_RUNS": MOST_RUNS,
     "CONFLICT": CONFLICT,

@@ -191,11 +191,13 @@ DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* 
     HIP_DYNAMIC_SHARED(uint8_t, lds)
     LDS(Ring, ring, 1);
     if (stages > 0) {
-      Stream<FORMAT, MATRICES> stream(job, ring, lds, stages, tile, tiles, share);
-      if (wave() == stream.waves) {
+      Stream<FORMAT, MATRICES> stream(job, ring, lds, staged, stages, tile, tiles, share);
+      if (wave() < stream.waves) {
+        stream.multiply(x);
+      } else if (wave() == stream.waves) {
         stream.copy();
       } else {
-        stream.multiply(x, staged);
+        stream.finish();
       }
       return;
     }

@@ -308,7 +308,7 @@ def _launch_experts(
     if first.format in WAVE_ROWS and first.cols // GROUP <= CHUNK and all(m.aligned for m in w):
         stages, lds, tile = _ring(backend, kernel, first)
     if stages:
-        waves = WAVES + 1
+        waves = WAVES + 2
         tiles = _ceil(first.rows, tile)
         count = slots * tokens * len(w) * tiles
         blocks: tuple[int, ...] = (min(backend.multiprocessors, count),)
@@ -325,7 +325,7 @@ def _ring(backend: Backend, kernel: Kernel, w: Experts) -> tuple[int, int, int]:
     line, members = BY_NAME[w.format].nbytes(w.cols), _ceil(w.cols // GROUP, SHARE)
     rows = MOST_RUNS // members * WAVE_ROWS[w.format]
     shift = 0 if line % CONFLICT or w.format in backend.slices else SHIFT
-    stage = rows * (line + 4 * members) + rows // SHIFTED * shift
+    stage = rows * (line + 8 * members) + rows // SHIFTED * shift
     stages = min(MOST_STAGES, backend.lds_for_copies(kernel) // stage)
     return (stages, stages * stage, rows) if stages > 1 else (0, 0, 0)
 

@@ -1,10 +1,10 @@
 // Experts' rows through LDS, for GPUs whose header defines MQ_COPY. What a launch multiplies is one list of tiles: for each slot
 // the rows of its expert's matrices, some at a time. The blocks, one for each multiprocessor, take equal shares of the list.
-// The last wave of a block copies: tiles go to the stages of a ring, one after the other, as far ahead as the ring is long.
-// The other waves form teams that take tiles in turns. A wave of a team multiplies at most SHARE groups of a run of ROWS rows;
-// the one that is the last to have done so adds up what all have made of the run, in the order of the waves. x lies in LDS for
-// as long as it stays the same. The copies begin before the kernel before this one has ended. What a multiprocessor asks for
-// comes in turns, x behind the rows that were asked for before it: so no more of them are under way than memory needs.
+// One wave of a block copies: tiles go to the stages of a ring, one after the other, as far ahead as the ring is long. Most waves
+// multiply: they form teams that take tiles in turns, and a wave of a team multiplies at most SHARE groups of a run of ROWS rows.
+// The last wave adds up what they have made of a tile, and gives the stage back. x lies in LDS for as long as it stays the same.
+// The copies begin before the kernel before this one has ended. What a multiprocessor asks for comes in turns, x behind the rows
+// that were asked for before it: so few of them are asked for before it, and later no more are under way than memory needs.
 #pragma once
 #include "bits.h"
 #include "bytes.h"
@@ -50,9 +50,7 @@ struct Tiled<Format, decltype((void)sizeof(typename Format::Bytes))>
     : TiledBy<ByteDot<typename Format::Bytes>, typename Format::Bytes> {};
 
 struct Ring {
-  Arrival filled[MOST_STAGES], emptied[MOST_STAGES], met;
-  int missing[MOST_STAGES];          // whether the expert of a stage's tile is not there
-  int done[MOST_STAGES][MOST_RUNS];  // waves that have multiplied their groups of a run
+  Arrival filled[MOST_STAGES], emptied[MOST_STAGES], finished[MOST_STAGES], met;
 };
 
 template <class Format, int MATRICES>
@@ -65,8 +63,12 @@ struct Stream {
   struct Place {
     int stages, stage = 0, rounds = 0;
     DEVICE_MEMBER explicit Place(int stages) : stages(stages) {}
-    DEVICE_MEMBER void move(int by) {
-      for (stage += by; stage >= stages; stage -= stages) rounds++;
+    DEVICE_MEMBER void move(int by) {    // no more than once round
+      stage += by;
+      if (stage >= stages) {
+        stage -= stages;
+        rounds++;
+      }
     }
   };
 
@@ -79,148 +81,163 @@ struct Stream {
       matrix = before % MATRICES;
       slot = before / MATRICES;
     }
-    DEVICE_MEMBER void move(int by) {
-      for (number += by; number >= tiles; number -= tiles) {
-        slot += matrix == MATRICES - 1;
-        matrix = matrix == MATRICES - 1 ? 0 : matrix + 1;
-      }
+    DEVICE_MEMBER void next() {
+      if (++number < tiles) return;
+      number = 0;
+      slot += matrix == MATRICES - 1;
+      matrix = matrix == MATRICES - 1 ? 0 : matrix + 1;
     }
+  };
+
+  // Two halves of a row's sum.
+  struct alignas(8) Halves {
+    float v[2];
   };
 
   const Job<MATRICES>& job;
   Ring* ring;
   uint8_t* lds;
-  int stages, waves;                  // waves that multiply
-  int rows, runs, members;            // of a tile, runs of ROWS rows of it, waves that share a run
-  int line, shift;                    // bytes of a row
-  int count;                          // the block's share of the list
-  Tile first;
-  const uint8_t* matrix = nullptr;    // of the first tile
+  float* staged;                     // a row of x
+  int stages, waves;                 // waves that multiply
+  int rows, tiles, runs, members;    // of a tile, tiles of a matrix, runs of ROWS rows of a tile, waves that share a run
+  int line, shift, size;             // bytes of a row, between some rows, of a stage
+  int first, count;                  // the block's share of the list
 
   // `share`: the tiles of a block, but for the rest of the list, of which the first blocks have a tile more each.
-  DEVICE_MEMBER Stream(const Job<MATRICES>& job, Ring* ring, uint8_t* lds, int stages, int rows, int tiles, int share)
-      : job(job), ring(ring), lds(lds), stages(stages), waves((int)blockDim.x / WAVE - 1), rows(rows), runs(rows / ROWS),
-        members((job.groups + SHARE - 1) / SHARE), line(job.groups * Format::BYTES),
-        shift(Dot::SHIFTS && line % CONFLICT == 0 ? SHIFT : 0),
-        first(tiles, (int)blockIdx.x * share + min((int)blockIdx.x, rest_of(job, tiles, share))) {
-    count = share + ((int)blockIdx.x < rest_of(job, tiles, share));
-    if (wave() == waves) matrix = job.matrix(first.matrix, first.slot);
+  DEVICE_MEMBER Stream(const Job<MATRICES>& job, Ring* ring, uint8_t* lds, float* staged, int stages, int rows, int tiles,
+                       int share)
+      : job(job), ring(ring), lds(lds), staged(staged), stages(stages), waves((int)blockDim.x / WAVE - 2), rows(rows),
+        tiles(tiles), runs(rows / ROWS), members((job.groups + SHARE - 1) / SHARE), line(job.groups * Format::BYTES),
+        shift(Dot::SHIFTS && line % CONFLICT == 0 ? SHIFT : 0), size(rows * line + rows / SHIFTED * shift) {
+    const int rest = job.slots * MATRICES * tiles - share * (int)gridDim.x;
+    first = (int)blockIdx.x * share + min((int)blockIdx.x, rest);
+    count = share + ((int)blockIdx.x < rest);
     if ((int)threadIdx.x < stages) {
       prepare(ring->filled + threadIdx.x, 1);
-      prepare(ring->emptied + threadIdx.x, runs);
-      for (int i = 0; i < runs; i++) ring->done[threadIdx.x][i] = 0;
+      prepare(ring->emptied + threadIdx.x, members * runs);
+      prepare(ring->finished + threadIdx.x, 1);
     }
     if (threadIdx.x == 0) prepare(&ring->met, waves);
     __syncthreads();
   }
 
-  static DEVICE_MEMBER int rest_of(const Job<MATRICES>& job, int tiles, int share) {
-    return job.slots * MATRICES * tiles - share * (int)gridDim.x;
+  // Where a row of the first stage lies: SHIFTED rows follow one another, and the next ones lie `shift` bytes further.
+  DEVICE_MEMBER int place_of(int r) const { return r * line + r / SHIFTED * shift; }
+
+  // What was made of a stage's rows, [members, rows].
+  DEVICE_MEMBER Halves* made(int stage) const {
+    return reinterpret_cast<Halves*>(lds + stages * size) + stage * members * rows;
   }
 
-  // Where a row of a stage lies: SHIFTED rows follow one another, and the next ones lie `shift` bytes further.
-  DEVICE_MEMBER uint8_t* row(int stage, int r) const {
-    return lds + (stage * rows + r) * line + (stage * (rows / SHIFTED) + r / SHIFTED) * shift;
-  }
-
-  // What the members have made of a run.
-  DEVICE_MEMBER float* sums(int stage, int run) const {
-    return reinterpret_cast<float*>(row(stages, 0)) + (stage * runs + run) * members * ROWS;
-  }
-
-  // The last wave's work.
+  // One wave's work: to fill stages. Where rows take long to multiply, few are asked for before x has come.
   DEVICE_MEMBER void copy() {
-    Tile tile = first;
+    Tile tile(tiles, first);
     Place place(stages), before(stages);    // of the tile, of the one that has to be there first
+    const uint8_t* matrix = job.matrix(tile.matrix, tile.slot);
+    const int under_way = min(Dot::UNDER_WAY, stages);
     const int all = rows * line, piece = shift ? SHIFTED * line : all;
     for (int i = 0; i < count; i++) {
       if (i > 0 && tile.number == 0) matrix = job.matrix(tile.matrix, tile.slot);
-      if (i >= min(Dot::UNDER_WAY, stages)) {
+      if (i == Dot::AT_FIRST) await_arrival(&ring->met, 0);
+      if (i >= under_way) {
         await_arrival(ring->filled + before.stage, before.rounds % 2);
         before.move(1);
       }
-      if (place.rounds > 0) await_arrival(ring->emptied + place.stage, (place.rounds - 1) % 2);
+      if (place.rounds > 0) await_arrival(ring->finished + place.stage, (place.rounds - 1) % 2);
       if (lane() == 0) {
         const int left = job.rows - tile.number * rows, bytes = !matrix ? 0 : left < rows ? left * line : all;
         const uint8_t* from = matrix + (int64_t)tile.number * all;
-        uint8_t* to = row(place.stage, 0);
-        ring->missing[place.stage] = !matrix;
+        uint8_t* to = lds + place.stage * size;
         expect(ring->filled + place.stage, bytes);
         for (int at = 0; at < bytes; at += piece, to += piece + shift) {
           copy_run(to, from + at, min(piece, bytes - at), ring->filled + place.stage);
         }
       }
-      tile.move(1);
+      tile.next();
       place.move(1);
     }
   }
 
-  // Waits until a stage is filled with a tile. Arrivals tell an even round from an odd one and no more, so the tile of the round
-  // before must be gone first.
-  DEVICE_MEMBER void await_filled(const Place& place) const {
-    if (place.rounds > 0) await_arrival(ring->emptied + place.stage, (place.rounds - 1) % 2);
-    await_arrival(ring->filled + place.stage, place.rounds % 2);
+  // Another wave's work: to add up what was made of rows, members in order.
+  DEVICE_MEMBER void finish() const {
+    Tile tile(tiles, first);
+    Place place(stages);
+    const uint8_t* matrix = job.matrix(tile.matrix, tile.slot);
+    for (int i = 0; i < count; i++) {
+      if (i > 0 && tile.number == 0) matrix = job.matrix(tile.matrix, tile.slot);
+      await_arrival(ring->emptied + place.stage, place.rounds % 2);
+      float* out = job.row(tile.matrix, tile.slot) + tile.number * rows;
+      const int left = min(rows, job.rows - tile.number * rows);
+      for (int r = lane(); r < left; r += WAVE) {
+        float total = 0.0f;
+#pragma unroll 1
+        for (int m = 0; m < members; m++) {
+          const Halves halves = made(place.stage)[m * rows + r];
+          total += halves.v[0] + halves.v[1];
+        }
+        out[r] = matrix ? total : not_a_number();
+      }
+      sync_wave();
+      if (lane() == 0) arrive(ring->finished + place.stage);
+      tile.next();
+      place.move(1);
+    }
   }
 
   // The other waves' work.
-  DEVICE_MEMBER void multiply(const float* x, float* staged) const {
+  DEVICE_MEMBER void multiply(const float* x) const {
     const int member = wave() % members, run = wave() / members % runs, team = wave() / (members * runs);
     const int teams = min(waves / (members * runs), stages);
     const int lead = lane() / LANES, quarter = lane() % LANES;
-    Tile tile = first, last = first;
-    Place place(stages);
-    last.move(count - 1);
-    int x_row = tile.slot / job.per_x, met = 0;
+    // Arrivals tell an even round from an odd one and no more, so the tile of the round before must have been there. It was asked
+    // for before a tile that this team has had, and came before it, unless as many stages may be under way.
+    const bool early = stages - teams < Dot::UNDER_WAY;
+    const int span = tiles * MATRICES * job.per_x;    // tiles that have the same row of x
+    const int groups = (job.groups - member + members - 1) / members;
+    const int keeps = Dot::ROWS == 2 ? quarter % 2 : 0;    // the row of which this lane has a half in the end
+    const int own = member * rows + run * ROWS + keeps * APART + lead;
+    int x_row = first / span, met = 0;
+    int until = (x_row + 1) * span - first;
+    int row[Dot::ROWS];
+#pragma unroll
+    for (int r = 0; r < Dot::ROWS; r++) row[r] = place_of(run * ROWS + r * APART + lead) + member * Format::BYTES;
     await_previous();
-    take(x, x_row, staged);
+    take(x, x_row);
     meet(met);
-    tile.move(team);
+    Dot dot;
+    Place place(stages);
     place.move(team);
     for (int i = team < teams ? team : count; i < count; i += teams) {
-      while (tile.slot >= (x_row + 1) * job.per_x) turn(x, ++x_row, staged, met);
-      await_filled(place);
-      Dot dot;
+      for (; i >= until; until += span) turn(x, ++x_row, met);
+      if (early && place.rounds > 0) await_arrival(ring->emptied + place.stage, (place.rounds - 1) % 2);
+      await_arrival(ring->filled + place.stage, place.rounds % 2);
+      typename Dot::Staged from(staged + member * Dot::STAGE);
       const uint8_t* at[Dot::ROWS];
+      typename Weights::Raw raw[Dot::ROWS];
 #pragma unroll
-      for (int r = 0; r < Dot::ROWS; r++) at[r] = row(place.stage, run * ROWS + r * APART + lead);
+      for (int r = 0; r < Dot::ROWS; r++) {
+        dot.sum[r] = 0.0f;
+        at[r] = lds + place.stage * size + row[r];
+        raw[r] = Weights::read(at[r], quarter);
+      }
 #pragma unroll(Dot::AT_ONCE)
-      for (int group = member; group < job.groups; group += members) {
-        typename Weights::Raw raw[Dot::ROWS];
+      for (int left = groups; left > 0; left--) {
+        dot.add(raw, from);
+        from.move(members);
 #pragma unroll
-        for (int r = 0; r < Dot::ROWS; r++) raw[r] = Weights::read(at[r] + group * Format::BYTES, quarter);
-        dot.add(raw, staged + group * Dot::STAGE, nullptr);
+        for (int r = 0; r < Dot::ROWS; r++) {    // the next group's, or the last one's again
+          at[r] += left > 1 ? members * Format::BYTES : 0;
+          raw[r] = Weights::read(at[r], quarter);
+        }
       }
-      const float total = dot.total();
-      float* made = sums(place.stage, run);
-      constexpr int KEEPERS = LANES / Dot::ROWS;    // lanes that have the total of a row
-      if (quarter % KEEPERS == 0) made[member * ROWS + quarter / KEEPERS * APART + lead] = total;
+      const float upper = dot.sum[0], lower = dot.sum[Dot::ROWS - 1];
+      const float half = (keeps ? lower : upper) + __shfl_xor(keeps ? upper : lower, 1);
+      if (Dot::ROWS == 2 || quarter % 2 == 0) made(place.stage)[own].v[quarter / 2] = half;
       sync_wave();
-      int before = members - 1;
-      if (members > 1) {
-        if (lane() == 0) before = count_up(&ring->done[place.stage][run]);
-        before = __shfl(before, 0);
-      }
-      if (before == members - 1) finish(tile, place.stage, run, made);
-      tile.move(teams);
+      if (lane() == 0) arrive(ring->emptied + place.stage);
       place.move(teams);
     }
-    while (last.slot >= (x_row + 1) * job.per_x) turn(x, ++x_row, staged, met);
-  }
-
-  // Adds up what the members have made of a run; then nobody needs the stage for it any more.
-  DEVICE_MEMBER void finish(const Tile& tile, int stage, int run, const float* made) const {
-    const int r = tile.number * rows + run * ROWS + lane();
-    if (lane() < ROWS && r < job.rows) {
-      float total = made[lane()];
-#pragma unroll 1
-      for (int m = 1; m < members; m++) total += made[m * ROWS + lane()];
-      job.row(tile.matrix, tile.slot)[r] = ring->missing[stage] ? not_a_number() : total;
-    }
-    sync_wave();
-    if (lane() == 0) {
-      ring->done[stage][run] = 0;
-      arrive(ring->emptied + stage);
-    }
+    for (; count > until; until += span) turn(x, ++x_row, met);
   }
 
   // Waits for all waves that multiply.
@@ -232,7 +249,7 @@ struct Stream {
   }
 
   // Puts a row of x into LDS, a group to a wave.
-  DEVICE_MEMBER void take(const float* x, int x_row, float* staged) const {
+  DEVICE_MEMBER void take(const float* x, int x_row) const {
     for (int group = wave(); group < job.groups; group += waves) {
       float v[PER_LANE];
       Dot::load_x(x + ((int64_t)x_row * job.groups + group) * GROUP, lane(), v);
@@ -241,9 +258,9 @@ struct Stream {
   }
 
   // The same for another row: no wave reads the old one any more, and every wave finds the new one.
-  DEVICE_MEMBER void turn(const float* x, int x_row, float* staged, int& met) const {
+  DEVICE_MEMBER void turn(const float* x, int x_row, int& met) const {
     meet(met);
-    take(x, x_row, staged);
+    take(x, x_row);
     meet(met);
   }
 };

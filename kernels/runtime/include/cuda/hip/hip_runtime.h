@@ -168,12 +168,6 @@ static __device__ __forceinline__ void copy_run(uint8_t* lds, const uint8_t* fro
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    lds_address(lds)), "l"(from), "r"(bytes), "r"(lds_address(arrival)) : "memory");
 }
-// The count before, when all that the others had written before they counted is seen.
-static __device__ __forceinline__ int count_up(int* count) {
-  int before;
-  asm volatile("atom.acq_rel.cta.shared::cta.add.s32 %0, [%1], 1;" : "=r"(before) : "r"(lds_address(count)) : "memory");
-  return before;
-}
 static __device__ __forceinline__ void await_arrival(Arrival* arrival, int parity) {
   asm volatile("{.reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait;}" ::"r"(
                    lds_address(arrival)), "r"(parity) : "memory");
