@@ -28,8 +28,6 @@ SHARE = 6
 """Groups of a row that a wave multiplies, at most, of rows that are streamed. Found best on an H200."""
 MOST_RUNS = 4
 """Runs in a stage of the ring where a wave has all groups of a run. Where waves share a run, a stage has fewer."""
-AT_FIRST = 2
-"""Stages that are asked for before x has come."""
 MOST_STAGES = 12
 """Stages of the ring, at most."""
 CONFLICT, SHIFTED, SHIFT = 64, 4, 16
@@ -44,7 +42,6 @@ CONSTANTS: Mapping[str, Number] = {
     "ATTENTION_THREADS": ATTENTION_THREADS,
     "MAX_HEAD_DIM": MAX_HEAD_DIM,
     "SHARE": SHARE,
-    "AT_FIRST": AT_FIRST,
     "MOST_STAGES": MOST_STAGES,
     "MOST_RUNS": MOST_RUNS,
     "CONFLICT": CONFLICT,
