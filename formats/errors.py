@@ -97,6 +97,10 @@ class TuningError(MqError):
     """A file that cannot be tuned against this source."""
 
 
+class InputError(MqError):
+    """A file or folder that a command was given, and that is not what it takes or does not go with the others."""
+
+
 class RecipeError(MqError):
     """A recipe that does not follow the schema."""
 

@@ -220,7 +220,7 @@ def verify_file(
     """Judge a file by its structure and decoding, and against a source, which is found as `mq-quant verify` finds it.
 
     About `tokens` held-out tokens are run (None: 512, and no fewer); `sample` looks at a fixed sample of the tensors.
-    `Verification.raise_if_failed()` raises CheckError where a stage missed its bar.
+    `Verification.raise_if_failed()` raises InputError where a stage missed its bar.
     """
     from ..formats.hfq import open_hfq
     from ..kernels.runtime.host import open_backend
@@ -252,9 +252,9 @@ def evaluate_files(
 
     `source` is run beside them on token ids [sequences, length], or on the evaluation text of mq-quant; `reference`, a
     file of saved predictions, stands in place of it and holds its own tokens. Continues an evaluation that was
-    interrupted. Raises CheckError where neither or both are given.
+    interrupted. Raises InputError where neither or both are given.
     """
-    from ..formats.errors import CheckError
+    from ..formats.errors import InputError
     from ..formats.hfq import open_hfq
     from .calibrate.tokens import TokenRequest, check_tokens
     from .evaluate.reference import of_checkpoint, of_file
@@ -263,7 +263,7 @@ def evaluate_files(
 
     files, options = [Path(path) for path in paths], EvaluateOptions(Path(output), device=device, force=force)
     if (source is None) == (reference is None):
-        raise CheckError("give either source or reference")
+        raise InputError("give either source or reference")
     if source is None:
         with open_hfq(files[0]) as first:
             against = of_file(Path(str(reference)), first)

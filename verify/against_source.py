@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.checkpoint.source import Source
-from ..formats.errors import CheckError, MqError
+from ..formats.errors import InputError, MqError
 from ..formats.hfq import HfqFile, TensorEntry
 from ..formats.minimax import ModelConfig, TensorSpec, inventory
 from ..formats.statistics.imatrix import Imatrix
@@ -137,11 +137,11 @@ DIMENSIONS = (
 
 
 def check_dimensions(file: HfqFile, cfg: ModelConfig, source: ModelConfig) -> None:
-    """CheckError where a file is of a model of other dimensions than the source: nothing can be compared then."""
+    """InputError where a file is of a model of other dimensions than the source: nothing can be compared then."""
     different = [
         f"{name} is {getattr(cfg, name)}, the source's {getattr(source, name)}"
         for name in DIMENSIONS
         if getattr(cfg, name) != getattr(source, name)
     ]
     if different:
-        raise CheckError(f"cannot be compared with the source: {'; '.join(different)}", file=file.path)
+        raise InputError(f"cannot be compared with the source: {'; '.join(different)}", file=file.path)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..formats.errors import CheckError, MqError, OutputError
+from ..formats.errors import CheckError, InputError, MqError, OutputError
+from ..formats.plain_file import open_plain
 from .model.metrics import cosine
 
 MAGIC = b"HFHS\0\0\0\0"
@@ -56,10 +57,8 @@ class HiddenDump:
 def open_hidden(path: Path) -> HiddenDump:
     """Read a dump's header and hold it against the file's size; HiddenError for anything else."""
     try:
-        size = path.stat().st_size
-        if path.is_fifo():  # opening one may wait for ever
-            raise HiddenError("is not a plain file", file=path)
-        with path.open("rb") as f:
+        with open_plain(path) as f:
+            size = os.fstat(f.fileno()).st_size
             head = f.read(_HEADER.size)
     except OSError as e:
         raise HiddenError(f"cannot be read: {e.strerror}", file=path) from None
@@ -160,20 +159,20 @@ class HiddenComparison:
 
 
 def compare_dumps(a: Path, b: Path, bar: float) -> HiddenComparison:
-    """Compare two files; HiddenError where one is no dump, CheckError where their shapes differ or are empty."""
+    """Compare two files; HiddenError where one is no dump, InputError where their shapes differ or are empty."""
     return HiddenComparison(a, b, bar, tuple(compare_hidden(open_hidden(a), open_hidden(b))))
 
 
 def compare_hidden(a: HiddenDump, b: HiddenDump) -> Iterator[LayerDistance]:
-    """Compare two dumps layer by layer; CheckError where their shapes differ or they hold nothing."""
+    """Compare two dumps layer by layer; InputError where their shapes differ or they hold nothing."""
     if a.shape != b.shape:
-        raise CheckError(
+        raise InputError(
             f"holds {a.shape} (layers, positions, hidden), and {b.path} {b.shape}",
             file=a.path,
             hint="dump both with the same model and tokens",
         )
     if 0 in a.shape:
-        raise CheckError("holds no values, so there is nothing to compare", file=a.path)
+        raise InputError("holds no values, so there is nothing to compare", file=a.path)
     for layer in range(a.n_layers):
         x, y = torch.from_numpy(a.layer(layer)), torch.from_numpy(b.layer(layer))
         cosines = cosine(x, y)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .. import lfs
 from ..errors import CheckpointError
+from ..plain_file import open_plain
 from ..strictjson import JsonError, parse_object
 from ..text import shortened, shown
 
@@ -117,7 +118,7 @@ def _naturals(value: Any) -> bool:
 def read_header(path: Path) -> list[TensorInfo]:
     """The tensors of a shard on disk; raises CheckpointError."""
     try:
-        with path.open("rb") as f:
+        with open_plain(path) as f:
             return header_of(f, path)
     except OSError as e:
         raise CheckpointError(f"cannot be read: {e.strerror}", file=path) from None
@@ -148,7 +149,7 @@ def by_name(shards: Iterable[list[TensorInfo]], folder: str | Path) -> dict[str,
 def read_tensor(path: Path, info: TensorInfo) -> NDArray[np.uint8]:
     """A tensor's stored bytes as u8 [stop - start]; CheckpointError where the file cannot be read to their end."""
     try:
-        with path.open("rb") as f:
+        with open_plain(path) as f:
             return payload_of(f, info, path)
     except OSError as e:
         raise CheckpointError(f"cannot be read: {e.strerror}", file=path, tensor=info.name) from None

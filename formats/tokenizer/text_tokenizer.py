@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import TokenError
 from ..lfs import HINT, PROBLEM, is_pointer
+from ..plain_file import open_plain
 from ..text import shown
 
 SIZE_LIMIT = 256 << 20
@@ -55,11 +56,12 @@ class TextTokenizer:
     def open(cls, path: Path) -> TextTokenizer:
         """The tokenizer in a file; TokenError."""
         try:
-            with path.open("rb") as f:
+            with open_plain(path) as f:
                 raw = f.read(SIZE_LIMIT + 1)
             text = raw.decode("utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise TokenError(f"the tokenizer cannot be read: {e}", file=path) from None
+            said = getattr(e, "strerror", None) or e
+            raise TokenError(f"the tokenizer cannot be read: {said}", file=path) from None
         if len(raw) > SIZE_LIMIT:
             raise TokenError(f"the tokenizer is larger than {SIZE_LIMIT} bytes", file=path)
         if is_pointer(raw):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...formats.checkpoint.source import Source
-from ...formats.errors import CheckError
+from ...formats.errors import InputError
 from ...formats.hfq import HfqFile
 from ...formats.minimax import ModelConfig, parse_config
+from ...formats.plain_file import open_plain
 from ...formats.statistics.moment_folder import config_record
 from ...texts import EVALUATION_SHA256
 from ...verify.evaluate.dense import DenseComparison, of_source
@@ -59,10 +60,10 @@ class Reference:
         return of_source(self.saved, self.tokens, self.saved.vocabulary, models)
 
     def check_vocabulary(self, file: HfqFile, config: ModelConfig) -> None:
-        """CheckError where saved predictions are over another vocabulary than the file's."""
+        """InputError where saved predictions are over another vocabulary than the file's."""
         found = self.saved or self.llama
         if found is not None and found.vocabulary != config.vocab_size:
-            raise CheckError(
+            raise InputError(
                 f"has a vocabulary of {config.vocab_size} tokens, the reference one of {found.vocabulary}",
                 file=file.path,
                 hint="the reference is of another model",
@@ -98,13 +99,13 @@ def of_checkpoint(
 def of_file(path: Path, first: HfqFile) -> Reference:
     """Predictions that were saved by us or by llama.cpp, told apart by content.
 
-    Whether llama.cpp has put a BOS before each chunk follows from the config of the first file. Raises CheckError.
+    Whether llama.cpp has put a BOS before each chunk follows from the config of the first file. Raises InputError.
     """
     try:
-        with path.open("rb") as f:
+        with open_plain(path) as f:
             head = f.read(len(MAGIC))
     except OSError as e:
-        raise CheckError(f"cannot be read: {e.strerror}", file=path) from None
+        raise InputError(f"cannot be read: {e.strerror}", file=path) from None
     if head == MAGIC:
         base = open_llama_base(path)
         config = first.metadata.get("config")
@@ -119,8 +120,8 @@ def of_file(path: Path, first: HfqFile) -> Reference:
 
 
 def config_of(file: HfqFile) -> ModelConfig:
-    """The dimensions that a file states; CheckError where it states none, ConfigError where they are none."""
+    """The dimensions that a file states; InputError where it states none, ConfigError where they are none."""
     stated = file.metadata.get("config")
     if not isinstance(stated, Mapping):
-        raise CheckError("has no config, so it cannot be run", file=file.path)
+        raise InputError("has no config, so it cannot be run", file=file.path)
     return parse_config(stated)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from ...formats.errors import CheckError
+from ...formats.errors import CheckError, InputError
+from ...formats.plain_file import open_plain
 from ...formats.strictjson import JsonError, finite, parse_object
 from ...verify.model.metrics import DivergenceSummary, LayerFigures
 
@@ -89,20 +90,20 @@ _ADAPTER = TypeAdapter(Evaluation)
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in a file that `evaluate` wrote; CheckError where it is none."""
+    """The evaluation in a file that `evaluate` wrote; InputError where it is none."""
     hint = "give the file that `mq-quant evaluate` wrote"
     try:
-        with path.open("rb") as f:
+        with open_plain(path) as f:
             raw = f.read(LIMIT + 1)
     except OSError as e:
-        raise CheckError(f"cannot be read: {e.strerror}", file=path, hint=hint) from None
+        raise InputError(f"cannot be read: {e.strerror}", file=path, hint=hint) from None
     try:
         found = _ADAPTER.validate_python(_with_numbers(parse_object(raw)))
     except (JsonError, ValidationError) as e:
         problem = str(e).splitlines()[0] if isinstance(e, JsonError) else _first(e)
-        raise CheckError(f"is no evaluation: {problem}", file=path, hint=hint) from None
+        raise InputError(f"is no evaluation: {problem}", file=path, hint=hint) from None
     if found.schema != SCHEMA:
-        raise CheckError(f"has schema {found.schema}, and this program reads {SCHEMA}", file=path, hint=hint)
+        raise InputError(f"has schema {found.schema}, and this program reads {SCHEMA}", file=path, hint=hint)
     return found
 
 

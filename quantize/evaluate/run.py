@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...formats.errors import CheckError
+from ...formats.errors import InputError
 from ...formats.hfq import HfqFile, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.machine import peak_rss
@@ -58,7 +58,7 @@ class EvaluateOptions:
 def evaluate_files(paths: Sequence[Path], reference: Reference, options: EvaluateOptions) -> Evaluation:
     """Judge files against a reference and write what was found to `options.output`.
 
-    Raises CheckError or HfqError where a file is of another model, OutputError where an output cannot be written,
+    Raises InputError or HfqError where a file is of another model, OutputError where an output cannot be written,
     ResumeError where an unfinished evaluation there is another one; all of them before any work.
     """
     began, device = time.monotonic(), open_device(options.device)
@@ -67,7 +67,7 @@ def evaluate_files(paths: Sequence[Path], reference: Reference, options: Evaluat
         config = config_of(files[0])
         check_models(files, reference)
         check_outputs(options.output, options.save_reference, reference, config, len(files), options.force)
-        unchanged = [UnchangedFile(path, CheckError) for path in paths]
+        unchanged = [UnchangedFile(path, InputError) for path in paths]
         source = SourceModel(reference.source, device, options.watch) if reference.source else None
         models = Models(config, source, [TorchModel(DecodedFile(file), config, device) for file in files])
         signature = {
@@ -129,7 +129,7 @@ def _save(path: Path, source: Head, comparison: DenseComparison, reference: Refe
 def _identity(file: HfqFile) -> dict[str, Any]:
     """What tells a file from others: its name, its size, and the hashes that it states of its payloads and metadata."""
     made = Provenance.of(file)
-    stated = stated_quantization_hash(file.metadata) or UnchangedFile(file.path, CheckError).sha256()
+    stated = stated_quantization_hash(file.metadata) or UnchangedFile(file.path, InputError).sha256()
     size = file.path.stat().st_size
     return {"name": file.path.name, "bytes": size, "hash": stated, "metadata": made.metadata_checksum}
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ...formats.blocks import EXPERT_FORMATS, FORMATS
 from ...formats.errors import MeasurementError
 from ...formats.minimax import ModelConfig
+from ...formats.plain_file import open_plain
 from ...formats.strictjson import JsonError, parse_object
 
 KIND: Literal["mq-quant measurement"] = "mq-quant measurement"
@@ -190,9 +191,7 @@ def whole_formats(name: str) -> tuple[str, str]:
 def read_measurement(path: Path) -> Measurement:
     """The measurement in a file; MeasurementError where it is none, or not whole."""
     try:
-        if not path.is_dir() and not path.is_file() and path.exists():  # opening a pipe may wait for ever
-            raise MeasurementError("is no regular file", file=path, hint=HINT)
-        with path.open("rb") as f:
+        with open_plain(path) as f:
             raw = f.read(LIMIT + 1)
     except OSError as e:
         raise MeasurementError(f"cannot be read: {e.strerror}", file=path, hint=HINT) from None

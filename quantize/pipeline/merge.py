@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from ...formats.errors import PartError
 from ...formats.hfq import TensorMeta, layout
+from ...formats.plain_file import open_plain
 from ...formats.watch import UNWATCHED, Watch
 from ..spec.metadata import Outcome, complete
 from ..write.inputs import check_no_input
@@ -119,7 +120,7 @@ def merge_parts(
         parts = []
         for path in paths:
             with reading(path):
-                file = opened.enter_context(path.open("rb"))
+                file = opened.enter_context(open_plain(path))
             parts.append(_Part(path, file, read_part(path, file)))
         parts.sort(key=lambda part: (part.record.first, part.record.last))
         _check(parts)

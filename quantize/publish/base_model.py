@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from ...formats.errors import CheckError
+from ...formats.errors import InputError
 from ...formats.hub.files import fetch_files
+from ...formats.plain_file import open_plain
 
 README = "README.md"
 LIMIT = 4 << 20
@@ -33,7 +34,7 @@ class BaseModel:
 def base_model(repository: str | None, folder: Path | None) -> BaseModel:
     """What the card in a folder, or else of a repository, declares; without a card nothing is declared.
 
-    Raises HubError where the repository does not answer, CheckError where the card's header cannot be read.
+    Raises HubError where the repository does not answer, InputError where the card's header cannot be read.
     """
     if folder is not None:
         path = folder / README if (folder / README).is_file() else None
@@ -55,10 +56,10 @@ def base_model(repository: str | None, folder: Path | None) -> BaseModel:
 def _header(path: Path) -> Mapping[str, Any]:
     """The YAML between the first two lines of dashes; empty where a card has none."""
     try:
-        with path.open("rb") as f:
+        with open_plain(path) as f:
             text = f.read(LIMIT).decode("utf-8", "replace")
     except OSError as e:
-        raise CheckError(f"cannot be read: {e.strerror}", file=path) from None
+        raise InputError(f"cannot be read: {e.strerror}", file=path) from None
     lines = text.removeprefix("\ufeff").splitlines()
     if not lines or lines[0].strip() != "---" or "---" not in (line.strip() for line in lines[1:]):
         return {}
@@ -66,7 +67,7 @@ def _header(path: Path) -> Mapping[str, Any]:
     try:
         found = yaml.safe_load("\n".join(lines[1:end]))
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise CheckError(
+        raise InputError(
             "its YAML header cannot be read, and the licence stands there",
             file=path,
             hint="give --license and --license-link",

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...formats.errors import CheckError, OutputError
+from ...formats.errors import InputError, OutputError
 from ...formats.own_file import disk_errors
 from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
@@ -63,7 +63,7 @@ def write_card(
 ) -> CardResult:
     """Write README.md and SHA256SUMS of files of one model into a folder, which is made where there is none.
 
-    `watch` hears how the files are hashed. Raises CheckError where the files are of different models or the evaluation
+    `watch` hears how the files are hashed. Raises InputError where the files are of different models or the evaluation
     is of none of them, OutputError where something would be replaced without `force`.
     """
     read = [read_facts(path) for path in paths]
@@ -76,7 +76,7 @@ def write_card(
     measured = _measured(found, evaluation, options.evaluation)
     base = _declared(origin, options)
     watch.begin("hashing", sum(f.bytes for f in found), "bytes")
-    sums = [f"{UnchangedFile(f.path, CheckError).sha256(watch)}  {f.name}" for f in found]
+    sums = [f"{UnchangedFile(f.path, InputError).sha256(watch)}  {f.name}" for f in found]
     drawn = {name: f for name, f in pictures_of(measured).items() if name in (BY_SIZE, BY_TOKENS)}
     pictures = write_pictures(folder, drawn)
     text = render_card(found, origin, base, evaluation, measured, pictures)
@@ -93,7 +93,7 @@ def _one_origin(read: Sequence[tuple[CardFile, Origin]]) -> Origin:
     first, origin = read[0]
     for file, other in read[1:]:
         if other != origin:
-            raise CheckError(
+            raise InputError(
                 f"is of {other.model} from {other.repository} at {other.revision}, and {first.name} of "
                 f"{origin.model} from {origin.repository} at {origin.revision}",
                 file=file.path,
@@ -106,9 +106,9 @@ def _check_names(files: Sequence[CardFile]) -> None:
     names = [f.name for f in files]
     for f in files:
         if names.count(f.name) > 1:
-            raise CheckError("two files have this name, and they go into one folder", file=f.path)
+            raise InputError("two files have this name, and they go into one folder", file=f.path)
         if "\n" in f.name or not f.name.isprintable():
-            raise CheckError("its name cannot stand in SHA256SUMS", file=f.path, hint="rename it")
+            raise InputError("its name cannot stand in SHA256SUMS", file=f.path, hint="rename it")
 
 
 def _check_output(folder: Path, written: Sequence[Path], force: bool) -> None:
@@ -128,7 +128,7 @@ def _measured(
     pairs = [(f, evaluation.of(f.quantization_hash)) for f in files]
     known = [replace(found, name=f.name) for f, found in pairs if found is not None]
     if not known:
-        raise CheckError(
+        raise InputError(
             "is of none of these files: the quantization hashes differ",
             file=path,
             hint="evaluate them again: mq-quant evaluate FILE… --source …",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...formats.engine_facts import EngineFact, concerns
-from ...formats.errors import CheckError, HfqError
+from ...formats.errors import HfqError, InputError
 from ...formats.hfq import HfqFile, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.hfq.stored import format_of
@@ -56,11 +56,11 @@ class Origin:
 
 
 def read_facts(path: Path) -> tuple[CardFile, Origin]:
-    """Read one file's metadata; HfqError where it is no file, CheckError where it does not say what a card needs."""
+    """Read one file's metadata; HfqError where it is no file, InputError where it does not say what a card needs."""
     with open_hfq(path) as file:
         stated = file.metadata.get("config")
         if not isinstance(stated, Mapping):
-            raise CheckError("has no config, so a card cannot say what it is", file=path)
+            raise InputError("has no config, so a card cannot say what it is", file=path)
         return _facts(file, parse_config(stated)), _origin(file)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ...formats.errors import CheckError, MqError
+from ...formats.errors import CheckError, InputError, MqError
 from ...formats.hfq import open_hfq
 from ...formats.hfq.layout import MAGIC
 from ...formats.hfq.provenance import Provenance
@@ -97,14 +97,14 @@ class Listing:
 def list_folder(folder: Path, repository: str, watch: Watch = UNWATCHED) -> Listing:
     """Everything that is to be published of a folder, checked and hashed.
 
-    Raises CheckError where it holds no HFQ file, and what the card raises where it has to be made.
+    Raises InputError where it holds no HFQ file, and what the card raises where it has to be made.
     """
     if not folder.is_dir():
-        raise CheckError("is not a folder", file=folder, hint="give the folder that holds the files")
+        raise InputError("is not a folder", file=folder, hint="give the folder that holds the files")
     paths, left_out = _sorted_out(folder)
     models = [path for path in paths if _is_hfq(path)]
     if not models:
-        raise CheckError(
+        raise InputError(
             "holds no HFQ file", file=folder, hint="build one into it: mq-quant build -o FOLDER/…"
         )
     problems = [problem for path in models for problem in _structure(path, watch)]
@@ -117,7 +117,7 @@ def list_folder(folder: Path, repository: str, watch: Watch = UNWATCHED) -> List
         known = _read_sums(card[SUMS])
         wanted, notes = ({SUMS}, ()) if README in there else (card.keys(), notes)
         made |= {name: content for name, content in card.items() if name in wanted - there}
-    files = {path.name: UnchangedFile(path, CheckError) for path in paths}
+    files = {path.name: UnchangedFile(path, InputError) for path in paths}
     unknown = [file for name, file in files.items() if name not in known]
     watch.begin("hashing", sum(file.size for file in unknown), "bytes")
     items = [

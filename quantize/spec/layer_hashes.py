@@ -18,6 +18,7 @@ from ...formats.errors import RecipeError
 from ...formats.hfq import HfqFile, TensorMeta
 from ...formats.hfq.provenance import Provenance
 from ...formats.minimax import layer_prefix
+from ...formats.plain_file import open_plain
 from ...formats.strictjson import JsonError, parse_object
 from .recipe import bundled_file, load_model, models
 
@@ -63,7 +64,7 @@ def empty_table(model: str) -> HashTable:
 def read_table(path: Path) -> HashTable:
     """The table in a file; RecipeError where it is none."""
     try:
-        with path.open("rb") as f:
+        with open_plain(path) as f:
             raw = f.read(LIMIT + 1)
         if len(raw) > LIMIT:
             raise RecipeError(f"is larger than {LIMIT} bytes, so it is no table of hashes", file=path)

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ...formats.errors import RecipeError
+from ...formats.plain_file import open_plain
 from ...formats.strictjson import JsonError, dump_object
 from ...formats.text import printable, shown
 
@@ -30,7 +31,7 @@ def read_document(path: Traversable | Path) -> dict[str, Any]:
     """The mapping in a YAML file; RecipeError where it is unreadable, no mapping, or beyond the bounds."""
     where = str(path)
     try:
-        with path.open("rb") as f:
+        with open_plain(path) if isinstance(path, Path) else path.open("rb") as f:
             text = f.read(MAX_BYTES + 1)
     except OSError as e:
         raise RecipeError(f"cannot be read: {e.strerror}", file=where) from None

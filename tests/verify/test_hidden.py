@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mq_quant.formats.errors import CheckError
+from mq_quant.formats.errors import InputError
 from mq_quant.verify.hidden import HiddenError, HiddenWriter, compare_hidden, open_hidden
 
 VALUES = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
@@ -86,8 +86,8 @@ def test_comparison_names_the_layer_that_differs(tmp_path: Path) -> None:
 
 def test_dumps_of_different_runs_cannot_be_compared(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a"), write(tmp_path / "b", VALUES[:, :4])
-    with pytest.raises(CheckError, match="dump both with the same model"):
+    with pytest.raises(InputError, match="dump both with the same model"):
         list(compare_hidden(open_hidden(a), open_hidden(b)))
     empty = write(tmp_path / "c", VALUES[:, :0])
-    with pytest.raises(CheckError, match="holds no values"):
+    with pytest.raises(InputError, match="holds no values"):
         list(compare_hidden(open_hidden(empty), open_hidden(empty)))

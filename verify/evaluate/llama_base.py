@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...formats.errors import CheckError
+from ...formats.errors import InputError
 from ...formats.unchanged import UnchangedFile
 from .dense import DenseComparison, Sums
 
@@ -74,7 +74,7 @@ class LlamaBase:
             for i, row in enumerate(out):
                 f.seek(start + i * size)
                 if f.readinto(row.view(np.uint8)) != row.nbytes:  # type: ignore[arg-type]
-                    raise CheckError("ends before its last prediction", file=self.file.path, hint=HINT)
+                    raise InputError("ends before its last prediction", file=self.file.path, hint=HINT)
             return out
 
         scale, minimum = self.ranges[sequence, :, :1], self.ranges[sequence, :, 1:]
@@ -93,11 +93,11 @@ def _first(tokens: NDArray[np.int32]) -> int:
 
 
 def open_llama_base(path: Path) -> LlamaBase:
-    """A file of llama.cpp's; CheckError where it is none, or not whole."""
-    file = UnchangedFile(path, CheckError, HINT)
+    """A file of llama.cpp's; InputError where it is none, or not whole."""
+    file = UnchangedFile(path, InputError, HINT)
 
-    def refuse(problem: str) -> CheckError:
-        return CheckError(f"is no file of llama.cpp's --kl-divergence-base: {problem}", file=path, hint=HINT)
+    def refuse(problem: str) -> InputError:
+        return InputError(f"is no file of llama.cpp's --kl-divergence-base: {problem}", file=path, hint=HINT)
 
     head = file.read(lambda f: f.read(HEAD.size))
     if len(head) < HEAD.size or not head.startswith(MAGIC):

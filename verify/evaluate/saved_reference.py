@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...formats.checkpoint.safetensors_file import TensorInfo, header_length, parse_header
-from ...formats.errors import CheckError, CheckpointError
+from ...formats.errors import CheckError, CheckpointError, InputError
 from ...formats.strictjson import JsonError, compact, dump_object, parse_object
 from ...formats.unchanged import UnchangedFile
 from .head import ROWS, Head
@@ -103,8 +103,8 @@ class SavedReference:
 
 
 def open_reference(path: Path) -> SavedReference:
-    """A file of saved predictions; CheckError where it is none, or not whole."""
-    file = UnchangedFile(path, CheckError, HINT)
+    """A file of saved predictions; InputError where it is none, or not whole."""
+    file = UnchangedFile(path, InputError, HINT)
 
     def read(f: BufferedReader) -> tuple[bytes, list[TensorInfo]]:
         raw = f.read(header_length(f.read(8), path))
@@ -117,19 +117,19 @@ def open_reference(path: Path) -> SavedReference:
         record = parse_object(found.encode()) if isinstance(found, str) else {}
     except (CheckpointError, JsonError) as e:
         problem = e.problem if isinstance(e, CheckpointError) else str(e)
-        raise CheckError(f"holds no saved predictions: {problem}", file=path, hint=HINT) from None
+        raise InputError(f"holds no saved predictions: {problem}", file=path, hint=HINT) from None
     if record.get("schema") != SCHEMA:
-        raise CheckError("holds no saved predictions of this version of mq-quant", file=path, hint=HINT)
+        raise InputError("holds no saved predictions of this version of mq-quant", file=path, hint=HINT)
     parts = {info.name: info for info in infos}
     tokens = parts.get("tokens")
     if tokens is None or tokens.dtype != "I32" or len(tokens.shape) != 2 or not min(tokens.shape):
-        raise CheckError("holds no token ids", file=path, hint=HINT)
+        raise InputError("holds no token ids", file=path, hint=HINT)
     vocabulary = _vocabulary(parts, tokens.shape[0] * tokens.shape[1])
     if vocabulary is None:
-        raise CheckError("its parts of the vocabulary do not follow each other", file=path, hint=HINT)
+        raise InputError("its parts of the vocabulary do not follow each other", file=path, hint=HINT)
     ids = np.frombuffer(file.read(lambda f: _bytes(f, tokens.start, tokens.stop - tokens.start)), "<i4")
     if ids.min() < 0 or ids.max() >= vocabulary:
-        raise CheckError(f"holds token ids outside its vocabulary of {vocabulary}", file=path, hint=HINT)
+        raise InputError(f"holds token ids outside its vocabulary of {vocabulary}", file=path, hint=HINT)
     return SavedReference(file, record, parts, ids.reshape(tokens.shape).astype(np.int32), vocabulary)
 
 
@@ -150,5 +150,5 @@ def _bytes(f: BufferedReader, start: int, count: int) -> bytes:
     f.seek(start)
     data = f.read(count)
     if len(data) < count:
-        raise CheckError("ends before its last prediction", file=f.name, hint=HINT)
+        raise InputError("ends before its last prediction", file=f.name, hint=HINT)
     return data

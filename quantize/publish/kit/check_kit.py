@@ -110,7 +110,7 @@ def read_manifest(kit: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((kit / "kit.json").read_text("utf-8"))
     except (OSError, ValueError) as e:
-        raise KitError(f"{kit / 'kit.json'}: cannot be read: {e}") from None
+        raise KitError(f"{kit / 'kit.json'}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != 1:
         raise KitError(f"{kit / 'kit.json'}: is not the manifest of a kit that this program reads")
     models = manifest.get("models")

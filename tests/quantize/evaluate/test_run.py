@@ -16,7 +16,7 @@ import small_model
 import torch
 from hub_server import MAIN, REPO, check_each_shard_was_fetched_once
 from mq_quant.formats.checkpoint.local import open_checkpoint
-from mq_quant.formats.errors import CheckError, OutputError, ResumeError
+from mq_quant.formats.errors import InputError, OutputError, ResumeError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import awq_scale_name
 from mq_quant.quantize.calibrate.tokens import TokenRequest
@@ -177,14 +177,14 @@ def test_files_of_other_models_are_refused(
 ) -> None:
     config = {**small_model.CONFIG, "num_local_experts": 4}
     wider = small_model.save(tmp_path / "wider", small_model.tensors(config=config), config=config)
-    with pytest.raises(CheckError, match="num_local_experts is 3, the source's 4"):
+    with pytest.raises(InputError, match="num_local_experts is 3, the source's 4"):
         evaluate([made("mq2")], reference=against(wider))
     saved = evaluate([made("mq2")], save_reference=tmp_path / "reference")
     with open_hfq(made("mq2")) as file:
         reference = of_file(tmp_path / "reference", file)
     assert saved.reference == "source" and reference.saved is not None
     fewer = replace(reference, saved=replace(reference.saved, vocabulary=299))
-    with pytest.raises(CheckError, match="vocabulary of 300 tokens, the reference one of 299"):
+    with pytest.raises(InputError, match="vocabulary of 300 tokens, the reference one of 299"):
         evaluate([made("mq2")], name="x.json", reference=fewer)
     with pytest.raises(OutputError, match="nothing to save"):
         evaluate([made("mq2")], name="x.json", reference=reference, save_reference=tmp_path / "y")

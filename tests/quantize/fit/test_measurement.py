@@ -40,7 +40,7 @@ def test_a_file_that_is_missing_cut_or_no_json_is_refused(tmp_path: Path) -> Non
         with pytest.raises(MeasurementError, match="is no measurement"):
             read_measurement(file)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(MeasurementError, match="is no regular file"):
+    with pytest.raises(MeasurementError, match="is not a plain file"):
         read_measurement(tmp_path / "pipe")
     with pytest.raises(MeasurementError, match="cannot be read: Is a directory"):
         read_measurement(tmp_path)

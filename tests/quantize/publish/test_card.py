@@ -18,7 +18,7 @@ import small_model
 from hub_server import MAIN, REPO
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
-from mq_quant.formats.errors import CheckError, OutputError
+from mq_quant.formats.errors import InputError, OutputError
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.evaluate.reference import of_checkpoint
 from mq_quant.quantize.evaluate.result import Evaluation
@@ -170,11 +170,11 @@ def test_what_was_not_measured_is_not_claimed(
 def test_an_evaluation_of_other_files_is_refused(files: list[Path], evaluation: Path, tmp_path: Path) -> None:
     changed = evaluation.read_text().replace('"quantization_hash":"', '"quantization_hash":"f')
     (tmp_path / "other.json").write_text(changed)
-    with pytest.raises(CheckError, match="is of none of these files"):
+    with pytest.raises(InputError, match="is of none of these files"):
         write_card(files, tmp_path / "card", CardOptions(tmp_path / "other.json"))
     for text in ("", "[]", "{}", '{"schema": 1}', changed.replace('"schema":1', '"schema":2')):
         (tmp_path / "other.json").write_text(text)
-        with pytest.raises(CheckError, match=r"is no evaluation|has schema 2"):
+        with pytest.raises(InputError, match=r"is no evaluation|has schema 2"):
             write_card(files, tmp_path / "card", CardOptions(tmp_path / "other.json"))
     assert not (tmp_path / "card").exists()
 
@@ -206,10 +206,10 @@ def test_files_of_two_models_get_no_common_card(files: list[Path], tmp_path: Pat
     other = small_model.save(tmp_path / "other", small_model.tensors(seed=1))
     recipe = choose_recipe("mq4", None, str(other))
     build_file(recipe, NoStatistics(), RunOptions(tmp_path / "other.mq4", 2), RecipeChanges(fit="reference"))
-    with pytest.raises(CheckError, match="is of other from None"):
+    with pytest.raises(InputError, match="is of other from None"):
         write_card([files[0], tmp_path / "other.mq4"], tmp_path / "card", CardOptions())
     twin = Path(shutil.copy(files[0], tmp_path / files[1].name))
-    with pytest.raises(CheckError, match="two files have this name"):
+    with pytest.raises(InputError, match="two files have this name"):
         write_card([files[1], twin], tmp_path / "card", CardOptions())
 
 
@@ -256,7 +256,7 @@ def test_a_broken_header_is_refused_and_what_is_given_counts(
     files: list[Path], tmp_path: Path, source: Path
 ) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
-    with pytest.raises(CheckError, match="its YAML header cannot be read"):
+    with pytest.raises(InputError, match="its YAML header cannot be read"):
         base_model(None, tmp_path)
     given = CardOptions(base=str(source), license="mit", license_link="https://x.org/L")
     result = write_card(files[:1], tmp_path / "card", given)

@@ -13,7 +13,7 @@ import pytest
 from hub_server import Fault
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
-from mq_quant.formats.errors import CheckError, HubError
+from mq_quant.formats.errors import CheckError, HubError, InputError
 from mq_quant.quantize.cli.app import main
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.publish.folder import list_folder
@@ -100,9 +100,9 @@ def test_sums_that_say_something_else_are_a_problem(folder: Path) -> None:
 
 def test_folders_without_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("x")
-    with pytest.raises(CheckError, match="holds no HFQ file"):
+    with pytest.raises(InputError, match="holds no HFQ file"):
         list_folder(tmp_path, REPO)
-    with pytest.raises(CheckError, match="is not a folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         list_folder(tmp_path / "none", REPO)
 
 
@@ -198,7 +198,7 @@ def test_a_file_that_changes_after_it_was_listed_is_not_committed(folder: Path, 
         if name == "tiny.mq3":
             damage(folder / "tiny.mq3")
 
-    with pytest.raises((CheckError, HubError)):
+    with pytest.raises((InputError, HubError)):
         upload(listing, watch=Heard(then=change))
     assert hub.commits == [["tiny.mq2"]]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from linear_heads import VOCABULARY
 from llama_base_file import LENGTH, ROWS, logits_of, written
-from mq_quant.formats.errors import CheckError
+from mq_quant.formats.errors import InputError
 from mq_quant.verify.evaluate import head
 from mq_quant.verify.evaluate.head import judge
 from mq_quant.verify.evaluate.llama_base import open_llama_base
@@ -79,7 +79,7 @@ def test_broken_files_are_refused(at: int, value: bytes, text: str, tmp_path: Pa
     data = bytearray(path.read_bytes())
     data[at : at + len(value)] = value
     path.write_bytes(data)
-    with pytest.raises(CheckError, match=text):
+    with pytest.raises(InputError, match=text):
         open_llama_base(path)
 
 
@@ -87,5 +87,5 @@ def test_broken_files_are_refused(at: int, value: bytes, text: str, tmp_path: Pa
 def test_a_file_that_ends_too_early_is_refused(size: int, tmp_path: Path) -> None:
     path, _, _ = written(tmp_path / "base", 1.0)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckError, match="kl-divergence-base"):
+    with pytest.raises(InputError, match="kl-divergence-base"):
         open_llama_base(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from linear_heads import VOCABULARY, heads
-from mq_quant.formats.errors import CheckError
+from mq_quant.formats.errors import CheckError, InputError
 from mq_quant.quantize.write.atomic import write_atomic
 from mq_quant.verify.evaluate import head, saved_reference
 from mq_quant.verify.evaluate.dense import of_source
@@ -53,7 +53,7 @@ def test_a_safetensors_reader_reads_it(saved: Path) -> None:
 @pytest.mark.parametrize("size", [0, 4, 9, 100, 2000])
 def test_a_file_that_ends_too_early_is_refused(saved: Path, size: int) -> None:
     saved.write_bytes(saved.read_bytes()[:size])
-    with pytest.raises(CheckError, match="holds no saved predictions"):
+    with pytest.raises(InputError, match="holds no saved predictions"):
         open_reference(saved)
 
 
@@ -70,7 +70,7 @@ def test_other_contents_are_refused(saved: Path, old: bytes, new: bytes, text: s
     data = saved.read_bytes()
     assert old in data and len(old) == len(new)
     saved.write_bytes(data.replace(old, new))
-    with pytest.raises(CheckError, match=text):
+    with pytest.raises(InputError, match=text):
         open_reference(saved)
 
 
@@ -79,7 +79,7 @@ def test_ids_outside_the_vocabulary_are_refused(saved: Path) -> None:
     start = 8 + int.from_bytes(data[:8], "little")
     data[start : start + 4] = (VOCABULARY).to_bytes(4, "little")
     saved.write_bytes(data)
-    with pytest.raises(CheckError, match="outside its vocabulary"):
+    with pytest.raises(InputError, match="outside its vocabulary"):
         open_reference(saved)
 
 
@@ -87,7 +87,7 @@ def test_a_file_that_changes_while_it_is_used_is_refused(saved: Path) -> None:
     opened = open_reference(saved)
     saved.write_bytes(saved.read_bytes()[:-10])
     opened.load(0, 40)
-    with pytest.raises(CheckError, match="changed after"):
+    with pytest.raises(InputError, match="changed after"):
         opened.logits(0, range(11))
 
 
