@@ -29,6 +29,11 @@ _WORDS = {
     errno.ENOENT: ("cannot be written: its folder does not exist any more", "make the folder again"),
     errno.ELOOP: ("is a symbolic link, which is not followed here", "remove the link, then run the command again"),
 }  # fmt: skip
+_REFUSED = {
+    errno.EACCES: "name another place, or have the permissions of its folder changed",
+    errno.EPERM: "name another place, or have the permissions of its folder changed",
+    errno.EROFS: "its disk is mounted to be read only: name another place",
+}
 NOT_OFFERED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK})
 """What a file system answers that does not offer a service at all."""
 _NOT_COPIED = NOT_OFFERED | {errno.EXDEV, errno.EPERM}
@@ -41,7 +46,8 @@ def disk_error(error: OSError, path: Path) -> OutputError:
     words = _WORDS.get(error.errno or 0)
     if words is not None:
         return OutputError(words[0], file=path, hint=words[1])
-    return OutputError(f"cannot be written: {error.strerror or error}", file=path)
+    hint = _REFUSED.get(error.errno or 0)
+    return OutputError(f"cannot be written: {error.strerror or error}", file=path, hint=hint)
 
 
 @contextmanager
@@ -51,6 +57,32 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise disk_error(e, path) from None
+
+
+def check_place(path: Path) -> None:
+    """Before any work: OutputError where no file can be written at `path`. Touches nothing."""
+    with disk_errors(path):
+        if not path.parent.is_dir():
+            raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+        if path.is_dir():
+            raise OutputError("is a folder", file=path, hint="give the name of a file")
+        if path.exists() and not path.is_file():  # a device or a pipe, which a file would take the place of
+            raise OutputError("is no plain file", file=path, hint="give the name of a file")
+        _check_folder(path.parent)
+
+
+def check_folder_place(path: Path) -> None:
+    """The same of a folder that is made where there is none, with those above it."""
+    with disk_errors(path):
+        there = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+        if not there.is_dir():
+            raise OutputError("is not a folder", file=there, hint="give the name of a folder")
+        _check_folder(there)
+
+
+def _check_folder(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def open_own(path: Path) -> int:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import yaml
 
-from ..formats.errors import OutputError
 from ..formats.minimax import PROJECTIONS
 from . import pictures
 from .bars import Bars
@@ -48,12 +46,6 @@ _BARS = (
     ("kld_mean", "mean KL divergence", "at most"),
     ("top1", "same most likely token", "at least"),
 )
-
-
-def check_report(path: Path) -> None:
-    """Before the work: OutputError where the page's folder is missing."""
-    if not path.parent.is_dir():
-        raise OutputError(f"no such folder: {path.parent}", hint="make it, or give --report another path")
 
 
 def render(verification: Verification) -> str:

@@ -22,7 +22,7 @@ from ...awq.from_moments import CalibratedLayer, read_layer
 from ...formats.errors import CalibrationError, OutputError, ResumeError
 from ...formats.file_lock import OWNER
 from ...formats.minimax import ModelConfig
-from ...formats.own_file import disk_errors, free_bytes
+from ...formats.own_file import check_folder_place, disk_errors, free_bytes
 from ...formats.statistics.imatrix import GGUF_NAMES, ImatrixEntry, write_imatrix
 from ...formats.statistics.moment_file import Arrays, DownForm, encode_layer, layer_file, open_layer_file
 from ...formats.statistics.moment_folder import IMATRIX, MANIFEST, SCHEMA
@@ -233,6 +233,19 @@ def discard_folder(path: Path, but_sensitivities: bool = False) -> None:
         path.rmdir()
 
 
+def check_folder(path: Path, force: bool, restart: bool) -> None:
+    """Before any work: OutputError where no calibration can be begun or continued in a folder. Touches nothing."""
+    check_folder_place(path)
+    if path.is_dir():
+        _look(path, force, restart)
+    elif not path.parent.is_dir():
+        raise _no_parent(path)
+
+
+def _no_parent(path: Path) -> OutputError:
+    return OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+
+
 def _make(path: Path) -> bool:
     """Make the folder where there is none; returns whether it was made. OutputError where that cannot be."""
     if path.is_dir():
@@ -240,7 +253,7 @@ def _make(path: Path) -> bool:
     if path.exists() or path.is_symlink():
         raise OutputError("is not a folder", file=path, hint="give -o a folder")
     if not path.parent.is_dir():
-        raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+        raise _no_parent(path)
     with disk_errors(path):
         path.mkdir(exist_ok=True)
     return True

@@ -28,7 +28,7 @@ from ...formats.watch import UNWATCHED, Watch
 from ..spec.calibration_sizes import CalibrationSizes, calibration_sizes
 from ..spec.provenance import code, flatten
 from ..spec.recipe import Recipe
-from .folder import CalibrationFolder
+from .folder import CalibrationFolder, check_folder
 from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, open_device, with_others
 from .stored_model import StoredModelWeights
 from .tokens import Tokens
@@ -130,6 +130,7 @@ def calibrate(source: Source, tokens: Tokens, folder: Path, options: Calibration
     cannot be used.
     """
     began = time.monotonic()
+    check_folder(folder, options.force, options.restart)
     config, device = source.config, open_device(options.device)
     made_from = {"origin": source.origin, "files": source.fingerprint(options.watch)}
     propagate = options.propagate.resolved() if options.propagate else "source"

@@ -32,7 +32,7 @@ from ..spec.calibration_sizes import calibration_sizes, sensitivity_sizes
 from ..spec.provenance import code, flatten
 from ..write.atomic import write_atomic
 from ..write.journal import differences
-from .folder import STATE, CalibrationFolder, hidden_file
+from .folder import STATE, CalibrationFolder, check_folder, hidden_file
 from .layer_pass import EMBED, enter, gather_layer, layer_weights, manifest_of, open_device, with_others
 from .run import Reading, weights_of
 from .sensitivity import JOURNAL as SENSITIVITY_JOURNAL
@@ -89,6 +89,7 @@ def make_state(source: Source, tokens: Tokens, path: Path, options: StateOptions
     cannot be used.
     """
     began, config = time.monotonic(), source.config
+    check_folder(path, options.force, options.restart)
     device = open_device(options.device)
     made_from = {"origin": source.origin, "files": source.fingerprint(options.watch)}
     sensitivity = sensitivity_record(tokens) if options.sensitivity else {}

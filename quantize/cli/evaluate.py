@@ -85,16 +85,23 @@ def evaluate(
         ExitStack() as stack,
     ):
         from ...formats.hfq import open_hfq
+        from ...formats.own_file import check_folder_place
         from ..calibrate.tokens import TokenRequest
         from ..evaluate.reference import config_of, of_checkpoint, of_file
         from ..evaluate.run import EvaluateOptions, evaluate_files
         from ..spec.calibration_sizes import evaluation_sizes
         from ..spec.places import checked_place, local_folder
         from ..write.inputs import check_no_input
+        from ..write.outputs import check_output
 
         inputs = [*files, reference, text, tokens, local_folder(source) if source else None]
         for written in filter(None, (output, save_reference)):
             check_no_input(written, inputs)
+            check_output(written, force)
+        if pictures is not None:
+            check_folder_place(pictures)
+        for file in files:  # whatever cannot be used is told before the source is read
+            open_hfq(file).close()
         against: Reference
         if reference is not None:
             with open_hfq(files[0]) as first:

@@ -73,9 +73,12 @@ def regenerate(
     asked = _numbers(layers)
     with Progress("regenerate", quiet) as progress:
         from ...formats.machine import cores
+        from ...formats.own_file import check_place
         from ..inspect.regenerate import Wanted, regenerated_from, write_table
         from ..inspect.regenerate import regenerate as run
 
+        if write and hashes is not None:
+            check_place(hashes)
         if files:
             result = regenerated_from(files, hashes)
         else:

@@ -100,22 +100,21 @@ def verify(
         raise typer.BadParameter("--chat goes with --prompt")
     if prompt is not None and token_file is not None:
         raise typer.BadParameter("give either --prompt or --token-file")
-    if dump_hidden is not None and not dump_hidden.parent.is_dir():
-        raise typer.BadParameter(f"no such folder: {dump_hidden.parent}", param_hint="--dump-hidden")
     with Progress(f"verify {file.name}") as progress:
         from ...formats.hfq import open_hfq
+        from ...formats.own_file import check_place
         from ...kernels.runtime.host import open_backend
-        from ...verify.report import check_report, render
+        from ...verify.report import render
         from ...verify.run import verify as run
         from ..inspect.verify_inputs import VerifyOptions, inputs_of
         from ..spec.places import local_folder
+        from ..write.atomic import write_atomic
         from ..write.inputs import check_no_input
 
         for written in filter(None, (report, dump_hidden)):
             inputs_given = file, imatrix, recipe, token_file, local_folder(source) if source else None
+            check_place(written)
             check_no_input(written, inputs_given)
-        if report is not None:
-            check_report(report)
         options = VerifyOptions(
             source,
             imatrix,
@@ -137,7 +136,7 @@ def verify(
         ):
             result = run(opened, device, inputs, lambda stage: note(_line(stage)), progress)
         if report is not None:
-            report.write_text(render(result), encoding="utf-8")
+            write_atomic(report, [memoryview(render(result).encode())])
     emit(result, as_json, _render, finished=True)
     result.raise_if_failed()
 

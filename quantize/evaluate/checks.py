@@ -17,7 +17,7 @@ from .reference import Reference, config_of
 
 
 def check_models(files: Sequence[HfqFile], reference: Reference) -> None:
-    """CheckError or HfqError where a file cannot be compared with the others or the reference, on metadata alone."""
+    """InputError or HfqError where a file cannot be compared with the others or the reference, on metadata alone."""
     expected = reference.source.config if reference.source else config_of(files[0])
     for file in files:
         config = config_of(file)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ...formats.own_file import disk_errors
 from ...verify import pictures
 from ...verify.pictures import Measured
+from ..write.atomic import write_atomic
 from .result import EvaluatedFile
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ def write_pictures(folder: Path, figures: Mapping[str, Figure]) -> tuple[str, ..
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            (folder / f"{name}.png").write_bytes(pictures.png(figure))
-            (folder / f"{name}.svg").write_text(pictures.svg(figure), encoding="utf-8")
+            write_atomic(folder / f"{name}.png", [memoryview(pictures.png(figure))])
+            write_atomic(folder / f"{name}.svg", [memoryview(pictures.svg(figure).encode())])
             names += [f"{name}.png", f"{name}.svg"]
     return tuple(names)
 

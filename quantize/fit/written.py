@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ...formats.errors import OutputError
+from ...formats.own_file import check_place
 from ..spec.recipe import Recipe, load_model, models
 from ..write.atomic import write_atomic
 from .fitted import Fitted
@@ -46,8 +47,7 @@ def write_recipe(path: Path, fitted: Fitted, asked: str) -> None:
         raise OutputError(
             "exists already", file=path, hint="give another name to --write-recipe, or remove it"
         )
-    if not path.parent.is_dir():
-        raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+    check_place(path)
     write_atomic(path, [memoryview(text)])
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...formats.errors import OutputError, RecipeError
+from ...formats.errors import OutputError
+from ...formats.own_file import check_place
 from ..spec.recipe import DEFAULT_MODEL, bundled_path, fitted_tiers, load_model, load_tier, models, tiers
 from ..write.atomic import write_atomic
 
@@ -58,10 +59,7 @@ class RecipeText:
 
 def list_recipes(model: str = DEFAULT_MODEL) -> RecipeList:
     """The bundled recipes of a model; RecipeError where there is no such model."""
-    names = models()
-    if model not in names:
-        raise RecipeError(f"there is no model {model!r}", hint=f"There are {', '.join(names)}.")
-    bundled = tiers(model) + fitted_tiers(model)
+    bundled, names = tiers(model) + fitted_tiers(model), models()
     lines = tuple(RecipeLine(tier, load_tier(tier, model).description) for tier in bundled)
     return RecipeList(model, lines, tuple(ModelLine(name, load_model(name).place.address) for name in names))
 
@@ -77,8 +75,7 @@ def copy_recipe(tier: str, model: str, path: Path, force: bool = False) -> Recip
     found = recipe_text(tier, model)
     if os.path.lexists(path) and not force:
         raise OutputError("exists already", file=path, hint="give --force to replace it, or another name")
-    if not path.parent.is_dir():
-        raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+    check_place(path)
     text = (
         f"# A copy of the recipe {tier} for {model}. Give it a `tier` of its own: files are named after it.\n"
         f"{_OF_THE_BUNDLED_FILE.sub('', found.text)}"

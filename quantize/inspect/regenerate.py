@@ -14,9 +14,10 @@ from typing import Any
 import xxhash
 
 from ...formats.checkpoint.held import HeldSource
-from ...formats.errors import CheckError, OutputError, RecipeError
+from ...formats.errors import InputError, RecipeError
 from ...formats.hfq import HfqFile, TensorMeta, open_hfq
 from ...formats.hfq.provenance import Provenance
+from ...formats.own_file import check_place
 from ...formats.watch import UNWATCHED, Watch
 from ..pipeline.build_spec import UNCHANGED, BuildSpec, resolve
 from ..pipeline.encoding import Encoded
@@ -131,7 +132,7 @@ def regenerate(wanted: Wanted, watch: Watch = UNWATCHED) -> Regeneration:
 def regenerated_from(paths: Sequence[Path], table_path: Path | None) -> Regeneration:
     """The hashes of all layers of finished files, from the checksums that they state, beside those of a table.
 
-    Raises CheckError for a file whose layers are not of a build under an imatrix alone: such a layer cannot be made
+    Raises InputError for a file whose layers are not of a build under an imatrix alone: such a layer cannot be made
     again by itself.
     """
     found: dict[str, dict[int, str]] = {}
@@ -140,11 +141,11 @@ def regenerated_from(paths: Sequence[Path], table_path: Path | None) -> Regenera
         with open_hfq(path) as file:
             tier, inputs = _built_under(file)
             if made is not None and inputs != made:
-                raise CheckError("was made from other inputs than the file before", file=path)
+                raise InputError("was made from other inputs than the file before", file=path)
             made = inputs
             found[tier] = file_hashes(file)
             if not found[tier]:
-                raise CheckError("does not state a checksum of each tensor", file=path)
+                raise InputError("does not state a checksum of each tensor", file=path)
     if made is None:
         raise RecipeError("no files were given")
     return _compared(made.table(table_path), found)
@@ -155,8 +156,7 @@ def write_table(result: Regeneration, path: Path) -> Regeneration:
     found: dict[str, dict[int, str]] = {}
     for row in result.rows:
         found.setdefault(row.tier, {})[row.layer] = row.hash
-    if not path.parent.is_dir():
-        raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
+    check_place(path)
     write_atomic(path, [memoryview(result.table.with_hashes(found).text().encode())])
     return Regeneration(result.model, result.rows, result.table, path)
 
@@ -171,7 +171,7 @@ class _Inputs:
     imatrix_sha256: str | None
 
     def table(self, path: Path | None) -> HashTable:
-        """The table in a file, which may not be there yet, or the bundled one; CheckError for one of other inputs."""
+        """The table in a file, which may not be there yet, or the bundled one; InputError for one of other inputs."""
         if path is not None:
             table = read_table(path) if path.exists() else empty_table(self.model)
         else:
@@ -179,7 +179,7 @@ class _Inputs:
         for key in ("model", "revision", "imatrix_sha256"):
             committed, mine = getattr(table, key), getattr(self, key)
             if None not in (committed, mine) and committed != mine:
-                raise CheckError(
+                raise InputError(
                     f"the committed hashes are of another {key}: {committed}, and here it is {mine}",
                     file=path,
                     hint="give the source, --revision and --imatrix that they were made with, or begin a new table",
@@ -194,17 +194,17 @@ def _inputs_of(spec: BuildSpec) -> tuple[str | None, str | None]:
 
 
 def _built_under(file: HfqFile) -> tuple[str, _Inputs]:
-    """A file's tier and what it was made from; CheckError where its layers cannot be made again by themselves."""
+    """A file's tier and what it was made from; InputError where its layers cannot be made again by themselves."""
     record = Provenance.of(file)
     recipe = record.recipe
     if record.calibration is not None or record.tuned_layers or record.imatrix is None:
-        raise CheckError(
+        raise InputError(
             "was not built under an imatrix alone, so its layers cannot be made again one by one",
             file=file.path,
             hint="take a file of --effort imatrix",
         )
     if recipe is None or recipe.tier is None or recipe.model is None:
-        raise CheckError("does not say of which tier and model it is", file=file.path)
+        raise InputError("does not say of which tier and model it is", file=file.path)
     revision = record.source.origin.get("revision") if record.source else None
     revision = revision if isinstance(revision, str) else None
     return recipe.tier, _Inputs(recipe.model, recipe.repository, revision, record.imatrix.sha256)

@@ -233,6 +233,8 @@ def fitted_tiers(model: str = DEFAULT_MODEL) -> list[str]:
 
 
 def _bundled(model: str) -> list[str]:
+    if model not in models():
+        raise RecipeError(f"there is no model {shown(model)}", hint=f"There are {', '.join(models())}.")
     names = (entry.name for entry in (_root() / model).iterdir())
     return sorted(
         name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name != MODEL_FILE

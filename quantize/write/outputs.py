@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...formats.errors import OutputError
-from ...formats.own_file import disk_errors, free_bytes
+from ...formats.own_file import check_place, disk_errors, free_bytes
 
 
 def check_output(path: Path, force: bool) -> None:
-    """OutputError where the output exists, or has no folder."""
-    if not path.parent.is_dir():
-        raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
-    if path.exists() and not (force and path.is_file()):
+    """OutputError where the output exists, or cannot be written."""
+    check_place(path)
+    if path.exists() and not force:
         raise OutputError("exists already", file=path, hint="give --force to replace it, or another name")
 
 

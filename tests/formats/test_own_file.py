@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mq_quant.formats.errors import OutputError
 from mq_quant.formats.own_file import (
+    check_folder_place,
+    check_place,
     copy_range,
     disk_errors,
     free_bytes,
@@ -169,3 +171,34 @@ def test_a_disk_that_is_full_while_the_system_copies_is_an_error(
     monkeypatch.setattr(os, "copy_file_range", full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         copy_range(0, 1, 4, 0, 0)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    wrong = {
+        "folder": "is a folder",
+        "pipe": "is no plain file",
+        "none/x": "its folder does not exist",
+        "file/x": "its folder does not exist",
+        "x" * 300: "its name is too long",
+    }
+    for name, text in wrong.items():
+        with pytest.raises(OutputError, match=text):
+            check_place(tmp_path / name)
+    for name in ("file", "file/x", "pipe"):
+        with pytest.raises(OutputError, match="is not a folder"):
+            check_folder_place(tmp_path / name)
+    check_place(tmp_path / "file")
+    check_place(tmp_path / "new")
+    check_folder_place(tmp_path / "some" / "new")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for check in (check_place, check_folder_place):
+        with pytest.raises(
+            OutputError, match=r"new: cannot be written: Permission denied\n  name another place"
+        ):
+            check(tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file", "pipe"}

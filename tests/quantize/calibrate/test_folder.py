@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from mq_quant.formats.errors import InUseError, OutputError, ResumeError
 from mq_quant.formats.statistics.moment_folder import MANIFEST
-from mq_quant.quantize.calibrate.folder import JOURNAL, CalibrationFolder, discard_folder, hidden_file
+from mq_quant.quantize.calibrate.folder import (
+    JOURNAL,
+    CalibrationFolder,
+    check_folder,
+    discard_folder,
+    hidden_file,
+)
 from mq_quant.quantize.write.journal import read_journal
 
 SIGNATURE = {"tokens.sha256": "a"}
@@ -128,3 +134,19 @@ def test_a_stream_comes_back_as_it_was_saved_or_is_refused(tmp_path: Path) -> No
             ) as refused:
                 out.hidden(1, stream.shape)
             assert "--restart" in str(refused.value.hint)
+
+
+def test_what_cannot_be_used_is_told_without_a_touch(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / MANIFEST).write_text("{}")
+    for name, text in (
+        ("file", "is not a folder"),
+        ("none/calib", "its folder does not exist"),
+        ("finished", "holds a finished calibration"),
+    ):
+        with pytest.raises(OutputError, match=text):
+            check_folder(tmp_path / name, False, False)
+    check_folder(tmp_path / "finished", True, False)
+    check_folder(tmp_path / "new", False, False)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "finished"}

@@ -110,3 +110,37 @@ def test_a_broken_file_is_exit_code_1_and_the_result_stands(mq: Evaluate, tmp_pa
     klds = [f["divergence"]["kld_mean"] for f in json.loads(out)["files"]]
     assert klds[0] is None and klds[1] > 0
     assert (tmp_path / "evaluation.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("none.mq4", "--source", "SMALL"), "none.mq4: cannot be opened"),
+        (("small.mq4", "--source", "SMALL", "-o", "none/e.json"), "its folder does not exist"),
+        (("small.mq4", "--source", "SMALL", "--pictures", "ids.npy"), "ids.npy: is not a folder"),
+        (("small.mq4", "--source", "SMALL", "--save-reference", "."), "is a folder"),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_the_source_is_read(
+    mq: Evaluate, arguments: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(*_: object) -> None:
+        raise AssertionError("the source was opened")
+
+    monkeypatch.setattr("mq_quant.quantize.spec.places.checked_place", unread)
+    code, _, err = mq("evaluate", *arguments, "--tokens", "ids.npy")
+    assert code == 2 and text in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "small.mq4", "--reference", "ids.npy"),
+        ("evaluate", "small.mq4", "--reference", "none"),
+        ("card", "small.mq4", "-o", "card", "--evaluation", "ids.npy"),
+        ("card", "small.mq4", "small.mq4", "-o", "card"),
+    ],
+)
+def test_an_input_that_is_none_is_exit_code_2(mq: Evaluate, arguments: tuple[str, ...]) -> None:
+    code, out, _ = mq(*arguments)
+    assert (code, out) == (2, "")

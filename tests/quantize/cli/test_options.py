@@ -27,7 +27,8 @@ def test_choices_are_those_of_the_pipeline() -> None:
     [
         ("verify x --chat", "--prompt"),
         ("verify x --prompt a --token-file b", "--token-file"),
-        ("verify x --dump-hidden nowhere/at/all", "no such folder"),
+        ("verify x --dump-hidden nowhere/at/all", "its folder does not exist"),
+        ("verify x --report nowhere/at/all", "its folder does not exist"),
         ("verify x --backend abacus", "'abacus' is not one of 'auto'"),
         ("build --tier mq2 --effort imatrix --text a", "give one of the two"),
         ("build --tier mq2 --no-imatrix --sequences 2", "give one of the two"),

@@ -43,3 +43,9 @@ def test_all_recipes_are_listed_and_their_copies_say_the_same(model: str, tmp_pa
         assert copy_recipe(line.tier, model, path).text == path.read_text()
         assert load_recipe(path) == load_tier(line.tier, model).model_copy(update={"quantization_hash": None})
         assert "\nschema: 1\n" in "\n" + recipe_text(line.tier, model).text
+
+
+def test_a_model_that_is_not_there_is_refused_with_those_that_are() -> None:
+    for read in (lambda: list_recipes("none"), lambda: recipe_text("mq2", "../none")):
+        with pytest.raises(RecipeError, match=r"there is no model '[^']*none'\n  There are .*tiny"):
+            read()

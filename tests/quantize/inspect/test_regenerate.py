@@ -15,7 +15,7 @@ import pytest
 import small_model
 from hub_server import MAIN, REPO, HubServer
 from huggingface_hub import constants
-from mq_quant.formats.errors import CheckError, ImatrixError, OutputError, RecipeError
+from mq_quant.formats.errors import ImatrixError, InputError, OutputError, RecipeError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.cli.app import main
@@ -66,7 +66,7 @@ def test_files_whose_layers_depend_on_others_are_refused(small: Path, tmp_path: 
     for number, statistics in enumerate(ways):
         path = tmp_path / f"out{number}"
         build_file(recipe, statistics, RunOptions(path, 2))
-        with pytest.raises(CheckError, match="cannot be made again one by one"):
+        with pytest.raises(InputError, match="cannot be made again one by one"):
             regenerated_from([path], None)
 
 
@@ -113,7 +113,7 @@ def test_hashes_of_other_inputs_are_not_compared(wanted: Wanted, built: list[Pat
     table = tmp_path / "layers.json"
     write_table(regenerated_from(built, table), table)
     save_imatrix(tmp_path / "other.gguf", seed=1)
-    with pytest.raises(CheckError, match="of another imatrix_sha256"):
+    with pytest.raises(InputError, match="of another imatrix_sha256"):
         regenerate(replace(wanted, table=table, imatrix=tmp_path / "other.gguf"))
     with pytest.raises(OutputError, match="folder does not exist"):
         write_table(regenerated_from(built, table), tmp_path / "none" / "layers.json")
@@ -124,7 +124,7 @@ def test_hashes_of_other_inputs_are_not_compared(wanted: Wanted, built: list[Pat
     [
         (["--write"], "--write needs --hashes"),
         (["--layers", "0,x"], "numbers with commas"),
-        (["--layers", ""], "numbers with commas"),
+        (["--layers", ""], "--layers is empty"),
         (["--from", "x", "--layers", "0"], "--from takes the layers"),
         (["--from", "none.mq2"], "none.mq2: cannot be opened"),
     ],
