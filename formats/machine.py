@@ -40,6 +40,18 @@ def offer(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
+def leave_out_foreign_settings() -> None:
+    """Leave out what the shell sets for other programs, and what would change or end this one.
+
+    numba reads settings that switch compiling off or let compiled loops round in another way, and ends where one of
+    them is no number. numpy ends where SOURCE_DATE_EPOCH is none.
+    """
+    for name in [name for name in os.environ if name.startswith("NUMBA_") and name not in VARIABLES]:
+        del os.environ[name]
+    if not os.environ.get("SOURCE_DATE_EPOCH", "0").isdigit():
+        del os.environ["SOURCE_DATE_EPOCH"]
+
+
 def words(name: str) -> tuple[str, ...]:
     """A variable's value as a shell would split it; one word where it is the name of a file, spaces and all.
 

@@ -10,12 +10,14 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Annotated
 
 import typer
 from typer.main import get_command
 
 from ...formats.errors import MqError
+from ...formats.machine import leave_out_foreign_settings
 from . import build as cli_build
 from . import calibrate as cli_calibrate
 from . import card as cli_card
@@ -37,6 +39,9 @@ from .guard import InterruptError, as_error, guarded, usage_of
 from .streams import READER_GONE, prepare, silence
 
 DEBUG, EVENTS, JSON = "--debug", "--json-events", "--json"
+
+_MAY_BE_EMPTY = ("--filter", "--prompt", "--message")
+"""Options whose value is a text that may be empty."""
 
 app = typer.Typer(
     name="mq-quant",
@@ -119,6 +124,7 @@ def _options(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; exits with its code."""
     prepare()
+    leave_out_foreign_settings()
     args = list(sys.argv[1:] if argv is None else argv)
     with events_on_stderr() if EVENTS in args else nullcontext():
         error = _run([arg for arg in args if arg not in (DEBUG, EVENTS)], DEBUG in args)
@@ -127,9 +133,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(error.exit_code)
 
 
+def _check_empty(args: Sequence[str]) -> None:
+    """MqError where an argument is empty, which would be taken for the folder here or for an option not given."""
+    for before, arg in pairwise(("", *args)):
+        name, given, value = arg.partition("=")
+        if not arg and before not in _MAY_BE_EMPTY:
+            what = before if before.startswith("-") else "an argument"
+        elif given and not value and name.startswith("--") and name not in _MAY_BE_EMPTY:
+            what = name
+        else:
+            continue
+        raise MqError(f"{what} is empty", hint="is a variable of your shell not set?")
+
+
 def _run(args: list[str], debug: bool) -> MqError | None:
     """Run one command; the error that ended it. Exits with the code of one that ended in another way."""
     try:
+        _check_empty(args)
         code = get_command(app).main(args, prog_name="mq-quant", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return InterruptError()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 from collections.abc import Callable
@@ -15,6 +16,14 @@ INTERRUPTED = 130
 SAID = 300
 """Characters that are shown of what a foreign exception says."""
 REPORT = "this is a fault of mq-quant or of a library it uses: --debug shows where, please report it"
+_NOT_MAPPED = ("failed to map segment from shared object", "cannot allocate memory")
+"""What the system says where a library does not get the memory to be loaded."""
+_PATHS = {
+    errno.ENAMETOOLONG: ("its name is too long for this file system", "check the path"),
+    errno.EACCES: ("permission denied", "check the permissions of it and of the folders above it"),
+    errno.EROFS: ("its file system is read-only", "name another place"),
+}
+"""What the system says of a path itself: the fault of who gave it, and not of the machine."""
 _NOT_ERRORS = (typer.Exit, typer.Abort, typer.BadParameter, SystemExit, GeneratorExit)
 
 
@@ -22,6 +31,10 @@ class MachineError(MqError):
     """The machine could not do what was asked: its disk, its memory or its system calls failed."""
 
     exit_code = 1
+
+
+class PathError(MqError):
+    """The system does not let this user have a file or folder of this name."""
 
 
 class FaultError(MqError):
@@ -58,11 +71,15 @@ def as_error(exception: BaseException) -> MqError | None:
         return None
     if isinstance(exception, KeyboardInterrupt):
         return InterruptError()
-    if isinstance(exception, MemoryError) or type(exception).__name__ == "OutOfMemoryError":
+    no_memory = isinstance(exception, ImportError) and any(each in str(exception) for each in _NOT_MAPPED)
+    if isinstance(exception, MemoryError) or no_memory or type(exception).__name__ == "OutOfMemoryError":
         return MachineError("out of memory", hint="try fewer --jobs")
     said = _first_line(exception)
     if isinstance(exception, OSError):
         names = [str(name) for name in (exception.filename, exception.filename2) if name is not None]
+        words = _PATHS.get(exception.errno or 0)
+        if words is not None and names:
+            return PathError(words[0], file=" -> ".join(names), hint=words[1])
         problem = exception.strerror or said or type(exception).__name__
         return MachineError(problem, file=" -> ".join(names) or None, hint="--debug shows where")
     return FaultError(f"{type(exception).__name__}{': ' if said else ''}{said}", hint=REPORT)
@@ -70,8 +87,10 @@ def as_error(exception: BaseException) -> MqError | None:
 
 def _first_line(exception: BaseException) -> str:
     """What an exception says, short and without passwords and tokens: libraries put addresses into their messages."""
-    from ...formats.hub.endpoint import redacted
-
+    try:
+        from ...formats.hub.endpoint import redacted
+    except Exception:  # the fault that is told keeps modules from being loaded, too
+        return ""
     return redacted(str(exception).strip().partition("\n")[0])[:SAID]
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 from mq_quant.formats import machine
 from mq_quant.formats.errors import BackendError
-from mq_quant.formats.machine import VARIABLES, cores, home, quota, variable, words
+from mq_quant.formats.machine import (
+    VARIABLES,
+    cores,
+    home,
+    leave_out_foreign_settings,
+    quota,
+    variable,
+    words,
+)
 
 ROOT = Path(machine.__file__).parents[1]
 
@@ -132,3 +140,15 @@ def test_no_other_module_reads_the_environment() -> None:
                 found.add(str(path.relative_to(ROOT)))
     assert found == {"formats/machine.py", "kernels/runtime/command.py"}
     assert all(meaning and not meaning.endswith(".") for meaning in VARIABLES.values())
+
+
+def test_what_the_shell_sets_for_other_programs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = {"NUMBA_DISABLE_JIT": "1", "NUMBA_NUM_THREADS": "none", "SOURCE_DATE_EPOCH": "today"}
+    for name, value in {**foreign, "NUMBA_CACHE_DIR": "here"}.items():
+        monkeypatch.setenv(name, value)
+    leave_out_foreign_settings()
+    assert not foreign.keys() & os.environ.keys()
+    assert os.environ["NUMBA_CACHE_DIR"] == "here"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    leave_out_foreign_settings()
+    assert os.environ["SOURCE_DATE_EPOCH"] == "1700000000"

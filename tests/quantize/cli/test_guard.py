@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -140,3 +141,40 @@ def test_every_end_by_an_error_has_a_code(
 def test_our_own_errors_pass_as_they_are() -> None:
     error: Any = HfqError("is broken", kind=HfqKind.VERSION, file="x")
     assert as_error(error) is error
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EROFS])
+def test_what_the_system_says_of_a_path_is_bad_input(number: int) -> None:
+    error = as_error(OSError(number, "as the system says it", "given/name"))
+    assert error is not None and error.exit_code == 2
+    assert error.file == "given/name" and error.hint and "--debug" not in error.hint
+
+
+def test_a_library_without_memory_to_be_loaded_is_out_of_memory() -> None:
+    error = as_error(ImportError("libx.so: failed to map segment from shared object"))
+    assert error is not None and error.problem == "out of memory"
+
+
+def test_an_error_is_told_where_no_module_can_be_loaded_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mq_quant.formats.hub.endpoint", None)
+    error = as_error(ValueError("says a token"))
+    assert error is not None and error.problem == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (["verify", "a.mq2", "--source", ""], "--source"),
+        (["build", "--tier", "mq2", "--source="], "--source"),
+        (["build", "--tier", "mq2", "-o", ""], "-o"),
+        (["inspect", ""], "an argument"),
+    ],
+)
+def test_an_empty_argument_is_refused(
+    line: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A variable of the shell that is not set would mean this folder, or an option that was not given."""
+    with pytest.raises(SystemExit) as ended:
+        app_module.main(line)
+    assert ended.value.code == 2
+    assert f"error: {named} is empty\n" in capsys.readouterr().err
