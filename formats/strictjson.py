@@ -6,6 +6,7 @@ lone surrogates are therefore refused. A JsonError names no file: callers turn i
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -104,6 +105,8 @@ def parse_object(raw: bytes, depth: int = DEPTH_LIMIT) -> dict[str, Any]:
     """
     if lfs.is_pointer(raw):
         raise JsonError(f"{lfs.PROBLEM}; {lfs.HINT}")
+    if raw.startswith(codecs.BOM_UTF8):
+        raise JsonError("begins with a byte order mark, which is not JSON; save it as UTF-8 without one")
     try:
         text = raw.decode("utf-8")
         value = json.loads(

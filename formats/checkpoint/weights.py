@@ -105,6 +105,8 @@ class TensorReader:
         needed = scale_shape(info.shape, self.config.block_shape)
         if scales.size == 1 and needed == (1, 1):
             scales = scales.reshape(1, 1)
+        if not np.isfinite(scales).all():
+            raise WeightError(f"its scale {scale.name} holds values that are not finite", hint=_REFETCH)
         if not scales.any():
             raise WeightError(f"all of its scales ({scale.name}) are zero", hint=_HOLE)
         if not (codes & 127).any():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import HfqError, HfqKind
 from ..near import near_file
+from ..plain_file import open_plain
 from ..strictjson import JsonError, ObjectScanner, parse_object
 from .layout import (
     COUNT_LIMIT,
@@ -46,6 +46,7 @@ from .layout import (
 CHUNK = 8 << 20
 """Bytes of a payload that are read at a time."""
 _FORK_VERSION = 2
+_DAMAGED = "the file is damaged; fetch or build it again"
 
 
 class HfqFile:
@@ -67,15 +68,17 @@ class HfqFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            mode = self.path.stat().st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe may wait for ever
-                raise HfqError("is not a plain file", kind=HfqKind.UNOPENABLE, file=path)
-            self._file: BinaryIO = self.path.open("rb")
+            self._file: BinaryIO = open_plain(self.path)
         except OSError as e:
             problem, hint = f"cannot be opened: {e.strerror}", near_file(self.path)
             raise HfqError(problem, kind=HfqKind.UNOPENABLE, file=path, hint=hint) from None
         try:
             self._parse()
+        except HfqError as e:
+            self.close()
+            if e.hint is not None or e.kind in (HfqKind.NOT_HFQ, HfqKind.VERSION):
+                raise
+            raise HfqError(e.problem, kind=e.kind, file=e.file, tensor=e.tensor, hint=_DAMAGED) from None
         except BaseException:
             self.close()
             raise

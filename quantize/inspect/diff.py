@@ -119,7 +119,9 @@ def _same_trailing(a: HfqFile, b: HfqFile) -> bool:
 def _metadata(a: HfqFile, b: HfqFile) -> tuple[MetadataDiff, ...]:
     there, here = dict(flatten(a.metadata)), dict(flatten(b.metadata))
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key) and not _IGNORED.match(key)]
-    return tuple(MetadataDiff(key, _short(there.get(key)), _short(here.get(key))) for key in keys)
+    rows = tuple(MetadataDiff(key, _short(there.get(key)), _short(here.get(key))) for key in keys)
+    same = a.arch_id == b.arch_id
+    return rows if same else (MetadataDiff("arch_id of the header", a.arch_id, b.arch_id), *rows)
 
 
 def _short(value: Any) -> Any:

@@ -245,7 +245,9 @@ def gathering(spec: BuildSpec) -> Iterator[Turns | None]:
 
 def _statistics(record: Provenance, path: Path, inputs: Inputs) -> Statistics | None:
     """The statistics that the file was made with; errors where the ones given are missing or do not belong to it."""
-    if record.calibration is not None and record.calibration.document.get("rows") is True:
+    gathered = record.calibration is not None and record.calibration.document.get("rows") is True
+    _check_use(record, path, inputs, gathered)
+    if record.calibration is not None and gathered:
         sensitivity = "sensitivity" in record.calibration.document
         tokens = _tokens(record, path, inputs)
         return OnTheFly(tokens, inputs.device, inputs.imatrix, sensitivity=sensitivity)
@@ -254,24 +256,29 @@ def _statistics(record: Provenance, path: Path, inputs: Inputs) -> Statistics | 
             raise CalibrationError(
                 "was made with a calibration folder", file=path, hint="give that folder as --calibration"
             )
-        if inputs.imatrix is not None and record.imatrix is None:
-            raise ImatrixError(
-                "was made with a calibration folder alone, without an imatrix",
-                file=path,
-                hint="leave --imatrix out",
-            )
         return MomentFolder(inputs.calibration, inputs.imatrix)
     if record.imatrix is None:
         return NoStatistics()
     return ImatrixFile(inputs.imatrix) if inputs.imatrix is not None else None
 
 
+def _check_use(record: Provenance, path: Path, inputs: Inputs, gathered: bool) -> None:
+    """Refuse inputs that the file was made without: they would not be looked at."""
+    if inputs.imatrix is not None and record.imatrix is None:
+        raise ImatrixError("was made without an imatrix", file=path, hint="leave --imatrix out")
+    if inputs.calibration is not None and (record.calibration is None or gathered):
+        how = (
+            "calibrated itself on tokens, without a folder" if gathered else "was made without a calibration"
+        )
+        raise CalibrationError(how, file=path, hint="leave --calibration out")
+    if inputs.tokens is not None and not gathered:
+        raise TokenError(
+            "was not calibrated on tokens by its build", file=path, hint="leave --text and --tokens out"
+        )
+
+
 def _tokens(record: Provenance, path: Path, inputs: Inputs) -> TokenRequest:
     """The tokens that the file was calibrated on: those given, or the package's own text where the record names it."""
-    if inputs.calibration is not None:
-        raise CalibrationError(
-            "calibrated itself on tokens, without a folder", file=path, hint="leave --calibration out"
-        )
     if inputs.tokens is not None:
         return inputs.tokens
     assert record.calibration is not None

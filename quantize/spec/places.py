@@ -6,6 +6,7 @@ Readers of checkpoints are imported only where they are needed: a plan of a conf
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,6 +19,7 @@ from ...formats.errors import CheckpointError, ConfigError, RecipeError
 from ...formats.hfq.layout import METADATA_LIMIT
 from ...formats.lfs import HINT, PROBLEM, is_pointer
 from ...formats.minimax import normalize_config
+from ...formats.plain_file import open_plain
 from ...formats.strictjson import EMBEDDED_DEPTH, JsonError, parse_object
 from .metadata import SideFiles
 from .recipe import DEFAULT_MODEL, Model, Place, Recipe, load_model, load_recipe, load_tier, models
@@ -53,12 +55,16 @@ def at_revision(recipe: Recipe, revision: str) -> Recipe:
     """The recipe with its source at a branch, tag or commit; RecipeError where the source is no hub repository."""
     place = recipe.model.place
     if place.repository in (None, TINY):
-        raise RecipeError(
-            f"--revision goes with a hub repository, and {place.address} is none",
-            hint="leave --revision out, or give --source owner/name",
-        )
+        raise _no_revision(place.address)
     model = recipe.model.model_copy(update={"place": place.model_copy(update={"revision": revision})})
     return recipe.model_copy(update={"model": model})
+
+
+def _no_revision(place: str) -> RecipeError:
+    return RecipeError(
+        f"--revision goes with a hub repository, and {place} is none",
+        hint="leave --revision out, or give --source owner/name",
+    )
 
 
 def retarget(recipe: Recipe, source: str) -> Recipe:
@@ -120,7 +126,7 @@ def read_text(path: Path) -> str:
 def _content(path: Path) -> bytes:
     """The bytes of a file beside the weights; ConfigError where it is none, or larger than what a file can hold."""
     try:
-        with path.open("rb") as f:
+        with open_plain(path) as f:
             raw = f.read(METADATA_LIMIT + 1)
     except OSError as e:
         raise ConfigError(f"cannot be read: {e.strerror}", file=path) from None
@@ -171,6 +177,9 @@ def local_folder(source: str) -> Path | None:
         return path.parent
     if path.is_file():
         raise CheckpointError("is a file, not a checkpoint's folder", file=path, hint=f"give {path.parent}")
+    if os.path.lexists(path):
+        what = "is a link to nothing" if path.is_symlink() and not path.exists() else "is no folder"
+        raise CheckpointError(what, file=path, hint="--source takes the folder of a checkpoint")
     if _REPOSITORY.fullmatch(source) and not source.startswith((".", "/")):
         return None
     from ...formats.hub.endpoint import redacted
@@ -184,11 +193,16 @@ def local_folder(source: str) -> Path | None:
 
 
 def open_place(place: str, revision: str | None, shard_cache: int, scratch: Path | None) -> Checkpoint:
-    """The checkpoint in a folder or a hub repository, its inventory unchecked; streamed shards lie in `scratch`."""
+    """The checkpoint in a folder or a hub repository, its inventory unchecked; streamed shards lie in `scratch`.
+
+    RecipeError where a revision is given of a folder, which has none.
+    """
     folder = local_folder(place)
     from ...formats.checkpoint.streamed import open_folder, open_hub
 
     if folder is not None:
+        if revision is not None:
+            raise _no_revision(place)
         return open_folder(folder)
     return open_hub(place, revision, shard_cache, scratch=scratch)
 

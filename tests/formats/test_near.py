@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from mq_quant.formats.near import near_file
 
 
@@ -23,3 +24,13 @@ def test_a_file_that_is_there_but_cannot_be_read_needs_no_other_name(tmp_path: P
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert near_file(tmp_path / "none" / "tiny.mq2") == f"there is no folder {tmp_path / 'none'}"
+
+
+def test_a_folder_that_cannot_be_looked_into_is_not_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert near_file(tmp_path / "tiny.mq2") is None

@@ -121,3 +121,8 @@ def test_scan_finds_the_end_however_the_stream_is_cut(
         end = scanner.feed(stream[at : at + step])
         at += step
     assert end == len(raw)
+
+
+def test_a_byte_order_mark_is_called_by_its_name() -> None:
+    with pytest.raises(JsonError, match="begins with a byte order mark"):
+        parse_object(b"\xef\xbb\xbf{}")

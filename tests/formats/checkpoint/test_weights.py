@@ -224,3 +224,13 @@ def test_stored_refuses_what_weight_refuses(stored: str, value: float, tmp_path:
     with pytest.raises(WeightError) as of_stored:
         checkpoint.stored(W1)
     assert str(of_stored.value) == str(of_weight.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_is_named_with_what_to_do(value: float, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(small_model.save(tmp_path, poisoned(W1_SCALE, value)))
+    for read in (checkpoint.weight, checkpoint.stored):
+        with pytest.raises(
+            WeightError, match=rf"{W1_SCALE} holds values that are not finite\n.*fetch it again"
+        ):
+            read(W1)

@@ -429,3 +429,14 @@ def test_round_trip(metadata: dict[str, object], pairs: list[tuple[TensorMeta, b
             assert f.entries == plan.entries
             assert all(f.read(m.name).tobytes() == data for m, data in pairs)
             assert copy(f, Path(folder) / "again.hfq", f.metadata_bytes) == path.read_bytes()
+
+
+def test_a_damaged_file_is_said_to_be_one(tmp_path: Path) -> None:
+    path = written(tmp_path, raw_file(entry_line(), data_offset=METADATA_LIMIT + 8192))
+    os.truncate(path, METADATA_LIMIT + 8192 + 16)
+    with pytest.raises(HfqError, match="fetch or build it again"):
+        open_hfq(path)
+    path.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(HfqError, match="does not begin with HFQM") as e:
+        open_hfq(path)
+    assert e.value.hint is None

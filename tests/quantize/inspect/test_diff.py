@@ -169,3 +169,13 @@ def test_provenance_names_everything_and_no_path(run: Run, tmp_path: Path, small
     assert record["imatrix"]["datasets"] == ["random"]
     assert all(layer["alpha"] in (0.0, 0.15, 0.3, 0.5) for layer in record["layers"])
     assert str(small.parent) not in str(record)
+
+
+def test_a_header_that_differs_is_told(run: Run, tmp_path: Path) -> None:
+    run("a")
+    data = bytearray((tmp_path / "a").read_bytes())
+    data[8] ^= 0xFF
+    (tmp_path / "b").write_bytes(data)
+    result = diff_files(tmp_path / "a", tmp_path / "b")
+    assert not result.identical
+    assert [(row.key, row.a, row.b) for row in result.metadata] == [("arch_id of the header", 10, 10 ^ 0xFF)]

@@ -12,6 +12,7 @@ import pytest
 from mq_quant.formats.errors import CheckError, CheckpointError, ImatrixError, MqError, RecipeError
 from mq_quant.formats.hfq import layout, open_hfq, write_hfq
 from mq_quant.formats.hub.client import Hub
+from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.inspect.reproduce import Inputs, reproduce
 from mq_quant.quantize.pipeline.build import BuildResult
 from mq_quant.quantize.pipeline.statistics import NoStatistics
@@ -176,3 +177,16 @@ def test_records_of_other_types_are_refused_or_counted_as_absent(
         assert "edited" in str(e) or "imatrix" in str(e)
     else:
         assert result.identical
+
+
+def test_what_the_file_was_made_without_is_refused_and_not_ignored(
+    run: Run, tmp_path: Path, small: Path
+) -> None:
+    run("plain", statistics=NoStatistics(), alpha=None)
+    for inputs, text in (
+        (Inputs(str(small), imatrix=tmp_path / "none"), "was made without an imatrix"),
+        (Inputs(str(small), calibration=tmp_path / "none"), "was made without a calibration"),
+        (Inputs(str(small), tokens=TokenRequest(tokens=tmp_path / "none")), "was not calibrated on tokens"),
+    ):
+        with pytest.raises(MqError, match=text):
+            reproduce(tmp_path / "plain", inputs, 1)

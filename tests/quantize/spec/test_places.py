@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import pytest
 from mq_quant.formats.errors import CheckpointError, ConfigError, RecipeError
 from mq_quant.formats.hfq.layout import METADATA_LIMIT
 from mq_quant.quantize.spec import places
-from mq_quant.quantize.spec.places import checked_place, choose_recipe, local_folder, model_files, side_files
+from mq_quant.quantize.spec.places import (
+    checked_place,
+    choose_recipe,
+    local_folder,
+    model_files,
+    open_place,
+    side_files,
+)
 from mq_quant.quantize.spec.recipe import load_tier
 
 MINE = """
@@ -172,3 +180,20 @@ def test_a_snapshot_is_named_after_its_repository(
     (tmp_path / "link").symlink_to(path)
     for source in (path, tmp_path / "link"):
         assert choose_recipe("mq2", None, str(source)).model.name == name
+
+
+def test_what_is_there_and_no_folder_is_not_taken_for_a_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "link").symlink_to("nothing")
+    os.mkfifo(tmp_path / "owner" / "pipe")
+    for name, text in (("link", "is a link to nothing"), ("pipe", "is no folder")):
+        with pytest.raises(CheckpointError, match=text):
+            local_folder(f"owner/{name}")
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--revision goes with a hub repository"):
+        open_place(str(tmp_path), "main", 2, None)
