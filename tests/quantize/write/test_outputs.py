@@ -14,10 +14,12 @@ def test_what_is_there_is_kept_unless_a_file_may_be_replaced(tmp_path: Path) -> 
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text("mine")
     folder.mkdir()
-    for path, force in ((file, False), (folder, False), (folder, True)):
-        with pytest.raises(OutputError, match="exists already") as refused:
-            check_output(path, force)
-        assert refused.value.hint == "give --force to replace it, or another name"
+    with pytest.raises(OutputError, match="exists already") as refused:
+        check_output(file, force=False)
+    assert refused.value.hint == "give --force to replace it, or another name"
+    for force in (False, True):
+        with pytest.raises(OutputError, match="is a folder"):
+            check_output(folder, force)
     check_output(file, force=True)
     check_output(tmp_path / "new", force=False)
     assert file.read_text() == "mine" and not (tmp_path / "new").exists()
