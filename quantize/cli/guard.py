@@ -10,9 +10,8 @@ from collections.abc import Callable
 import typer
 
 from ...formats.errors import MqError
+from .start import INTERRUPTED
 
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
 SAID = 300
 """Characters that are shown of what a foreign exception says."""
 REPORT = "this is a fault of mq-quant or of a library it uses: --debug shows where, please report it"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from mq_quant.quantize.cli.console import amount, duration, emit, gigabytes, resumable, show, table
-from mq_quant.quantize.cli.guard import INTERRUPTED, InterruptError
+from mq_quant.quantize.cli.guard import InterruptError
+from mq_quant.quantize.cli.start import INTERRUPTED
 
 
 def interrupted_lock() -> None:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import small_model
 from mq_quant.quantize.cli.app import main as command
-from mq_quant.quantize.cli.guard import INTERRUPTED
+from mq_quant.quantize.cli.start import INTERRUPTED
 from mq_quant.quantize.pipeline import build as pipeline
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.statistics import NoStatistics
