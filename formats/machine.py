@@ -40,13 +40,19 @@ def offer(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
+_OF_TORCH = ("PYTORCH_JIT", "TORCH_DISTRIBUTED_DEBUG", "TORCH_LOGS")
+"""What torch reads for those who look for faults in it."""
+
+
 def leave_out_foreign_settings() -> None:
     """Leave out what the shell sets for other programs, and what would change or end this one.
 
     numba reads settings that switch compiling off or let compiled loops round in another way, and ends where one of
-    them is no number. numpy ends where SOURCE_DATE_EPOCH is none.
+    them is no number. torch cannot be loaded where one of _OF_TORCH is not as it knows it. numpy ends where
+    SOURCE_DATE_EPOCH is no number.
     """
-    for name in [name for name in os.environ if name.startswith("NUMBA_") and name not in VARIABLES]:
+    of_numba = [name for name in os.environ if name.startswith("NUMBA_") and name not in VARIABLES]
+    for name in (*of_numba, *(name for name in _OF_TORCH if name in os.environ)):
         del os.environ[name]
     if not os.environ.get("SOURCE_DATE_EPOCH", "0").isdigit():
         del os.environ["SOURCE_DATE_EPOCH"]

@@ -91,11 +91,13 @@ def measure(
         resumable("the same command continues after the last finished layer"),
     ):
         from ...formats.machine import cores
+        from ...formats.statistics.moment_folder import open_calibration
         from ..calibrate.tokens import TokenRequest
         from ..encode.encoders import open_encoder
         from ..fit.before import cost_of, measuring_statistics, texts_of
         from ..fit.run import TIER, MeasureOptions
         from ..fit.run import measure as run
+        from ..pipeline.statistics import open_imatrix
         from ..spec.places import checked_place, choose_recipe, local_folder
         from ..write.inputs import check_no_input
 
@@ -112,6 +114,10 @@ def measure(
             texts = texts_of(opened, asked, judge_tokens, held_out, effort == "calibrated")
             cost = cost_of(opened, texts, statistics, workers, device)
             if dry_run:
+                if imatrix is not None:
+                    open_imatrix(imatrix, opened.config)
+                if calibration is not None:
+                    open_calibration(calibration)
                 emit(cost, as_json, _render_cost)
                 return
             if not (quiet or as_json):

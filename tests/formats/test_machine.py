@@ -143,7 +143,12 @@ def test_no_other_module_reads_the_environment() -> None:
 
 
 def test_what_the_shell_sets_for_other_programs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    foreign = {"NUMBA_DISABLE_JIT": "1", "NUMBA_NUM_THREADS": "none", "SOURCE_DATE_EPOCH": "today"}
+    foreign = {
+        "NUMBA_DISABLE_JIT": "1",
+        "NUMBA_NUM_THREADS": "none",
+        "TORCH_LOGS": "x",
+        "SOURCE_DATE_EPOCH": "today",
+    }
     for name, value in {**foreign, "NUMBA_CACHE_DIR": "here"}.items():
         monkeypatch.setenv(name, value)
     leave_out_foreign_settings()

@@ -87,3 +87,14 @@ def test_it_prints_one_object_and_writes_the_measurement(
     assert set(Measurement.model_fields) < set(printed) and printed["path"] == str(output)
     assert run(*given, "--held-out", 2, "-o", output) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "says"), [("--imatrix", "cannot be read"), ("--calibration", "is not a folder")]
+)
+def test_a_dry_run_looks_at_what_it_is_given(
+    option: str, says: str, small: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--source", small, "--tokens", tokens, "--held-out", 2, "-o", tmp_path / "m.json", "--dry-run")
+    assert run(*given, option, tmp_path / "none") == 2
+    assert f"none: {says}" in capsys.readouterr().err
