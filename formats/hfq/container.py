@@ -170,7 +170,9 @@ class HfqFile:
     def _parse_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
         if self._file.read(len(MAGIC)) != MAGIC:
-            self._refuse(HfqKind.NOT_HFQ, "is not an HFQ file: it does not begin with HFQM")
+            unfinished = "it is unfinished: run the command that writes it again"
+            hint = unfinished if self.path.name.endswith(".partial") else None
+            self._refuse(HfqKind.NOT_HFQ, "is not an HFQ file: it does not begin with HFQM", hint=hint)
         self._file.seek(0)
         _, self.version, self.arch_id, count, metadata_offset, self.data_offset = HEADER.unpack(
             self._take(HEADER.size, "header")

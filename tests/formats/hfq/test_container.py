@@ -440,3 +440,6 @@ def test_a_damaged_file_is_said_to_be_one(tmp_path: Path) -> None:
     with pytest.raises(HfqError, match="does not begin with HFQM") as e:
         open_hfq(path)
     assert e.value.hint is None
+    path = path.rename(tmp_path / "name.mq2.partial")
+    with pytest.raises(HfqError, match="it is unfinished: run the command"):
+        open_hfq(path)
