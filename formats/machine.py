@@ -23,8 +23,8 @@ VARIABLES: Mapping[str, str] = {
     "HIP_VISIBLE_DEVICES": "the same of HIP",
     "HF_HUB_OFFLINE": "1, true, yes or on: the hub is not asked, what is in its cache is used",
 }
-"""The environment variables that mq-quant reads itself. Others are read by huggingface_hub (HF_TOKEN, HF_HOME), torch,
-numba and the HTTP client (proxies)."""
+"""The environment variables that mq-quant reads itself. Others are read by huggingface_hub (HF_TOKEN, HF_HOME), torch
+and the HTTP client (proxies); numba's others are left out."""
 
 
 def variable(name: str) -> str | None:
