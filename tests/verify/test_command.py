@@ -112,7 +112,7 @@ def test_a_truncated_file_is_bad_input(build: Build, capsys: pytest.CaptureFixtu
         (["--prompt", "a\udcff"], "not UTF-8 text"),
         (["--imatrix", "./nowhere"], "cannot be read"),
         (["--recipe", "./nowhere"], "cannot be read"),
-        (["--report", "./nowhere/page.html"], "no such folder: nowhere"),
+        (["--report", "./nowhere/page.html"], "nowhere/page.html: its folder does not exist"),
     ],
 )
 def test_options_that_cannot_be_used_are_exit_code_2_or_1(
