@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mq_quant.formats.minimax import inventory, parse_config, scale_inv_name
+from mq_quant.quantize.tiny.tokenizer import tokenizer_json
 from safetensors.torch import save_file
 
 CONFIG: dict[str, Any] = {
@@ -60,7 +61,8 @@ def save(folder: Path, content: Tensors, shards: int = 2, config: dict[str, Any]
     """Write a checkpoint folder of `shards` shards with an index; layers go to shards round robin by name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
-    (folder / "tokenizer.json").write_text("{}")
+    vocabulary = (CONFIG if config is None else config)["vocab_size"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(vocabulary)))
     names = list(content)
     size = -(-len(names) // shards)
     weight_map = {}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..formats.checkpoint.names import TOKENIZER
 from ..formats.checkpoint.source import Source
 from ..formats.errors import CheckError, MqError
 from ..formats.hfq import HfqFile
@@ -198,7 +199,7 @@ def _differs(file: HfqFile, source: Source) -> list[str]:
         for key in sorted({*found, *expected})
         if found.get(key) != expected.get(key)
     ]
-    tokenizer = source.side_file("tokenizer.json")
+    tokenizer = source.side_file(TOKENIZER)
     if tokenizer is not None and file.metadata.get("tokenizer") != tokenizer.read_text("utf-8"):
         problems.append("metadata.tokenizer: is not the source's tokenizer.json")
     return problems

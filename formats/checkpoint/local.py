@@ -10,12 +10,13 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, MqError, WeightError
 from ..text import printable
+from ..tokenizer.vocabulary import check_tokenizer
 from ..unchanged import KnownHash, UnchangedFile
 from ..watch import UNWATCHED, Watch
 from .documents import check_index, config_notes, load_config, load_index
 from .holes import hollow
 from .inventory import check_inventory, left_out
-from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
+from .names import CONFIG, INDEX, SIDE_FILES, SINGLE, TOKENIZER
 from .safetensors_file import TensorInfo, by_name, header_of, payload_of, some
 from .source import F32, U8
 from .stated_hash import check_stated_hash
@@ -61,6 +62,7 @@ class Checkpoint:
     def validate(self) -> None:
         """As `Source.validate`; a tensor that lies in a hole of its shard is refused too."""
         check_inventory(self.tensors, self.config, self._left_out, self.path)
+        check_tokenizer(self.side_file(TOKENIZER), self.config.vocab_size)
         for shard in self.shards:
             self._refuse_holes(shard)
 

@@ -5,5 +5,6 @@ from __future__ import annotations
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+TOKENIZER = "tokenizer.json"
+SIDE_FILES = (TOKENIZER, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 """The texts beside the weights that go into a file."""

@@ -59,7 +59,7 @@ class Source(Protocol):
         ...
 
     def validate(self) -> None:
-        """Check the whole inventory against the config on metadata alone; raises CheckpointError."""
+        """Check inventory and tokenizer against the config on metadata alone; CheckpointError, TokenError."""
         ...
 
     def side_file(self, name: str) -> Path | None:

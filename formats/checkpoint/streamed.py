@@ -18,12 +18,13 @@ from ..hub.client import Hub
 from ..hub.files import snapshot
 from ..hub.repository import Repository
 from ..hub.settings import offline
+from ..tokenizer.vocabulary import check_tokenizer
 from ..unchanged import UnchangedFile
 from ..watch import UNWATCHED, Watch
 from .documents import check_index, config_notes, load_config, load_index
 from .inventory import check_inventory, left_out
 from .local import Checkpoint, open_checkpoint
-from .names import CONFIG, INDEX, SIDE_FILES, SINGLE
+from .names import CONFIG, INDEX, SIDE_FILES, SINGLE, TOKENIZER
 from .safetensors_file import TensorInfo, by_name, header_length, header_of, parse_header, payload_of
 from .scratch import Scratch
 from .shard_cache import ShardCache
@@ -81,8 +82,9 @@ class HubCheckpoint:
         return self._scratch.path
 
     def validate(self) -> None:
-        """Check the whole inventory against the config; no shard is fetched. Raises CheckpointError."""
+        """As `Source.validate`; no shard is fetched."""
         check_inventory(self.tensors, self.config, self._left_out, self.path)
+        check_tokenizer(self.side_file(TOKENIZER), self.config.vocab_size)
 
     def side_file(self, name: str) -> Path | None:
         """The path of one of SIDE_FILES, fetched to huggingface_hub's cache, or None where there is none."""

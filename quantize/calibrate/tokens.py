@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...formats.checkpoint.names import TOKENIZER
 from ...formats.checkpoint.source import Source
 from ...formats.errors import CheckpointError, TokenError
 from ...formats.minimax import ModelConfig
@@ -118,7 +119,7 @@ def _cut(
     """A text in sequences of `length`: `wanted` of them, or all; TokenError where there are less than `fewest`, or
     none. `name` is the text in errors.
     """
-    side = source.side_file("tokenizer.json")
+    side = source.side_file(TOKENIZER)
     if side is None:
         raise CheckpointError(
             "has no tokenizer.json, without which a text cannot be read", hint="give --tokens instead"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...formats.checkpoint.names import CONFIG, SIDE_FILES
+from ...formats.checkpoint.names import CONFIG, SIDE_FILES, TOKENIZER
 from ...formats.errors import CheckpointError, ConfigError, RecipeError
 from ...formats.hfq.layout import METADATA_LIMIT
 from ...formats.lfs import HINT, PROBLEM, is_pointer
@@ -150,9 +150,9 @@ def side_files(find: Callable[[str], Path | None]) -> SideFiles:
         path = find(name)
         return read_json(path) if path else None
 
-    tokenizer = text("tokenizer.json")
+    tokenizer = text(TOKENIZER)
     if tokenizer is not None:
-        document("tokenizer.json")
+        document(TOKENIZER)
     return SideFiles(
         tokenizer,
         document("tokenizer_config.json"),
@@ -221,6 +221,8 @@ def model_files(model: Model) -> ModelFiles:
     """Config and texts for planning: the recipe's own config where it has one, so that no network is needed."""
     if model.config is not None:
         return ModelFiles(normalize_config(model.config), SideFiles(), False)
+    from ...formats.tokenizer import check_tokenizer
+
     folder = local_folder(model.place.address)
     names = (CONFIG, *SIDE_FILES)
     if folder is None:
@@ -238,4 +240,5 @@ def model_files(model: Model) -> ModelFiles:
         normalize_config(raw)
     except ConfigError as e:
         raise ConfigError(e.problem, file=files[CONFIG], hint=e.hint) from None
+    check_tokenizer(files.get(TOKENIZER), raw["vocab_size"])
     return ModelFiles(raw, side, side.tokenizer is not None)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...formats.tokenizer.vocabulary import byte_symbols
+
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -15,13 +17,6 @@ CHAT_TEMPLATE = (
 )
 _CONSONANTS = "bcdfghjklmnprstvw"
 _VOWELS = "aeiou"
-
-
-def byte_symbols() -> list[str]:
-    """The character that stands for each byte 0…255 in byte-level BPE (the GPT-2 table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [b for b in range(256) if b not in printable]
-    return [chr(b) if b in printable else chr(256 + rest.index(b)) for b in range(256)]
 
 
 def _merges(count: int) -> list[tuple[str, str]]:

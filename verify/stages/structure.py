@@ -6,7 +6,6 @@ held against the specification; every payload is read once, in pieces. Each prob
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +31,8 @@ from ...formats.hfq.layout import ENGINE_KEYS, metadata_checksum
 from ...formats.hfq.provenance import Provenance
 from ...formats.hfq.totals import FormatTotals, by_format
 from ...formats.minimax import ARCH_ID, ModelConfig, awq_scale_name, inventory, normalize_config, parse_config
+from ...formats.strictjson import JsonError, parse_object
+from ...formats.tokenizer import vocabulary_problems
 from ...formats.watch import UNWATCHED, Watch
 from ..model.hfq_weights import pieces
 from .stage import StageResult
@@ -157,11 +158,6 @@ def _count_problems(file: HfqFile, cfg: ModelConfig) -> Problems:
         yield f"metadata.parameter_counts.total_params: is {counts.get('total_params')}, the config gives {total}"
 
 
-def _byte_symbols() -> set[str]:
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    return {chr(b) for b in printable} | {chr(256 + i) for i in range(256 - len(printable))}
-
-
 def _tokenizer_problems(file: HfqFile, cfg: ModelConfig | None, notes: list[str]) -> Problems:
     text = file.metadata.get("tokenizer")
     if text is None:
@@ -171,16 +167,12 @@ def _tokenizer_problems(file: HfqFile, cfg: ModelConfig | None, notes: list[str]
         yield f"metadata.tokenizer: is {type(text).__name__}, not tokenizer.json as a string"
         return
     try:
-        vocab = json.loads(text)["model"]["vocab"]
-        ids = [int(i) for i in vocab.values()]
-        missing = _byte_symbols() - set(vocab)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        yield f"metadata.tokenizer: is not a byte-level BPE tokenizer.json ({type(e).__name__}: {e})"
+        document = parse_object(text.encode("utf-8"))
+    except (JsonError, UnicodeEncodeError) as e:
+        yield f"metadata.tokenizer: {e}"
         return
-    if missing:
-        yield f"metadata.tokenizer: {len(missing)} of the 256 byte symbols are not in its vocabulary"
-    if cfg is not None and max(ids, default=0) >= cfg.vocab_size:
-        yield f"metadata.tokenizer: holds id {max(ids)}, but the vocabulary has {cfg.vocab_size}"
+    size = cfg.vocab_size if cfg is not None else 1 << 32
+    yield from (f"metadata.tokenizer: {problem}" for problem in vocabulary_problems(document, size))
     config = file.metadata.get("tokenizer_config")
     if not (isinstance(config, Mapping) and config.get("chat_template")):
         notes.append("the file has no chat template")

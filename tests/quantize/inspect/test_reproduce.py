@@ -63,7 +63,7 @@ def test_reproduce_refuses_other_inputs_by_name(run: Run, tmp_path: Path, small:
     with pytest.raises(ImatrixError, match="--imatrix"):
         reproduce(tmp_path / "a", Inputs(str(small)), 1)
     other = shutil.copytree(small, tmp_path / "small")
-    (other / "tokenizer.json").write_text('{"other": 1}')
+    (other / "tokenizer.json").write_text((small / "tokenizer.json").read_text() + "\n")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not the file"):
         reproduce(tmp_path / "a", Inputs(str(other), small / "imatrix.gguf"), 1)
     changed = bytearray((small / "imatrix.gguf").read_bytes())
