@@ -2,19 +2,21 @@
 
 For AMD it needs clang and lld of version 18 or later (Debian: clang-19, lld-19) and no ROCm; for NVIDIA, nvrtc. What
 it asserts of a code object: the machine, the architecture, one descriptor per kernel, nothing left undefined. It
-prints the registers and LDS of each kernel.
+prints the registers and LDS of each kernel. What it has compiled it keeps, and the tests of it look at the same code.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import io
+import itertools
 import re
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ from elftools.common.exceptions import ELFError
 from elftools.construct import ConstructError
 from elftools.elf.elffile import ELFFile
 from mq_quant.formats.errors import BackendError, CheckError
-from mq_quant.kernels.runtime import cuda
+from mq_quant.formats.machine import cores
+from mq_quant.kernels.runtime import cache, cuda
 from mq_quant.kernels.runtime.sources import INCLUDE, Kernel, Module, Sources
 
 AMD_ARCHES = {"gfx1100": 0x41, "gfx1151": 0x4A, "gfx1201": 0x4E}
@@ -100,16 +103,35 @@ def check_amd(
     sources: Sources, module: Module, kernels: Sequence[Kernel], arch: str, clang: str
 ) -> list[Usage]:
     """Compile a module for an AMD architecture and judge it; CheckError where it does not hold."""
-    with tempfile.TemporaryDirectory() as scratch:
-        source, made = Path(scratch) / "k.hip", Path(scratch) / "k.hsaco"
-        source.write_text(sources.text(module.file), encoding="utf-8")
-        command = [clang, f"--offload-arch={arch}", *_FLAGS, "-I", str(INCLUDE / "amdgpu")]
-        command += [*(f"-D{d}" for d in module.defines), str(source), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    made, remarks = _compiled_for_amd(sources, module, arch, clang)
+    judge(made, arch, kernels, module.label)
+    return list(_amd_usage(remarks, module, arch))
+
+
+def _compiled_for_amd(sources: Sources, module: Module, arch: str, clang: str) -> tuple[bytes, str]:
+    """The code object of a module and what clang remarks on it, now or in an earlier run."""
+    text, headers = sources.text(module.file), INCLUDE / "amdgpu"
+    command = (clang, f"--offload-arch={arch}", *_FLAGS, *(f"-D{d}" for d in module.defines))
+    parts = (text, *(p.read_bytes() for p in sorted(headers.rglob("*.h"))), *command, _version(clang))
+
+    def build(made: Path) -> None:
+        source, code_object = made.with_suffix(".hip"), made.with_suffix(".hsaco")
+        source.write_text(text, encoding="utf-8")
+        to_file = ("-I", str(headers), str(source), "-o", str(code_object))
+        done = subprocess.run((*command, *to_file), capture_output=True, text=True, check=False)
         if done.returncode:
             raise CheckError(f"{module.label} does not compile for {arch}:\n{done.stderr.strip()[-4000:]}")
-        judge(made.read_bytes(), arch, kernels, module.label)
-    return list(_amd_usage(done.stderr, module, arch))
+        code = code_object.read_bytes()
+        made.write_bytes(struct.pack("<Q", len(code)) + code + done.stderr.encode())
+
+    kept = cache.code(f"check-{cache.key(parts)}", build)
+    (size,) = struct.unpack_from("<Q", kept)
+    return kept[8 : 8 + size], kept[8 + size :].decode()
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def _amd_usage(remarks: str, module: Module, arch: str) -> Iterator[Usage]:
@@ -126,7 +148,7 @@ def _amd_usage(remarks: str, module: Module, arch: str) -> Iterator[Usage]:
 
 def check_nvidia(sources: Sources, module: Module, kernels: Sequence[Kernel], arch: str) -> list[Usage]:
     """Compile a module with nvrtc; CheckError where the kernels are not all there."""
-    with read_elf(cuda.compile_module(sources, module, arch)[0]) as file:
+    with read_elf(cuda.compiled_module(sources, module, arch)) as file:
         registers = dict(_registers(file))
         shared = {k: file.get_section_by_name(f".nv.shared.{k.name}") for k in kernels}
     if sorted(registers) != sorted(k.name for k in kernels):
@@ -162,13 +184,18 @@ def check_all(sources: Sources, amd: bool = True, nvidia: bool = True) -> list[U
             "the compile check finds no clang with lld",
             hint="apt-get install --no-install-recommends clang-19 lld-19",
         )
-    out: list[Usage] = []
-    for module, kernels in sources.modules().items():
-        if amd and clang:
-            for arch in AMD_ARCHES:
-                out += check_amd(sources, module, kernels, arch, clang)
-        if nvidia:
-            out += check_nvidia(sources, module, kernels, NVIDIA_ARCH)
+
+    def check(work: tuple[Module, str]) -> list[Usage]:
+        module, arch = work
+        kernels = sources.modules()[module]
+        if clang and arch in AMD_ARCHES:
+            return check_amd(sources, module, kernels, arch, clang)
+        return check_nvidia(sources, module, kernels, arch)
+
+    arches = (*(AMD_ARCHES if amd else ()), *((NVIDIA_ARCH,) if nvidia else ()))
+    with ThreadPoolExecutor(cores()) as pool:
+        found = pool.map(check, itertools.product(sources.modules(), arches))
+        out = [usage for checked in found for usage in checked]
     if not out:
         raise CheckError("the compile check saw no kernel")
     return out

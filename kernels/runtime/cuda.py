@@ -30,6 +30,7 @@ NVRTC = Compiler(
     code="GetCUBIN",
 )
 _HEADER = INCLUDE / "cuda" / "hip" / "hip_runtime.h"
+_OPTIONS = ("--std=c++17", "--fmad=false")
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
 _OWN_LDS = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _DYNAMIC_LDS = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -82,11 +83,22 @@ def compile_module(sources: Sources, module: Module, arch: str, *extra: str) -> 
             "the cuda back end finds no nvrtc", hint="pip install mq-quant[cuda], or install a CUDA toolkit"
         )
     headers = {"hip/hip_runtime.h": _HEADER.read_text(encoding="utf-8")}
-    options = (f"--gpu-architecture={arch}", "--std=c++17", "--fmad=false", *extra)
+    options = (f"--gpu-architecture={arch}", *_OPTIONS, *extra)
     defines = tuple(f"-D{d}" for d in module.defines)
     return compile_program(
         NVRTC, library, module.label, sources.text(module.file), headers, (*options, *defines)
     )
+
+
+def compiled_module(sources: Sources, module: Module, arch: str) -> bytes:
+    """The cubin of a module, now or from an earlier run; BackendError as for `compile_module`."""
+    text, header = sources.text(module.file), _HEADER.read_text(encoding="utf-8")
+    parts = (text, header, *_OPTIONS, *module.defines, arch, nvrtc_version())
+
+    def build(made: Path) -> None:
+        made.write_bytes(compile_module(sources, module, arch)[0])
+
+    return code(f"cuda-{key(parts)}.cubin", build)
 
 
 def nvrtc_version() -> str:
@@ -163,10 +175,4 @@ class CudaBackend(GpuBackend):
         return self._lds[kernel]
 
     def _compile(self, module: Module) -> bytes:
-        text, header = self.sources.text(module.file), _HEADER.read_text(encoding="utf-8")
-        parts = (text, header, *module.defines, self.arch, nvrtc_version())
-
-        def build(made: Path) -> None:
-            made.write_bytes(compile_module(self.sources, module, self.arch)[0])
-
-        return code(f"cuda-{key(parts)}.cubin", build)
+        return compiled_module(self.sources, module, self.arch)
