@@ -149,6 +149,7 @@ class HfqKind(StrEnum):
     PADDING_SIZE = auto()  # too many unused bytes lie before the payloads
     PADDING = auto()  # the padding before the payloads is not zero
     PAYLOAD_END = auto()  # a payload reaches behind the end of the file
+    CHECKSUM = auto()  # a payload's bytes are not those that were written
     # Use of a file that is whole
     NO_TENSOR = auto()  # the file has no tensor of this name
     UNKNOWN_FORMAT = auto()  # the tensor's block format is not known

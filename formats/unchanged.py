@@ -12,6 +12,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BufferedReader
@@ -27,6 +28,8 @@ ATTEMPTS = 3
 _BLOCK = 4 << 20
 
 T = TypeVar("T")
+Look = Callable[[bytes], None]
+"""Is shown the pieces of a file in order."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,14 @@ class UnchangedFile:
             raise self._unreadable(e) from None
         raise self._changed()
 
-    def sha256(self, watch: Watch = UNWATCHED) -> str:
+    def sha256(self, watch: Watch = UNWATCHED, look: Callable[[], Look] | None = None) -> str:
         """The hash of the file's bytes, 64 lower-case hexadecimal digits; it is computed once.
 
-        `watch` hears of each piece that was read, or of the whole file where its hash is known.
+        `watch` hears of each piece that was read, or of the whole file where its hash is known. `look` makes what is
+        shown all pieces in order where the file is read, and may refuse one by an MqError.
         """
         if self._sha256 is None:
-            self._sha256 = self.read(partial(_sha256, watch=watch))
+            self._sha256 = self.read(partial(_sha256, watch=watch, look=look))
         else:
             watch.advance(self.size, self.path.name)
         return self._sha256
@@ -202,10 +206,14 @@ class UnchangedFile:
         return self._error(f"cannot be read: {fault.strerror or fault}", file=self.path, hint=self._hint)
 
 
-def _sha256(file: BufferedReader, watch: Watch = UNWATCHED) -> str:
-    digest, name = hashlib.sha256(), Path(file.name).name
+def _sha256(file: BufferedReader, watch: Watch = UNWATCHED, look: Callable[[], Look] | None = None) -> str:
+    digest, name, shown = hashlib.sha256(), Path(file.name).name, look() if look else None
     file.seek(0)
-    while block := file.read(_BLOCK):
-        digest.update(block)
-        watch.advance(len(block), name)
+    with ThreadPoolExecutor(1, thread_name_prefix="look") as beside:
+        while block := file.read(_BLOCK):
+            looked = beside.submit(shown, block) if shown else None
+            digest.update(block)
+            if looked:
+                looked.result()
+            watch.advance(len(block), name)
     return digest.hexdigest()

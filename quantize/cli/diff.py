@@ -74,6 +74,7 @@ def _render(
         parts += some([f"only in {printable(str(path))}: {name}" for name in names])
     if result.different_tensors:
         parts.append(tensors(result.different_tensors))
+    parts += some([f"damaged in {printable(path)}: {name}" for path, name in result.damaged])
     if not result.same_order:
         parts.append("the tensors that both have stand in another order")
     parts.append(f"{result.equal_tensors} tensors equal, {len(result.different_tensors)} different")

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ...formats.errors import InputError
-from ...formats.hfq import HfqFile, open_hfq
+from ...formats.hfq import HfqFile
+from ...formats.hfq.checked import CheckedFile
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.machine import peak_rss
 from ...formats.strictjson import compact
@@ -59,11 +60,12 @@ def evaluate_files(paths: Sequence[Path], reference: Reference, options: Evaluat
     """Judge files against a reference and write what was found to `options.output`.
 
     Raises InputError or HfqError where a file is of another model, OutputError where an output cannot be written,
-    ResumeError where an unfinished evaluation there is another one; all of them before any work.
+    ResumeError where an unfinished evaluation there is another one; all of them before any work. HfqError comes later
+    where a payload is damaged, when it is read.
     """
     began, device = time.monotonic(), open_device(options.device)
     with ExitStack() as stack:
-        files = [stack.enter_context(open_hfq(path)) for path in paths]
+        files = [stack.enter_context(CheckedFile(path)) for path in paths]
         config = config_of(files[0])
         check_models(files, reference)
         check_outputs(options.output, options.save_reference, reference, config, len(files), options.force)

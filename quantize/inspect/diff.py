@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ...formats.blocks import FORMATS
 from ...formats.hfq import HfqFile, TensorEntry, open_hfq
+from ...formats.hfq.checked import checksum, stated_checksums
 from ...formats.hfq.provenance import KEY, PADDING
 from ...formats.hfq.stored import RecoveredFolds, StoredForm, folds_down, stored_form
 from ...formats.hfq.totals import format_name
@@ -63,7 +64,8 @@ class TensorDiff:
 class Diff:
     """Where file B differs from file A. Names stand in file order; `equal_tensors` counts tensors of equal bytes.
 
-    `trailing_a` and `trailing_b` count the bytes after the last tensor, which the engine ignores.
+    `trailing_a` and `trailing_b` count the bytes after the last tensor, which the engine ignores. `damaged` has path
+    and tensor where bytes are not those that were written.
     """
 
     a: Path
@@ -77,6 +79,7 @@ class Diff:
     trailing_a: int = 0
     trailing_b: int = 0
     same_trailing: bool = True
+    damaged: tuple[tuple[str, str], ...] = ()
 
     @property
     def identical(self) -> bool:
@@ -107,7 +110,16 @@ def diff_files(a: Path, b: Path) -> Diff:
             trailing_a=first.trailing_bytes,
             trailing_b=second.trailing_bytes,
             same_trailing=_same_trailing(first, second),
+            damaged=(*_damaged(first, rows), *_damaged(second, rows)),
         )
+
+
+def _damaged(file: HfqFile, rows: Sequence[TensorDiff]) -> Iterator[tuple[str, str]]:
+    """The path of the file and the name of each tensor whose bytes are not those that were written."""
+    stated = stated_checksums(file)
+    for row in rows:
+        if row.name in stated and checksum(file.chunks(file.entry(row.name))) != stated[row.name]:
+            yield str(file.path), row.name
 
 
 def _same_trailing(a: HfqFile, b: HfqFile) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from ...formats.blocks import FORMATS
 from ...formats.errors import HfqError, HfqKind, RecipeError
 from ...formats.hfq import HfqFile, TensorEntry, open_hfq
+from ...formats.hfq.checked import CheckedFile
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.hfq.totals import FormatTotals, by_format, format_name
 from ...formats.minimax import expert_of
@@ -128,9 +129,10 @@ def inspect_file(
 ) -> FileSummary:
     """Header, metadata, the tensors whose name holds the regular expression `pattern`, and `tensor` decoded.
 
-    Raises HfqError for a file that is not one, RecipeError for a pattern that is no regular expression.
+    Raises HfqError for a file that is not one and for a `tensor` that is damaged, RecipeError for a pattern that is no
+    regular expression.
     """
-    with open_hfq(path) as file:
+    with CheckedFile(path) as file:
         header = Header(
             file.version,
             file.arch_id,

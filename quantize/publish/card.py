@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...formats.errors import InputError, OutputError
+from ...formats.hfq.checked import payload_checks
 from ...formats.own_file import disk_errors
 from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
@@ -64,7 +65,8 @@ def write_card(
     """Write README.md and SHA256SUMS of files of one model into a folder, which is made where there is none.
 
     `watch` hears how the files are hashed. Raises InputError where the files are of different models or the evaluation
-    is of none of them, OutputError where something would be replaced without `force`.
+    is of none of them, HfqError where a payload is damaged, OutputError where something would be replaced without
+    `force`.
     """
     read = [read_facts(path) for path in paths]
     found = sorted((f for f, _ in read), key=lambda f: -f.bytes)
@@ -76,7 +78,7 @@ def write_card(
     measured = _measured(found, evaluation, options.evaluation)
     base = _declared(origin, options)
     watch.begin("hashing", sum(f.bytes for f in found), "bytes")
-    sums = [f"{UnchangedFile(f.path, InputError).sha256(watch)}  {f.name}" for f in found]
+    sums = [f"{_sha256(f.path, watch)}  {f.name}" for f in found]
     drawn = {name: f for name, f in pictures_of(measured).items() if name in (BY_SIZE, BY_TOKENS)}
     pictures = write_pictures(folder, drawn)
     text = render_card(found, origin, base, evaluation, measured, pictures)
@@ -87,6 +89,11 @@ def write_card(
     return CardResult(
         folder, readme, checksums, tuple(f.name for f in found), pictures, _notes(found, measured, base)
     )
+
+
+def _sha256(path: Path, watch: Watch) -> str:
+    """The SHA-256 of a file, whose payloads are held against their checksums on the way; HfqError."""
+    return UnchangedFile(path, InputError).sha256(watch, payload_checks(path))
 
 
 def _one_origin(read: Sequence[tuple[CardFile, Origin]]) -> Origin:

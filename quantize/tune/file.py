@@ -17,6 +17,7 @@ import torch
 from ...formats.checkpoint.source import Source
 from ...formats.errors import TuningError
 from ...formats.hfq import HfqFile, open_hfq
+from ...formats.hfq.checked import payload_checks
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
 from ...formats.machine import peak_rss
 from ...formats.minimax import parse_config
@@ -105,7 +106,12 @@ def tune_file(path: Path, source: Source, tokens: Tokens, options: TuneOptions) 
         fingerprint = _check_source(file, source, options.watch)
         given = UnchangedFile(path, TuningError)
         options.watch.begin("hashing the file", given.size, "bytes")
-        signature = {**record, "code": code(), "file": given.sha256(options.watch), "source": fingerprint}
+        signature = {
+            **record,
+            "code": code(),
+            "file": given.sha256(options.watch, payload_checks(path)),
+            "source": fingerprint,
+        }
         with PartialFile(destination, laid, laid.pieces, dict(flatten(signature)), options.restart) as out:
             streams = StreamFolder(beside(destination.path, TUNING), out.begun_anew, RESTART)
             kept = out.take_over(laid.pieces, options.jobs, options.watch)

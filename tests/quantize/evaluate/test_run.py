@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import small_model
 import torch
+from damaged import flip_bit, resign
 from hub_server import MAIN, REPO, check_each_shard_was_fetched_once
 from mq_quant.formats.checkpoint.local import open_checkpoint
-from mq_quant.formats.errors import InputError, OutputError, ResumeError
+from mq_quant.formats.errors import HfqError, InputError, OutputError, ResumeError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.minimax import awq_scale_name
 from mq_quant.quantize.calibrate.tokens import TokenRequest
@@ -163,6 +164,7 @@ def test_a_broken_file_is_told_and_spoils_no_other(evaluate: Evaluate, made: Mad
     with broken.open("r+b") as f:
         f.seek(at)
         f.write(np.array([math.nan], "<f2").tobytes())
+    resign(broken)
     result = evaluate([broken, made("mq2")])
     assert math.isnan(result.files[0].divergence.kld_mean)
     assert result.files[1] == evaluate([made("mq2")], name="alone.json").files[0]
@@ -212,3 +214,17 @@ def test_our_own_text_is_named(against: Callable[..., Reference], small: Path, t
     own = against(folder, TokenRequest(sequences=2, length=16))
     assert own.tokens_record().text == EVALUATION_SHA256 and own.tokens.shape == (2, 16)
     assert against().tokens_record().text is None
+
+
+@pytest.mark.parametrize(
+    "tensor", ["model.embed_tokens.weight", small_model.W1, "model.norm.weight", "lm_head.weight"]
+)
+def test_a_damaged_file_gets_no_figures(evaluate: Evaluate, made: Made, tmp_path: Path, tensor: str) -> None:
+    path = made("mq2")
+    sound = path.read_bytes()
+    flip_bit(path, tensor, 5)
+    with pytest.raises(HfqError, match=f"small.mq2: {tensor}: its bytes are not those that were written"):
+        evaluate([path])
+    assert not (tmp_path / "out.json").exists()
+    path.write_bytes(sound)  # fetched again: the evaluation continues
+    assert evaluate([path]).files[0].divergence.kld_mean > 0

@@ -179,3 +179,20 @@ def test_a_header_that_differs_is_told(run: Run, tmp_path: Path) -> None:
     result = diff_files(tmp_path / "a", tmp_path / "b")
     assert not result.identical
     assert [(row.key, row.a, row.b) for row in result.metadata] == [("arch_id of the header", 10, 10 ^ 0xFF)]
+
+
+def test_inspect_does_not_decode_a_damaged_tensor(run: Run, tmp_path: Path) -> None:
+    run("a")
+    copy = altered(tmp_path / "a", W1, tmp_path)
+    with pytest.raises(HfqError, match=f"{W1}: its bytes are not those that were written"):
+        inspect_file(copy, None, W1)
+    assert inspect_file(copy, None, "model.norm.weight").tensor is not None
+
+
+def test_diff_says_which_file_is_damaged(run: Run, tmp_path: Path) -> None:
+    run("a")
+    copy = altered(tmp_path / "a", W1, tmp_path)
+    assert diff_files(tmp_path / "a", copy).damaged == ((str(copy), W1),)
+    assert diff_files(copy, tmp_path / "a").damaged == ((str(copy), W1),)
+    run("b", tier="mq3")
+    assert diff_files(tmp_path / "a", tmp_path / "b").damaged == ()

@@ -15,10 +15,11 @@ import hub_server
 import numpy as np
 import pytest
 import small_model
+from damaged import flip_bit
 from hub_server import MAIN, REPO
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
-from mq_quant.formats.errors import InputError, OutputError
+from mq_quant.formats.errors import HfqError, InputError, OutputError
 from mq_quant.quantize.calibrate.tokens import TokenRequest
 from mq_quant.quantize.evaluate.reference import of_checkpoint
 from mq_quant.quantize.evaluate.result import Evaluation
@@ -268,3 +269,11 @@ def test_a_card_without_a_licence_says_so(files: list[Path], tmp_path: Path) -> 
     result = write_card(files[:1], tmp_path / "card", CardOptions())
     assert "license" not in ModelCard(result.readme.read_text("utf-8")).data.to_dict()
     assert any("declares no licence" in note for note in result.notes)
+
+
+def test_no_card_is_written_of_a_damaged_file(files: list[Path], tmp_path: Path) -> None:
+    path = Path(shutil.copy(files[-1], tmp_path))
+    flip_bit(path, small_model.W1, 7)
+    with pytest.raises(HfqError, match=f"{small_model.W1}: its bytes are not those that were written"):
+        write_card([path], tmp_path / "card")
+    assert not (tmp_path / "card").exists()

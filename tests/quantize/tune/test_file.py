@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import small_model
-from mq_quant.formats.errors import OutputError, ResumeError, TuningError
+from damaged import flip_bit
+from mq_quant.formats.errors import HfqError, OutputError, ResumeError, TuningError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.hfq.provenance import Provenance
 from mq_quant.formats.minimax import expert_of
@@ -167,3 +168,10 @@ def test_an_output_that_exists_is_kept(tune: Tune, tmp_path: Path) -> None:
         tune("new")
     assert (tmp_path / "new").read_text() == "mine"
     assert tune("new", force=True).kept_layers == 2
+
+
+def test_a_damaged_file_is_refused_before_any_layer(tune: Tune, made: Path, tmp_path: Path) -> None:
+    flip_bit(made, small_model.W1, 7)
+    with pytest.raises(HfqError, match=f"{small_model.W1}: its bytes are not those that were written"):
+        tune(on_layer=stop_after(0))
+    assert [path.name for path in tmp_path.glob("*new*")] == []
