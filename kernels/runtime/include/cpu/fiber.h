@@ -27,7 +27,7 @@ struct Block {
   Index block, block_dim, grid_dim;
   unsigned char* dynamic_lds;
   void (*barrier)(Block*);
-  uint32_t (*shuffle)(Block*, uint32_t bits, unsigned source_lane);
+  const uint32_t* (*exchange)(Block*, uint32_t bits);    // of every lane of the wave, until its next exchange but one
   void* (*lds)(Block*, size_t bytes);
 };
 

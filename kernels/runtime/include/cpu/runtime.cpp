@@ -168,7 +168,7 @@ void barrier(Block* block) {
   }
 }
 
-uint32_t shuffle(Block* block, uint32_t bits, unsigned source) {
+const uint32_t* exchange(Block* block, uint32_t bits) {
   Worker& w = worker_of(block);
   Fiber& f = *block->fiber;
   Warp& warp = w.warps[f.number / WARP];
@@ -181,7 +181,7 @@ uint32_t shuffle(Block* block, uint32_t bits, unsigned source) {
   } else {
     wait(w, &warp.generation);
   }
-  return slot[source % WARP];
+  return slot;
 }
 
 [[noreturn]] void fail(Worker& w, const char* problem) {
@@ -299,7 +299,7 @@ extern "C" __attribute__((visibility("default"))) int mq_run(mq::Entry entry, vo
       w.shared.block_dim = {block[0], block[1], block[2]};
       w.shared.grid_dim = {grid[0], grid[1], grid[2]};
       w.shared.barrier = barrier;
-      w.shared.shuffle = shuffle;
+      w.shared.exchange = exchange;
       w.shared.lds = lds;
       w.shared.dynamic_lds = w.lds;
       w.threads = block[0] * block[1] * block[2];

@@ -21,7 +21,7 @@ static inline To bits_as(From value) {
 
 template <class T>
 static inline T shuffle(T value, unsigned source) {
-  return bits_as<T>(self->shuffle(self, bits_as<uint32_t>(value), source));
+  return bits_as<T>(self->exchange(self, bits_as<uint32_t>(value))[source % 32]);
 }
 
 static inline unsigned lane() { return self->fiber->number % 32; }
@@ -65,17 +65,17 @@ static inline int __double2hiint(double v) { return static_cast<int>(mq::bits_as
 static inline double __hiloint2double(int high, int low) {
   return mq::bits_as<double>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low));
 }
-#define MQ_FIRST_LANE
-static inline int first_lane(bool found) {
-  int first = found ? static_cast<int>(mq::lane()) : 32;
-  for (int mask = 1; mask < 32; mask *= 2) first = min(first, __shfl_xor(first, mask));
-  return first;
-}
 #define MQ_LANES_WHERE
 static inline uint32_t lanes_where(bool found) {
-  int lanes = found ? static_cast<int>(1u << mq::lane()) : 0;
-  for (int mask = 1; mask < 32; mask *= 2) lanes |= __shfl_xor(lanes, mask);
-  return static_cast<uint32_t>(lanes);
+  const uint32_t* all = mq::self->exchange(mq::self, found ? 1 : 0);
+  uint32_t lanes = 0;
+  for (int lane = 0; lane < 32; lane++) lanes |= all[lane] << lane;
+  return lanes;
+}
+#define MQ_FIRST_LANE
+static inline int first_lane(bool found) {
+  const uint32_t lanes = lanes_where(found);
+  return lanes ? __builtin_ctz(lanes) : 32;
 }
 #define MQ_SYNC_WAVE
 static inline void sync_wave() { __shfl(0, 0); }
