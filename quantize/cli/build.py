@@ -89,7 +89,7 @@ def build(
     text: opt.Text = None,
     tokens: opt.Tokens = None,
     sequences: opt.Sequences = None,
-    length: opt.Length = 512,
+    length: opt.Length = None,
     fit: Annotated[
         opt.Fit | None,
         typer.Option(

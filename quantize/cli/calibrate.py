@@ -28,14 +28,14 @@ def calibrate(
     text: opt.Text = None,
     tokens: opt.Tokens = None,
     sequences: opt.Sequences = None,
-    length: opt.Length = 512,
+    length: opt.Length = None,
     down: Annotated[
-        opt.DownForm,
+        opt.DownForm | None,
         typer.Option(
             help="How the moments of the down projections are kept: of each expert in f32 (full) or as f16 "
-            "correlations (compact), or one for a whole layer (pooled)."
+            "correlations (compact, the default), or one for a whole layer (pooled)."
         ),
-    ] = "compact",
+    ] = None,
     propagate: Annotated[
         opt.Propagate,
         typer.Option(
@@ -82,8 +82,11 @@ def calibrate(
     """
     if propagate == "source" and (tier or recipe):
         raise typer.BadParameter("--tier and --recipe go with --propagate quantised")
-    if streams and (propagate != "source" or dry_run):
-        raise typer.BadParameter("--streams are those of the source: leave --propagate and --dry-run out")
+    if streams and (propagate != "source" or dry_run or down):
+        raise typer.BadParameter(
+            "--streams are those of the source, without moments: leave --propagate, --down and --dry-run out"
+        )
+    form = down or "compact"
     with (
         Progress(f"calibrate {output.name}", quiet) as progress,
         resumable("the same command continues after the last finished layer"),
@@ -107,14 +110,14 @@ def calibrate(
                 state = make_state(opened, ids, output, how)
                 show(state, as_json, quiet, _render_state)
                 return
-            sizes = calibration_sizes(opened.config, ids.size, down)
+            sizes = calibration_sizes(opened.config, ids.size, form)
             if dry_run:
                 emit(sizes, as_json, _render_sizes)
                 return
             if not (quiet or as_json):
                 note(_render_sizes(sizes))
             options = CalibrationOptions(
-                down=down,
+                down=form,
                 propagate=chosen,
                 device=device,
                 jobs=jobs or cores(),

@@ -51,7 +51,7 @@ def evaluate(
     text: opt.Text = None,
     tokens: opt.Tokens = None,
     sequences: opt.Sequences = None,
-    length: opt.Length = 512,
+    length: opt.Length = None,
     device: opt.ModelDevice = "cpu",
     revision: Annotated[
         str | None, typer.Option(help="The branch, tag or commit of a hub repository. Default: main.")
@@ -77,8 +77,14 @@ def evaluate(
     """
     if (source is None) == (reference is None):
         raise typer.BadParameter("give either --source or --reference")
-    if reference is not None and (text or tokens or sequences or revision):
-        raise typer.BadParameter("--reference holds its own tokens: leave --text, --tokens, --sequences out")
+    if reference is not None and (text or tokens or sequences or length or revision):
+        raise typer.BadParameter(
+            "--reference holds its own tokens: leave --text, --tokens, --sequences, --length and --revision out"
+        )
+    if reference is not None and save_reference is not None:
+        raise typer.BadParameter(
+            "--save-reference saves what a source predicts: give --source, not --reference"
+        )
     with (
         Progress(f"evaluate {output.name}", quiet) as progress,
         resumable("the same command continues after the last finished layer"),
@@ -94,6 +100,7 @@ def evaluate(
         from ..write.inputs import check_no_input
         from ..write.outputs import check_output
 
+        asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
         inputs = [*files, reference, text, tokens, local_folder(source) if source else None]
         for written in filter(None, (output, save_reference)):
             check_no_input(written, inputs)
@@ -108,7 +115,6 @@ def evaluate(
                 against = of_file(reference, first)
         else:
             assert source is not None
-            asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
             opened = stack.enter_context(checked_place(source, revision, shard_cache, output.parent))
             against = of_checkpoint(opened, asked, opened.fingerprint(progress))
         if not (quiet or as_json):

@@ -31,7 +31,9 @@ def inspect(
     tensor: Annotated[
         str | None, typer.Option(help="Decode the tensor of this name: statistics and first groups.")
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, max=64, help="How many groups of it to show.")] = 2,
+    groups: Annotated[
+        int | None, typer.Option(min=1, max=64, help="How many groups of it to show. Default: 2.")
+    ] = None,
     show_provenance: Annotated[
         bool, typer.Option("--provenance", help="Show instead what the file was made from.")
     ] = False,
@@ -50,10 +52,14 @@ def inspect(
     """
     from ..inspect.show import inspect_file, provenance
 
+    if show_provenance and (pattern is not None or tensor is not None or groups):
+        raise typer.BadParameter("--provenance is shown alone: leave --filter, --tensor and --groups out")
+    if groups and tensor is None:
+        raise typer.BadParameter("--groups goes with --tensor")
     if show_provenance:
         emit(provenance(file), as_json, _render_provenance)
     else:
-        emit(inspect_file(file, pattern, tensor, groups), as_json, _render_file(pattern is not None))
+        emit(inspect_file(file, pattern, tensor, groups or 2), as_json, _render_file(pattern is not None))
 
 
 def _render_provenance(provenance: Provenance) -> str:
@@ -86,9 +92,9 @@ def _render_file(listing: bool) -> Callable[[FileSummary], str]:
             parts.append(f"{header.trailing_bytes} {AFTER}; mq-quant does not read them")
         if result.tensor:
             parts.append(_render_tensor(result.tensor))
-        elif listing:
+        if listing:
             parts.append(_render_rows(result.tensors))
-        else:
+        elif not result.tensor:
             parts.append(f"{len(result.tensors)} tensors; --filter lists them, --tensor decodes one")
         return "\n\n".join(parts)
 
@@ -144,7 +150,7 @@ def reproduce(
         Path | None, typer.Option(help="The token ids that the build was calibrated on, a .npy file.")
     ] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="How many sequences of them.")] = None,
-    length: opt.Length = 512,
+    length: opt.Length = None,
     device: Annotated[
         opt.TorchDevice,
         typer.Option(

@@ -49,6 +49,8 @@ def kit(
         raise typer.BadParameter("give either --out or --check")
     if results is not None and check is None:
         raise typer.BadParameter("--results goes with --check")
+    if force and out is None:
+        raise typer.BadParameter("--force goes with --out")
     if out is not None:
         _make(out, backend, force, quiet, as_json)
     elif check is not None:

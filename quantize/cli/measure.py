@@ -47,7 +47,7 @@ def measure(
     text: opt.Text = None,
     tokens: opt.Tokens = None,
     sequences: opt.Sequences = None,
-    length: opt.Length = 512,
+    length: opt.Length = None,
     judge_tokens: Annotated[
         Path | None,
         typer.Option(
@@ -86,6 +86,17 @@ def measure(
     """
     if effort == "imatrix" and calibration is not None:
         raise typer.BadParameter("--effort imatrix does not look at --calibration: give one of the two")
+    if effort == "imatrix" or calibration is not None:
+        if judge_tokens and (text or tokens or sequences or length):
+            raise typer.BadParameter(
+                "moments are not gathered here, and predictions are compared on --judge-tokens: leave --text, "
+                "--tokens, --sequences and --length out"
+            )
+        if sequences and not (text or tokens):
+            raise typer.BadParameter(
+                "moments are not gathered here: --held-out says on how many sequences predictions are compared, leave "
+                "--sequences out"
+            )
     with (
         Progress(f"measure {output.name}", quiet) as progress,
         resumable("the same command continues after the last finished layer"),
@@ -102,7 +113,7 @@ def measure(
         from ..write.inputs import check_no_input
 
         chosen = choose_recipe(None if recipe else TIER, recipe, source, revision)
-        asked = opt.token_request(text, tokens, sequences, length) or TokenRequest(length=length)
+        asked = opt.token_request(text, tokens, sequences, length) or TokenRequest()
         statistics = measuring_statistics(effort, imatrix, calibration, device)
         place, workers = chosen.model.place, jobs or cores()
         inputs = [recipe, text, tokens, judge_tokens, local_folder(place.address), imatrix, calibration]

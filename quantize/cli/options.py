@@ -86,7 +86,10 @@ Sequences = Annotated[
         help="Use this many sequences. Default: all of --text or --tokens, 65536 tokens of our own text.",
     ),
 ]
-Length = Annotated[int, typer.Option(min=1, help="The number of tokens in each sequence of --text.")]
+Length = Annotated[
+    int | None,
+    typer.Option(min=1, help="The number of tokens in each sequence of a text. Default: 512."),
+]
 Jobs = Annotated[
     int | None, typer.Option(min=1, help="The number of worker threads. Default: one for each core.")
 ]
@@ -135,15 +138,17 @@ WriteRecipe = Annotated[
 
 
 def token_request(
-    text: Path | None, tokens: Path | None, sequences: int | None, length: int
+    text: Path | None, tokens: Path | None, sequences: int | None, length: int | None
 ) -> TokenRequest | None:
-    """The tokens that these options ask for; None where none of them is given."""
+    """The tokens that these options ask for; None where they ask for nothing but what is usual."""
     from ..calibrate.tokens import LENGTH, TokenRequest
 
     if text is not None and tokens is not None:
         raise typer.BadParameter("give either --text or --tokens")
-    asked = TokenRequest(text, tokens, sequences, length)
-    return None if asked == TokenRequest(length=LENGTH) else asked
+    if tokens is not None and length is not None:
+        raise typer.BadParameter("--length cuts up a text, and --tokens holds sequences: leave --length out")
+    asked = TokenRequest(text, tokens, sequences, length or LENGTH)
+    return None if asked == TokenRequest() else asked
 
 
 def cluster(address: str | None, jobs: int | None, device: BuildDevice, shards: int | None) -> Cluster | None:

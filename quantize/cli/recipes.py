@@ -47,6 +47,8 @@ def recipes(
     """
     from ..inspect.recipes import copy_recipe, list_recipes, recipe_text
 
+    if force and copy is None:
+        raise typer.BadParameter("--force goes with --copy")
     if tier is None:
         if copy is not None:
             raise typer.BadParameter("--copy needs the name of a tier")

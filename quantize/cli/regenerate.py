@@ -68,8 +68,11 @@ def regenerate(
     """
     if write and hashes is None:
         raise typer.BadParameter("--write needs --hashes, the table to write to")
-    if files and (layers or tier or source or imatrix):
-        raise typer.BadParameter("--from takes the layers, the tier and the source of the files")
+    if files and (layers or tier or source or revision or imatrix):
+        raise typer.BadParameter(
+            "--from takes the layers, the tier and the source of the files: leave --layers, --tier, --source, "
+            "--revision and --imatrix out"
+        )
     asked = _numbers(layers)
     with Progress("regenerate", quiet) as progress:
         from ...formats.machine import cores

@@ -32,7 +32,7 @@ def tune(
     text: opt.Text = None,
     tokens: opt.Tokens = None,
     sequences: opt.Sequences = None,
-    length: opt.Length = 512,
+    length: opt.Length = None,
     epochs: Annotated[int, typer.Option(min=1, help="How often the tokens are gone through.")] = 6,
     device: opt.ModelDevice = "cpu",
     jobs: opt.Jobs = None,

@@ -100,6 +100,10 @@ def verify(
         raise typer.BadParameter("--chat goes with --prompt")
     if prompt is not None and token_file is not None:
         raise typer.BadParameter("give either --prompt or --token-file")
+    if tokens == 0 and (prompt is not None or token_file is not None or dump_hidden is not None):
+        raise typer.BadParameter(
+            "--tokens 0 runs nothing: leave --prompt, --token-file and --dump-hidden out"
+        )
     with Progress(f"verify {file.name}") as progress:
         from ...formats.hfq import open_hfq
         from ...formats.own_file import check_place

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...formats.errors import MqError, TokenError
+from ...formats.errors import InputError, MqError, TokenError
 from ...formats.hfq import HfqFile
 from ...formats.hfq.provenance import Provenance, RecipeRecord
 from ...formats.minimax import parse_config
@@ -53,6 +53,10 @@ def inputs_of(file: HfqFile, options: VerifyOptions) -> VerifyInputs:
     bars = load_recipe(options.recipe).verify if options.recipe else bars_of(file, built_with)
     place = _place(built_with, options.source)
     folder = local_folder(place) if place else None
+    if place is None and (options.imatrix is not None or options.revision is not None):
+        unused = "--imatrix weighs" if options.imatrix is not None else "--revision names"
+        what = "errors against the source" if options.imatrix is not None else "a version of the source"
+        raise InputError(f"{unused} {what}, and none is given", hint="give --source too, or leave it out")
     source = open_place(place, options.revision, options.shard_cache, Path()) if place else None
     if source is not None:
         source.validate()
@@ -95,11 +99,19 @@ def _tokens(file: HfqFile, options: VerifyOptions, folder: Path | None) -> NDArr
             file=file.path,
         )
     if options.token_file is not None:
-        return read_tokens(options.token_file, config)
+        return _first(read_tokens(options.token_file, config), options.tokens)
     if options.prompt is not None:
         return prompt_tokens(file, config, options.prompt, options.chat)
     wanted = FEWEST if options.tokens is None else options.tokens
     return held_out_tokens(file, config, wanted, folder) if wanted else None
+
+
+def _first(tokens: NDArray[np.int64], wanted: int | None) -> NDArray[np.int64]:
+    """About so many of token ids [n_seq, len], the first ones; all without a number."""
+    if wanted is None or wanted >= tokens.size:
+        return tokens
+    length = min(wanted, tokens.shape[1])
+    return tokens[: -(-wanted // length), :length]
 
 
 def _notes(file: HfqFile, tokens: NDArray[np.int64] | None, options: VerifyOptions) -> tuple[str, ...]:

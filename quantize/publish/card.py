@@ -152,7 +152,7 @@ def _declared(origin: Origin, options: CardOptions) -> BaseModel:
         for key in ("license", "license_name", "license_link")
         if (value := getattr(options, key)) is not None
     }
-    if place is None or (folder is None and options.license is not None):
+    if place is None or (options.base is None and folder is None and options.license is not None):
         base = BaseModel(origin.repository)
     else:
         base = base_model(origin.repository if folder else place, folder)

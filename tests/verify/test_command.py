@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mq_quant.formats.checkpoint.local import Checkpoint
-from mq_quant.formats.errors import TokenError
+from mq_quant.formats.errors import InputError, TokenError
 from mq_quant.formats.hfq import open_hfq
 from mq_quant.quantize.calibrate.token_file import read_token_file
 from mq_quant.quantize.cli.app import main
@@ -110,7 +110,7 @@ def test_a_truncated_file_is_bad_input(build: Build, capsys: pytest.CaptureFixtu
         (["--token-file", "./nowhere"], "cannot be read"),
         (["--generate", "1000000000"], "positions"),
         (["--prompt", "a\udcff"], "not UTF-8 text"),
-        (["--imatrix", "./nowhere"], "cannot be read"),
+        (["--imatrix", "./nowhere"], "none is given"),
         (["--recipe", "./nowhere"], "cannot be read"),
         (["--report", "./nowhere/page.html"], "nowhere/page.html: its folder does not exist"),
     ],
@@ -155,6 +155,10 @@ def test_tokens_of_prompt_file_and_source(build: Build, checkpoint: Checkpoint, 
         assert held_out is not None and held_out.shape == (1, 32)
         from_file = inputs_of(file, VerifyOptions(source=folder, token_file=tmp_path / "ids.txt")).tokens
         assert from_file is not None and from_file.tolist() == [[1, 2, 3], [4, 5, 6]]
+        for wanted, shape in ((3, (1, 3)), (4, (2, 3)), (2, (1, 2)), (60, (2, 3))):
+            options = VerifyOptions(source=folder, token_file=tmp_path / "ids.txt", tokens=wanted)
+            first = inputs_of(file, options).tokens
+            assert first is not None and first.shape == shape
         asked = inputs_of(file, VerifyOptions(source=folder, prompt=" bab cab"))
         assert asked.tokens is not None and asked.tokens.shape[0] == 1 and asked.bars.coherence
         chat = inputs_of(file, VerifyOptions(source=folder, prompt=" bab cab", chat=True)).tokens
@@ -162,6 +166,12 @@ def test_tokens_of_prompt_file_and_source(build: Build, checkpoint: Checkpoint, 
         assert chat is not None and [i - end for i in chat[0].tolist() if i >= end - 3] == [-2, -3, -1]
         assert asked.tokens[0].tolist() == chat[0, 1:-2].tolist()
         assert inputs_of(file, VerifyOptions(source=folder, tokens=0)).tokens is None
+
+
+@pytest.mark.parametrize("given", [{"imatrix": Path("imatrix.gguf")}, {"revision": "main"}])
+def test_what_goes_with_a_source_is_refused_without_one(build: Build, given: dict[str, Any]) -> None:
+    with open_hfq(build()) as file, pytest.raises(InputError, match="the source, and none is given"):
+        inputs_of(file, VerifyOptions(**given))
 
 
 def test_tokens_that_nobody_chose_are_enough_to_judge_by(
