@@ -33,7 +33,7 @@ from . import recipes as cli_recipes
 from . import regenerate as cli_regenerate
 from . import tune as cli_tune
 from . import verify as cli_verify
-from .console import complain
+from .console import complain, unprintable
 from .events import events_on_stderr
 from .guard import InterruptError, as_error, guarded, usage_of
 from .streams import READER_GONE, prepare, silence
@@ -147,7 +147,10 @@ def _check_empty(args: Sequence[str]) -> None:
 
 
 def _run(args: list[str], debug: bool) -> MqError | None:
-    """Run one command; the error that ended it. Exits with the code of one that ended in another way."""
+    """Run one command; the error that ended it. Exits with the code of one that ended in another way.
+
+    Commands are guarded: an OSError that comes here is of a page of help, which typer prints.
+    """
     try:
         _check_empty(args)
         code = get_command(app).main(args, prog_name="mq-quant", standalone_mode=False)
@@ -161,7 +164,7 @@ def _run(args: list[str], debug: bool) -> MqError | None:
     except BaseException as e:
         if (usage := usage_of(e)) is not None:
             return usage
-        error = as_error(e)
+        error = unprintable("the page", e) if isinstance(e, OSError) else as_error(e)
         if error is None or (debug and not isinstance(error, InterruptError)):
             raise
         return error

@@ -43,7 +43,8 @@ def emit(result: R, as_json: bool, render: Callable[[R], str], *, finished: bool
     """Print a command's result, with `render` turning it into text for people.
 
     A command that is `finished` has done its work or reached its verdict: it goes on though nobody reads the result.
-    Any other ends, without a word, as soon as its reader has left. Raises MachineError where stdout cannot be written.
+    Any other ends, without a word, as soon as its reader has left. Raises MachineError where stdout cannot be written,
+    as on a full disk: what was asked for is not there then.
     """
     text = json_text(result.as_json()) if as_json else printable(render(result), keep="\n")
     try:
@@ -53,17 +54,32 @@ def emit(result: R, as_json: bool, render: Callable[[R], str], *, finished: bool
         if not finished:
             raise typer.Exit(READER_GONE) from None
     except OSError as e:
-        silence(sys.stdout)
-        problem = f"the result cannot be printed: {e.strerror}"
-        if not finished:
-            raise MachineError(problem) from None
-        note(problem)
+        raise unprintable("the result", e) from None
+
+
+def unprintable(what: str, fault: OSError) -> MachineError:
+    """The error for what does not get to stdout, which is silent from now on."""
+    silence(sys.stdout)
+    return MachineError(
+        f"{what} cannot be printed: {fault.strerror}",
+        hint="see where stdout goes, and whether its disk is full",
+    )
 
 
 def show(result: R, as_json: bool, quiet: bool, render: Callable[[R], str]) -> None:
-    """Print the result of finished work, unless it is to be quiet; `--json` asks for it all the same."""
-    if as_json or not quiet:
+    """Print the result of finished work, unless it is to be quiet; `--json` asks for it all the same.
+
+    The work stands in a file: text about it that cannot be printed is told of and ends nothing, a JSON object is an
+    error.
+    """
+    if quiet and not as_json:
+        return
+    try:
         emit(result, as_json, render, finished=True)
+    except MachineError as e:
+        if as_json:
+            raise
+        note(e.problem)
 
 
 def json_text(document: dict[str, Any]) -> str:

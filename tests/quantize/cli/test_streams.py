@@ -97,6 +97,27 @@ def test_a_stdout_that_is_full_is_told(small: Path, tmp_path: Path) -> None:
         done = mq(*build(small, tmp_path / "out"), stdout=full)
         assert done.returncode == 0
         assert "cannot be printed" in done.stderr
+        assert mq(*build(small, tmp_path / "other"), "--json", stdout=full).returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the machine has no /dev/full")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("--help",),
+        ("build", "-h"),
+        ("--version",),
+        ("tiers", "--json"),
+        ("diff", GOLDEN, GOLDEN),
+        ("doctor",),
+    ],
+)
+def test_pages_and_verdicts_that_cannot_be_printed_are_one_error(command: tuple[object, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = mq(*command, stdout=full)
+    assert done.returncode == 1
+    assert "cannot be printed: No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) <= 2 and "--debug" not in done.stderr
 
 
 @pytest.mark.parametrize(
