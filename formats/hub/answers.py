@@ -11,6 +11,7 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 from ..errors import HubError
+from .advice import about
 from .patience import ADVICE, AgainError
 
 LOGIN_TRIES = 5
@@ -71,7 +72,7 @@ def check_status(asked: Asked, status: int, headers: Mapping[str, str]) -> None:
         problem = f"the proxy asks for a login (407); {asked.host} was to be asked"
         raise HubError(problem, file=asked.what, hint=_PROXY_LOGIN)
     if status in _PASSING:
-        hint = _TOO_MANY if status == 429 else ADVICE
+        hint = _TOO_MANY if status == 429 else about(asked.host, ADVICE)
         raise AgainError(
             f"the hub answered {status}", wait=_wish(status, headers), host=asked.host, hint=hint
         )
@@ -90,16 +91,19 @@ def _refusal(asked: Asked, status: int, headers: Mapping[str, str]) -> HubError:
         code = "RepoNotFound"  # what the hub says of private repositories
     if code in _REFUSALS:
         problem, *hints = _REFUSALS[code]
-        return HubError(problem, file=asked.what, hint=hints[asked.secret])
+        hint = hints[asked.secret]
+        stated = "x-error-code" in headers  # the hub itself speaks
+        return HubError(
+            problem, file=asked.what, hint=hint if stated or hint is None else about(asked.host, hint)
+        )
     said = f", {headers['x-error-message'][:200]!r}" if "x-error-message" in headers else ""
     if "html" in headers.get("content-type", "").lower():
         said += " with a web page, which may be a proxy's"
     hint = _HINTS.get(status, "check HF_ENDPOINT and the proxy")
     if status in (401, 403):
         hint = _REFUSED if asked.secret else _ACCESS
-    return HubError(
-        f"the hub answered {status}{said}; the address is {asked.host}", file=asked.what, hint=hint
-    )
+    problem = f"the hub answered {status}{said}; the address is {asked.host}"
+    return HubError(problem, file=asked.what, hint=about(asked.host, hint))
 
 
 class RangeError(AgainError):
@@ -119,7 +123,7 @@ def login_page(asked: Asked) -> AgainError:
         "a web page (HTML) answered, not the hub: a login page or a proxy's message",
         host=asked.host,
         tries=LOGIN_TRIES,
-        hint=LOGIN,
+        hint=about(asked.host, LOGIN),
         content=True,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote, urljoin
 
 from ..errors import HubError
+from .advice import about
 from .answers import LOGIN, LOGIN_TRIES
 from .endpoint import origin, shown
 from .patience import AgainError
@@ -63,7 +64,8 @@ def _json(line: Line, what: str, url: str) -> tuple[Any, Mapping[str, str]]:
             return json.loads(data), answer.headers
         except (ValueError, RecursionError):
             problem, host = "what answered does not speak the hub's API: it is not JSON", answer.asked.host
-            raise AgainError(problem, host=host, tries=LOGIN_TRIES, hint=LOGIN, content=True) from None
+            hint = about(host, LOGIN)
+            raise AgainError(problem, host=host, tries=LOGIN_TRIES, hint=hint, content=True) from None
 
     return line.retried(what, attempt)
 
@@ -90,4 +92,8 @@ def _entries(line: Line, what: str, value: Any) -> list[Any]:
 
 def _not_the_hub(line: Line, what: str) -> HubError:
     problem = "the hub states no commit, or no files, for this repository"
-    return HubError(f"{problem}; the address is {shown(line.endpoint.url)}", file=what, hint=LOGIN)
+    return HubError(
+        f"{problem}; the address is {shown(line.endpoint.url)}",
+        file=what,
+        hint=about(line.endpoint.url, LOGIN),
+    )

@@ -22,7 +22,12 @@ def offline() -> bool:
 
 def address() -> str:
     """The address of the hub, as HF_ENDPOINT gives it (it may hold a password), or the public one."""
-    return (variable("HF_ENDPOINT") or "").strip() or str(_library().ENDPOINT or PUBLIC)
+    return named_address() or str(_library().ENDPOINT or PUBLIC)
+
+
+def named_address() -> str:
+    """What HF_ENDPOINT holds, nothing where it is not set."""
+    return (variable("HF_ENDPOINT") or "").strip()
 
 
 def cache_folder() -> Path | None:

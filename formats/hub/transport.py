@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import ssl
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import HubError
+from .advice import about
 from .endpoint import proxy_of, redacted, shown
 from .patience import ADVICE, AgainError
 
@@ -70,18 +72,31 @@ def _connection(e: Exception, url: str, what: str) -> Exception:
     through = f" through the proxy {proxy}" if proxy else ""
     if any(isinstance(c, ssl.SSLCertVerificationError) for c in chain) or "CERTIFICATE_VERIFY_FAILED" in text:
         problem = f"the certificate of {host} cannot be trusted{through}: {text}"
-        return HubError(problem, file=what, hint=_CERTIFICATE)
+        return HubError(problem, file=what, hint=about(url, _CERTIFICATE))
     if "WRONG_VERSION_NUMBER" in text or "record layer failure" in text.lower():
         problem = f"{host} does not answer with encryption{through}: {text}"
-        return HubError(
-            problem, file=what, hint="check whether HF_ENDPOINT or the proxy is http:// or https://"
-        )
+        hint = "check whether HF_ENDPOINT or the proxy is http:// or https://"
+        return HubError(problem, file=what, hint=about(url, hint))
     if type(e).__name__ == "ProxyError":
         if "407" in text:
             hint = "put its user name and password into its address: http://user:password@host:port"
             return HubError(f"the proxy {proxy or ''} asks for a login", file=what, hint=hint)
         return AgainError(f"the proxy {proxy or ''} does not connect: {text}", host=host, hint=_PROXY)
+    if proxy is None and (why := _unreachable(chain)):
+        return AgainError(f"the connection failed: {why}", host=host, hint=about(url, ADVICE))
     kind = "the connection timed out" if "Timeout" in type(e).__name__ else "the connection failed"
-    hint = f"{ADVICE}; requests go through the proxy {proxy}" if proxy else ADVICE
+    hint = f"{ADVICE}; requests go through the proxy {proxy}" if proxy else about(url, ADVICE)
     why = "" if text in ("timed out", "The read operation timed out") else f": {text}"
     return AgainError(f"{kind}{through}{why}", host=host, hint=hint)
+
+
+def _unreachable(chain: list[BaseException]) -> str:
+    """What is wrong with an address of which no server was reached; nothing where one was, or nothing is known."""
+    if any(isinstance(c, socket.gaierror) for c in chain):
+        return "no host of this name is known here"
+    if any(isinstance(c, ConnectionRefusedError) for c in chain):
+        return "it was refused, so no server listens there"
+    if any(isinstance(c, ssl.SSLError) for c in chain):
+        said = next(str(c) for c in chain if isinstance(c, ssl.SSLError))
+        return f"no encrypted connection came about: {said[:200]}"
+    return ""

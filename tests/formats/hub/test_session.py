@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import socket
+import ssl
 import threading
 import zlib
 from collections.abc import Callable
@@ -368,7 +369,7 @@ def test_a_host_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(HubError, match=r"connection failed: .*not known.*hub\.invalid"):
+    with pytest.raises(HubError, match=r"connection failed: no host of this name is known.*hub\.invalid"):
         Hub("http://hub.invalid", pause=0.0001).resolve(REPO)
 
 
@@ -407,3 +408,81 @@ def test_headers_that_never_end(server: HubServer, fetch: Fetch, monkeypatch: py
     monkeypatch.setattr("mq_quant.formats.hub.settings.read_seconds", lambda: 0.1)
     server.faults.append(Fault("drip", "/storage/"))
     assert fetch() == content(server)
+
+
+UNSET = "correct it, or unset it to use https://huggingface.co"
+
+
+def no_host(*_: object) -> list[object]:
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_a_host_that_nobody_knows_is_told_and_who_named_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", no_host)
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:word@hugingface.test")
+    with pytest.raises(HubError, match="no host of this name is known here") as e:
+        Hub(pause=0.001).resolve(REPO)
+    assert f"HF_ENDPOINT is https://hugingface.test: {UNSET}" in str(e.value) and "word" not in str(e.value)
+    monkeypatch.delenv("HF_ENDPOINT")
+    with pytest.raises(HubError, match="no host of this name is known here") as e:
+        Hub("https://huggingface.test", pause=0.001).resolve(REPO)
+    assert UNSET not in str(e.value) and "check the network" in str(e.value)
+
+
+def test_a_port_on_which_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        with pytest.raises(HubError, match="it was refused, so no server listens there") as e:
+            Hub(pause=0.001).resolve(REPO)
+    assert UNSET in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (Answer(200, PAGE, {"Content-Type": "text/html"}), "a web page"),
+        (Answer(404, PAGE, {"Content-Type": "text/html"}), "answered 404 with a web page"),
+        (Answer(401, b"{}"), "no such repository, or no access"),
+        (Answer(200, b"{}"), "states no commit"),
+        (Answer(200, b"hello"), "does not speak the hub's API"),
+        (Answer(500, b""), "answered 500"),
+    ],
+)
+def test_what_answers_as_no_hub_does_is_put_down_to_the_variable(
+    answer: Answer, problem: str, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(server, lambda *_: answer, times=9, at="/api/models/")
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    with pytest.raises(HubError, match=problem) as e:
+        Hub(pause=0.001).resolve(REPO)
+    assert f"HF_ENDPOINT is {server.endpoint}: {UNSET}" in str(e.value)
+
+
+def test_a_name_that_the_hub_itself_does_not_know_is_no_fault_of_the_variable(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(server, lambda *_: Answer(404, headers={"X-Error-Code": "RepoNotFound"}), at="/api/models/")
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    with pytest.raises(HubError, match="no such repository") as e:
+        Hub(pause=0.001).resolve(REPO)
+    assert UNSET not in str(e.value)
+
+
+def test_encryption_where_none_is_spoken(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint.replace("http:", "https:"))
+    with pytest.raises(HubError, match="does not answer with encryption") as e:
+        Hub(pause=0.001).resolve(REPO)
+    assert UNSET in str(e.value)
+
+
+def test_other_faults_of_encryption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handshake(*_: object, **__: object) -> None:
+        raise ssl.SSLError(1, "[SSL: TLSV1_ALERT_PROTOCOL_VERSION] tlsv1 alert protocol version")
+
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:
+        monkeypatch.setattr(ssl.SSLContext, "wrap_socket", handshake)
+        monkeypatch.setenv("HF_ENDPOINT", f"https://127.0.0.1:{silent_server.getsockname()[1]}")
+        with pytest.raises(HubError, match=r"no encrypted connection came about: .*PROTOCOL_VERSION") as e:
+            Hub(pause=0.001).resolve(REPO)
+    assert UNSET in str(e.value)
