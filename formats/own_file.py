@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import OutputError
 
@@ -39,6 +42,7 @@ NOT_OFFERED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EI
 _NOT_COPIED = NOT_OFFERED | {errno.EXDEV, errno.EPERM}
 """What systems answer that do not copy from one file to another themselves, or not between these two."""
 _PIECE = 8 << 20
+_OWN_STREAM = re.compile(r"/(?:dev/fd|proc/self/fd)/(\d{1,6})|/dev/(stdout|stderr)")
 
 
 def disk_error(error: OSError, path: Path) -> OutputError:
@@ -59,14 +63,50 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise disk_error(e, path) from None
 
 
-def check_place(path: Path) -> None:
-    """Before any work: OutputError where no file can be written at `path`. Touches nothing."""
+def is_stream(path: Path) -> bool:
+    """Whether what stands at `path` takes bytes one after another, and is nothing that a file could replace: a pipe, a
+    terminal, /dev/null, or a stream of this process, such as /dev/stdout, wherever that leads.
+    """
+    if _number(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+def open_stream(path: Path) -> BinaryIO:
+    """Open a stream for writing; a named pipe waits for its reader. What was printed before stands before it."""
+    number = _number(path)
+    if number is None:
+        return path.open("wb")
+    sys.stdout.flush()
+    return os.fdopen(os.dup(number), "wb")
+
+
+def _number(path: Path) -> int | None:
+    """The number that a path like /dev/stdout or /dev/fd/63 gives to a stream of this process."""
+    found = _OWN_STREAM.fullmatch(os.path.normpath(path.absolute()))
+    return None if found is None else int(found[1] or {"stdout": 1, "stderr": 2}[found[2]])
+
+
+def check_place(path: Path, *, stream: bool = False) -> None:
+    """Before any work: OutputError where no file can be written at `path`. Touches nothing.
+
+    With `stream` all bytes are written at once in the end, so that a pipe, a terminal and /dev/stdout do as well.
+    """
     with disk_errors(path):
+        if is_stream(path):
+            if stream:
+                return
+            hint = "give the name of a file, beside which unfinished work can lie; --json prints the result"
+            raise OutputError("is no plain file", file=path, hint=hint)
         if not path.parent.is_dir():
             raise OutputError("its folder does not exist", file=path, hint=f"mkdir -p {path.parent}")
         if path.is_dir():
             raise OutputError("is a folder", file=path, hint="give the name of a file")
-        if path.exists() and not path.is_file():  # a device or a pipe, which a file would take the place of
+        if path.exists() and not path.is_file():  # a disk or a socket, which a file would take the place of
             raise OutputError("is no plain file", file=path, hint="give the name of a file")
         _check_folder(path.parent)
 

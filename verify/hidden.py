@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..formats.errors import CheckError, InputError, MqError, OutputError
+from ..formats.errors import CheckError, InputError, MqError
+from ..formats.own_file import disk_errors, is_stream, open_stream
 from ..formats.plain_file import open_plain
 from .model.metrics import cosine
 
@@ -76,23 +77,25 @@ def open_hidden(path: Path) -> HiddenDump:
 
 
 class HiddenWriter:
-    """Writes a dump layer by layer; under the final name only when every layer was written."""
+    """Writes a dump layer by layer; under the final name only when every layer was written, into a pipe as it comes.
+
+    Raises OutputError where it cannot be written.
+    """
 
     def __init__(self, path: Path, n_layers: int, n_pos: int, hidden: int) -> None:
         self.path, self.shape, self.written = path, (n_pos, hidden), 0
         self.n_layers = n_layers
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            self.file = self.partial.open("wb")
-        except OSError as e:
-            raise OutputError(f"cannot be written: {e.strerror}", file=path) from None
-        self.file.write(_HEADER.pack(MAGIC, n_layers, n_pos, hidden, 0))
+        self.partial = None if is_stream(path) else path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with disk_errors(path):
+            self.file = open_stream(path) if self.partial is None else self.partial.open("wb")
+            self.file.write(_HEADER.pack(MAGIC, n_layers, n_pos, hidden, 0))
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Append the residual stream after the next layer, f32 [n_pos, hidden]."""
         if values.shape != self.shape or self.written == self.n_layers:
             raise ValueError(f"layer {self.written} of shape {values.shape} does not fit the dump")
-        self.file.write(np.ascontiguousarray(values, "<f4").data)
+        with disk_errors(self.path):
+            self.file.write(np.ascontiguousarray(values, "<f4").data)
         self.written += 1
 
     def __enter__(self) -> HiddenWriter:
@@ -101,12 +104,17 @@ class HiddenWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
-        if kind is None and self.written == self.n_layers:
-            self.partial.replace(self.path)
-            return
-        with contextlib.suppress(OSError):
-            self.partial.unlink()
+        try:
+            with disk_errors(self.path):
+                self.file.close()  # which writes what is left
+                if kind is None and self.written == self.n_layers:
+                    if self.partial is not None:
+                        self.partial.replace(self.path)
+                    return
+        finally:
+            if self.partial is not None:
+                with contextlib.suppress(OSError):
+                    self.partial.unlink()
         if kind is None:
             raise ValueError(f"only {self.written} of {self.n_layers} layers were written")
 

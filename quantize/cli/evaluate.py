@@ -104,7 +104,7 @@ def evaluate(
         inputs = [*files, reference, text, tokens, local_folder(source) if source else None]
         for written in filter(None, (output, save_reference)):
             check_no_input(written, inputs)
-            check_output(written, force)
+            check_output(written, force, stream=written is save_reference)
         if pictures is not None:
             check_folder_place(pictures)
         for file in files:  # whatever cannot be used is told before the source is read

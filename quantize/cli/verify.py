@@ -112,12 +112,12 @@ def verify(
         from ...verify.run import verify as run
         from ..inspect.verify_inputs import VerifyOptions, inputs_of
         from ..spec.places import local_folder
-        from ..write.atomic import write_atomic
+        from ..write.atomic import write_result
         from ..write.inputs import check_no_input
 
         for written in filter(None, (report, dump_hidden)):
             inputs_given = file, imatrix, recipe, token_file, local_folder(source) if source else None
-            check_place(written)
+            check_place(written, stream=True)
             check_no_input(written, inputs_given)
         options = VerifyOptions(
             source,
@@ -140,7 +140,7 @@ def verify(
         ):
             result = run(opened, device, inputs, lambda stage: note(_line(stage)), progress)
         if report is not None:
-            write_atomic(report, [memoryview(render(result).encode())])
+            write_result(report, [memoryview(render(result).encode())])
     emit(result, as_json, _render, finished=True)
     result.raise_if_failed()
 

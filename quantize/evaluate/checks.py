@@ -30,8 +30,9 @@ def check_outputs(
     output: Path, saved: Path | None, reference: Reference, config: ModelConfig, files: int, force: bool
 ) -> None:
     """OutputError where an output exists, has no folder, or the work does not fit on its disk. Touches nothing."""
-    for path in filter(None, (output, saved)):
-        check_output(path, force)
+    check_output(output, force)
+    if saved is not None:
+        check_output(saved, force, stream=True)
     if saved is not None and reference.source is None:
         raise OutputError(
             "there is nothing to save: the source is not run",

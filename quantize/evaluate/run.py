@@ -31,7 +31,7 @@ from ...verify.model.layer_model import TorchModel
 from ...verify.model.metrics import FEWEST, LayerFigures, Positions
 from ..calibrate.layer_pass import device_record, open_device
 from ..spec.provenance import code, flatten, program
-from ..write.atomic import write_atomic
+from ..write.atomic import write_atomic, write_result
 from ..write.journal import EVALUATION
 from ..write.layer_streams import layer_streams
 from ..write.partial_file import beside
@@ -123,7 +123,7 @@ def _heads(layers: LayersRun, reference: Reference, options: EvaluateOptions) ->
 
 def _save(path: Path, source: Head, comparison: DenseComparison, reference: Reference) -> None:
     record = {**reference.record, "text": reference.text, "program": program()}
-    write_atomic(
+    write_result(
         path, encode_reference(source, comparison.totals, reference.tokens, comparison.vocabulary, record)
     )
 

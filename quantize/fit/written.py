@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from ...formats.errors import OutputError
-from ...formats.own_file import check_place
+from ...formats.own_file import check_place, is_stream
 from ..spec.recipe import Recipe, load_model, models
-from ..write.atomic import write_atomic
+from ..write.atomic import write_result
 from .fitted import Fitted
 
 WIDTH = 118
@@ -41,14 +41,14 @@ def recipe_text(fitted: Fitted, asked: str) -> str:
 def write_recipe(path: Path, fitted: Fitted, asked: str) -> None:
     """Write the recipe to a file, which may be there already if it holds just this; OutputError otherwise."""
     text = recipe_text(fitted, asked).encode()
-    if os.path.lexists(path):
+    check_place(path, stream=True)
+    if os.path.lexists(path) and not is_stream(path):
         if path.is_file() and path.read_bytes() == text:
             return
         raise OutputError(
             "exists already", file=path, hint="give another name to --write-recipe, or remove it"
         )
-    check_place(path)
-    write_atomic(path, [memoryview(text)])
+    write_result(path, [memoryview(text)])
 
 
 def _about(fitted: Fitted, asked: str) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...formats.errors import OutputError
-from ...formats.own_file import check_place
+from ...formats.own_file import check_place, is_stream
 from ..spec.recipe import DEFAULT_MODEL, bundled_path, fitted_tiers, load_model, load_tier, models, tiers
-from ..write.atomic import write_atomic
+from ..write.atomic import write_result
 
 _OF_THE_BUNDLED_FILE = re.compile(r"^quantization_hash:.*\n", re.MULTILINE)
 
@@ -73,12 +73,12 @@ def recipe_text(tier: str, model: str = DEFAULT_MODEL) -> RecipeText:
 def copy_recipe(tier: str, model: str, path: Path, force: bool = False) -> RecipeText:
     """Write a copy of a bundled recipe to change; OutputError where the file exists and `force` is not given."""
     found = recipe_text(tier, model)
-    if os.path.lexists(path) and not force:
+    check_place(path, stream=True)
+    if os.path.lexists(path) and not (force or is_stream(path)):
         raise OutputError("exists already", file=path, hint="give --force to replace it, or another name")
-    check_place(path)
     text = (
         f"# A copy of the recipe {tier} for {model}. Give it a `tier` of its own: files are named after it.\n"
         f"{_OF_THE_BUNDLED_FILE.sub('', found.text)}"
     )
-    write_atomic(path, [memoryview(text.encode())])
+    write_result(path, [memoryview(text.encode())])
     return RecipeText(tier, model, text, str(path))

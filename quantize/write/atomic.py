@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...formats.own_file import disk_errors, sync, write_all
+from ...formats.own_file import disk_errors, is_stream, open_stream, sync, write_all
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,15 @@ def write_atomic(path: Path, pieces: Iterable[memoryview]) -> Written:
         finally:
             os.close(fd)
     return Written(size, digest.hexdigest())
+
+
+def write_result(path: Path, pieces: Iterable[memoryview]) -> None:
+    """Write a result that is complete: a file as `write_atomic` does, or the bytes into a pipe, a terminal or
+    /dev/stdout, which `check_place` has let through. OutputError where that fails.
+    """
+    if not is_stream(path):
+        write_atomic(path, pieces)
+        return
+    with disk_errors(path), open_stream(path) as stream:
+        for piece in pieces:
+            stream.write(piece)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...formats.errors import OutputError
-from ...formats.own_file import check_place, disk_errors, free_bytes
+from ...formats.own_file import check_place, disk_errors, free_bytes, is_stream
 
 
-def check_output(path: Path, force: bool) -> None:
-    """OutputError where the output exists, or cannot be written."""
-    check_place(path)
-    if path.exists() and not force:
+def check_output(path: Path, force: bool, *, stream: bool = False) -> None:
+    """OutputError where the output exists, or cannot be written; with `stream` it may be a pipe as in `check_place`."""
+    check_place(path, stream=stream)
+    if path.exists() and not (force or is_stream(path)):
         raise OutputError("exists already", file=path, hint="give --force to replace it, or another name")
 
 

@@ -18,6 +18,7 @@ from mq_quant.formats.own_file import (
     disk_errors,
     free_bytes,
     is_at,
+    is_stream,
     open_own,
     sync,
     sync_folder,
@@ -202,3 +203,32 @@ def test_a_place_that_cannot_be_written_is_told_before_any_work(
         ):
             check(tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "file", "pipe"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/dev/null",
+        "/dev/stdout",
+        "/dev/stderr",
+        "/dev/fd/63",
+        "/proc/self/fd/1",
+        "/dev/../dev/stdout",
+        "PIPE",
+    ],
+)
+def test_streams_take_what_is_written_at_once_and_no_file(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "PIPE")
+    path = tmp_path / name  # which is `name` where that is absolute
+    assert is_stream(path)
+    check_place(path, stream=True)
+    with pytest.raises(OutputError, match="is no plain file") as refused:
+        check_place(path)
+    assert "--json" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("name", ["file", "none", "folder", "/dev/fd/x", "/dev/stdout/x"])
+def test_what_is_no_stream(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    assert not is_stream(tmp_path / name)

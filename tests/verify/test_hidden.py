@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mq_quant.formats.errors import InputError
+from mq_quant.formats.errors import InputError, OutputError
 from mq_quant.verify.hidden import HiddenError, HiddenWriter, compare_hidden, open_hidden
 
 VALUES = np.random.default_rng(0).standard_normal((3, 5, 8)).astype(np.float32)
@@ -91,3 +91,13 @@ def test_dumps_of_different_runs_cannot_be_compared(tmp_path: Path) -> None:
     empty = write(tmp_path / "c", VALUES[:, :0])
     with pytest.raises(InputError, match="holds no values"):
         list(compare_hidden(open_hidden(empty), open_hidden(empty)))
+
+
+def test_a_dump_into_a_stream_that_is_full(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="/dev/full: the disk is full"),
+        HiddenWriter(Path("/dev/full"), 1, 300, 256) as writer,
+    ):
+        writer.add(np.zeros((300, 256), np.float32))
+    with HiddenWriter(Path("/dev/null"), 1, 3, 8) as writer:
+        writer.add(np.zeros((3, 8), np.float32))

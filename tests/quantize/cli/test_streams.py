@@ -169,3 +169,25 @@ def test_a_deleted_current_folder_does_not_matter_to_absolute_paths(small: Path,
     done = mq(*build(small, tmp_path / "out"), preexec_fn=leave)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").is_file()
+
+
+def test_texts_go_to_stdout_where_that_is_asked_for(tmp_path: Path) -> None:
+    for line in (
+        ["recipes", "mq2", "--copy"],
+        ["plan", "--source", "tiny", "--bits", "3.8", "--write-recipe"],
+    ):
+        done = mq(*line, "/dev/stdout", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "schema: 1" in done.stdout
+        with (tmp_path / "log").open("w") as log:
+            assert mq(*line, "/dev/stdout", cwd=tmp_path, stdout=log).returncode == 0
+        assert (tmp_path / "log").read_text() == done.stdout
+        assert mq(*line, "/dev/null", cwd=tmp_path).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+@pytest.mark.parametrize("command", ["evaluate x", "measure"])
+def test_results_beside_which_unfinished_work_lies_do_not(command: str) -> None:
+    done = mq(*command.split(), "--source", "tiny", "-o", "/dev/stdout")
+    assert done.returncode == 2
+    assert "/dev/stdout: is no plain file" in done.stderr and "--json prints the result" in done.stderr

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mq_quant.formats.errors import OutputError
-from mq_quant.quantize.write.atomic import Written, write_atomic
+from mq_quant.quantize.write.atomic import Written, write_atomic, write_result
 
 
 def write(path: Path, *pieces: bytes) -> Written:
@@ -62,3 +63,33 @@ def test_a_link_under_the_temporary_name_is_not_followed(tmp_path: Path) -> None
 def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="its folder does not exist any more"):
         write(tmp_path / "gone" / "x", b"new")
+
+
+def test_a_result_goes_into_a_pipe_as_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit((tmp_path / "pipe").read_bytes)
+        write_result(tmp_path / "pipe", map(memoryview, (b"ab", b"c")))
+        assert read.result() == b"abc"
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_result_into_an_open_stream_follows_what_was_printed(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out:
+        out.write(b"before ")
+        out.flush()
+        for data in (b"first ", b"second"):
+            write_result(Path(f"/dev/fd/{out.fileno()}"), [memoryview(data)])
+    assert (tmp_path / "out").read_bytes() == b"before first second"
+    with pytest.raises(OutputError, match="cannot be written: Bad file descriptor"):
+        write_result(Path("/dev/fd/999"), [memoryview(b"x")])
+
+
+def test_a_full_stream_is_one_error() -> None:
+    with pytest.raises(OutputError, match="/dev/full: the disk is full"):
+        write_result(Path("/dev/full"), [memoryview(b"x")])
+
+
+def test_a_result_that_is_no_stream_is_a_file(tmp_path: Path) -> None:
+    write_result(tmp_path / "x", [memoryview(b"x")])
+    assert (tmp_path / "x").read_bytes() == b"x"
