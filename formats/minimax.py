@@ -46,6 +46,8 @@ _OTHERS = {
 """What is said of relatives, by the beginning of their model_type."""
 _EXPLICIT = {"use_qk_norm": True, "use_routing_bias": True, "scoring_func": "sigmoid"}
 """Keys that a file must hold, since the engine's defaults for them are others."""
+_MAY_BE_NULL = frozenset(("head_dim", "rope_theta", "rotary_dim", "rms_norm_eps", "max_position_embeddings"))
+"""Keys that follow from others or have a default: null says no more than leaving them out."""
 _ROPE_KEYS = frozenset(
     (
         *("rope_type", "type", "rope_theta", "rotary_dim", "partial_rotary_factor", "factor"),
@@ -117,7 +119,7 @@ def normalize_config(raw: Mapping[str, Any]) -> dict[str, Any]:
             f"model_type is {shown(kind)}" + (f": {other}" if other else ", not 'minimax_m2'"),
             hint="mq-quant converts MiniMax-M2, M2.1, M2.5, M2.7 and what was made of them; check --source",
         )
-    out = dict(raw)
+    out = {key: value for key, value in raw.items() if value is not None or key not in _MAY_BE_NULL}
     for key, largest in _DIMENSIONS.items():
         _whole(key, raw.get(key), largest)
     out.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
@@ -147,7 +149,7 @@ def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     """rope_theta and rotary_dim, from wherever the config states them; contradictions and scaling are refused."""
     stated: dict[str, dict[str, Any]] = {"rope_theta": {}, "rotary_dim": {}}
     for key in stated:
-        if key in config:
+        if config.get(key) is not None:
             stated[key][key] = config[key]
     if config.get("partial_rotary_factor") is not None:
         stated["rotary_dim"]["partial_rotary_factor"] = _share(config, "partial_rotary_factor", config)
@@ -155,7 +157,7 @@ def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
         rope = config.get(name) or {}
         _check_rope(name, rope)
         for key in ("rope_theta", "rotary_dim"):
-            if key in rope:
+            if rope.get(key) is not None:
                 stated[key][f"{name}.{key}"] = rope[key]
         if rope.get("partial_rotary_factor") is not None:
             label = f"{name}.partial_rotary_factor"

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..blocks import FORMATS, Format
-from ..errors import HfqError, HfqKind
+from ..errors import ConfigError, HfqError, HfqKind, InputError
 from ..fwht import rotate, unrotate
-from ..minimax import awq_scale_name, expert_name, expert_of
+from ..minimax import ModelConfig, awq_scale_name, expert_name, expert_of, parse_config
 from .container import HfqFile
 from .layout import TensorEntry
 from .provenance import Provenance
@@ -96,6 +96,18 @@ def _form(fmt: Format, projection: str, scale: F32 | None, fold: F32 | None) -> 
     if projection == "w2":
         return StoredForm(fmt, scale=fold)
     return StoredForm(fmt, scale, fold if projection == "w3" else None)
+
+
+def config_of(file: HfqFile) -> ModelConfig:
+    """The dimensions that a file states; InputError where it states none, ConfigError where they are none."""
+    stated = file.metadata.get("config")
+    if not isinstance(stated, Mapping):
+        raise InputError("its metadata have no config, so nothing can be said of its model", file=file.path)
+    try:
+        return parse_config(stated)
+    except ConfigError as e:
+        hint = e.hint or "the file was made or edited by another program; make it again"
+        raise ConfigError(f"its metadata: {e.problem}", file=file.path, hint=hint) from None
 
 
 def format_of(file: HfqFile, entry: TensorEntry) -> Format:

@@ -91,9 +91,10 @@ def evaluate(
         ExitStack() as stack,
     ):
         from ...formats.hfq import open_hfq
+        from ...formats.hfq.stored import config_of
         from ...formats.own_file import check_folder_place
         from ..calibrate.tokens import TokenRequest
-        from ..evaluate.reference import config_of, of_checkpoint, of_file
+        from ..evaluate.reference import of_checkpoint, of_file
         from ..evaluate.run import EvaluateOptions, evaluate_files
         from ..spec.calibration_sizes import evaluation_sizes
         from ..spec.places import checked_place, local_folder

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ...formats.errors import OutputError
 from ...formats.hfq import HfqFile
+from ...formats.hfq.stored import config_of
 from ...formats.minimax import ModelConfig
 from ...verify.against_source import check_dimensions
 from ...verify.evaluate.saved_reference import reference_bytes
 from ...verify.model.hfq_weights import check_shapes
 from ..spec.calibration_sizes import evaluation_sizes
 from ..write.outputs import check_output, check_work_fits
-from .reference import Reference, config_of
+from .reference import Reference
 
 
 def check_models(files: Sequence[HfqFile], reference: Reference) -> None:

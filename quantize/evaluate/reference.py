@@ -10,7 +10,7 @@ from typing import Any
 from ...formats.checkpoint.source import Source
 from ...formats.errors import InputError
 from ...formats.hfq import HfqFile
-from ...formats.minimax import ModelConfig, parse_config
+from ...formats.minimax import ModelConfig
 from ...formats.plain_file import open_plain
 from ...formats.statistics.moment_folder import config_record
 from ...texts import EVALUATION_SHA256
@@ -117,11 +117,3 @@ def of_file(path: Path, first: HfqFile) -> Reference:
     return Reference(
         "saved", saved.tokens, text if isinstance(text, str) else None, saved.record, saved=saved
     )
-
-
-def config_of(file: HfqFile) -> ModelConfig:
-    """The dimensions that a file states; InputError where it states none, ConfigError where they are none."""
-    stated = file.metadata.get("config")
-    if not isinstance(stated, Mapping):
-        raise InputError("has no config, so it cannot be run", file=file.path)
-    return parse_config(stated)

@@ -19,6 +19,7 @@ from ...formats.errors import InputError
 from ...formats.hfq import HfqFile
 from ...formats.hfq.checked import CheckedFile
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
+from ...formats.hfq.stored import config_of
 from ...formats.machine import peak_rss
 from ...formats.strictjson import compact
 from ...formats.unchanged import UnchangedFile
@@ -37,7 +38,7 @@ from ..write.layer_streams import layer_streams
 from ..write.partial_file import beside
 from .checks import check_models, check_outputs
 from .layers import SOURCE, LayersRun, Models, SourceModel, file_name
-from .reference import Reference, config_of
+from .reference import Reference
 from .result import EvaluatedFile, Evaluation
 
 WORK = ".partial.evaluation"

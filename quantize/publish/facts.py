@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...formats.engine_facts import EngineFact, concerns
-from ...formats.errors import HfqError, InputError
+from ...formats.errors import HfqError
 from ...formats.hfq import HfqFile, open_hfq
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
-from ...formats.hfq.stored import format_of
-from ...formats.minimax import ModelConfig, expert_name, inventory, parse_config
+from ...formats.hfq.stored import config_of, format_of
+from ...formats.minimax import ModelConfig, expert_name, inventory
 from ..spec.recipe import fitted_tiers, tiers
 from ..spec.running import machine_for
 
@@ -58,10 +58,7 @@ class Origin:
 def read_facts(path: Path) -> tuple[CardFile, Origin]:
     """Read one file's metadata; HfqError where it is no file, InputError where it does not say what a card needs."""
     with open_hfq(path) as file:
-        stated = file.metadata.get("config")
-        if not isinstance(stated, Mapping):
-            raise InputError("has no config, so a card cannot say what it is", file=path)
-        return _facts(file, parse_config(stated)), _origin(file)
+        return _facts(file, config_of(file)), _origin(file)
 
 
 def _facts(file: HfqFile, config: ModelConfig) -> CardFile:

@@ -18,7 +18,7 @@ from ...formats.checkpoint.names import CONFIG, SIDE_FILES, TOKENIZER
 from ...formats.errors import CheckpointError, ConfigError, RecipeError
 from ...formats.hfq.layout import METADATA_LIMIT
 from ...formats.lfs import HINT, PROBLEM, is_pointer
-from ...formats.minimax import normalize_config
+from ...formats.minimax import normalize_config, parse_config
 from ...formats.plain_file import open_plain
 from ...formats.strictjson import EMBEDDED_DEPTH, JsonError, parse_object
 from .metadata import SideFiles
@@ -237,7 +237,7 @@ def model_files(model: Model) -> ModelFiles:
     side = side_files(files.get)
     raw = read_json(files[CONFIG])
     try:
-        normalize_config(raw)
+        parse_config(raw)
     except ConfigError as e:
         raise ConfigError(e.problem, file=files[CONFIG], hint=e.hint) from None
     check_tokenizer(files.get(TOKENIZER), raw["vocab_size"])

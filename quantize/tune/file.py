@@ -19,8 +19,8 @@ from ...formats.errors import TuningError
 from ...formats.hfq import HfqFile, open_hfq
 from ...formats.hfq.checked import payload_checks
 from ...formats.hfq.provenance import Provenance, stated_quantization_hash
+from ...formats.hfq.stored import config_of
 from ...formats.machine import peak_rss
-from ...formats.minimax import parse_config
 from ...formats.unchanged import UnchangedFile
 from ...formats.watch import UNWATCHED, Watch
 from ...verify.model.hfq_weights import check_shapes
@@ -137,8 +137,7 @@ def tune_file(path: Path, source: Source, tokens: Tokens, options: TuneOptions) 
 
 def _check_model(file: HfqFile, source: Source) -> None:
     """TuningError or HfqError where a file is not of the source's model, on metadata alone."""
-    stated = file.metadata.get("config")
-    config = parse_config(stated if isinstance(stated, Mapping) else {})
+    config = config_of(file)
     theirs = source.config
     positions = theirs.max_position_embeddings
     if replace(config, block_shape=theirs.block_shape, max_position_embeddings=positions) != theirs:

@@ -53,11 +53,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"hidden_size": bad}, "'hidden_size' is")
         for bad in (None, 0, -1, True, 1.5, "3072", [], 2**31, 10**400)
     ),
-    *(({"head_dim": bad}, "'head_dim' is") for bad in (None, "128", math.inf, 128.5)),
-    *(
-        ({"rope_theta": bad}, "'rope_theta' is")
-        for bad in (None, "5e6", 0, -1, math.inf, math.nan, 10**400, True)
-    ),
+    *(({"head_dim": bad}, "'head_dim' is") for bad in ("128", math.inf, 128.5)),
+    ({"rope_theta": None}, "neither 'rope_theta' nor"),
+    *(({"rope_theta": bad}, "'rope_theta' is") for bad in ("5e6", 0, -1, math.inf, math.nan, 10**400, True)),
     *(({"rms_norm_eps": bad}, "'rms_norm_eps' is") for bad in ("1e-6", 0, math.nan, 10**400)),
     *(({"quantization_config": bad}, "quantization_config") for bad in (1, "fp8", [1], True)),
     *(
@@ -89,6 +87,23 @@ def test_refused(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text) as e:
         parse_config(M2_7 | changes)
     assert len(str(e.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "key", ["head_dim", "rms_norm_eps", "max_position_embeddings", "use_qk_norm", "scoring_func"]
+)
+def test_null_says_no_more_than_leaving_a_key_out(key: str) -> None:
+    without = {k: v for k, v in M2_7.items() if k != key}
+    assert normalize_config(M2_7 | {key: None}) == normalize_config(without)
+    assert parse_config(M2_7 | {key: None}) == parse_config(without)
+
+
+def test_null_beside_rope_parameters() -> None:
+    assert parse_config(NEWER | rope() | {"rotary_dim": None, "rope_theta": None}) == parse_config(
+        NEWER | rope()
+    )
+    with pytest.raises(ConfigError, match="neither 'rotary_dim' nor"):
+        parse_config(M2_7 | {"rotary_dim": None})
 
 
 @pytest.mark.parametrize("key", ["rope_theta", "partial_rotary_factor"])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mq_quant.formats.blocks import BY_NAME, F16_FORMAT, F32_FORMAT, MQ2_LLOYD, MQ4, Q8F16
-from mq_quant.formats.errors import HfqError, HfqKind
+from mq_quant.formats.errors import HfqError, HfqKind, MqError
 from mq_quant.formats.fwht import rotate
 from mq_quant.formats.hfq import HfqFile, TensorMeta, open_hfq, write_hfq
 from mq_quant.formats.hfq.stored import (
@@ -18,6 +18,7 @@ from mq_quant.formats.hfq.stored import (
     StoredForm,
     StoredLayer,
     awq_scale,
+    config_of,
     folds_down,
     recovered_fold,
     stored_form,
@@ -165,3 +166,20 @@ def test_a_scale_that_does_not_fit_is_refused_by_name(tmp_path: Path, shape: tup
 def test_whether_a_file_folds_is_read_from_its_recipe(tmp_path: Path, record: Any, folds: bool) -> None:
     with write(tmp_path / "a", mq_quant=record) as file:
         assert folds_down(file) is folds
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        (None, "no config"),
+        ([], "no config"),
+        ({"model_type": "llama"}, "its metadata: model_type is 'llama'"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_told_with_its_file(
+    config: object, error: str, tmp_path: Path
+) -> None:
+    write_hfq(tmp_path / "x", {"config": config}, [])
+    with open_hfq(tmp_path / "x") as file, pytest.raises(MqError, match=error) as refused:
+        config_of(file)
+    assert refused.value.file == str(tmp_path / "x")

@@ -20,6 +20,7 @@ from mq_quant.quantize.spec.places import (
     side_files,
 )
 from mq_quant.quantize.spec.recipe import load_tier
+from small_model import CONFIG
 
 MINE = """
 schema: 1
@@ -197,3 +198,14 @@ def test_what_is_there_and_no_folder_is_not_taken_for_a_repository(
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--revision goes with a hub repository"):
         open_place(str(tmp_path), "main", 2, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"quantization_config": [1]}, {"num_experts_per_tok": 9}, {"rotary_dim": 63}, {"head_dim": "x"}],
+)
+def test_a_plan_names_the_config_that_it_refuses(change: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(ConfigError) as refused:
+        model_files(choose_recipe("mq2", None, str(tmp_path)).model)
+    assert refused.value.file == str(tmp_path / "config.json")
