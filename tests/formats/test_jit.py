@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,19 +63,37 @@ def test_code_is_kept_until_a_source_changes_however_deep(source: Path, settings
     assert twice(source, **settings)[1] == 2
 
 
+@pytest.fixture
+def compiled(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many of two signatures come from `tmp_path`, as a function that is compiled, or loaded, each time anew."""
+    monkeypatch.setattr(jit, "folder", lambda: tmp_path)
+
+    def hits() -> int:
+        def double(x):  # type: ignore[no-untyped-def]
+            return x + x
+
+        function = jit.compiler(source)(double)
+        assert (function(21), function(0.5)) == (42, 1.0)
+        return sum(function.stats.cache_hits.values())
+
+    return hits
+
+
 @pytest.mark.parametrize("kept", [0, 1, 100, -1])
-def test_torn_code_is_compiled_again(source: Path, settings: dict[str, str], kept: int) -> None:
-    files = sorted(Path(twice(source, **settings)[0]).glob("*.nbc"))
+def test_torn_code_is_compiled_again(compiled: Callable[[], int], tmp_path: Path, kept: int) -> None:
+    assert [compiled(), compiled()] == [0, 2]
+    files = sorted(tmp_path.glob("*.nbc"))
     for path in files:
         path.write_bytes(path.read_bytes()[:kept])
     assert len(files) == 2
-    assert [twice(source, **settings)[1] for _ in range(2)] == [0, 2]
+    assert [compiled(), compiled()] == [0, 2]
 
 
-def test_code_that_others_may_have_written_is_not_loaded(source: Path, settings: dict[str, str]) -> None:
-    for path in Path(twice(source, **settings)[0]).glob("*.nbc"):
+def test_code_that_others_may_have_written_is_not_loaded(compiled: Callable[[], int], tmp_path: Path) -> None:
+    assert [compiled(), compiled()] == [0, 2]
+    for path in tmp_path.glob("*.nbc"):
         path.chmod(0o666)
-    assert [twice(source, **settings)[1] for _ in range(2)] == [0, 2]
+    assert [compiled(), compiled()] == [0, 2]
 
 
 def test_the_variable_of_numba_names_the_place_if_it_can_be_written(
