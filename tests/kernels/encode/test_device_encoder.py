@@ -93,7 +93,7 @@ def test_hostile_importances_give_the_same_bytes(encoder, fmt, kind):
     np.testing.assert_array_equal(encoder.encode(rows, StoredForm(fmt), "hessian", hessian), want)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+@pytest.mark.parametrize("groups", [1, 2, 5])
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_whole_rows_of_any_number_of_groups_give_the_same_bytes(encoder, fmt, groups):
     rng = np.random.default_rng(groups)
@@ -199,17 +199,18 @@ def test_factors_on_the_device_give_the_bytes_of_those_that_were_brought_there(e
         np.testing.assert_array_equal(values.reshape(-1), fmt.decode(want).reshape(-1))
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("fmt", [MQ2_LLOYD, MQ3_LLOYD, MQ4], ids=lambda f: f.name)
 def test_matrices_side_by_side_give_the_bytes_of_each(encoder, fmt, groups):
-    """Each has a Hessian and a scale of its own; their groups follow each other in turns."""
-    backend, width, count = encoder.backend, 256 * groups, 3
+    """Each has a Hessian and a scale of its own; their groups follow each other in turns. Nine rows cut
+    blocks of four and of eight short."""
+    backend, width, count, rows = encoder.backend, 256 * groups, 3, 9
     rng = np.random.default_rng(groups)
     moments = [
         np.cov(rng.standard_t(5, (width, 900)) * rng.uniform(0.5, 2, (width, 1))) for _ in range(count)
     ]
     hessians = [from_moment(m + 0.05 * np.eye(width)) for m in moments]
-    weights = [unrotate(heavy_rows(21, width, seed)) for seed in range(count)]
+    weights = [unrotate(heavy_rows(rows, width, seed)) for seed in range(count)]
     scales = [np.full(width, s, np.float32) for s in (1, 2, 0.5)]
     want = [
         encode_rotated(rotate(w * s), fmt, "hessian", h)
@@ -241,11 +242,11 @@ def test_matrices_side_by_side_give_the_bytes_of_each(encoder, fmt, groups):
             lines=backend.upload(in_turns([turned(c.lines) for c in coupled], 2)),
             inverses=backend.upload(in_turns([turned(c.inverses) for c in coupled], 1).reshape(square)),
         )
-    beside = in_turns([w.reshape(21, groups, 256) for w in weights], 2).reshape(21, -1)
+    beside = in_turns([w.reshape(rows, groups, 256) for w in weights], 2).reshape(rows, -1)
     scale = backend.upload(in_turns([s.reshape(groups, 256) for s in scales], 1).reshape(-1))
     for _ in range(3):  # launched, recorded, and done again
         coded = encoder.encode_here(backend.upload(beside), fmt, scale, factors, beside=count)
-        got = backend.download(coded.payload).reshape(21, groups, count, -1)
+        got = backend.download(coded.payload).reshape(rows, groups, count, -1)
         for n in range(count):
             np.testing.assert_array_equal(got[:, :, n].reshape(-1), want[n])
 
@@ -263,9 +264,9 @@ def row_answers(sizes: tuple[int, ...], seed: int) -> RowAnswers:
 def test_rows_that_answer_each_other_give_the_bytes_of_the_cpu(encoder, fmt, kind):
     """Several times, since launches are recorded; of other answers, and of more rows than a tile of a product has."""
     hessian, scale = hessian_of(kind), np.linspace(0.5, 2, K, dtype=np.float32)
-    for seed, sizes in enumerate([(16, 16, 16), (16, 16, 16), (80, 7)]):
+    for seed, (sizes, times) in enumerate([((16, 16, 16), 3), ((16, 16, 16), 1), ((80, 7), 1)]):
         answers = row_answers(sizes, seed)
-        for again in range(3):
+        for again in range(times):
             weights = unrotate(heavy_rows(sum(sizes), K, seed + again))
             want = encode_blocks(rotate(weights * scale), answers, fmt, "hessian", hessian, 0.5)
             form = StoredForm(fmt, scale)
