@@ -40,14 +40,21 @@ def unread() -> int:
     return writing
 
 
+@pytest.fixture(scope="module")
+def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file of a build whose streams are open."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert mq(*build(small, out)).returncode == 0
+    return out.read_bytes()
+
+
 @pytest.mark.parametrize(("stream", "number"), [("stdin", 0), ("stdout", 1), ("stderr", 2)])
 def test_a_closed_stream_does_not_end_a_build_nor_write_into_its_file(
-    stream: str, number: int, small: Path, tmp_path: Path
+    stream: str, number: int, small: Path, whole: bytes, tmp_path: Path
 ) -> None:
-    assert mq(*build(small, tmp_path / "whole")).returncode == 0
     done = mq(*build(small, tmp_path / "closed"), **{stream: None}, preexec_fn=closing(number))
     assert done.returncode == 0
-    assert (tmp_path / "closed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "closed").read_bytes() == whole
 
 
 def test_with_stderr_closed_bad_input_is_still_exit_code_2(tmp_path: Path) -> None:
