@@ -37,7 +37,9 @@ USUAL = [
 ]
 
 
-@pytest.mark.parametrize("pattern", {*USUAL, *(r.tensors for t in tiers() for r in load_tier(t).rules)})
+@pytest.mark.parametrize(
+    "pattern", sorted({*USUAL, *(r.tensors for t in tiers() for r in load_tier(t).rules)})
+)
 def test_usual_patterns_find_what_python_finds(pattern: str) -> None:
     same = pattern.replace("^*", "").replace("$+", "$")  # Python repeats no anchor
     assert [matcher(pattern)(name) for name in NAMES] == [bool(re.search(same, name)) for name in NAMES]
