@@ -502,11 +502,12 @@ def test_a_text_is_cut_into_sequences(with_tokenizer: Checkpoint, tmp_path: Path
         tokenize(tmp_path / "gone.txt", with_tokenizer, 2)
 
 
-def test_a_broken_tokenizer_is_an_error_of_ours(source: Checkpoint, tmp_path: Path) -> None:
+def test_a_broken_tokenizer_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("one")
-    with pytest.raises(TokenError, match=r"tokenizer\.json"):
-        tokenize(tmp_path / "text.txt", source, 1)
     folder = small_model.save(tmp_path / "bare", small_model.tensors())
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenError, match=r"tokenizer\.json"):
+        tokenize(tmp_path / "text.txt", open_checkpoint(folder), 1)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         tokenize(tmp_path / "text.txt", open_checkpoint(folder), 1)
@@ -578,7 +579,6 @@ def test_the_command_writes_a_folder_that_a_build_takes(
     "args",
     [
         ("--tokens", "a.npy", "--text", "b.txt"),
-        (),
         ("--tokens", "a.npy", "--down", "half"),
         ("--tokens", "a.npy", "--device", "tpu"),
         ("--tokens", "a.npy", "--propagate", "both"),
