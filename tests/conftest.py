@@ -1,6 +1,15 @@
-"""Settings for all tests: hypothesis without deadlines, since the first call of a compiled loop compiles it."""
+"""Settings for all tests: hypothesis without deadlines, since the first call of a compiled loop compiles it, and
+threads that do not compete for cores.
+"""
 
 from __future__ import annotations
+
+import os
+
+# numpy and torch read these when they are loaded, here or in a process that a test starts. Builds give BLAS one thread
+# too: on a busy machine, two that wait for each other take ten times as long. OpenMP spins unless it is told to sleep.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from hypothesis import settings
 
