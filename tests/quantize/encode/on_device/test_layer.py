@@ -173,7 +173,7 @@ def test_a_fault_of_the_layer_ahead_ends_the_build_which_can_be_continued(
 @pytest.mark.parametrize("tuning", [None, TuneSettings(epochs=1)], ids=["calibrated", "tuned"])
 def test_layers_overlap_with_the_same_bytes(tmp_path, stays, monkeypatch, tuning):
     """A tuned layer has the device for itself, but what is run ahead."""
-    config = {**CONFIG, "num_hidden_layers": 4}
+    config = {**small_model.CONFIG, "num_hidden_layers": 4}
     source = small_model.save(tmp_path / "four", small_model.tensors(config=config), config=config)
     np.save(source / "tokens.npy", TOKENS)
     held, most = [], []
@@ -205,7 +205,7 @@ def test_layers_overlap_with_the_same_bytes(tmp_path, stays, monkeypatch, tuning
 
 def test_a_layer_that_cannot_be_kept_ends_the_build_soon(tmp_path, stays, monkeypatch):
     """Not when all is encoded: what is encoded after it would be encoded again."""
-    config = {**CONFIG, "num_hidden_layers": 4}
+    config = {**small_model.CONFIG, "num_hidden_layers": 4}
     source = small_model.save(tmp_path / "four", small_model.tensors(config=config), config=config)
     np.save(source / "tokens.npy", TOKENS)
     real, begun = CalibrationFolder.finish_layer, []
