@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import HfqError, HfqKind
 from ..near import near_file
+from ..own_file import disk_error
 from ..plain_file import open_plain
 from ..strictjson import JsonError, ObjectScanner, parse_object
 from .layout import (
@@ -311,7 +312,8 @@ def write_hfq(
             os.fsync(f.fileno())
         partial.replace(path)
     except OSError as e:
-        raise HfqError(f"cannot be written: {e.strerror}", kind=HfqKind.UNWRITABLE, file=path) from None
+        said = disk_error(e, path)
+        raise HfqError(said.problem, kind=HfqKind.UNWRITABLE, file=path, hint=said.hint) from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()

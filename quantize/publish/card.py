@@ -18,6 +18,7 @@ from ...formats.watch import UNWATCHED, Watch
 from ..evaluate.pictures import BY_SIZE, BY_TOKENS, pictures_of, write_pictures
 from ..evaluate.result import EvaluatedFile, Evaluation, read_evaluation
 from ..spec.places import local_folder
+from ..write.atomic import write_atomic
 from .base_model import README, BaseModel, base_model
 from .card_text import render_card
 from .facts import CardFile, Origin, read_facts
@@ -84,8 +85,8 @@ def write_card(
     text = render_card(found, origin, base, evaluation, measured, pictures)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        readme.write_text(text, encoding="utf-8")
-        checksums.write_text("".join(f"{line}\n" for line in sums), encoding="utf-8")
+    write_atomic(checksums, [memoryview("".join(f"{line}\n" for line in sums).encode())])
+    write_atomic(readme, [memoryview(text.encode())])
     return CardResult(
         folder, readme, checksums, tuple(f.name for f in found), pictures, _notes(found, measured, base)
     )

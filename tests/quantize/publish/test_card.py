@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,6 +35,7 @@ from mq_quant.quantize.publish.card_text import render_card
 from mq_quant.quantize.publish.facts import read_facts
 from mq_quant.quantize.spec.places import choose_recipe, open_place
 from mq_quant.quantize.spec.recipe import Rule
+from mq_quant.quantize.write import atomic
 
 TIERS = ("mq4", "mq3-lloyd", "mq3", "mq2-lloyd", "mq2", "mq2-mini")
 EVIL = "<script>alert(1)</script> | `x` [y](z)\n\n# no heading"
@@ -269,6 +272,18 @@ def test_a_card_without_a_licence_says_so(files: list[Path], tmp_path: Path) -> 
     result = write_card(files[:1], tmp_path / "card", CardOptions())
     assert "license" not in ModelCard(result.readme.read_text("utf-8")).data.to_dict()
     assert any("declares no licence" in note for note in result.notes)
+
+
+def test_a_full_disk_leaves_no_half_of_a_card(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: memoryview, offset: int | None = None) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic, "write_all", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_card(files, tmp_path / "card")
+    assert list((tmp_path / "card").iterdir()) == []
 
 
 def test_no_card_is_written_of_a_damaged_file(files: list[Path], tmp_path: Path) -> None:
