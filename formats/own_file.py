@@ -28,6 +28,14 @@ _WORDS = {
         "would become larger than a file may be here",
         f"raise the limit (ulimit -f) or use a file system for larger files, {_CONTINUES}",
     ),
+    errno.EIO: (
+        "cannot be written: the disk reports a fault (Input/output error)",
+        f"check the disk and its cable, {_CONTINUES}",
+    ),
+    errno.ESTALE: (
+        "cannot be written: the network share has lost it (Stale file handle)",
+        f"see that the share is mounted, {_CONTINUES}",
+    ),
     errno.ENAMETOOLONG: ("its name is too long for this file system", "give a shorter name"),
     errno.ENOENT: ("cannot be written: its folder does not exist any more", "make the folder again"),
     errno.ELOOP: ("is a symbolic link, which is not followed here", "remove the link, then run the command again"),

@@ -8,6 +8,17 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
+_FAULTS = {
+    errno.EIO: "the disk reports a fault: check it and its cable, and copy the file from another disk",
+    errno.ESTALE: "the network share has lost the file: see that it is mounted, then run the command again",
+    errno.EACCES: "check the permissions of it and of the folders above it",
+}
+
+
+def hint_of(fault: OSError, otherwise: str | None = None) -> str | None:
+    """What to do about a file that cannot be read; `otherwise` where the system's word says no more."""
+    return _FAULTS.get(fault.errno or 0, otherwise)
+
 
 def open_plain(path: Path) -> BufferedReader:
     """A plain file, open for reading; OSError for everything else.

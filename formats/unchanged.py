@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import MqError
+from .plain_file import hint_of
 from .watch import UNWATCHED, Watch
 
 ATTEMPTS = 3
@@ -203,7 +204,8 @@ class UnchangedFile:
         )
 
     def _unreadable(self, fault: OSError) -> MqError:
-        return self._error(f"cannot be read: {fault.strerror or fault}", file=self.path, hint=self._hint)
+        problem = f"cannot be read: {fault.strerror or fault}"
+        return self._error(problem, file=self.path, hint=hint_of(fault, self._hint))
 
 
 def _sha256(file: BufferedReader, watch: Watch = UNWATCHED, look: Callable[[], Look] | None = None) -> str:

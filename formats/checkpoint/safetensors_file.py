@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .. import lfs
 from ..errors import CheckpointError
-from ..plain_file import open_plain
+from ..plain_file import hint_of, open_plain
 from ..strictjson import JsonError, parse_object
 from ..text import shortened, shown
 
@@ -121,7 +121,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         with open_plain(path) as f:
             return header_of(f, path)
     except OSError as e:
-        raise CheckpointError(f"cannot be read: {e.strerror}", file=path) from None
+        raise CheckpointError(f"cannot be read: {e.strerror}", file=path, hint=hint_of(e)) from None
 
 
 def header_of(file: BufferedReader, path: Path) -> list[TensorInfo]:
@@ -152,7 +152,8 @@ def read_tensor(path: Path, info: TensorInfo) -> NDArray[np.uint8]:
         with open_plain(path) as f:
             return payload_of(f, info, path)
     except OSError as e:
-        raise CheckpointError(f"cannot be read: {e.strerror}", file=path, tensor=info.name) from None
+        problem = f"cannot be read: {e.strerror}"
+        raise CheckpointError(problem, file=path, tensor=info.name, hint=hint_of(e)) from None
 
 
 def payload_of(file: BufferedReader, info: TensorInfo, path: Path) -> NDArray[np.uint8]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..errors import HfqError, HfqKind
 from ..near import near_file
 from ..own_file import disk_error
-from ..plain_file import open_plain
+from ..plain_file import hint_of, open_plain
 from ..strictjson import JsonError, ObjectScanner, parse_object
 from .layout import (
     COUNT_LIMIT,
@@ -71,7 +71,7 @@ class HfqFile:
         try:
             self._file: BinaryIO = open_plain(self.path)
         except OSError as e:
-            problem, hint = f"cannot be opened: {e.strerror}", near_file(self.path)
+            problem, hint = f"cannot be opened: {e.strerror}", hint_of(e, near_file(self.path))
             raise HfqError(problem, kind=HfqKind.UNOPENABLE, file=path, hint=hint) from None
         try:
             self._parse()
@@ -129,7 +129,7 @@ class HfqFile:
             try:
                 count = os.preadv(self._file.fileno(), [out[done:].data], start + done)
             except OSError as e:
-                self._refuse(HfqKind.UNREADABLE, f"reading failed: {e.strerror}", tensor)
+                self._refuse(HfqKind.UNREADABLE, f"reading failed: {e.strerror}", tensor, hint_of(e))
             if count == 0:
                 what = "this payload" if tensor else "the bytes after its payloads"
                 self._refuse(HfqKind.CHANGED, f"the file ended inside {what} after it was opened", tensor)
@@ -166,7 +166,7 @@ class HfqFile:
         try:
             self._parse_header()
         except OSError as e:
-            self._refuse(HfqKind.UNREADABLE, f"reading failed: {e.strerror}")
+            self._refuse(HfqKind.UNREADABLE, f"reading failed: {e.strerror}", hint=hint_of(e))
 
     def _parse_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import TokenError
 from ..hfq.layout import METADATA_LIMIT
-from ..plain_file import open_plain
+from ..plain_file import hint_of, open_plain
 from ..strictjson import EMBEDDED_DEPTH, JsonError, parse_object
 from ..text import shown
 
@@ -30,7 +30,7 @@ def check_tokenizer(path: Path | None, vocab_size: int) -> None:
                 parse_object(f.read(METADATA_LIMIT + 1), EMBEDDED_DEPTH), vocab_size
             )
     except OSError as e:
-        raise TokenError(f"cannot be read: {e.strerror}", file=path) from None
+        raise TokenError(f"cannot be read: {e.strerror}", file=path, hint=hint_of(e)) from None
     except JsonError as e:
         raise TokenError(str(e), file=path) from None
     for problem in problems:

@@ -19,7 +19,7 @@ from ...formats.errors import CheckpointError, ConfigError, RecipeError
 from ...formats.hfq.layout import METADATA_LIMIT
 from ...formats.lfs import HINT, PROBLEM, is_pointer
 from ...formats.minimax import normalize_config, parse_config
-from ...formats.plain_file import open_plain
+from ...formats.plain_file import hint_of, open_plain
 from ...formats.strictjson import EMBEDDED_DEPTH, JsonError, parse_object
 from .metadata import SideFiles
 from .recipe import DEFAULT_MODEL, Model, Place, Recipe, load_model, load_recipe, load_tier, models
@@ -129,7 +129,7 @@ def _content(path: Path) -> bytes:
         with open_plain(path) as f:
             raw = f.read(METADATA_LIMIT + 1)
     except OSError as e:
-        raise ConfigError(f"cannot be read: {e.strerror}", file=path) from None
+        raise ConfigError(f"cannot be read: {e.strerror}", file=path, hint=hint_of(e)) from None
     if len(raw) > METADATA_LIMIT:
         raise ConfigError(
             f"is larger than {METADATA_LIMIT} bytes, the most that the file's metadata holds", file=path

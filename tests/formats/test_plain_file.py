@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mq_quant.formats.errors import MqError
+from mq_quant.formats.errors import HfqError, InputError, MqError, OutputError
+from mq_quant.formats.hfq import open_hfq
 from mq_quant.formats.plain_file import open_plain
 from mq_quant.formats.tokenizer import TextTokenizer
+from mq_quant.formats.unchanged import UnchangedFile
 from mq_quant.quantize.evaluate.result import read_evaluation
 from mq_quant.quantize.fit.measurement import read_measurement
 from mq_quant.quantize.spec.layer_hashes import read_table
 from mq_quant.quantize.spec.places import read_json, read_text
 from mq_quant.quantize.spec.recipe import load_recipe
+from mq_quant.quantize.write.atomic import write_atomic
 from mq_quant.verify.hidden import open_hidden
 
 
@@ -56,3 +59,27 @@ def test_no_reader_waits_for_a_pipe(read: Callable[[Path], object], tmp_path: Pa
     with pytest.raises(MqError, match=r"pipe: .*is not a plain file") as e:
         read(tmp_path / "pipe")
     assert e.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EIO, "disk reports a fault"), (errno.ESTALE, "network share has lost")]
+)
+def test_a_disk_that_fails_is_told_from_a_file_that_is_wrong(
+    number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"x")
+    file = UnchangedFile(path, InputError, "is this the folder of a checkpoint?")
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(InputError, match="cannot be read") as unreadable:
+        file.sha256()
+    with pytest.raises(HfqError, match="cannot be opened") as unopenable:
+        open_hfq(path)
+    with pytest.raises(OutputError, match="cannot be written") as unwritable:
+        write_atomic(tmp_path / "out", [])
+    assert all(said in str(e.value) for e in (unreadable, unopenable, unwritable))
