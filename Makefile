@@ -7,7 +7,7 @@ OUT ?= out
 ROOMS := formats awq lloyd kernels verify quantize recipes texts
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint hashes counts kills quality quality-real clean
+.PHONY: demo test pytest lint style mypy pyright imports kernels hashes counts kills quality quality-real clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(OUT)
@@ -15,16 +15,35 @@ demo: $(VENV)/.installed
 	$(BIN)/mq-quant inspect $(OUT)/tiny.mq2-lloyd --filter 'layers\.0\.(self_attn|.*experts\.0\.)'
 	$(BIN)/mq-quant verify $(OUT)/tiny.mq2-lloyd --source tiny
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint pytest
 
-lint: $(VENV)/.ready
+# A process for each core.
+pytest: $(VENV)/.ready
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# `make -j lint` runs them side by side.
+lint: style mypy pyright imports
+
+style: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p .build && ln -sfn .. .build/mq_quant
+
+mypy: $(VENV)/.ready .build/mq_quant
 	$(BIN)/mypy $(ROOMS:%=-p mq_quant.%)
+
+pyright: $(VENV)/.ready .build/mq_quant
 	$(BIN)/pyright
+
+imports: $(VENV)/.ready .build/mq_quant
 	PYTHONPATH=.build $(BIN)/lint-imports --no-cache
+
+.build/mq_quant:
+	mkdir -p .build
+	ln -sfn .. $@
+
+# Compiles every kernel for the GPUs that are not here, and lists its registers and LDS.
+kernels: $(VENV)/.ready
+	$(BIN)/python tools/check_kernels.py
 
 # Writes the quantization hashes of all tiers of the tiny source into its recipes, after a change that is meant to alter bytes.
 hashes: $(VENV)/.installed

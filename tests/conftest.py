@@ -11,7 +11,15 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import pytest
 from hypothesis import settings
+from mq_quant.formats.machine import cores
 
 settings.register_profile("mq-quant", deadline=None, print_blob=True)
 settings.load_profile("mq-quant")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes share the tests where `--numprocesses auto` is given: each takes up to 2 GB."""
+    return min(cores(), 8)
