@@ -8,13 +8,13 @@ import sys
 from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import hub_server
 import numpy as np
 import pytest
 from mq_quant.formats import unchanged
 from mq_quant.formats.checkpoint.local import open_checkpoint
-from mq_quant.formats.watch import UNWATCHED, Watch
 from mq_quant.quantize.calibrate.run import CalibrationOptions, calibrate
 from mq_quant.quantize.pipeline.build import RunOptions, build_file
 from mq_quant.quantize.pipeline.cluster import driver
@@ -42,9 +42,9 @@ def test_nodes_hash_the_shards_of_a_folder_that_they_share(
 ) -> None:
     hashed, sha256 = list[str](), unchanged._sha256
 
-    def here(file: BufferedReader, watch: Watch = UNWATCHED) -> str:
+    def here(file: BufferedReader, *given: Any, **named: Any) -> str:
         hashed.append(file.name)
-        return sha256(file, watch)
+        return sha256(file, *given, **named)
 
     monkeypatch.setattr(unchanged, "_sha256", here)
     monkeypatch.setattr(driver, "WORTH_SHARING", 1)
