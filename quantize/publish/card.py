@@ -30,6 +30,7 @@ SUMS = "SHA256SUMS"
 class CardOptions:
     """What the user says about a card. `evaluation` is a file of `evaluate`; `base` a folder or repository whose card
     declares the licence, by default the files' source; what is given here stands in place of what that declares.
+    `judged` says that whoever asks for the card looks for damaged payloads too.
     """
 
     evaluation: Path | None = None
@@ -38,6 +39,7 @@ class CardOptions:
     license_name: str | None = None
     license_link: str | None = None
     force: bool = False
+    judged: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def write_card(
     """Write README.md and SHA256SUMS of files of one model into a folder, which is made where there is none.
 
     `watch` hears how the files are hashed. Raises InputError where the files are of different models or the evaluation
-    is of none of them, HfqError where a payload is damaged, OutputError where something would be replaced without
-    `force`.
+    is of none of them, HfqError where a payload is damaged and files are not `judged`, OutputError where something
+    would be replaced without `force`.
     """
     read = [read_facts(path) for path in paths]
     found = sorted((f for f, _ in read), key=lambda f: -f.bytes)
@@ -79,7 +81,7 @@ def write_card(
     measured = _measured(found, evaluation, options.evaluation)
     base = _declared(origin, options)
     watch.begin("hashing", sum(f.bytes for f in found), "bytes")
-    sums = [f"{_sha256(f.path, watch)}  {f.name}" for f in found]
+    sums = [f"{_sha256(f.path, watch, options.judged)}  {f.name}" for f in found]
     drawn = {name: f for name, f in pictures_of(measured).items() if name in (BY_SIZE, BY_TOKENS)}
     pictures = write_pictures(folder, drawn)
     text = render_card(found, origin, base, evaluation, measured, pictures)
@@ -92,9 +94,9 @@ def write_card(
     )
 
 
-def _sha256(path: Path, watch: Watch) -> str:
+def _sha256(path: Path, watch: Watch, judged: bool) -> str:
     """The SHA-256 of a file, whose payloads are held against their checksums on the way; HfqError."""
-    return UnchangedFile(path, InputError).sha256(watch, payload_checks(path))
+    return UnchangedFile(path, InputError).sha256(watch, None if judged else payload_checks(path))
 
 
 def _one_origin(read: Sequence[tuple[CardFile, Origin]]) -> Origin:

@@ -194,7 +194,7 @@ def _card(
     """The card, the checksums and the pictures as they are made of these files, and what the card lacks."""
     evaluation = folder / EVALUATION if EVALUATION in there else None
     with tempfile.TemporaryDirectory(prefix="mq-quant-") as made:
-        card = write_card(models, Path(made), CardOptions(evaluation=evaluation), watch)
+        card = write_card(models, Path(made), CardOptions(evaluation=evaluation, judged=True), watch)
         return {path.name: path.read_bytes() for path in sorted(Path(made).iterdir())}, card.notes
 
 
