@@ -3,9 +3,10 @@
     python benchmarks/kernels.py [--backend auto|hip|cuda|cpu] [--json]
 
 8 routed experts of 256 for each token, matrices 3072 × 1536: one token, and for experts' products 4 tokens too, each
-with its own experts. A GPU holds all 256 experts and every launch routes to others, so that no weight is found in a
-cache; which ones is written just before a run, as a router does. The CPU holds as many experts as 4 tokens take. A
-time is that of one launch of a run of them, by the device's clock, the median of several runs; on a GPU runs are
+with its own experts: gate and up, down, and all three with the activation between them (`expert_mlp`). A GPU holds
+all 256 experts and every launch routes to others, so that no weight is found in a cache; which ones is written just
+before a run, as a router does. The CPU holds as many experts as 4 tokens take. A time is that of one launch, or of
+both that `expert_mlp` makes, in a run of them, by the device's clock, the median of several runs; on a GPU runs are
 queued behind a long copy, so that the host's own time is not counted. `share` is the bytes of weights per second over
 the bytes that a copy of 2 GiB on the same device reads and writes per second; `like` is the same beside copies that
 move as many bytes as the kernel, each from another place, in runs as long.
@@ -131,13 +132,14 @@ def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
     held = EXPERTS if bench.gpu else SLOTS * TOKENS
     size = BY_NAME[fmt].nbytes(HIDDEN * INTER)
     payload = noise(fmt, HIDDEN * INTER, rng)
-    data = b.alloc((2 * held * size,), np.uint8)
-    for i in range(2 * held):
+    data = b.alloc((3 * held * size,), np.uint8)
+    for i in range(3 * held):
         b.write(data, payload, i * size)
     at = np.arange(held, dtype=np.int64) * size
+    signs = ops.signs(b)
     w1 = ops.experts(b, data, at, fmt, INTER, HIDDEN)
     w3 = ops.experts(b, data, at + held * size, fmt, INTER, HIDDEN)
-    w2 = ops.experts(b, data, at, fmt, HIDDEN, INTER)
+    w2 = ops.experts(b, data, at + 2 * held * size, fmt, HIDDEN, INTER)
     for tokens in (1, TOKENS):
         chosen = np.stack([rng.permutation(held)[: tokens * SLOTS] for _ in range(bench.run)])
         routed = b.upload(chosen.reshape(-1, SLOTS).astype(np.int32))
@@ -164,6 +166,12 @@ def experts(bench: Bench, fmt: str, rng: np.random.Generator) -> None:
             f"expert_down[{fmt}]{told}",
             tokens * SLOTS * size,
             lambda i, r=r, out=out, of=of: ops.expert_down(b, w2, of(i), r, out),
+            route,
+        )
+        bench.add(
+            f"expert_mlp[{fmt}]{told}",
+            3 * tokens * SLOTS * size,
+            lambda i, x=x, out=out, of=of: ops.expert_mlp(b, (w1, w3, w2), of(i), x, signs, out=out),
             route,
         )
 

@@ -26,7 +26,8 @@ class CountingBackend(CpuBackend):
 def counting(folder, order, *, copies=False):
     """A back end whose device.h, in `folder`, is followed by the headers of bits and, if asked, of copies."""
     names = ("bits_on_cpu.h", "copies_on_cpu.h") if copies else ("bits_on_cpu.h",)
-    (folder / "matrix.hip").write_text((Sources().path("matrix.hip")).read_text())
+    for name in ("matrix.hip", "vector.hip"):
+        (folder / name).write_text((Sources().path(name)).read_text())
     included = "".join(f'\n#include "{name}"\n' for name in names)
     (folder / "device.h").write_text((Sources().path("device.h")).read_text() + included)
     for name in names:

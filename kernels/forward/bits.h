@@ -8,6 +8,7 @@
 // teams a tile of 16 rows; lane s has the 64 columns of words 2s and 2s + 1, and the sums of codes 2s and 2s + 1. Sums over columns
 // are whole numbers, sums over codes and groups f32.
 #pragma once
+#include "forward_constants.h"    // made by geometry.py
 #include "units.h"
 
 #ifdef MQ_BITS
@@ -85,9 +86,10 @@ struct BitDot {
   static constexpr int PLANES = 24, TILES = PLANES / 8, WORDS = 8;    // bits of x, tiles of 8 of them, words of a plane
   static constexpr int UNIT = PLANES * WORDS, STAGE = UNIT + 8;       // words of LDS that a group of x takes
   static constexpr int ROWS = Format::ROWS, TEAM = GROUP / Format::SLICE, SETS = Format::SETS;
-  // Found best on an H200: groups that are multiplied at once, stages of the ring that are being filled at a time, and those that
-  // are asked for before x has come, or -1 where that does not matter.
-  static constexpr int AT_ONCE = SETS > 3 ? 1 : 3, UNDER_WAY = 2, AT_FIRST = SETS > 3 ? 2 : -1;
+  // Found best on an H200: groups that are multiplied at once; stages of the ring that are being filled at a time, and those that
+  // are asked for before x has come, or -1 where that does not matter; groups of x in LDS, more where stages leave room.
+  static constexpr int AT_ONCE = SETS > 3 ? 1 : 3, UNDER_WAY = 2, AT_FIRST = SETS > 3 ? 2 : -1, AT_FIRST_ACTIVATED = 2;
+  static constexpr int X_GROUPS = SETS > 3 ? CHUNK : 2 * CHUNK;
   static constexpr bool SHIFTS = false;    // whether rows that meet in a bank are put apart
   static constexpr int TOP = 21;    // the largest element's power of two, in units
   static constexpr float HIGH = 12582912.0f;    // 1.5 · 2^23: f32 from 2^23 to 2^24 are whole numbers

@@ -5,6 +5,7 @@
 // left out. So lane s of a team gets two digits, s % 2, of half s / 2. It reads 16 words of four bytes, eight of each half.
 // Sums over elements are whole numbers, sums over halves and digits f32.
 #pragma once
+#include "forward_constants.h"    // made by geometry.py
 #include "units.h"
 
 #ifdef MQ_BITS
@@ -111,7 +112,8 @@ struct ByteDot {
   static constexpr int ROWS = 1, TEAM = 4, DIGITS = 4, PAIRS = 4;    // pairs of words of a half
   static constexpr int UNIT = GROUP * DIGITS / 4, STAGE = UNIT + 4;  // words of LDS that a group of x takes
   static constexpr int DIGIT = 1 << 8;    // what the next digit counts
-  static constexpr int AT_ONCE = 3, UNDER_WAY = 2, AT_FIRST = -1;    // as in bits.h; found best on an H200
+  // As in bits.h; found best on an H200.
+  static constexpr int AT_ONCE = 3, UNDER_WAY = 2, AT_FIRST = -1, AT_FIRST_ACTIVATED = -1, X_GROUPS = CHUNK;
   static constexpr bool SHIFTS = true;    // whether rows that meet in a bank are put apart
   static constexpr int TOP = 29;    // the largest element's power of two, in units
   float sum[ROWS] = {};

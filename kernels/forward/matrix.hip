@@ -35,7 +35,7 @@ constexpr int STAGES = Dot::STAGE ? CHUNK * Dot::STAGE : 1;
 
 // Registers are limited so that RESIDENT_THREADS threads fit a multiprocessor, or one block that streams.
 constexpr bool STREAMS = Tiled<FORMAT>::STAGE > 0;
-constexpr int EXPERT_STAGES = STREAMS ? CHUNK * Tiled<FORMAT>::STAGE : 1;
+constexpr int EXPERT_STAGES = Tiled<FORMAT>::X_WORDS;
 constexpr int EXPERT_LDS = EXPERT_STAGES > STAGES ? EXPERT_STAGES : STAGES;
 #ifdef MQ_RESIDENT
 template <int THREADS>
@@ -182,28 +182,53 @@ DEVICE void await_and_multiply_rows(const Job<MATRICES>& job, const float* x, fl
   multiply<MATRICES>(out, share, feed, own, staged);
 }
 
-// All of a job, by any number of blocks, where it is streamed through a ring of so many stages; else as above.
-template <int MATRICES>
+#ifdef MQ_COPY
+// All of a job, by any number of blocks, through a ring of `stages`.
+template <class Format, int MATRICES, class Input>
+DEVICE void await_and_stream(const Job<MATRICES>& job, const Input& x, float* staged, int stages, int tile, int tiles, int share) {
+  HIP_DYNAMIC_SHARED(uint8_t, lds)
+  LDS(Ring, ring, 1);
+  const Stream<Format, MATRICES> stream(job, ring, lds, staged, stages, tile, tiles, share);
+  if (wave() < stream.waves) {
+    stream.multiply(x);
+  } else if (wave() == stream.waves) {
+    stream.copy(Input::AT_FIRST);
+  } else {
+    stream.finish();
+  }
+}
+#endif
+
+// All of a job, by any number of blocks, where it is streamed; else as above.
+template <int MATRICES, class Format = FORMAT>
 DEVICE void await_and_multiply(const Job<MATRICES>& job, const float* x, float* staged, int stages, int tile, int tiles,
                                int share) {
 #ifdef MQ_COPY
   if constexpr (STREAMS) {
-    HIP_DYNAMIC_SHARED(uint8_t, lds)
-    LDS(Ring, ring, 1);
     if (stages > 0) {
-      Stream<FORMAT, MATRICES> stream(job, ring, lds, staged, stages, tile, tiles, share);
-      if (wave() < stream.waves) {
-        stream.multiply(x);
-      } else if (wave() == stream.waves) {
-        stream.copy();
-      } else {
-        stream.finish();
-      }
+      await_and_stream<Format>(job, Given<typename Tiled<Format>::Dot>{x}, staged, stages, tile, tiles, share);
       return;
     }
   }
 #endif
   await_and_multiply_rows(job, x, staged);
+}
+
+// The same for x that is made of gate and up. What cannot be streamed is not a number.
+template <class Format = FORMAT>
+DEVICE void await_and_multiply_activated(const Job<1>& job, const float* gate, const float* up, const float* signs, int rotated,
+                                         float* staged, int stages, int tile, int tiles, int share) {
+#ifdef MQ_COPY
+  if constexpr (STREAMS) {
+    if (stages > 0) {
+      const Activated<typename Tiled<Format>::Dot> x = {gate, up, signs, rotated};
+      await_and_stream<Format>(job, x, staged, stages, tile, tiles, share);
+      return;
+    }
+  }
+#endif
+  await_previous();
+  not_loaded(job.out[0], job.slots * job.rows);
 }
 
 // gate, up f32 [tokens, slots, rows] = W1, W3 of expert ids[t, slot] · x f32 [tokens, cols]. Expert e's matrices [rows, cols]
@@ -229,4 +254,16 @@ KERNEL(EXPERT_THREADS) expert_down(float* __restrict__ out, const uint8_t* __res
   LDS(float, staged, EXPERT_LDS);
   const Job<1> job = {{matrices}, {at}, {out}, ids, experts, rows, groups, tokens * slots, 1};
   await_and_multiply<1>(job, x, staged, stages, tile, tiles, share);
+}
+
+// The same for x = rotate(silu(gate) ∘ up), or unrotated where `rotated` is 0: gate and up f32 [tokens, slots, cols], signs f32
+// [2, 256]. Only for products that are streamed, whose blocks are few: each makes all rows of x that it needs.
+KERNEL(EXPERT_THREADS) expert_activated_down(float* __restrict__ out, const uint8_t* __restrict__ matrices,
+                                             const int64_t* __restrict__ at, const int32_t* __restrict__ ids,
+                                             const float* __restrict__ gate, const float* __restrict__ up,
+                                             const float* __restrict__ signs, int experts, int rows, int groups, int tokens,
+                                             int slots, int rotated, int stages, int tile, int tiles, int share) {
+  LDS(float, staged, EXPERT_LDS);
+  const Job<1> job = {{matrices}, {at}, {out}, ids, experts, rows, groups, tokens * slots, 1};
+  await_and_multiply_activated(job, gate, up, signs, rotated, staged, stages, tile, tiles, share);
 }

@@ -277,6 +277,34 @@ def expert_down(backend: Backend, w2: Experts, ids: Buffer, x: Buffer, out: Buff
     return out
 
 
+def expert_mlp(
+    backend: Backend,
+    w: tuple[Experts, Experts, Experts],
+    ids: Buffer,
+    x: Buffer,
+    table: Buffer,
+    rotated: bool = True,
+    out: Buffer | None = None,
+) -> Buffer:
+    """f32 [T, slots, H] = W2 · FWHT256(silu(W1 · x) ∘ W3 · x) of the experts ids i32 [T, slots], for x f32 [T, H].
+
+    `w` is (W1, W3, W2), table = signs(). `rotated` False leaves the rotation out. Where W2 is streamed, its launch
+    makes the activation too. The result is that of the launches one by one, bit for bit.
+    """
+    w1, w3, w2 = w
+    gate, up = expert_gate_up(backend, w1, w3, ids, x)
+    _fits(gate, "gate", (*ids.shape, w2.cols))
+    kernel = backend.kernel("expert_activated_down", w2.format)
+    if not _ring(backend, kernel, (w2,))[0]:
+        return expert_down(backend, w2, ids, silu_mul_rotate(backend, gate, up, table, rotated), out)
+    tokens, slots = ids.shape
+    _fits(table, "signs", (2, GROUP))
+    out = _out(backend, out, (tokens, slots, w2.rows), np.float32)
+    args = (out, w2.data, w2.offsets, ids, gate, up, table)
+    _launch_experts(backend, kernel.name, (w2,), (slots, tokens), args, (int(rotated),))
+    return out
+
+
 def combine(backend: Backend, h: Buffer, x: Buffer, weights: Buffer) -> None:
     """h f32 [T, n] += Σ weights[t, slot] · x[t, slot] in slot order; x f32 [T, slots, n], weights f32 [T, slots]."""
     tokens, slots, n = _shape(x, "x", 3)
@@ -299,33 +327,41 @@ def _launch(
 
 
 def _launch_experts(
-    backend: Backend, name: str, w: Sequence[Experts], grid: tuple[int, int], args: Sequence[Argument]
+    backend: Backend,
+    name: str,
+    w: Sequence[Experts],
+    grid: tuple[int, int],
+    args: Sequence[Argument],
+    more: Sequence[int] = (),
 ) -> None:
-    """Launch a product of one or two matrices of each expert, all of one shape, through LDS where that can be done."""
+    """Launch a product of one or two matrices of each expert, all of one shape, through LDS where that can be done.
+
+    `more` are numbers that a kernel takes behind those of the shape.
+    """
     first, kernel = w[0], backend.kernel(name, w[0].format)
     slots, tokens = grid
-    stages, lds, tile, tiles, share = 0, 0, 0, 0, 0
-    if first.format in WAVE_ROWS and first.cols // GROUP <= CHUNK and all(m.aligned for m in w):
-        stages, lds, tile = _ring(backend, kernel, first)
+    stages, lds, tile = _ring(backend, kernel, w)
     if stages:
-        waves = WAVES + 2
         tiles = _ceil(first.rows, tile)
         count = slots * tokens * len(w) * tiles
         blocks: tuple[int, ...] = (min(backend.multiprocessors, count),)
-        share = count // blocks[0]
+        waves, cut = WAVES + 2, (stages, tile, tiles, count // blocks[0])
     else:
-        waves = min(kernel.threads, DIRECT_THREADS) // WAVE
+        waves, cut = min(kernel.threads, DIRECT_THREADS) // WAVE, (0, 0, 0, 0)
         blocks = (_ceil(first.rows, _rows(backend, first.format, waves) // len(w)), *grid)
-    shape = (first.offsets.size, first.rows, first.cols // GROUP, tokens, slots)
-    backend.launch(kernel, blocks, (waves * WAVE,), (*args, *shape, stages, tile, tiles, share), lds)
+    shape = (first.offsets.size, first.rows, first.cols // GROUP, tokens, slots, *more)
+    backend.launch(kernel, blocks, (waves * WAVE,), (*args, *shape, *cut), lds)
 
 
-def _ring(backend: Backend, kernel: Kernel, w: Experts) -> tuple[int, int, int]:
+def _ring(backend: Backend, kernel: Kernel, w: Sequence[Experts]) -> tuple[int, int, int]:
     """(stages of the ring through which rows are streamed, bytes of LDS, rows of a stage); zeros where it cannot be."""
-    line, members = BY_NAME[w.format].nbytes(w.cols), _ceil(w.cols // GROUP, SHARE)
-    rows = MOST_RUNS // members * WAVE_ROWS[w.format]
-    shift = 0 if line % CONFLICT or w.format in backend.slices else SHIFT
-    stage = rows * (line + 8 * members) + rows // SHIFTED * shift
+    first = w[0]
+    if first.format not in WAVE_ROWS or first.cols // GROUP > CHUNK or not all(m.aligned for m in w):
+        return 0, 0, 0
+    line, members = BY_NAME[first.format].nbytes(first.cols), _ceil(first.cols // GROUP, SHARE)
+    rows = MOST_RUNS // members * WAVE_ROWS[first.format]
+    shift = 0 if line % CONFLICT or first.format in backend.slices else SHIFT
+    stage = rows * (line + 2 * 8 * members) + rows // SHIFTED * shift
     stages = min(MOST_STAGES, backend.lds_for_copies(kernel) // stage)
     return (stages, stages * stage, rows) if stages > 1 else (0, 0, 0)
 

@@ -1,6 +1,6 @@
 // The kernels between the matrices: norms, rotary embedding, the rotation of the MQ formats, activations and sums.
 // Activations are f32, row-major, one row per token; the tables (cos, sin, signs) come from the host.
-#include "device.h"
+#include "rotate.h"
 
 // out = x · weight / sqrt(mean(x²) + eps), over rows of n. One block per row.
 KERNEL(BLOCK_THREADS) rmsnorm(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weight, int n,
@@ -26,33 +26,6 @@ KERNEL(WAVE) rope(float* __restrict__ x, const float* __restrict__ cos, const fl
   }
 }
 
-// One wave rotates a run of 256: y = S2 · H256 · S1 · x / 16, butterflies of stride 1, 2, … 128 as in formats/fwht.py.
-DEVICE void rotate(float (&v)[PER_LANE], const float* signs) {
-  const int t = lane();
-#pragma unroll
-  for (int j = 0; j < PER_LANE; j++) v[j] *= signs[PER_LANE * t + j];
-#pragma unroll
-  for (int stride = 1; stride < PER_LANE; stride *= 2) {
-#pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-      if ((j & stride) == 0) {
-        const float a = v[j], b = v[j + stride];
-        v[j] = a + b;
-        v[j + stride] = a - b;
-      }
-    }
-  }
-  for (int mask = 1; mask < WAVE; mask *= 2) {
-#pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-      const float other = __shfl_xor(v[j], mask);
-      v[j] = t & mask ? other - v[j] : v[j] + other;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < PER_LANE; j++) v[j] *= signs[GROUP + PER_LANE * t + j] * ROTATION_SCALE;
-}
-
 // out = rotate(x / scale), or x / scale where `rotated` is 0. x f32 [tokens, 256·groups], scale f32 [256·groups],
 // signs f32 [2, 256]. Grid (groups, tokens).
 KERNEL(WAVE) scale_rotate(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ scale,
@@ -73,10 +46,7 @@ KERNEL(WAVE) silu_mul_rotate(float* __restrict__ out, const float* __restrict__ 
   const int64_t at = (int64_t)blockIdx.x * GROUP + PER_LANE * lane();
   float v[PER_LANE];
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++) {
-    const float g = gate[at + j];
-    v[j] = g / (1.0f + expf(-g)) * up[at + j];
-  }
+  for (int j = 0; j < PER_LANE; j++) v[j] = silu_mul(gate[at + j], up[at + j]);
   if (rotated) rotate(v, signs);
 #pragma unroll
   for (int j = 0; j < PER_LANE; j++) out[at + j] = v[j];

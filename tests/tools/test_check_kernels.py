@@ -54,7 +54,7 @@ def test_devices_that_do_not_count_bits_or_copy_rows_have_kernels_too(arch):
     assert all(u.lds <= 49152 for u in usage)
 
 
-GROUPS = {"expert_gate_up": 12, "expert_down": 6}
+GROUPS = {"expert_gate_up": 12, "expert_down": 6, "expert_activated_down": 6}
 """By product, groups of a row of MiniMax-M2.7."""
 
 
@@ -73,7 +73,7 @@ def test_a_multiprocessor_holds_a_block_that_streams_and_a_ring_of_some_stages(n
     """It has 64 K registers, and a block may have 227 KB of LDS."""
     own, groups = usage_of(name, fmt), GROUPS[name]
     members = -(-groups // SHARE)
-    stage = MOST_RUNS // members * WAVE_ROWS[fmt] * (groups * BY_NAME[fmt].nbytes(256) + 4 * members + 4)
+    stage = MOST_RUNS // members * WAVE_ROWS[fmt] * (groups * BY_NAME[fmt].nbytes(256) + 16 * members + 4)
     assert EXPERT_THREADS * own.vector <= 65536
     assert own.lds + 3 * stage <= 227 * 1024
 

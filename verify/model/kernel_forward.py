@@ -228,12 +228,10 @@ class KernelModel:
         rotated = FORMATS_ROTATED[experts["w1"].format]
         x = ops.scale_rotate(b, t, w.scale, self._signs, rotated)
         self.after("rotate")
-        gate, up = ops.expert_gate_up(b, experts["w1"], experts["w3"], ids, x)
-        self.after("gate_up")
-        r = ops.silu_mul_rotate(b, gate, up, self._signs, FORMATS_ROTATED[experts["w2"].format])
-        self.after("silu")
-        y = ops.expert_down(b, experts["w2"], ids, r)
-        self.after("down")
+        w2 = experts["w2"]
+        matrices = experts["w1"], experts["w3"], w2
+        y = ops.expert_mlp(b, matrices, ids, x, self._signs, FORMATS_ROTATED[w2.format])
+        self.after("experts")
         ops.combine(b, h, y, weights)
         self.after("combine")
 

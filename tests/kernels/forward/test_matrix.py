@@ -161,6 +161,18 @@ def test_gate_and_up_of_two_formats_are_refused(backend, payload, rng):
         ops.expert_gate_up(backend, w1, w3, ids, backend.upload(np.zeros((1, 256), np.float32)))
 
 
+def test_all_products_of_experts_are_those_of_the_launches_one_by_one(backend, payload, rng):
+    (w1, _, _), (w3, _, _) = (expert_case(backend, payload, rng, "MQ3-Lloyd", 2, 512, 256) for _ in range(2))
+    w2, _, _ = expert_case(backend, payload, rng, "MQ4", 2, 256, 512)
+    ids, signs = backend.upload(np.array([[0, 1], [1, 1]], np.int32)), ops.signs(backend)
+    x = backend.upload(rng.standard_normal((2, 256)).astype(np.float32))
+    r = ops.silu_mul_rotate(backend, *ops.expert_gate_up(backend, w1, w3, ids, x), signs)
+    one = backend.download(ops.expert_mlp(backend, (w1, w3, w2), ids, x, signs))
+    assert one.tobytes() == backend.download(ops.expert_down(backend, w2, ids, r)).tobytes()
+    with pytest.raises(BackendError, match="gate has shape"):
+        ops.expert_mlp(backend, (w1, w3, w1), ids, x, signs)
+
+
 @pytest.mark.parametrize("cols", [0, 128, 300])
 def test_rows_that_are_not_whole_groups_are_refused(backend, cols):
     with pytest.raises(BackendError, match="does not divide into groups of 256"):

@@ -10,7 +10,7 @@ from mq_quant.kernels.forward import geometry, ops
 from mq_quant.kernels.runtime.cuda import CudaBackend
 
 FORMATS = tuple(geometry.WAVE_ROWS)
-GROUPS, SHARE, LDS = 10, 3, 48 << 10
+GROUPS, SHARE, LDS = 10, 3, 45_600
 """Groups of a row and of a wave, and bytes for the copies of a block, at most: its LDS is to fit into 64 KiB."""
 
 
@@ -173,6 +173,55 @@ def test_an_expert_that_is_not_there_gives_nan(copying, payload, fmt):
         assert np.array_equal(got[0, 0], got[0, 4])
 
 
+def mlp(backend, formats, hidden, inter, payload, tokens=3, slots=2, count=3, missing=()):
+    """(what one call makes of x, what the launches one by one make of it), rotated and unrotated."""
+    rng = np.random.default_rng(1)
+
+    def experts(fmt, rows, cols, absent=()):
+        at = np.arange(count) * BY_NAME[fmt].nbytes(rows * cols)
+        at[list(absent)] = -1
+        return ops.experts(
+            backend, backend.upload(payload(fmt, count * rows * cols, rng)), at, fmt, rows, cols
+        )
+
+    gate_up, down = formats
+    w1, w3 = (experts(gate_up, inter, hidden) for _ in range(2))
+    w2, signs = experts(down, hidden, inter, missing), ops.signs(backend)
+    ids = backend.upload(rng.integers(0, count, (tokens, slots)).astype(np.int32))
+    x = backend.upload(rng.standard_normal((tokens, hidden)).astype(np.float32))
+    for rotated in (True, False):
+        gate, up = ops.expert_gate_up(backend, w1, w3, ids, x)
+        r = ops.silu_mul_rotate(backend, gate, up, signs, rotated)
+        yield (
+            backend.download(ops.expert_mlp(backend, (w1, w3, w2), ids, x, signs, rotated)),
+            backend.download(ops.expert_down(backend, w2, ids, r)),
+        )
+
+
+MLPS = [
+    *((fmt, fmt, 512, 1024) for fmt in FORMATS),  # two waves to a row
+    ("MQ2-Lloyd", "MQ3-Lloyd", 256, 256),  # blocks that need several rows of x, which LDS has room for
+    ("MQ4", "MQ6", 256, 256 * 10),  # and those for which it has no room
+    ("MQ3-Lloyd", "MQ4", 768, 256 * 11),  # down comes directly
+]
+
+
+@pytest.mark.parametrize(("gate_up", "down", "hidden", "inter"), MLPS)
+def test_down_that_makes_the_activation_itself_gives_the_bits_of_two_launches(
+    copying, launches, payload, gate_up, down, hidden, inter
+):
+    for one, other in mlp(copying, (gate_up, down), hidden, inter, payload):
+        assert np.array_equal(one.view(np.uint32), other.view(np.uint32))
+        assert np.isfinite(one).all()
+    assert len(launches) == 2 * (5 if inter <= 256 * GROUPS else 6)
+
+
+def test_an_expert_whose_down_is_not_there_gives_nan(copying, payload):
+    for one, other in mlp(copying, ("MQ2-Lloyd", "MQ4"), 256, 512, payload, missing=[1]):
+        assert np.isnan(one).any() and not np.isnan(one).all()
+        assert np.array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
 class DirectBackend(CudaBackend):
     def lds_for_copies(self, kernel):
         return 0
@@ -195,3 +244,15 @@ def test_copies_on_a_gpu_give_the_product(payload, fmt, rows, cols, start):
         assert close(*a)
         assert close(*c)
         assert np.array_equal(a[0].view(np.uint32), b[0].view(np.uint32))
+
+
+@pytest.mark.skipif(not CudaBackend.available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("gate_up", "down"), [*((f, f) for f in FORMATS), ("MQ2-Lloyd", "MQ3-Lloyd"), ("MQ3-Lloyd", "MQ4")]
+)
+def test_on_a_gpu_down_makes_the_activation_itself(payload, gate_up, down, tokens):
+    with CudaBackend() as backend:
+        for one, other in mlp(backend, (gate_up, down), 3072, 1536, payload, tokens, slots=8, count=9):
+            assert np.array_equal(one.view(np.uint32), other.view(np.uint32))
+            assert np.isfinite(one).all()

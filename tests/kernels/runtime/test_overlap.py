@@ -33,8 +33,11 @@ def layer(backend, payload, rng):
     }
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "two launches"])
 @pytest.mark.parametrize("router_last", [False, True], ids=["ids are old", "ids are of the launch before"])
-def test_a_chain_of_layers_needs_no_waiting(backend, layer, router_last):
+def test_a_chain_of_layers_needs_no_waiting(backend, layer, router_last, together):
+    matrices = layer["w1"], layer["w3"], layer["w2"]
+
     def run(wait):
         signs, h, seen = ops.signs(backend), backend.upload(layer["h"]), []
         for logits in layer["logits"]:
@@ -48,11 +51,14 @@ def test_a_chain_of_layers_needs_no_waiting(backend, layer, router_last):
             wait()
             ids, weights = routed or route()
             wait()
-            gate, up = ops.expert_gate_up(backend, layer["w1"], layer["w3"], ids, x)
-            wait()
-            r = ops.silu_mul_rotate(backend, gate, up, signs)
-            wait()
-            y = ops.expert_down(backend, layer["w2"], ids, r)
+            if together:
+                y = ops.expert_mlp(backend, matrices, ids, x, signs)
+            else:
+                gate, up = ops.expert_gate_up(backend, layer["w1"], layer["w3"], ids, x)
+                wait()
+                r = ops.silu_mul_rotate(backend, gate, up, signs)
+                wait()
+                y = ops.expert_down(backend, layer["w2"], ids, r)
             wait()
             h = ops.rmsnorm(backend, ops.combine(backend, h, y, weights) or h, layer["scale"], 1e-6)
             wait()

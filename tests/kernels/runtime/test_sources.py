@@ -31,7 +31,14 @@ def test_every_kernel_of_the_sources_is_found():
     }
     books, grids = ("MQ2-Lloyd", "MQ3-Lloyd"), ("MQ4", "MQ6")
     per_format = {
-        tuple(BY_NAME): ("decode", "embed", "matvec", "expert_gate_up", "expert_down"),
+        tuple(BY_NAME): (
+            "decode",
+            "embed",
+            "matvec",
+            "expert_gate_up",
+            "expert_down",
+            "expert_activated_down",
+        ),
         books: ("kmeans_pairs", "kmeans_exact"),
         grids: ("affine_levels",),
         books + grids: (

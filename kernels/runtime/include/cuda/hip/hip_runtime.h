@@ -149,15 +149,15 @@ static __device__ __forceinline__ void fetch_pair(const uint8_t* p, uint32_t& a,
 }
 // Copies from memory into LDS that go on while the lanes do, in multiples of 16 bytes. An arrival is there once, of the number
 // that `prepare` gave, all have arrived and the bytes that they expect have come; then it begins anew, and the parity of the
-// times that it was there tells which one to await.
+// times that it was there tells which one to await. Who has prepared some calls `show_prepared` before anyone uses them.
 #if __CUDA_ARCH__ >= 900
 #define MQ_COPY
 typedef uint64_t Arrival;
 static __device__ __forceinline__ uint32_t lds_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 static __device__ __forceinline__ void prepare(Arrival* arrival, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(lds_address(arrival)), "r"(count) : "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+static __device__ __forceinline__ void show_prepared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 static __device__ __forceinline__ void expect(Arrival* arrival, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(lds_address(arrival)), "r"(bytes) : "memory");
 }
@@ -168,6 +168,9 @@ static __device__ __forceinline__ void copy_run(uint8_t* lds, const uint8_t* fro
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    lds_address(lds)), "l"(from), "r"(bytes), "r"(lds_address(arrival)) : "memory");
 }
+// All waves of a block wait for each other in `sync_block`; one that calls `pass_block` instead does not wait.
+static __device__ __forceinline__ void sync_block() { asm volatile("barrier.cta.sync 1, %0;" ::"r"(blockDim.x) : "memory"); }
+static __device__ __forceinline__ void pass_block() { asm volatile("barrier.cta.arrive 1, %0;" ::"r"(blockDim.x) : "memory"); }
 static __device__ __forceinline__ void await_arrival(Arrival* arrival, int parity) {
   asm volatile("{.reg .pred done; wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra wait;}" ::"r"(
                    lds_address(arrival)), "r"(parity) : "memory");
