@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_OPTIONS ?=
 OUT ?= out
+CORES := $(shell nproc 2>/dev/null || echo 2)
 ROOMS := formats awq lloyd kernels verify quantize recipes texts
 export OMP_NUM_THREADS ?= 2
 
@@ -15,13 +16,15 @@ demo: $(VENV)/.installed
 	$(BIN)/mq-quant inspect $(OUT)/tiny.mq2-lloyd --filter 'layers\.0\.(self_attn|.*experts\.0\.)'
 	$(BIN)/mq-quant verify $(OUT)/tiny.mq2-lloyd --source tiny
 
-test: lint pytest
+test:
+	$(MAKE) --jobs=$(CORES) lint
+	$(MAKE) pytest
 
 # A process for each core.
 pytest: $(VENV)/.ready
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-# `make -j lint` runs them side by side.
+# `make test` runs them side by side.
 lint: style mypy pyright imports
 
 style: $(VENV)/.ready
