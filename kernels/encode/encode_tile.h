@@ -3,6 +3,7 @@
 #pragma once
 #include "device.h"
 #include "encode_constants.h"    // made by geometry.py
+#include "hadamard.h"
 
 // Floats from one column of a tile to the next: odd, so that both rows and columns spread over the banks.
 constexpr int PITCH = TILE + 1;
@@ -34,31 +35,6 @@ DEVICE void store_codes(uint8_t* p, const int (&code)[PER_LANE]) {
   c.low = code[0] | code[1] << 8 | code[2] << 16 | (uint32_t)code[3] << 24;
   c.high = code[4] | code[5] << 8 | code[6] << 16 | (uint32_t)code[7] << 24;
   *reinterpret_cast<Codes*>(p) = c;
-}
-
-// The unnormalised Walsh-Hadamard transform, butterflies of stride 1, 2, … 128.
-template <class T>
-DEVICE void hadamard(T (&v)[PER_LANE]) {
-#pragma unroll
-  for (int stride = 1; stride < PER_LANE; stride *= 2) {
-#pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-      if ((j & stride) == 0) {
-        const T a = v[j], b = v[j + stride];
-        v[j] = a + b;
-        v[j + stride] = a - b;
-      }
-    }
-  }
-#pragma unroll
-  for (int mask = 1; mask < WAVE; mask *= 2) {
-    const bool upper = (lane() & mask) != 0;
-#pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-      const T other = __shfl_xor(v[j], mask);
-      v[j] = upper ? other - v[j] : v[j] + other;
-    }
-  }
 }
 
 // Sums over 256 columns in parts: of columns that lie sixteen apart, one after the other, and then of the parts, as a tree. Each
