@@ -32,7 +32,7 @@ def planted(tmp_path: Path) -> Callable[[Changes], Backend]:
     def open_changed(changes: Changes) -> Backend:
         folder = tmp_path / "kernels"
         folder.mkdir()
-        for name in ("matrix.hip", "vector.hip", "attention.hip", "feed.h"):
+        for name in ("matrix.hip", "vector.hip", "attention.hip", "feed.h", "rotate.h"):
             text = (FOLDER / "forward" / name).read_text()
             for before, after in changes.get(name, ()):
                 assert before in text, before

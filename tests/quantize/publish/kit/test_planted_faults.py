@@ -38,12 +38,7 @@ FAULTS: dict[str, Changes] = {
     "down-512": down("min(groups, 2)"),
     "down-1024": down("groups / 4 * 4"),
     "scale-ignored": {"vector.hip": (("x[at + j] / scale[column + j]", "x[at + j]"),)},
-    "signs-swapped": {
-        "vector.hip": (
-            ("v[j] *= signs[PER_LANE * t + j];", "v[j] *= signs[GROUP + PER_LANE * t + j];"),
-            ("signs[GROUP + PER_LANE * t + j] * ROTATION_SCALE", "signs[PER_LANE * t + j] * ROTATION_SCALE"),
-        )
-    },
+    "signs-swapped": {"rotate.h": (("  rotate(v, before, after);", "  rotate(v, after, before);"),)},
     "bias-in-weight": {
         "vector.hip": (
             (
