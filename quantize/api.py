@@ -244,19 +244,20 @@ def evaluate_files(
     reference: str | Path | None = None,
     tokens: NDArray[np.integer] | None = None,
     sequences: int | None = None,
-    length: int = 512,
+    length: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     force: bool = False,
 ) -> Evaluation:
     """Measure how far files are from their source, all in one pass, and write the result to `output` as JSON.
 
-    `source` is run beside them on token ids [sequences, length], or on the evaluation text of mq-quant; `reference`, a
-    file of saved predictions, stands in place of it and holds its own tokens. Continues an evaluation that was
-    interrupted. Raises InputError where neither or both are given.
+    `source` is run beside them on token ids [sequences, length], or on the evaluation text of mq-quant, cut into
+    `sequences` of `length` (None: 512); `reference`, a file of saved predictions, stands in place of it and holds its
+    own tokens. Continues an evaluation that was interrupted. Raises InputError where neither or both are given, or what
+    would be without effect.
     """
     from ..formats.errors import InputError
     from ..formats.hfq import open_hfq
-    from .calibrate.tokens import TokenRequest, check_tokens
+    from .calibrate.tokens import check_tokens, own_text
     from .evaluate.reference import of_checkpoint, of_file
     from .evaluate.run import EvaluateOptions
     from .evaluate.run import evaluate_files as run
@@ -264,14 +265,16 @@ def evaluate_files(
     files, options = [Path(path) for path in paths], EvaluateOptions(Path(output), device=device, force=force)
     if (source is None) == (reference is None):
         raise InputError("give either source or reference")
+    request = own_text(tokens, sequences, length)
     if source is None:
+        if not (tokens is None and sequences is None and length is None):
+            raise InputError("a reference holds its own tokens: leave tokens, sequences and length out")
         with open_hfq(files[0]) as first:
             against = of_file(Path(str(reference)), first)
         return run(files, against, options)
     with closing(open_source(source)) as opened:
         opened.validate()
         ids = None if tokens is None else check_tokens(tokens, opened.config, "tokens")
-        request = TokenRequest(sequences=sequences, length=length)
         return run(files, of_checkpoint(opened, request, opened.fingerprint(), ids), options)
 
 

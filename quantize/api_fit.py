@@ -33,7 +33,7 @@ def measure_model(
     tokens: NDArray[np.integer] | None = None,
     judge_tokens: NDArray[np.integer] | None = None,
     sequences: int | None = None,
-    length: int = 512,
+    length: int | None = None,
     held_out: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     jobs: int | None = None,
@@ -43,18 +43,20 @@ def measure_model(
     """Measure what each piece of a source loses in each format, and write it to `output` as JSON, or continue there.
 
     Pieces are rounded as a build of `effort` rounds them, on token ids [sequences, length] or on the calibration text
-    of mq-quant; `statistics` is an imatrix (a file) or a calibration (a folder) instead. Predictions are compared on
-    `held_out` sequences of `judge_tokens`, or else of the evaluation text, of `tokens` where these are given. Raises
-    TokenError for ids that are not the source's or too few, OutputError before any work where the output exists
-    (without `force`), ResumeError where an unfinished measurement there is of other arguments (without `restart`).
+    of mq-quant, cut into `sequences` of `length` (None: 512); `statistics` is an imatrix (a file) or a calibration (a
+    folder) instead. Predictions are compared on `held_out` sequences of `judge_tokens`, or else of the evaluation text,
+    of `tokens` where these are given. Raises TokenError for ids that are not the source's or too few, InputError for
+    what would be without effect, OutputError before any work where the output exists (without `force`), ResumeError
+    where an unfinished measurement there is of other arguments (without `restart`).
     """
     from ..formats.machine import cores
-    from .calibrate.tokens import TokenRequest, check_tokens
+    from .calibrate.tokens import check_tokens, own_text
     from .encode.encoders import open_encoder
     from .fit.before import measuring_statistics, texts_of
     from .fit.run import TIER, MeasureOptions, measure
     from .spec.places import choose_recipe
 
+    request = own_text(tokens, sequences, length)
     recipe = choose_recipe(TIER, None, str(source))
     place = None if statistics is None else Path(statistics)
     folder = place if place is not None and place.is_dir() else None
@@ -65,8 +67,7 @@ def measure_model(
             None if given is None else check_tokens(given, opened.config, name)
             for given, name in ((tokens, "tokens"), (judge_tokens, "judge_tokens"))
         )
-        asked = TokenRequest(sequences=sequences, length=length) if ids is None else ids
-        texts = texts_of(opened, asked, judged, held_out, effort == "calibrated")
+        texts = texts_of(opened, request if ids is None else ids, judged, held_out, effort == "calibrated")
         options = MeasureOptions(Path(output), device, jobs or cores(), encoder, force, restart)
         return measure(recipe, opened, texts, known, options)
 

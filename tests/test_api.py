@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mq_quant as mq
 import numpy as np
@@ -114,3 +115,22 @@ def test_a_recipe_is_fitted_to_a_size() -> None:
     assert 84.5e9 < mq.plan_file(recipe).total_bytes <= 85e9
     with pytest.raises(mq.MqError, match="no budget was given"):
         mq.fit_recipe()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "either source or reference"),
+        (
+            {"source": "tiny", "tokens": np.zeros((2, 8), np.int32), "length": 8},
+            "leave sequences and length out",
+        ),
+        ({"reference": "base.kld", "sequences": 2}, "holds its own tokens"),
+    ],
+)
+def test_an_evaluation_refuses_what_would_be_without_effect(
+    given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(mq.MqError, match=said):
+        mq.evaluate_files([tmp_path / "no.hfq"], tmp_path / "evaluation.json", **given)
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...formats.checkpoint.names import TOKENIZER
 from ...formats.checkpoint.source import Source
-from ...formats.errors import CheckpointError, TokenError
+from ...formats.errors import CheckpointError, InputError, TokenError
 from ...formats.minimax import ModelConfig
 from ...formats.tokenizer import TextTokenizer
 from ...texts import calibration_text, evaluation_text
@@ -45,6 +45,16 @@ class TokenRequest:
     def bundled(self) -> bool:
         """Whether the tokens are of the text that travels with the package."""
         return self.text is None and self.tokens is None
+
+
+def own_text(ids: object | None, sequences: int | None, length: int | None) -> TokenRequest:
+    """What `sequences` and `length` ask of the text that travels with the package.
+
+    Raises InputError where they are given beside token ids, which are taken as they are.
+    """
+    if ids is not None and not (sequences is None and length is None):
+        raise InputError("tokens are taken as they are: leave sequences and length out")
+    return TokenRequest(sequences=sequences, length=LENGTH if length is None else length)
 
 
 @dataclass(frozen=True)

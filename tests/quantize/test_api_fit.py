@@ -58,6 +58,8 @@ def test_tokens_of_ones_own_are_judged_and_calibrated_on(small: Path, tmp_path: 
     [
         ({"tokens": IDS + 300}, "tokens"),
         ({"judge_tokens": IDS + 300}, "judge_tokens"),
+        ({"tokens": IDS, "length": 8}, "leave sequences and length out"),
+        ({"tokens": IDS, "sequences": 6}, "leave sequences and length out"),
         ({"tokens": IDS, "held_out": 6}, "6 sequences are too few"),
         ({"tokens": IDS, "judge_tokens": IDS[:2], "held_out": 3}, "judge_tokens: has 2 sequences"),
         ({"tokens": IDS, "statistics": "no/such/imatrix"}, "no/such/imatrix"),
