@@ -27,6 +27,7 @@ from ...formats.blocks import (
 from ...formats.engine_rules import refused, uneven
 from ...formats.errors import ConfigError
 from ...formats.hfq import HfqFile, QuantizationHash, TensorEntry
+from ...formats.hfq.checked import stated_checksums
 from ...formats.hfq.layout import ENGINE_KEYS, metadata_checksum
 from ...formats.hfq.provenance import Provenance
 from ...formats.hfq.totals import FormatTotals, by_format
@@ -69,8 +70,7 @@ def check_structure(file: HfqFile, watch: Watch = UNWATCHED) -> StageResult:
         problems += _count_problems(file, cfg)
     problems += _tokenizer_problems(file, cfg, notes)
     provenance = Provenance.of(file)
-    fitting = len(provenance.checksums) == len(file.entries)
-    stated = provenance.checksums if fitting and file.entries else None
+    stated = tuple(stated_checksums(file).values()) or None
     if stated is None:
         notes.append(
             "the file does not give a checksum per tensor, so only the hash of the whole file is checked"
