@@ -1,12 +1,12 @@
 // Products of a team's rows with x on units that count the bits which two tiles have in common, for GPUs whose header defines
 // MQ_BITS. Each set f of a code's bits has the sum S[f] of x over the columns in which all bits of the set are 1, and the sum of
-// x over the columns of a code is a sum of S[f] and -S[f]. So a row's product needs S[f] for each set. x becomes whole numbers
-// in two's complement, in a unit that follows the group's largest element. A tile's column holds one bit of each of these
-// numbers, and the unit counts exactly how many bits rows and columns share, straight from the packed codes. Two counts are a
-// word for the unit that multiplies f16, where the bits of a small whole number n are those of n · 2^-24: that unit gives each
-// count its power of two and its sign in the sum of each code, still in whole numbers. Four lanes share a row, and eight such
-// teams a tile of 16 rows; lane s has the 64 columns of words 2s and 2s + 1, and the sums of codes 2s and 2s + 1. Sums over columns
-// are whole numbers, sums over codes and groups f32.
+// x over the columns of a code is a sum of S[f] and -S[f]. So a row's product needs S[f] for each set. x becomes whole numbers,
+// in a unit that follows the group's largest element: a signed byte, and 16 bits in two's complement above it. A tile's column
+// holds one bit of each of these numbers, and the unit counts exactly how many bits rows and columns share, straight from the
+// packed codes. Two counts are a word for the unit that multiplies f16, where the bits of a small whole number n are those of
+// n · 2^-24: that unit gives each count its power of two and its sign in the sum of each code, still in whole numbers. Four lanes
+// share a row, and eight such teams a tile of 16 rows; lane s has the 64 columns of words 2s and 2s + 1, and the sums of codes 2s
+// and 2s + 1. Sums over columns are whole numbers, sums over codes and groups f32.
 #pragma once
 #include "forward_constants.h"    // made by geometry.py
 #include "units.h"
@@ -96,19 +96,20 @@ struct BitDot {
   static constexpr float LIFT = 16777216.0f;    // 2^24
   static constexpr uint32_t NEGATIVE = 0x8000;
   float sum[ROWS] = {};
-  // What counts of set f weigh in the sum of the lane's code, for tiles of lower bits and for the highest ones.
-  uint32_t weight[SETS], highest[SETS];
+  uint32_t weight[TILES][SETS];    // of counts of set f in the sum of the lane's code
 
   DEVICE_MEMBER BitDot() {
     const int code = lane() / TEAM, part = lane() % TEAM;
     const uint32_t powers = (15 + 2 * part) << 10 | (16 + 2 * part) << 26;    // of two, f16: of bits 2 · part and 2 · part + 1
+    const uint32_t top = part == 3 ? NEGATIVE << 16 : 0;                      // the sign of a signed byte's highest bit
 #pragma unroll
     for (int f = 0; f < SETS; f++) {
       const int set = f + 1, more = set & ~code;    // code's columns: those of its bits, less those that have more bits
       const bool has = code < Format::LEVELS && (set & code) == code;
       const uint32_t sign = (more ^ more >> 1 ^ more >> 2) & 1 ? NEGATIVE | NEGATIVE << 16 : 0;
-      weight[f] = has ? powers ^ sign : 0;
-      highest[f] = has && part == 3 ? weight[f] ^ NEGATIVE << 16 : weight[f];
+      weight[0][f] = has ? powers ^ sign ^ top : 0;
+      weight[1][f] = has ? powers ^ sign : 0;
+      weight[2][f] = has ? (powers + (8 << 10 | 8 << 26)) ^ sign ^ top : 0;
     }
   }
 
@@ -150,6 +151,7 @@ struct BitDot {
     for (int j = 0; j < PER_LANE; j++) {
       u[j] = __float_as_uint(fmaf(x[j] * units.lift, units.inverse, HIGH)) - 0x4b400000;
       total += u[j];
+      u[j] = (u[j] + 0x80) ^ 0x80;    // a signed byte, and two more bytes
     }
     const int odd = lane() % 2, upper = lane() / 2 % 2;
     uint32_t* words = reinterpret_cast<uint32_t*>(staged) + lane() / 4 + odd * WORDS;
@@ -190,28 +192,25 @@ struct BitDot {
     uint32_t x[TILES][2];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) read_words(staged.planes + tile * 8 * WORDS * sizeof(float), x[tile]);
-    Sums codes[TILES] = {};    // of rows `code` and code + 8, codes 2 · part and 2 · part + 1
+    // Of rows `code` and code + 8, codes 2 · part and 2 · part + 1: of the lowest byte of x, and of the others. Both are exact.
+    Sums low = {}, high = {};
+    uint32_t upper[TILES], lower[TILES], before[2];    // pairs of counts; of the set before
 #pragma unroll
-    for (int f = 0; f < SETS; f += 2) {    // two sets at once; the unit is quickest where its left factor stays
-      uint32_t upper[TILES][2], lower[TILES][2];
+    for (int f = 0; f < SETS; f++) {
 #pragma unroll
-      for (int s = 0; s < (SETS - f > 1 ? 2 : 1); s++) {
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-          const Counts count = count_common(a[0][f + s], b[0][f + s], a[1][f + s], b[1][f + s], x[tile][0], x[tile][1]);
-          upper[tile][s] = pair_of(count.v[0], count.v[1]);
-          lower[tile][s] = pair_of(count.v[2], count.v[3]);
-        }
+      for (int tile = 0; tile < TILES; tile++) {    // the unit is quickest where its left factor stays
+        const Counts count = count_common(a[0][f], b[0][f], a[1][f], b[1][f], x[tile][0], x[tile][1]);
+        upper[tile] = pair_of(count.v[0], count.v[1]);
+        lower[tile] = pair_of(count.v[2], count.v[3]);
       }
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        const uint32_t(&weights)[SETS] = tile == TILES - 1 ? highest : weight;
-        if (f + 1 < SETS) {
-          multiply_halves(codes[tile], upper[tile][0], lower[tile][0], upper[tile][1], lower[tile][1], weights[f], weights[f + 1]);
-        } else {
-          multiply_halves(codes[tile], upper[tile][0], lower[tile][0], weights[f]);
-        }
+      multiply_halves(high, upper[1], lower[1], upper[2], lower[2], weight[1][f], weight[2][f]);
+      if (f % 2) {
+        multiply_halves(low, before[0], before[1], upper[0], lower[0], weight[0][f - 1], weight[0][f]);
+      } else if (f == SETS - 1) {
+        multiply_halves(low, upper[0], lower[0], weight[0][f]);
       }
+      before[0] = upper[0];
+      before[1] = lower[0];
     }
     const float unit = staged.unit[0], none = staged.unit[1];
 #pragma unroll
@@ -220,9 +219,7 @@ struct BitDot {
       halves(raw[r].levels, level[0], level[1]);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        float whole = codes[TILES - 1].v[2 * r + i];
-#pragma unroll
-        for (int tile = TILES - 2; tile >= 0; tile--) whole = fmaf(whole, (float)(1 << 8), codes[tile].v[2 * r + i]);
+        const float whole = fmaf(high.v[2 * r + i], (float)(1 << 8), low.v[2 * r + i]);
         product = fmaf(level[i], i == 0 ? whole + none : whole, product);
       }
       sum[r] = fmaf(unit, product * LIFT, sum[r]);
