@@ -26,9 +26,12 @@ import torch
 from mq_quant.formats.minimax import inventory, parse_config, scale_inv_name
 from mq_quant.formats.statistics.imatrix import ImatrixEntry, write_imatrix
 from mq_quant.quantize.spec.recipe import load_tier
+from mq_quant.quantize.tiny.tokenizer import tokenizer_json
 from safetensors.torch import save_file
 
 NAMES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+TOKENS = 1024
+"""Tokens of the tokenizer, at most: no text is read."""
 COMMAND = (sys.executable, "-c", "from mq_quant.quantize.cli.app import main; main()")
 POOL = 24 << 20
 """Random numbers of which all tensors are pieces."""
@@ -43,11 +46,11 @@ def write_checkpoint(folder: Path, layers: int, experts: int, **changes: int) ->
         **changes,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
+    parsed = parse_config(config)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(min(TOKENS, parsed.vocab_size))))
     noise = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
     codes, half = noise.to(torch.float8_e4m3fn), noise.bfloat16()
     random, weight_map = torch.Generator().manual_seed(1), {}
-    parsed = parse_config(config)
     for (role, layer), specs in groupby(inventory(parsed), lambda spec: (spec.role, spec.layer)):
         content, shard = {}, f"{role}-{layer}.safetensors"
         for spec in specs:
@@ -65,7 +68,7 @@ def write_checkpoint(folder: Path, layers: int, experts: int, **changes: int) ->
         save_file(content, folder / shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     energy = np.random.default_rng(0)
-    width = {"ffn_gate_exps": 3072, "ffn_up_exps": 3072, "ffn_down_exps": 1536}
+    width = dict(zip(NAMES, (parsed.hidden_size, parsed.hidden_size, parsed.intermediate_size), strict=True))
     entries = {
         f"blk.{layer}.{name}.weight": ImatrixEntry(
             np.exp(energy.normal(0, 1, (experts, width[name]))).astype(np.float32), np.full(experts, 1000.0)
