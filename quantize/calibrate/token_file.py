@@ -68,8 +68,10 @@ def _read_array(f: BufferedReader, path: Path, sequences: int | None) -> Ids:
         raise _refusal(f"its .npy header is broken: {shown(str(e), 120)}", path) from None
     if dtype.hasobject:
         raise _refusal("its array holds Python objects, which cannot be read without running code", path)
-    if len(shape) not in (1, 2) or dtype.kind not in "iu" or dtype.subdtype or min(shape) < 1:
-        raise _refusal(f"it holds {shown(str(dtype))} {list(shape)}, not whole numbers", path)
+    if dtype.kind not in "iu" or dtype.subdtype:
+        raise _refusal(f"it holds {shown(str(dtype))}, not whole numbers", path)
+    if len(shape) not in (1, 2) or min(shape) < 1:
+        raise _refusal(f"its array has the shape {list(shape)}, not one of sequences with a length", path)
     if sequences is not None and len(shape) == 2 and not by_columns:
         shape = (min(shape[0], sequences), shape[1])
     count = math.prod(shape)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 TINY = "tiny"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _NAME = re.compile(r"[^\w.-]+")
+_TAKES = "--source takes the folder of a checkpoint"
 
 
 def choose_recipe(
@@ -176,10 +177,12 @@ def local_folder(source: str) -> Path | None:
     if path.is_file() and path.name == "config.json":
         return path.parent
     if path.is_file():
-        raise CheckpointError("is a file, not a checkpoint's folder", file=path, hint=f"give {path.parent}")
+        beside = (path.parent / "config.json").is_file()
+        hint = f"give {path.parent}" if beside else _TAKES
+        raise CheckpointError("is a file, not a checkpoint's folder", file=path, hint=hint)
     if os.path.lexists(path):
         what = "is a link to nothing" if path.is_symlink() and not path.exists() else "is no folder"
-        raise CheckpointError(what, file=path, hint="--source takes the folder of a checkpoint")
+        raise CheckpointError(what, file=path, hint=_TAKES)
     if _REPOSITORY.fullmatch(source) and not source.startswith((".", "/")):
         return None
     from ...formats.hub.endpoint import redacted

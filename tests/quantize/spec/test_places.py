@@ -87,6 +87,10 @@ def test_a_file_is_not_taken_for_a_repository(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "model" / "a.safetensors").touch()
     with pytest.raises(CheckpointError, match="is a file, not a checkpoint's folder") as e:
         local_folder("model/a.safetensors")
+    assert e.value.hint == "--source takes the folder of a checkpoint"
+    (tmp_path / "model" / "config.json").touch()
+    with pytest.raises(CheckpointError, match="is a file, not a checkpoint's folder") as e:
+        local_folder("model/a.safetensors")
     assert e.value.hint == "give model"
 
 
