@@ -192,7 +192,8 @@ struct BitDot {
     uint32_t x[TILES][2];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) read_words(staged.planes + tile * 8 * WORDS * sizeof(float), x[tile]);
-    // Of rows `code` and code + 8, codes 2 · part and 2 · part + 1: of the lowest byte of x, and of the others. Both are exact.
+    // Of rows `code` and code + 8, codes 2 · part and 2 · part + 1: of the lowest byte of x, and of the others. Both are exact: no
+    // product or sum of whole numbers reaches 2^24, since 256 elements have at most 2^TOP · 2 units each.
     Sums low = {}, high = {};
     uint32_t upper[TILES], lower[TILES], before[2];    // pairs of counts; of the set before
 #pragma unroll
